@@ -1,0 +1,30 @@
+# make demo | test | lint | bench: each sets up a .venv of its own first; only Python 3.10+ is needed.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test lint format bench clean
+
+demo: .venv/ready
+	$(BIN)/decompk demo
+
+test: .venv/ready
+	$(BIN)/python -m pytest -n auto
+
+lint: .venv/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: .venv/ready
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: .venv/ready
+	$(BIN)/python -m pytest bench --benchmark-only
+
+.venv/ready: pyproject.toml tools/constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint tools/constraints.txt --editable ".[dev]"
+	@touch $@
+
+clean:
+	rm -rf .venv build *.egg-info demo-out

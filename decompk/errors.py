@@ -1,0 +1,21 @@
+"""What a user's mistake raises: one sentence that says what, where and what to do."""
+
+
+class DecompkError(Exception):
+    """Base of every error a user can cause; the command line prints it and exits with 2."""
+
+
+class UnsupportedOperation(DecompkError):
+    """An operation whose channels cannot be divided among members; names the node and its source line."""
+
+
+class PartitionError(DecompkError):
+    """A cut that does not fit: channels that do not divide, crops outside the input or of unequal size."""
+
+
+class PackError(DecompkError):
+    """Networks that cannot share one packed module; names the tensor that differs."""
+
+
+class CheckpointError(DecompkError):
+    """A checkpoint that is truncated, foreign or of another configuration."""

@@ -1,0 +1,146 @@
+"""How an input is cut: crops, grids, margins, views (2.6, 2.8)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import product
+
+import torch
+
+from .errors import PartitionError
+
+_AXIS_NAMES = {1: ("length",), 2: ("height", "width"), 3: ("depth", "height", "width")}
+
+
+@dataclass(frozen=True)
+class Crop:
+    """The part of the input one member sees: where it starts and how far it goes, per spatial axis.
+
+    `Crop(top, left, height, width)` for images; `Crop(start, length)` for signals and
+    `Crop(front, top, left, depth, height, width)` for volumes follow the same order: starts, then sizes.
+    """
+
+    start: tuple[int, ...]
+    size: tuple[int, ...]
+
+    def __init__(self, *numbers: int):
+        if len(numbers) not in (2, 4, 6):
+            raise PartitionError(
+                f"Crop{numbers} has {len(numbers)} numbers; give starts, then sizes: (start, length), "
+                "(top, left, height, width) or (front, top, left, depth, height, width)."
+            )
+        numbers = tuple(int(n) for n in numbers)
+        half = len(numbers) // 2
+        object.__setattr__(self, "start", numbers[:half])
+        object.__setattr__(self, "size", numbers[half:])
+
+    @property
+    def top(self) -> int:
+        return self.start[-2]
+
+    @property
+    def left(self) -> int:
+        return self.start[-1]
+
+    @property
+    def height(self) -> int:
+        return self.size[-2]
+
+    @property
+    def width(self) -> int:
+        return self.size[-1]
+
+    def cut(self, x: torch.Tensor) -> torch.Tensor:
+        """The crop of `x` (..., *spatial) as a view: no copy."""
+        for axis, (start, size) in enumerate(zip(self.start, self.size, strict=True), start=x.dim() - len(self.size)):
+            x = x.narrow(axis, start, size)
+        return x
+
+    def __repr__(self) -> str:
+        return f"Crop({', '.join(map(str, self.start + self.size))})"
+
+
+Partitions = int | Sequence[int] | Sequence[Crop]
+
+
+def make_crops(
+    spatial: tuple[int, ...],
+    partitions: Partitions,
+    crop_size: int | Sequence[int] | None = None,
+    margin: int = 0,
+) -> tuple[Crop, ...]:
+    """The crops of an input of `spatial` size (pixels per axis), in row-major order of the grid.
+
+    `partitions` is a square number n·n (a cube in 3-D, any number in 1-D), the parts per axis, or a list of crops.
+    `margin` pixels are cut off every border first. Without `crop_size` each crop is ⌊size/n⌋ wide (2.8), so the
+    last size mod n pixels of an axis are seen by nobody; with it, crops are spread evenly from border to border
+    and overlap where crop_size · n exceeds the size. Raises PartitionError.
+    """
+    axes = len(spatial)
+    if not isinstance(partitions, int) and any(isinstance(p, Crop) for p in partitions):
+        if crop_size is not None or margin:
+            raise PartitionError("crop_size and margin only shape a grid; a list of crops already fixes both.")
+        return _checked(tuple(partitions), spatial)
+
+    parts = _parts_per_axis(partitions, axes)
+    names = _AXIS_NAMES[axes]
+    inner = tuple(s - 2 * margin for s in spatial)
+    if margin < 0 or min(inner) < 1:
+        raise PartitionError(f"a margin of {margin} leaves nothing of an input of {_by(spatial)}.")
+    if crop_size is None:
+        sizes = tuple(s // n for s, n in zip(inner, parts, strict=True))
+    else:
+        sizes = (crop_size,) * axes if isinstance(crop_size, int) else tuple(int(c) for c in crop_size)
+        if len(sizes) != axes:
+            raise PartitionError(f"crop_size {sizes} has {len(sizes)} numbers; the input has {axes} spatial axes.")
+
+    starts_per_axis = []
+    for name, whole, part, size in zip(names, inner, parts, sizes, strict=True):
+        if not 1 <= size <= whole:
+            raise PartitionError(
+                f"a crop {name} of {size} does not fit {whole} pixels cut into {part}; choose between 1 and {whole}."
+            )
+        if crop_size is None or part == 1:
+            step = size
+        else:
+            step = (whole - size) / (part - 1)
+        starts_per_axis.append([margin + math.floor(i * step + 0.5) for i in range(part)])
+    return _checked(tuple(Crop(*starts, *sizes) for starts in product(*starts_per_axis)), spatial)
+
+
+def _parts_per_axis(partitions: int | Sequence[int], axes: int) -> tuple[int, ...]:
+    if isinstance(partitions, int):
+        root = round(partitions ** (1 / axes)) if partitions > 0 else 0
+        if root**axes != partitions or root < 1:
+            power = {1: "a positive number", 2: "a square number", 3: "a cube"}[axes]
+            raise PartitionError(
+                f"{partitions} partitions do not make a grid: give {power}, the parts per axis such as (2, 4), "
+                "or a list of crops."
+            )
+        return (root,) * axes
+    parts = tuple(int(p) for p in partitions)
+    if len(parts) != axes or min(parts, default=0) < 1:
+        raise PartitionError(f"partitions {parts} must name a positive number of parts for each of {axes} axes.")
+    return parts
+
+
+def _checked(crops: tuple[Crop, ...], spatial: tuple[int, ...]) -> tuple[Crop, ...]:
+    if not all(isinstance(crop, Crop) for crop in crops):
+        raise PartitionError("partitions must be a number, the parts per axis, or a list of decompk.Crop only.")
+    for crop in crops:
+        if len(crop.size) != len(spatial):
+            raise PartitionError(f"{crop} has {len(crop.size)} axes; the input has {len(spatial)}.")
+        for start, size, whole in zip(crop.start, crop.size, spatial, strict=True):
+            if start < 0 or size < 1 or start + size > whole:
+                raise PartitionError(f"{crop} reaches outside an input of {_by(spatial)} pixels; move or shrink it.")
+        if crop.size != crops[0].size:
+            raise PartitionError(
+                f"{crop} and {crops[0]} differ in size; a packed network needs equal crops (overlap them instead)."
+            )
+    return crops
+
+
+def _by(sizes: Sequence[int]) -> str:
+    return "×".join(map(str, sizes))
