@@ -1,0 +1,188 @@
+"""Reading a network: its torch.fx graph, shapes without arithmetic, and where each node stands in the source."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from .errors import UnsupportedOperation
+
+# Subclasses of these stay whole even when they live outside torch.nn: a batch norm with an activation inside, a
+# weight-standardised convolution. Their parameters are known, their own forward code is not looked into.
+PARAMETRIC = (
+    nn.modules.conv._ConvNd,
+    nn.Linear,
+    nn.Bilinear,
+    nn.modules.batchnorm._NormBase,
+    nn.GroupNorm,
+    nn.LayerNorm,
+    nn.PReLU,
+    nn.Embedding,
+    nn.MultiheadAttention,
+    nn.RNNBase,
+)
+
+
+class _Tracer(fx.Tracer):
+    record_stack_traces = True
+    proxy_buffer_attributes = True
+
+    def is_leaf_module(self, module: nn.Module, qualified_name: str) -> bool:
+        return isinstance(module, PARAMETRIC) or super().is_leaf_module(module, qualified_name)
+
+
+def trace(model: nn.Module, training: bool) -> fx.Graph:
+    """The graph of `model` in train or eval mode (the two differ where auxiliary heads exist).
+
+    Only the first argument of forward is an input; the others keep their defaults. The model's own mode is
+    restored. Raises UnsupportedOperation where torch.fx cannot follow the code.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    defaults = {
+        name: p.default
+        for name, p in list(inspect.signature(model.forward).parameters.items())[1:]
+        if p.default is not inspect.Parameter.empty
+    }
+    try:
+        model.train(training)
+        graph = _Tracer().trace(model, concrete_args=defaults or None)
+    except Exception as error:  # torch.fx raises whatever the traced code raised
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UnsupportedOperation(
+            f"torch.fx cannot trace {type(model).__name__}: {reason.rstrip('.')}; only networks whose forward does not "
+            "branch on tensor values can be decomposed (decompk.pack has no such limit)."
+        ) from error
+    finally:
+        for module, mode in modes:
+            module.training = mode
+    _drop_fixed_arguments(graph)
+    return graph
+
+
+def _drop_fixed_arguments(graph: fx.Graph) -> None:
+    """Remove the placeholders of arguments that keep their defaults, with the asserts torch.fx adds for them."""
+    graph.set_codegen(fx.graph.CodeGen())
+    fixed = [node for node in graph.nodes if node.op == "placeholder"][1:]
+    for node in fixed:
+        for user in [*node.users]:
+            for assertion in [*user.users]:
+                graph.erase_node(assertion)
+            graph.erase_node(user)
+        graph.erase_node(node)
+
+
+def where(node: fx.Node) -> str:
+    """The node by name, with the module that holds it and its line of source."""
+    place = f"'{node.target}'" if node.op in ("call_module", "get_attr") else f"'{node.name}'"
+    stack = node.meta.get("nn_module_stack") or {}
+    owner = next(reversed([name for name, _ in stack.values()]), "") if stack else ""
+    if node.op not in ("call_module", "get_attr") and owner:
+        place += f" in '{owner}'"
+    lines = [
+        found
+        for found in re.findall(r'File "([^"]+)", line (\d+)', node.stack_trace or "")
+        if "/torch/fx/" not in found[0] and "/torch/nn/modules/" not in found[0]
+    ]
+    if lines:
+        file, line = lines[-1]
+        place += f" ({file.rsplit('/', 1)[-1]}:{line})"
+    return place
+
+
+def on_meta(module: nn.Module) -> nn.Module:
+    """A copy of a leaf without data, to compute shapes with; nothing is allocated for its tensors."""
+    memo: dict[int, Any] = {}
+    for tensor in [*module.parameters(), *module.buffers()]:
+        empty = torch.empty_like(tensor, device="meta")
+        memo[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
+    return copy.deepcopy(module, memo)
+
+
+class MetaInterpreter(fx.Interpreter):
+    """Runs a graph on meta tensors and keeps every node's value in `values`: shapes at no cost.
+
+    `batch` samples of `input_size` (C, *spatial) go in; FLOPs of one sample are those counted here / batch.
+    """
+
+    def __init__(self, model: nn.Module, graph: fx.Graph, input_size: tuple[int, ...], batch: int = 2):
+        super().__init__(model, garbage_collect_values=False, graph=graph)
+        self.values: dict[fx.Node, Any] = {}
+        self._input = torch.empty((batch, *input_size), device="meta")
+
+    def run_all(self) -> dict[fx.Node, Any]:
+        with torch.no_grad():
+            self.run(self._input)
+        return self.values
+
+    def run_node(self, node: fx.Node) -> Any:
+        self.values[node] = super().run_node(node)
+        return self.values[node]
+
+    def call_module(self, target: str, args: tuple, kwargs: dict) -> Any:
+        return on_meta(self.fetch_attr(target))(*args, **kwargs)
+
+    def get_attr(self, target: str, args: tuple, kwargs: dict) -> Any:
+        value = self.fetch_attr(target)
+        return torch.empty_like(value, device="meta") if isinstance(value, torch.Tensor) else value
+
+
+@dataclass(frozen=True)
+class Window:
+    """How a convolution or pooling looks at one spatial axis; padding is (before, after)."""
+
+    kernel: int
+    stride: int = 1
+    padding: tuple[int, int] = (0, 0)
+    dilation: int = 1
+    transposed: bool = False
+
+
+_POOL_ARGUMENTS = {
+    "max_pool": ("kernel_size", "stride", "padding", "dilation"),
+    "avg_pool": ("kernel_size", "stride", "padding"),
+    "lp_pool": ("norm_type", "kernel_size", "stride"),
+}
+
+
+def windows(operation: Any, axes: int, args: tuple = (), kwargs: dict | None = None) -> tuple[Window, ...] | None:
+    """One Window per spatial axis of a convolution or pooling: a module, or a functional's name with its arguments.
+
+    `args` are those after the input. None for everything that has no fixed window (adaptive pooling, resizing).
+    """
+    if isinstance(operation, nn.Module):
+        if not isinstance(operation, (nn.modules.conv._ConvNd, *_POOL_MODULES)):
+            return None
+        given = {k: getattr(operation, k, None) for k in ("kernel_size", "stride", "padding", "dilation")}
+    else:
+        names = _POOL_ARGUMENTS.get(re.sub(r"[123]d$", "", operation))
+        if names is None:
+            return None
+        given = dict(zip(names, args, strict=False)) | {k: v for k, v in (kwargs or {}).items() if k in names}
+    kernel = _per_axis(given["kernel_size"], axes)
+    stride = _per_axis(given.get("stride") or given["kernel_size"], axes)
+    dilation = _per_axis(given.get("dilation") or 1, axes)
+    padding = given.get("padding") or 0
+    if padding == "same":
+        total = [d * (k - 1) for k, d in zip(kernel, dilation, strict=True)]
+        sides = [(t // 2, t - t // 2) for t in total]
+    else:
+        sides = [(p, p) for p in _per_axis(0 if padding == "valid" else padding, axes)]
+    transposed = getattr(operation, "transposed", False)
+    return tuple(Window(k, s, p, d, transposed) for k, s, p, d in zip(kernel, stride, sides, dilation, strict=True))
+
+
+_POOL_MODULES = (
+    nn.modules.pooling._MaxPoolNd,
+    nn.modules.pooling._AvgPoolNd,
+    nn.modules.pooling._LPPoolNd,
+)
+
+
+def _per_axis(value: Any, axes: int) -> tuple[int, ...]:
+    return (value,) * axes if isinstance(value, int) else tuple(value) * (axes if len(value) == 1 else 1)

@@ -1,0 +1,114 @@
+"""What the channel pass knows of a value: its global and its member's shape, and whose channels it holds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+import torch
+from torch import fx
+from torch.fx.node import map_aggregate
+
+
+class Role:
+    def __init__(self, name: str):
+        self.name = name
+
+    def __repr__(self) -> str:
+        return self.name
+
+
+SHARED = Role("shared")  # every member holds all channels, of its own crop
+PARTIAL = Role("partial")  # every member holds all channels of a summand of the global tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Window:
+    """The spatial extent that a flatten put behind every channel, globally and in a member; None is unknown scale."""
+
+    full: tuple[int, ...]
+    part: tuple[int, ...]
+    scale: tuple[Fraction | None, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Split:
+    """Channels divided among members: `ids` has one strand per position of the tensor's `axes`, jointly."""
+
+    ids: np.ndarray
+    axes: tuple[int, ...]
+    window: Window | None = None
+    bare: str | None = None  # the parameter or buffer it comes from, until it meets an activation
+
+
+@dataclass(frozen=True, eq=False)
+class T:
+    """A tensor of the graph: its global and its member's shape (meta tensors), its role, input pixels per position."""
+
+    full: torch.Tensor
+    part: torch.Tensor
+    role: Role | Split
+    scale: tuple[Fraction | None, ...] = ()
+
+
+@dataclass(frozen=True)
+class Both:
+    """A number or shape that differs between the global network and a member."""
+
+    full: Any
+    part: Any
+
+
+def operation_name(node: fx.Node) -> str:
+    """One name for an operation in functional, method and in-place form."""
+    if node.op not in ("call_function", "call_method"):
+        return ""
+    name = node.target if node.op == "call_method" else getattr(node.target, "__name__", str(node.target))
+    if not name.startswith("__"):
+        name = name.rstrip("_")
+    return _ALIASES.get(name, name)
+
+
+_ALIASES = {
+    "iadd": "add", "imul": "mul", "isub": "sub", "itruediv": "div", "truediv": "div", "true_divide": "div",
+    "multiply": "mul", "subtract": "sub", "divide": "div", "radd": "add", "rmul": "mul", "concat": "cat",
+    "concatenate": "cat", "swapaxes": "transpose", "max_pool2d_with_indices": "max_pool2d", "upsample": "interpolate",
+    "split_with_sizes": "split", "tensor_split": "chunk", "reshape": "view", "select": "select",
+}  # fmt: skip
+# What commutes with the sum over members, so that a head may still be followed by it.
+LINEAR = {
+    "add", "sub", "neg", "contiguous", "clone", "detach", "to", "float", "double", "half", "mean", "sum", "view",
+    "flatten", "unflatten", "squeeze", "unsqueeze", "permute", "transpose", "chunk", "split", "getitem", "cat", "stack",
+    "dropout", "dropout2d", "Dropout", "Dropout2d", "Identity", "Flatten", "interpolate", "Upsample", "avg_pool1d",
+    "avg_pool2d", "avg_pool3d", "adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d", "AvgPool1d",
+    "AvgPool2d", "AvgPool3d", "AdaptiveAvgPool1d", "AdaptiveAvgPool2d", "AdaptiveAvgPool3d",
+}  # fmt: skip
+# Questions about a tensor whose answers are plain Python values.
+FACTS = {
+    "size", "dim", "ndimension", "numel", "getattr", "is_floating_point", "stride", "new_empty", "new_zeros", "new_ones",
+    "new_full", "len",
+}  # fmt: skip
+FUNCTIONAL_LAYERS = {
+    "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "linear",
+}  # fmt: skip
+
+
+def globally(value: Any) -> Any:
+    return map_aggregate(value, lambda v: v.full if isinstance(v, (T, Both)) else v)
+
+
+def in_member(value: Any) -> Any:
+    return map_aggregate(value, lambda v: v.part if isinstance(v, (T, Both)) else v)
+
+
+def tensors_in(value: Any) -> list[T]:
+    found: list[T] = []
+    map_aggregate(value, lambda v: found.append(v) if isinstance(v, T) else None)
+    return found
+
+
+def by(sizes: Sequence[int]) -> str:
+    return "×".join(map(str, sizes))
