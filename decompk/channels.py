@@ -22,7 +22,7 @@ from torch import fx, nn
 from torch.fx.node import map_aggregate, map_arg
 
 from .errors import PartitionError, UnsupportedOperation
-from .graph import on_meta, trace, where, windows
+from .graph import dtype_of, on_meta, trace, where, windows
 from .partition import Crop
 from .roles import (
     FACTS,
@@ -133,8 +133,8 @@ class _Pass:
 
     def _visit(self, node: fx.Node) -> Any:
         if node.op == "placeholder":
-            full = torch.empty((2, *self.input_size), device="meta")
-            part = torch.empty((2, self.input_size[0], *self.crops[0].size), device="meta")
+            full = torch.empty((2, *self.input_size), device="meta", dtype=dtype_of(self.model))
+            part = full.new_empty((2, self.input_size[0], *self.crops[0].size))
             return T(full, part, SHARED, (Fraction(1),) * len(self.crops[0].size))
         args, kwargs = map_arg((node.args, node.kwargs), lambda n: self.env[n])
         if node.op == "output":

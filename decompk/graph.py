@@ -104,6 +104,11 @@ def on_meta(module: nn.Module) -> nn.Module:
     return copy.deepcopy(module, memo)
 
 
+def dtype_of(model: nn.Module) -> torch.dtype:
+    """The floating dtype the network computes in: that of its first floating parameter."""
+    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.get_default_dtype())
+
+
 class MetaInterpreter(fx.Interpreter):
     """Runs a graph on meta tensors and keeps every node's value in `values`: shapes at no cost.
 
@@ -113,7 +118,7 @@ class MetaInterpreter(fx.Interpreter):
     def __init__(self, model: nn.Module, graph: fx.Graph, input_size: tuple[int, ...], batch: int = 2):
         super().__init__(model, garbage_collect_values=False, graph=graph)
         self.values: dict[fx.Node, Any] = {}
-        self._input = torch.empty((batch, *input_size), device="meta")
+        self._input = torch.empty((batch, *input_size), device="meta", dtype=dtype_of(model))
 
     def run_all(self) -> dict[fx.Node, Any]:
         with torch.no_grad():

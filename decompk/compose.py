@@ -1,0 +1,122 @@
+"""Members → global network (2.11)–(2.14), and back: the two directions read the same plan."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from .channels import Plan
+from .errors import DecompkError, PackError
+
+HEADS = ("sum", "mean", "concat")
+
+
+def tensors(module: nn.Module) -> dict[str, torch.Tensor]:
+    """Every parameter and buffer by name, shared ones once."""
+    return dict([*module.named_parameters(), *module.named_buffers()])
+
+
+def put(module: nn.Module, name: str, value: torch.Tensor) -> None:
+    """Replace a parameter or buffer wherever the module (or a twin of its name) holds it."""
+    path, _, last = name.rpartition(".")
+    owner = module.get_submodule(path)
+    if last in owner._parameters:
+        owner._parameters[last] = nn.Parameter(value, owner._parameters[last].requires_grad)
+    else:
+        owner._buffers[last] = value
+
+
+def compose(plan: Plan, shell: nn.Module, members: Sequence[nn.Module], head: str) -> nn.Module:
+    """Fill `shell` (the global network on the meta device) with the members' tensors.
+
+    Layers become block-diagonal; every value between two members is zero. The last layer is joined along its input:
+    its biases add up ("sum", 2.14), or weights and biases are averaged ("mean", 2.22); "concat" keeps every member's
+    outputs apart, K·C of them.
+    """
+    K = plan.members
+    per_member = [tensors(member) for member in members]
+    with torch.no_grad():
+        for name, empty in tensors(shell).items():
+            parts = [found[name] for found in per_member]
+            if name in plan.places:
+                scale = 1 / K if head == "mean" and name in plan.head_weights else 1
+                shape = list(empty.shape)
+                apart = head == "concat" and name in plan.head_weights
+                if apart:
+                    shape[0] *= K
+                whole = parts[0].new_zeros(shape)
+                for k, (place, part) in enumerate(zip(plan.places[name], parts, strict=True)):
+                    index = [torch.from_numpy(i) for i in place]
+                    if apart:
+                        index[0] = index[0] + k * empty.shape[0]
+                    whole[tuple(index)] = part if scale == 1 else part * scale
+            elif name in plan.summed:
+                whole = torch.cat(parts) if head == "concat" else _sum(parts)
+                if head == "mean":
+                    whole = whole / K
+            else:
+                whole = parts[0].clone()
+            put(shell, name, whole)
+    if head == "concat":
+        for name in plan.head_weights:
+            layer = shell.get_submodule(name.rpartition(".")[0])
+            for attribute in ("out_channels", "out_features"):
+                if hasattr(layer, attribute):
+                    setattr(layer, attribute, getattr(layer, attribute) * K)
+    return shell
+
+
+def extract(plan: Plan, shells: dict[int, nn.Module], model: nn.Module, head: str) -> list[nn.Module]:
+    """Fill one shell per member (by its number) with the diagonal blocks of `model`: the inverse of compose.
+
+    A head's bias, which composition adds up, comes back as 1/K each; the last member takes what rounding left over,
+    so that the sum is the bias to the bit.
+    """
+    K = plan.members
+    whole = tensors(model)
+    with torch.no_grad():
+        for k, shell in shells.items():
+            for name in tensors(shell):
+                value = whole[name].detach()
+                if name in plan.places:
+                    part = value[tuple(torch.from_numpy(i) for i in plan.places[name][k])]
+                    if head == "mean" and name in plan.head_weights:
+                        part = part * K
+                elif name in plan.summed and head == "sum":
+                    part = value / K if k < K - 1 else value - _sum([value / K] * (K - 1)) if K > 1 else value
+                else:
+                    part = value
+                put(shell, name, part.clone(memory_format=torch.contiguous_format))
+    return list(shells.values())
+
+
+def _sum(parts: list[torch.Tensor]) -> torch.Tensor:
+    total = parts[0].clone()
+    for part in parts[1:]:
+        total += part
+    return total
+
+
+def check_head(head: str, split_outputs: bool) -> None:
+    """Raise DecompkError for an unknown head, or one that does not fit how the network was decomposed."""
+    if head not in HEADS:
+        raise DecompkError(f"head={head!r} is unknown; choose 'sum', 'mean' (regression) or 'concat' (auto-encoder).")
+    if split_outputs and head != "concat":
+        raise DecompkError(f"this network was decomposed with head='concat', so head={head!r} has no last layer to join.")
+
+
+def check_members(shell: nn.Module, members: Sequence[nn.Module], count: int, what: str = "sub-network") -> None:
+    """Raise PackError unless there are `count` networks with the tensors of `shell`; names the first that differs."""
+    if len(members) != count:
+        raise PackError(f"{len(members)} {what}s were given where {count} are needed.")
+    expected = {name: tuple(t.shape) for name, t in tensors(shell).items()}
+    for k, member in enumerate(members):
+        found = {name: tuple(t.shape) for name, t in tensors(member).items()}
+        for name in [*expected, *(name for name, _ in member.named_parameters())]:
+            if expected.get(name) != found.get(name):
+                raise PackError(
+                    f"{what} {k} has '{name}' of shape {found.get(name, 'none')} where {expected.get(name, 'none')} is "
+                    "expected; use networks made by this decomposition."
+                )

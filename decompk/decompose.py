@@ -1,0 +1,191 @@
+"""Global network → K narrow sub-networks (2.7), each on its own crop of the input."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from .channels import Plan, analyse
+from .compose import check_head, check_members, compose, extract, put, tensors
+from .errors import DecompkError, PartitionError
+from .graph import on_meta
+from .packed import Packed, pack
+from .partition import Crop, Partitions, make_crops
+from .shell import Rewritten, edited
+
+if TYPE_CHECKING:
+    from .report.decomposition import Report
+
+
+def decompose(
+    model: nn.Module,
+    input_size: Sequence[int],
+    partitions: Partitions = 4,
+    crop_size: int | Sequence[int] | None = None,
+    margin: int = 0,
+    head: str = "sum",
+) -> Decomposition:
+    """Cut `model` along its width into K sub-networks, and its input into K crops (paper 2.1).
+
+    model: any torch.fx-traceable CNN; it is not changed. input_size: (C, *spatial) of one sample.
+    partitions: a square number (4 → a 2×2 grid), the parts per axis, or a list of equal Crops. crop_size: pixels per
+    axis; None cuts without overlap, H // n each. margin: border to cut off first. head: "concat" also divides the
+    network's outputs (auto-encoders); otherwise every member has all outputs of the last layer.
+
+    Every layer keeps depth, kernel and stride and gets 1/K of the channels; the first keeps all its inputs, the last
+    all its outputs. Raises PartitionError (widths that do not divide, crops that do not fit) and UnsupportedOperation
+    (operations that mix the channels of different members), each naming the place.
+    """
+    if not isinstance(model, nn.Module):
+        raise DecompkError(f"decompose needs an nn.Module, not {type(model).__name__}.")
+    size = tuple(int(n) for n in input_size)
+    if not 2 <= len(size) <= 4 or min(size) < 1:
+        raise PartitionError(f"input_size {size} must be (channels, *spatial) with one to three spatial axes.")
+    check_head(head, split_outputs=False)
+    crops = make_crops(size[1:], partitions, crop_size, margin)
+    return Decomposition(model, size, crops, "concat" if head == "concat" else "sum")
+
+
+class Decomposition:
+    """One network cut into K: its crops, its sub-networks, and the way back. Made by `decompose`.
+
+    model: the global network. crops: tuple of K Crops. K: how many. notes: where the composed network is not exactly
+    the sum of its members, one sentence a place; empty when composed(x) = Σ_k member_k(x) on any x.
+    """
+
+    def __init__(self, model: nn.Module, input_size: tuple[int, ...], crops: tuple[Crop, ...], head: str):
+        self.model = model
+        self.input_size = input_size
+        self.crops = crops
+        self.K = len(crops)
+        self.plan: Plan = analyse(model, input_size, crops, head)
+        self.notes: list[str] = self.plan.notes
+        self._split_outputs = head == "concat"
+        if not self.plan.places:
+            raise PartitionError(f"{type(model).__name__} has no layer whose channels could be divided.")
+
+    def split(self, x: torch.Tensor) -> list[torch.Tensor]:
+        """(N, C, *spatial) → K views (N, C, *crop); nothing is copied."""
+        if x.dim() != 1 + len(self.input_size) or tuple(x.shape[1:]) != self.input_size:
+            raise PartitionError(f"an input of shape {tuple(x.shape)} is not a batch of {self.input_size} samples.")
+        return [crop.cut(x) for crop in self.crops]
+
+    def member_shell(self) -> nn.Module:
+        """One sub-network on the meta device: the model's classes and names, with narrower leaves."""
+        net = on_meta(self.model)
+        for target, attributes in self.plan.attributes.items():
+            leaf = net.get_submodule(target)
+            for name, value in attributes.items():
+                setattr(leaf, name, value)
+        for name, tensor in tensors(net).items():
+            if name in self.plan.places:
+                place = self.plan.places[name][0]
+                shape = torch.broadcast_shapes(*(i.shape for i in place)) + tensor.shape[len(place) :]
+                put(net, name, tensor.new_empty(shape))
+        return self._rewritten(net, self.plan.member_args, {})
+
+    def _rewritten(self, net: nn.Module, arguments: dict, orders: dict) -> nn.Module:
+        if not any(arguments.values()) and not any(orders.values()):
+            return net
+        graphs = self.plan.graphs
+        edits = {mode: edited(g, arguments.get(mode, {}), orders.get(mode, {})) for mode, g in graphs.items()}
+        return Rewritten(net, edits)
+
+    def subnets(self, seed: int | None = None) -> list[nn.Module]:
+        """K freshly initialised, independent sub-networks.
+
+        Every leaf draws its own `reset_parameters`; weights are then scaled so that std · √fan_in is the global
+        network's, and what is constant there (biases at 0, norms at 1) stays so: the author's initialisation is
+        kept whatever its law. With a seed the global random state is left alone.
+        """
+        with torch.random.fork_rng(devices=[], enabled=seed is not None):
+            if seed is not None:
+                torch.manual_seed(seed)
+            return [self._fresh(k) for k in range(self.K)]
+
+    def _fresh(self, k: int) -> nn.Module:
+        (member,) = extract(self.plan, {k: self.member_shell()}, self.model, "sum")
+        known = tensors(self.model)
+        redrawn = set()
+        for path, module in member.named_modules():
+            if callable(getattr(module, "reset_parameters", None)):
+                module.reset_parameters()
+                redrawn |= {f"{path}.{name}" if path else name for name, _ in module.named_parameters(recurse=False)}
+        with torch.no_grad():
+            for name, parameter in member.named_parameters():
+                whole = known[name]
+                if name not in redrawn:
+                    continue
+                if bool((whole == whole.reshape(-1)[0]).all()):
+                    parameter.copy_(whole.reshape(-1)[0].expand_as(parameter))
+                elif parameter.dim() > 1 and parameter.numel() > 1:
+                    fan_in = whole[0].numel() / parameter[0].numel()
+                    parameter *= whole.std() * fan_in**0.5 / parameter.std()
+        return member
+
+    def extract(self, model: nn.Module, head: str = "sum") -> list[nn.Module]:
+        """K sub-networks holding the diagonal blocks of `model`'s weights: the inverse of compose.
+
+        The bias of a head comes back as 1/K each (2.14 adds them up); head="mean" undoes (2.22).
+        """
+        check_head(head, self._split_outputs and head != "sum")
+        check_members(on_meta(self.model), [model], 1, "network")
+        return extract(self.plan, {k: self.member_shell() for k in range(self.K)}, model, head)
+
+    def compose(self, subnets: Sequence[nn.Module], head: str = "sum") -> nn.Module:
+        """The global network of K sub-networks (2.11)–(2.14): block-diagonal, zero between members.
+
+        head: "sum" adds the members' outputs, "mean" averages them (2.22), "concat" puts them side by side.
+        Raises PackError when the sub-networks are not of this decomposition.
+        """
+        if self._split_outputs and head == "sum":
+            head = "concat"
+        check_head(head, self._split_outputs)
+        check_members(self.member_shell(), subnets, self.K)
+        net = on_meta(self.model)
+        orders: dict[bool, dict[str, str]] = {}
+        buffers: dict[str, Any] = {}
+        for mode, reorders in self.plan.reorders.items():
+            orders[mode] = {node: f"_order_{'train' if mode else 'eval'}_{node}" for node in reorders}
+            buffers |= {orders[mode][node]: order for node, order in reorders.items()}
+        net = compose(self.plan, net, subnets, "sum" if self._split_outputs else head)
+        device = next(subnets[0].parameters()).device
+        for name, order in buffers.items():
+            net.register_buffer(name, torch.from_numpy(order).to(device), persistent=False)
+        net.train(subnets[0].training)
+        return self._rewritten(net, {}, orders)
+
+    def report(self) -> Report:
+        """The cost of the global network, one member and all K, layer by layer (paper 2.1.2)."""
+        from .report.decomposition import report
+
+        return report(self)
+
+    def __repr__(self) -> str:
+        crop = "×".join(map(str, self.crops[0].size))
+        return f"Decomposition of {type(self.model).__name__} into {self.K} sub-networks on crops of {crop}"
+
+
+def grouped_subnets(
+    model: nn.Module,
+    input_size: Sequence[int],
+    partitions: Partitions = 4,
+    crop_size: int | Sequence[int] | None = None,
+    margin: int = 0,
+    head: str = "sum",
+    seed: int | None = None,
+) -> Packed:
+    """The K fresh sub-networks of `model` as one module that reads the global batch; arguments as in `decompose`.
+
+    packed(x): (N, C, *spatial) → (K, N, classes); packed.compose() gives the global network back.
+    """
+    decomposition = decompose(model, input_size, partitions, crop_size, margin, head)
+    packed = pack(decomposition.subnets(seed), crops=decomposition.crops)
+    packed.decomposition = decomposition
+    return packed
+
+
+__all__ = ["Decomposition", "decompose", "grouped_subnets"]

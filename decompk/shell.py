@@ -1,0 +1,103 @@
+"""Modules that stand in for another: the same parameter names, a forward of their own."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.fx.node import map_arg
+
+
+class Shell(nn.Module):
+    """Wraps `net` without adding a level of names: parameters, buffers and children are the same objects."""
+
+    net: nn.Module
+
+    def __init__(self, net: nn.Module):
+        super().__init__()
+        object.__setattr__(self, "net", net)  # unregistered, or every name would begin with "net."
+        self._parameters = net._parameters
+        self._buffers = net._buffers
+        self._modules = net._modules
+        self._non_persistent_buffers_set = net._non_persistent_buffers_set
+        self.training = net.training
+
+    def train(self, mode: bool = True) -> Shell:
+        super().train(mode)
+        self.net.training = mode
+        return self
+
+
+class Rewritten(Shell):
+    """A network that runs an edited copy of its own torch.fx graph, one for train and one for eval mode.
+
+    Needed where the author's code holds a number or an order of channels that a member or the composed network must
+    have otherwise: `split(x, 64, dim=1)`, a channel shuffle.
+    """
+
+    def __init__(self, net: nn.Module, graphs: dict[bool, fx.Graph]):
+        super().__init__(net)
+        self._source = {mode: _source(graph) for mode, graph in graphs.items()}
+        self._code: dict[bool, Callable] = {mode: _compiled(*source) for mode, source in self._source.items()}
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return self._code[self.training](self.net, x)
+
+    def extra_repr(self) -> str:
+        return f"{type(self.net).__name__} with its graph edited"
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_code": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._code = {mode: _compiled(*source) for mode, source in self._source.items()}
+
+
+def edited(graph: fx.Graph, arguments: dict[str, tuple], orders: dict[str, str]) -> fx.Graph:
+    """A copy of `graph` with other arguments for some nodes and, behind others, a channel order read from a buffer.
+
+    `arguments`: node name → (args, kwargs) in terms of the old graph's nodes. `orders`: node name → buffer name.
+    """
+    copy = fx.Graph()
+    twin: dict[fx.Node, fx.Node] = {}
+    for node in graph.nodes:
+        twin[node] = copy.node_copy(node, twin.__getitem__)
+        if node.name in arguments:
+            twin[node].args, twin[node].kwargs = map_arg(arguments[node.name], twin.__getitem__)
+        if node.name in orders:
+            order = copy.get_attr(orders[node.name])
+            twin[node] = copy.call_function(torch.index_select, (twin[node], 1, order))
+    return copy
+
+
+def _source(graph: fx.Graph) -> tuple[str, dict[str, Any]]:
+    code = graph.python_code("self")
+    imports: dict[str, Any] = {}
+    for name, value in code.globals.items():
+        if value is type(None):  # torch.fx always imports it; it has no importable name
+            continue
+        if inspect.ismodule(value):
+            imports[name] = (value.__name__, "")
+        elif hasattr(value, "__qualname__"):
+            imports[name] = (value.__module__, value.__qualname__)
+        else:
+            imports[name] = value
+    return code.src, imports
+
+
+def _compiled(source: str, imports: dict[str, Any]) -> Callable:
+    scope: dict[str, Any] = {}
+    for name, value in imports.items():
+        if isinstance(value, tuple):
+            found: Any = importlib.import_module(value[0])
+            for part in filter(None, value[1].split(".")):
+                found = getattr(found, part)
+            value = found
+        scope[name] = value
+    exec(compile(source, "<decompk graph>", "exec"), scope)
+    return scope["forward"]
