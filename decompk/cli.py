@@ -1,0 +1,113 @@
+"""The `decompk` command. Exit codes: 0 done, 1 a check failed, 2 the arguments or the input are wrong."""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from . import models
+from .decompose import decompose
+from .errors import DecompkError
+from .report.table import FORMATS
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; a user's mistake ends in one sentence on stderr."""
+    arguments = _parser().parse_args(argv)
+    try:
+        return arguments.run(arguments)
+    except DecompkError as error:
+        print(f"decompk: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # the reader of a pipe (head, less) has seen enough
+        sys.stderr.close()
+        return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("decompk", description="Train K networks for little more than the price of one.")
+    commands = parser.add_subparsers(required=True, metavar="command")
+
+    report = commands.add_parser("report", help="what a decomposition saves, layer by layer, beside the paper's ratios")
+    report.add_argument("--model", default="resnet50", help=f"{', '.join(models.names())}, or module:callable")
+    report.add_argument(
+        "--partitions", default="4", help="a square number, or rows and columns such as 2x4 (default 4)"
+    )
+    report.add_argument("--input", help="pixels: 224, or 224x160 (default: what the model is meant for)")
+    report.add_argument("--channels", type=int, default=3, help="input channels of your own model (default 3)")
+    report.add_argument("--crop", help="pixels of a crop, 140 or 140x96 (default: no overlap)")
+    report.add_argument("--margin", type=int, default=0, help="pixels cut off every border first (default 0)")
+    report.add_argument(
+        "--paper", action="store_true", help="every analytic table of the papers: printed, ours, verdict"
+    )
+    report.set_defaults(run=_report)
+
+    demo = commands.add_parser("demo", help="decompose, train, compose and fine-tune on real digits: two minutes")
+    demo.add_argument("--out", type=Path, default=Path("demo-out"), help="folder for the plot and the figures")
+    demo.add_argument("--epochs", type=_epochs, default=(12, 8), help="members,global (default 12,8)")
+    demo.add_argument("--seed", type=int, default=0)
+    demo.set_defaults(run=_demo)
+
+    info = commands.add_parser("info", help="what is available here, and why the rest is not")
+    info.set_defaults(run=_info)
+    for command in (report, info):
+        command.add_argument("--format", choices=FORMATS, default="table")
+    return parser
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    if arguments.paper:
+        from .report.paper import paper_report
+
+        print(paper_report(arguments.format).rstrip("\n"))
+        return 0
+    if ":" in arguments.model:
+        size = (arguments.channels, *_sizes(arguments.input or "224", "--input", repeat=2))
+        with torch.device("cpu"):
+            model = models.build(arguments.model)
+    else:
+        known = models.spec(arguments.model)
+        size = (known.input_size[0], *_sizes(arguments.input, "--input", 2)) if arguments.input else known.input_size
+        takes_size = "input_size" in inspect.signature(known.factory).parameters
+        with torch.device("meta"):  # only shapes matter here
+            model = models.build(arguments.model, **({"input_size": size} if takes_size else {}))
+    parts = _sizes(arguments.partitions, "--partitions", repeat=1)
+    crop = _sizes(arguments.crop, "--crop", repeat=len(size) - 1) if arguments.crop else None
+    d = decompose(model, size, parts[0] if len(parts) == 1 else parts, crop, arguments.margin)
+    print(d.report().render(arguments.format).rstrip("\n"))
+    return 0
+
+
+def _sizes(text: str, option: str, repeat: int) -> tuple[int, ...]:
+    """'224' → (224,) * repeat; '2x4' or '2,4' → (2, 4)."""
+    numbers = re.split(r"[x×,]", text)
+    if not all(number.strip().isdigit() for number in numbers):
+        raise DecompkError(f"{option} {text!r} is not a number or a pair such as 2x4.")
+    return tuple(map(int, numbers)) * (repeat if len(numbers) == 1 else 1)
+
+
+def _epochs(text: str) -> tuple[int, int]:
+    numbers = text.split(",")
+    if len(numbers) != 2 or not all(n.isdigit() and int(n) > 0 for n in numbers):
+        raise argparse.ArgumentTypeError(f"{text!r} is not two positive numbers such as 12,8")
+    return int(numbers[0]), int(numbers[1])
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    from .demo import run
+
+    run(arguments.out, arguments.epochs, arguments.seed)
+    return 0
+
+
+def _info(arguments: argparse.Namespace) -> int:
+    from .info import info
+
+    print(info().render(arguments.format).rstrip("\n"))
+    return 0

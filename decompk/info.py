@@ -1,0 +1,56 @@
+"""What is available on this machine, and why the rest is not."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+
+import torch
+
+from .report.table import Column, Table
+
+
+def info() -> Table:
+    """Versions, device and backends, one row each with what is missing and why. Imports nothing heavy."""
+    from . import __version__
+
+    rows = [
+        ("decompk", __version__, ""),
+        ("python", platform.python_version(), ""),
+        ("torch", torch.__version__, f"{torch.get_num_threads()} CPU threads"),
+        _device(),
+        ("backend torch", "available", "runs every packed layer"),
+        ("backend triton", "absent", _triton()),
+        ("backend cuda", "absent", "this version has no C++ extension"),
+        _package("fvcore", "the tests cross-check the counts with it", "test"),
+        _package("scikit-learn", "holds the demo's images", "demo"),
+        _package("matplotlib", "draws the demo's curves", "plot"),
+    ]
+    return Table("decompk here", [Column("what"), Column("state"), Column("detail")], rows)
+
+
+def _device() -> tuple[str, str, str]:
+    if not torch.cuda.is_available():
+        built = torch.version.cuda
+        why = f"torch is built for CUDA {built}, but no GPU answers" if built else "this torch is built without CUDA"
+        return ("GPU", "none", why)
+    major, minor = torch.cuda.get_device_capability()
+    return ("GPU", torch.cuda.get_device_name(), f"sm_{major}{minor}, CUDA {torch.version.cuda}")
+
+
+def _triton() -> str:
+    version = _version("triton")
+    installed = f"triton {version} is installed, but" if version else "triton is not installed, and"
+    return f"{installed} this version has no Triton kernels"
+
+
+def _package(name: str, purpose: str, extra: str) -> tuple[str, str, str]:
+    version = _version(name)
+    return (name, version or "absent", purpose if version else f"{purpose}: pip install decompk[{extra}]")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None

@@ -1,0 +1,266 @@
+"""Theorems 2.1 and 2.2 as checks on real networks: each returns the largest violation it finds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.fx.node import map_arg
+from torch.nn import functional as F
+
+from .decompose import Decomposition
+from .graph import Window, windows
+from .roles import operation_name
+from .rules import ELEMENTWISE_FUNCTIONS, ELEMENTWISE_MODULES
+
+
+@dataclass(frozen=True)
+class Span:
+    """One axis of a member's map beside the global one: position q is there q + offset, and equal on [low, high)."""
+
+    offset: Fraction
+    low: int
+    high: int
+    size: int
+    whole: int
+
+    @property
+    def meets_start(self) -> bool:
+        """The crop begins where the map begins, so that padding there is padding in both."""
+        return self.offset == 0 and self.low == 0
+
+    @property
+    def meets_end(self) -> bool:
+        return self.offset + self.size == self.whole and self.high == self.size
+
+
+@dataclass(frozen=True)
+class LayerCheck:
+    """One node and one member: where its map must equal the composed network's, and by how much it does not."""
+
+    name: str
+    member: int
+    field: tuple[tuple[int, int], ...] | None  # per axis, in the member's positions; None: no field
+    reason: str  # why there is no field
+    violation: float
+
+
+@dataclass(frozen=True)
+class FeatureCheck:
+    """violation: the largest |composed − member| over all layers' fields. output: |composed(x) − Σ_k member_k|, or
+    None where some member's last layer lies outside its field (padding, global pooling)."""
+
+    violation: float
+    output: float | None
+    layers: tuple[LayerCheck, ...]
+
+
+def theorem_2_1(d: Decomposition, subnets: Sequence[nn.Module], composed: nn.Module, x: torch.Tensor) -> FeatureCheck:
+    """(2.15), (2.16): on every layer's activation field, block k of the composed network equals sub-network k.
+
+    x: (N, C, *spatial), the global batch. Networks are run in eval mode and left in the mode they had. The field of a
+    layer is what depends on the crop alone: it shrinks with every window that reaches past a cut edge, and is empty
+    where a stride does not divide the crop's start or an operation looks at the whole map.
+    """
+    graph = d.plan.graphs[False]
+    crops = d.split(x)
+    whole = _features(composed, graph, x, {}, d.plan.reorders[False])
+    checks, outputs, exact = [], [], True
+    for k, (member, crop) in enumerate(zip(subnets, crops, strict=True)):
+        own = _features(member, graph, crop, d.plan.member_args[False], {})
+        fields = _fields(d, graph, k, own, whole)
+        for node in graph.nodes:
+            channels = d.plan.channels[False].get(node.name)
+            if node.op in ("placeholder", "get_attr", "output") or channels is None or node not in fields:
+                continue
+            found = fields[node]
+            if isinstance(found, str):
+                checks.append(LayerCheck(node.name, k, None, found, 0.0))
+                continue
+            block = whole[node][:, torch.from_numpy(channels[k]).to(x.device)]
+            mine = own[node]
+            for axis, span in enumerate(found, start=2):
+                block = block.narrow(axis, span.low + int(span.offset), span.high - span.low)
+                mine = mine.narrow(axis, span.low, span.high - span.low)
+            violation = (block - mine).abs().max().item() if block.numel() else 0.0
+            checks.append(LayerCheck(node.name, k, tuple((s.low, s.high) for s in found), "", violation))
+        last = next(n for n in graph.nodes if n.op == "output")
+        heads = list(last.all_input_nodes)
+        exact &= all(not isinstance(fields.get(h, ""), str) for h in heads)
+        outputs.append([own[h] for h in heads])
+    output = None
+    if exact:
+        heads = next(n for n in graph.nodes if n.op == "output").all_input_nodes
+        output = max((whole[h] - sum(o[i] for o in outputs)).abs().max().item() for i, h in enumerate(heads))
+    violation = max([check.violation for check in checks] + ([output] if output is not None else []), default=0.0)
+    return FeatureCheck(violation, output, tuple(checks))
+
+
+@dataclass(frozen=True)
+class BoundCheck:
+    """What Theorem 2.2 says of N samples; violation ≤ rounding means that it holds.
+
+    all_right: samples every member classifies correctly; lost: those of them that the composed network does not.
+    loss, bound: both sides of (2.19), summed over the samples. violation: the largest excess over any of the claims.
+    """
+
+    all_right: int
+    lost: int
+    loss: float
+    bound: float
+    violation: float
+
+
+def theorem_2_2(logits: torch.Tensor, target: torch.Tensor, composed: torch.Tensor | None = None) -> BoundCheck:
+    """(2.19): what K members classify correctly, their sum does too, at no higher loss; else min over the right
+    members plus the sum over the wrong ones bounds it.
+
+    logits: (K, N, classes), the members' outputs. target: (N,), class numbers. composed: (N, classes), the composed
+    network's outputs; the theorem rests on (2.16), so that is Σ_k logits, the default.
+    """
+    members, samples, classes = logits.shape
+    composed = logits.sum(0) if composed is None else composed
+    flat = F.cross_entropy(logits.reshape(-1, classes), target.repeat(members), reduction="none")
+    losses = flat.reshape(members, samples)
+    loss = F.cross_entropy(composed, target, reduction="none")
+    at_target = logits.gather(2, target.expand(members, samples)[..., None])
+    right = (logits <= at_target).all(2)
+    best = torch.where(right, losses, torch.inf).amin(0)
+    bound = torch.where(best.isinf(), 0, best) + torch.where(right, 0, losses).sum(0)
+    agreed = right.all(0)
+    composed_right = (composed <= composed.gather(1, target[:, None])).all(1)
+    lost = int((agreed & ~composed_right).sum())
+    excess = [(loss - bound).max().item()]
+    if agreed.any():
+        excess.append((loss - losses.amin(0))[agreed].max().item())
+        excess.append((composed.amax(1) - composed.gather(1, target[:, None])[:, 0])[agreed].max().item())
+    return BoundCheck(int(agreed.sum()), lost, loss.sum().item(), bound.sum().item(), max(0.0, *excess))
+
+
+class _Features(fx.Interpreter):
+    """Runs the analysed graph on a network and keeps every value; applies the plan's edits on the way."""
+
+    def __init__(self, net: nn.Module, graph: fx.Graph, arguments: dict, orders: dict):
+        super().__init__(net, garbage_collect_values=False, graph=graph)
+        self._arguments, self._orders = arguments, orders
+
+    def run_node(self, node: fx.Node) -> Any:
+        args, kwargs = self.fetch_args_kwargs_from_env(node)
+        if node.name in self._arguments:
+            args, kwargs = map_arg(self._arguments[node.name], self.env.__getitem__)
+        value = getattr(self, node.op)(node.target, args, kwargs)
+        if node.name in self._orders:
+            value = value.index_select(1, torch.from_numpy(self._orders[node.name]).to(value.device))
+        return value
+
+
+def _features(net: nn.Module, graph: fx.Graph, x: torch.Tensor, arguments: dict, orders: dict) -> dict[fx.Node, Any]:
+    modes = [(module, module.training) for module in net.modules()]
+    interpreter = _Features(net.eval(), graph, arguments, orders)
+    try:
+        with torch.no_grad():
+            interpreter.run(x)
+    finally:
+        for module, mode in modes:
+            module.training = mode
+    return interpreter.env
+
+
+_Field = tuple[Span, ...] | str  # a string says why there is none
+
+
+def _fields(d: Decomposition, graph: fx.Graph, k: int, own: dict, whole: dict) -> dict[fx.Node, _Field]:
+    """The activation field of crop k at every node that holds a tensor."""
+    fields: dict[fx.Node, _Field] = {}
+    modules = dict(d.model.named_modules(remove_duplicate=False))
+    for node in graph.nodes:
+        if not isinstance(own.get(node), (torch.Tensor, tuple)) or node.op == "output":
+            continue
+        if node.op == "placeholder":
+            sizes = zip(d.crops[k].start, d.crops[k].size, d.input_size[1:], strict=True)
+            fields[node] = tuple(Span(Fraction(start), 0, size, size, full) for start, size, full in sizes)
+            continue
+        sources = [fields[n] for n in node.all_input_nodes if n in fields]
+        if sources:
+            fields[node] = _step(node, modules, _meet(sources), own[node], whole[node], d, k)
+    return fields
+
+
+def _meet(sources: list[_Field]) -> _Field:
+    """Where several operands all are as they should be."""
+    for source in sources:
+        if isinstance(source, str):
+            return source
+    maps = [s for s in sources if s]
+    if not maps:
+        return ()
+    if any([s.offset for s in m] != [s.offset for s in maps[0]] for m in maps) or len({len(m) for m in maps}) > 1:
+        return "operands lie at different offsets"
+    spans = [replace(s[0], low=max(t.low for t in s), high=min(t.high for t in s)) for s in zip(*maps, strict=True)]
+    return tuple(spans)
+
+
+_SAME_PLACE = (
+    nn.modules.batchnorm._NormBase, nn.PReLU, nn.ChannelShuffle, nn.Flatten, nn.LayerNorm,
+)  # fmt: skip
+_MOVES = {"cat", "chunk", "split", "channel_shuffle", "flatten"}
+
+
+def _step(node: fx.Node, modules: dict, field: _Field, own: Any, whole: Any, d: Decomposition, k: int) -> _Field:
+    if isinstance(field, str):
+        return field
+    module = modules.get(node.target) if node.op == "call_module" else None
+    name = operation_name(node)
+    if isinstance(own, tuple) or own.dim() == 2 and isinstance(module, nn.Linear) or name == "linear":
+        if isinstance(module, nn.Linear) and field:
+            return _first_fc(node, field, d, k)
+        return field
+    if isinstance(module, _SAME_PLACE) or type(module).__name__ in ELEMENTWISE_MODULES or name in ELEMENTWISE_FUNCTIONS:
+        return field
+    if name in _MOVES or (name == "view" and own.dim() == 2):
+        return field
+    spatial = own.dim() - 2
+    regroups = name in ("transpose", "getitem") or (name == "view" and spatial <= len(field) + 1)
+    if regroups and tuple(own.shape[-len(field) :]) == tuple(s.size for s in field):
+        return field  # channels were regrouped, space was not touched
+    found = windows(module if module is not None else name, len(field), *_arguments(node)) if field else None
+    if found is None:
+        return f"'{node.target}' looks past the crop"
+    sizes = zip(field, found, own.shape[2:], whole.shape[2:], strict=True)
+    spans = [_through(span, window, size, full) for span, window, size, full in sizes]
+    if any(s.offset.denominator != 1 for s in spans):
+        return f"the crop starts between two positions of '{node.target}'"
+    if any(s.low >= s.high for s in spans):
+        return f"nothing of the crop is left inside at '{node.target}'"
+    return tuple(spans)
+
+
+def _arguments(node: fx.Node) -> tuple[tuple, dict]:
+    return (tuple(node.args[1:]), dict(node.kwargs)) if node.op != "call_module" else ((), {})
+
+
+def _first_fc(node: fx.Node, field: tuple[Span, ...], d: Decomposition, k: int) -> _Field:
+    """The first FC layer reads its window: right if the whole map is, and lies where (2.13) placed the kernel."""
+    whole_map = all(s.low == 0 and s.high == s.size and s.offset.denominator == 1 for s in field)
+    if not whole_map or not (node.target in d.plan.adapted or all(s.size == s.whole for s in field)):
+        return f"'{node.target}' reads positions outside the field"
+    return ()
+
+
+def _through(span: Span, w: Window, size: int, whole: int) -> Span:
+    """The field behind one window along one axis; `size` and `whole` are the member's and the global output sizes."""
+    before, _ = w.padding
+    reach = (w.kernel - 1) * w.dilation
+    if w.transposed:
+        offset = span.offset * w.stride
+        low = 0 if span.meets_start else (span.low - 1) * w.stride - before + reach + 1
+        high = size if span.meets_end else span.high * w.stride - before
+    else:
+        offset = span.offset / w.stride
+        low = 0 if span.meets_start else -(-(span.low + before) // w.stride)
+        high = size if span.meets_end else (span.high - 1 + before - reach) // w.stride + 1
+    return Span(offset, max(low, 0), min(high, size), size, whole)

@@ -1,0 +1,206 @@
+"""Decompose, extract, compose: the way there and back."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from nets import ADAPTED, EXACT, NETS, NOTED, build
+from torch import nn
+
+import decompk
+from decompk.compose import tensors
+from decompk.shell import Rewritten
+
+
+def awake(nets):
+    """Running statistics that are not 0 and 1, in eval mode."""
+    for net in nets:
+        for module in net.modules():
+            if isinstance(module, nn.modules.batchnorm._NormBase) and module.running_mean is not None:
+                module.running_mean.normal_()
+                module.running_var.uniform_(0.5, 2)
+        net.eval()
+    return nets
+
+
+def leaves(output):
+    return [output] if isinstance(output, torch.Tensor) else [t for part in output for t in leaves(part)]
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_the_composed_network_is_the_sum_of_its_members_on_the_full_image(name):
+    _, d = build(name)
+    subnets = awake(d.subnets(seed=0))
+    composed = d.compose(subnets)
+    x = torch.randn(3, *d.input_size, dtype=torch.float64)
+    with torch.no_grad():
+        torch.testing.assert_close(composed(x), sum(net(x) for net in subnets), rtol=0, atol=1e-12)
+    assert not d.notes
+
+
+def test_every_head_of_a_training_network_is_the_sum_of_the_members(name="auxiliary"):
+    _, d = build(name)
+    subnets = d.subnets(seed=0)
+    composed = d.compose(subnets).train()
+    x = torch.randn(3, *d.input_size, dtype=torch.float64)
+    outputs = [net.train()(x) for net in subnets]
+    for i, whole in enumerate(composed(x)):
+        torch.testing.assert_close(whole, sum(out[i] for out in outputs), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_extract_gives_back_the_bits_that_compose_was_given(name):
+    net, d = build(name)
+    subnets = awake(d.subnets(seed=0))
+    composed = d.compose(subnets)
+    again = d.extract(composed)
+    for member, back in zip(subnets, again, strict=True):
+        assert tensors(member).keys() == tensors(back).keys()
+        for key, value in tensors(member).items():
+            if key not in d.plan.summed:
+                assert torch.equal(value, tensors(back)[key]), key
+    for key, value in tensors(d.compose(again)).items():
+        assert torch.equal(value, tensors(composed)[key]), key
+
+
+@pytest.mark.parametrize("name", ADAPTED)
+def test_composing_extracted_blocks_of_any_network_keeps_its_blocks_and_head_bias(name):
+    net, d = build(name)
+    once = d.compose(d.extract(net))
+    for key, value in tensors(once).items():
+        kept = value != 0
+        assert torch.equal(value[kept], tensors(net)[key][kept]), key
+    for bias in d.plan.summed:
+        assert torch.equal(tensors(once)[bias], tensors(net)[bias])
+
+
+@pytest.mark.parametrize("K", [2, 3, 5, 6, 7])
+def test_a_head_bias_survives_extract_and_compose_to_the_bit(K):
+    net = nn.Sequential(nn.Conv1d(1, 420, 1), nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(420, 9))
+    d = decompk.decompose(net, (1, 42), K)
+    assert torch.equal(d.compose(d.extract(net))[3].bias, net[3].bias)
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_members_run_on_their_crops_and_keep_class_and_names(name):
+    net, d = build(name)
+    x = torch.randn(2, *d.input_size, dtype=torch.float64)
+    for member, crop in zip(d.subnets(seed=0), d.split(x), strict=True):
+        inner = member.net if isinstance(member, Rewritten) else member
+        assert type(inner) is type(net)
+        assert [*member.state_dict()] == [*net.state_dict()]
+        with torch.no_grad():
+            shapes = [tuple(t.shape) for t in leaves(member.eval()(crop))]
+            whole = [tuple(t.shape) for t in leaves(net.eval()(x))]
+        assert [s[:2] for s in shapes] == [s[:2] for s in whole]
+
+
+@pytest.mark.parametrize("name", NOTED)
+def test_what_is_not_exact_is_said_and_still_composes(name):
+    _, d = build(name)
+    assert d.notes
+    composed = d.compose(d.subnets(seed=0))
+    assert composed.eval()(torch.randn(2, *d.input_size, dtype=torch.float64)).shape == (2, 5)
+
+
+def test_a_shuffling_network_composes_to_one_that_shuffles_within_members_and_can_be_kept(tmp_path):
+    _, d = build("shuffle")
+    composed = d.compose(awake(d.subnets(seed=0)))
+    assert isinstance(composed, Rewritten)
+    x = torch.randn(2, *d.input_size, dtype=torch.float64)
+    expected = composed(x)
+    assert torch.equal(copy.deepcopy(composed)(x), expected)
+    assert torch.equal(pickle.loads(pickle.dumps(composed))(x), expected)
+    assert torch.equal(torch.compile(composed, backend="aot_eager", fullgraph=True)(x), expected)
+    assert composed.float()(x.float()).dtype == torch.float32
+    assert not [key for key in composed.state_dict() if "order" in key]
+
+
+def test_numbers_written_into_the_code_follow_the_members_width():
+    net, d = build("pieces")
+    member = d.subnets(seed=0)[0]
+    assert isinstance(member, Rewritten)
+    member.train()
+    member(torch.randn(2, 3, 8, 8, dtype=torch.float64)).sum().backward()
+    assert all(p.grad is not None for p in member.parameters())
+
+
+def test_the_global_network_and_its_mode_are_left_alone():
+    net, _ = build("residual")
+    before = {key: value.clone() for key, value in net.state_dict().items()}
+    net.eval()
+    net.stem.train()
+    d = decompk.decompose(net, (3, 16, 16))
+    d.compose(d.subnets())
+    assert (net.training, net.stem.training, net.a.training) == (False, True, False)
+    assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
+
+
+def test_a_seed_gives_the_same_members_and_leaves_the_random_state_alone():
+    _, d = build("residual")
+    state = torch.random.get_rng_state()
+    first, second = d.subnets(seed=3), d.subnets(seed=3)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    for a, b in zip(first, second, strict=True):
+        assert all(torch.equal(v, b.state_dict()[key]) for key, v in a.state_dict().items())
+    assert not torch.equal(first[0].a.weight, first[1].a.weight)
+
+
+def test_fresh_members_keep_the_authors_initialisation():
+    net = decompk.models.vgg16(num_classes=10, input_size=(3, 32, 32), width=32, fc=64)
+    for name, module in decompk.decompose(net, (3, 32, 32)).subnets(seed=0)[0].named_modules():
+        if isinstance(module, nn.Conv2d):
+            own = net.get_submodule(name)
+            gain = module.weight.std() * module.weight[0].numel() ** 0.5
+            torch.testing.assert_close(gain, own.weight.std() * own.weight[0].numel() ** 0.5, rtol=1e-3, atol=0)
+            assert not module.bias.any()
+
+
+def test_mean_heads_average_and_extract_undoes_it():
+    _, d = build("residual")
+    subnets = awake(d.subnets(seed=0))
+    composed = d.compose(subnets, head="mean")
+    x = torch.randn(2, 3, 16, 16, dtype=torch.float64)
+    torch.testing.assert_close(composed(x), sum(net(x) for net in subnets) / 4, rtol=0, atol=1e-12)
+    for net, back in zip(subnets, d.extract(composed, head="mean"), strict=True):
+        assert torch.equal(net.head.fc.weight, back.head.fc.weight)
+
+
+def test_concatenated_heads_put_the_members_outputs_side_by_side():
+    _, d = build("residual")
+    subnets = awake(d.subnets(seed=0))
+    x = torch.randn(2, 3, 16, 16, dtype=torch.float64)
+    composed = d.compose(subnets, head="concat")
+    assert composed.head.fc.out_features == 20
+    torch.testing.assert_close(composed(x), torch.cat([net(x) for net in subnets], 1), rtol=0, atol=1e-12)
+
+
+def test_a_network_may_be_divided_to_its_very_outputs():
+    net = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 12, 3, padding=1)).double()
+    d = decompk.decompose(net, (3, 8, 8), 4, head="concat")
+    subnets = d.subnets(seed=0)
+    x = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    torch.testing.assert_close(d.compose(subnets)(x), torch.cat([m(x) for m in subnets], 1), rtol=0, atol=1e-12)
+    assert torch.equal(d.extract(d.compose(subnets))[2][2].bias, subnets[2][2].bias)
+
+
+def test_the_first_fc_layer_lies_where_its_crop_is():
+    net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.MaxPool2d(32), nn.Flatten(), nn.Linear(4 * 49, 4), nn.Linear(4, 2))
+    d = decompk.decompose(net, (3, 224, 224), 4)
+    members = d.extract(net)
+    assert members[0][3].weight.shape == (1, 9)
+    for member, rows in zip(members, ([0, 1, 2], [0, 1, 2], [4, 5, 6], [4, 5, 6]), strict=True):
+        k = members.index(member)
+        columns = [0, 1, 2] if k % 2 == 0 else [4, 5, 6]
+        block = net[3].weight[k].reshape(4, 7, 7)[k][rows][:, columns]
+        assert torch.equal(member[3].weight[0].reshape(3, 3), block)
+
+
+def test_splitting_a_batch_copies_nothing():
+    d = build("residual")[1]
+    x = torch.randn(2, 3, 16, 16)
+    parts = d.split(x)
+    assert [tuple(p.shape) for p in parts] == [(2, 3, 8, 8)] * 4
+    assert all(p.untyped_storage().data_ptr() == x.untyped_storage().data_ptr() for p in parts)
+    assert torch.equal(parts[3], x[:, :, 8:, 8:])

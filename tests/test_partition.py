@@ -1,0 +1,62 @@
+import pytest
+import torch
+
+from decompk import Crop, PartitionError
+from decompk.partition import make_crops
+
+
+def starts(*arguments, **options):
+    return [crop.start for crop in make_crops(*arguments, **options)]
+
+
+def test_a_grid_drops_the_last_pixels_that_do_not_divide():
+    crops = make_crops((9, 11), 4)
+    assert crops == (Crop(0, 0, 4, 5), Crop(0, 5, 4, 5), Crop(4, 0, 4, 5), Crop(4, 5, 4, 5))
+
+
+def test_the_papers_crops():
+    assert starts((32, 32), 4, 20) == [(0, 0), (0, 12), (12, 0), (12, 12)]
+    assert starts((224, 224), 4, 140)[-1] == (84, 84)
+    sixteen = make_crops((224, 224), 16, 70, margin=24)
+    assert sixteen[0] == Crop(24, 24, 70, 70) and sixteen[-1] == Crop(130, 130, 70, 70) and len(sixteen) == 16
+    assert len(make_crops((224, 224), (2, 4), 96)) == 8
+
+
+def test_signals_and_volumes_are_cut_too():
+    assert make_crops((10,), 3) == (Crop(0, 3), Crop(3, 3), Crop(6, 3))
+    assert len(make_crops((4, 4, 4), 8)) == 8
+    assert make_crops((4, 4, 4), (1, 2, 1))[1] == Crop(0, 2, 0, 4, 2, 4)
+
+
+def test_a_crop_is_a_view_with_named_sides():
+    crop = Crop(1, 2, 3, 4)
+    assert (crop.top, crop.left, crop.height, crop.width) == (1, 2, 3, 4)
+    x = torch.arange(100).reshape(1, 1, 10, 10)
+    assert torch.equal(crop.cut(x), x[:, :, 1:4, 2:6])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (((32, 32), 5), "square number"),
+        (((8, 8, 8), 4), "cube"),
+        (((32, 32), (2, 2, 2)), "2 axes"),
+        (((32, 32), 4, 40), "between 1 and 32"),
+        (((32, 32), 4, None, 16), "margin of 16"),
+        (((32, 32), [Crop(20, 20, 16, 16)]), "outside"),
+        (((32, 32), [Crop(0, 0, 16, 16), Crop(0, 0, 8, 8)]), "differ in size"),
+        (((32, 32), [Crop(0, 16)]), "has 1 axes"),
+        (((32, 32), [Crop(0, 0, 8, 8)], 8), "fixes both"),
+        (((32, 32), 4, (8, 8, 8)), "2 spatial axes"),
+        (((3, 3), 16), "crop"),
+    ],
+)
+def test_a_cut_that_does_not_fit_is_refused_in_one_sentence(arguments, words):
+    with pytest.raises(PartitionError, match=words) as caught:
+        make_crops(*arguments)
+    assert "\n" not in str(caught.value) and str(caught.value).endswith(".")
+
+
+def test_a_crop_needs_starts_and_sizes():
+    with pytest.raises(PartitionError, match="3 numbers"):
+        Crop(1, 2, 3)
