@@ -21,7 +21,7 @@ import torch
 from torch import fx, nn
 from torch.fx.node import map_aggregate, map_arg
 
-from .errors import PartitionError, UnsupportedOperation
+from .errors import DecompkError, PartitionError, UnsupportedOperation
 from .graph import dtype_of, on_meta, trace, where, windows
 from .partition import Crop
 from .roles import (
@@ -41,7 +41,7 @@ from .roles import (
     operation_name,
     tensors_in,
 )
-from .rules import ELEMENTWISE_MODULES, FUNCTION_RULES, MODULE_RULES, covers
+from .rules import ELEMENTWISE_FUNCTIONS, ELEMENTWISE_MODULES, FUNCTION_RULES, MODULE_RULES, covers
 from .strands import Strands
 
 
@@ -124,7 +124,12 @@ class _Pass:
             self.env: dict[fx.Node, Any] = {}
             for node in graph.nodes:
                 self.node = node
-                self.env[node] = self._visit(node)
+                try:
+                    self.env[node] = self._visit(node)
+                except DecompkError:
+                    raise
+                except Exception as error:  # an operation used in a way that its rule does not foresee
+                    self.refuse(f"it cannot be followed ({type(error).__name__}: {_first_line(error)})")
             values[self.mode] = self.env
         self._finish(values)
         return self.plan
@@ -151,6 +156,10 @@ class _Pass:
         rule = FUNCTION_RULES.get(name)
         if rule is None:
             self.refuse(f"'{name}' has no rule")
+        if name not in (ELEMENTWISE_FUNCTIONS | FUNCTIONAL_LAYERS | FACTS):
+            for t in tensors_in((args, kwargs)):
+                if isinstance(t.role, Split) and not t.role.axes:
+                    self.refuse(f"it rearranges parameter '{t.role.bare}', which does not have one value per channel")
         return rule(self, name, args, kwargs)
 
     def refuse(self, what: str, remedy: str = "run it whole, or pack copies of the network with decompk.pack") -> Any:
@@ -182,8 +191,8 @@ class _Pass:
             except RuntimeError as error:
                 shape = next((tuple(t.part.shape[1:]) for t in tensors_in((args, kwargs))), ())
                 raise PartitionError(
-                    f"{where(node)}: a member's map of {by(shape)} does not fit here "
-                    f"({str(error).splitlines()[0].rstrip('.')}); give larger crops."
+                    f"{where(node)}: a member's {by(shape)} does not fit here ({_first_line(error)}); "
+                    "choose other crops or another number of partitions."
                 ) from error
         return full, part
 
@@ -386,9 +395,10 @@ class _Pass:
         key = names[0].target
         options = {k: v for k, v in given.items() if k not in ("input", "weight", "bias")}
         groups = options.get("groups", 1)
+        options["dtype"] = weight.dtype
         with torch.device("meta"):
             if name == "linear":
-                module: nn.Module = nn.Linear(weight.shape[1], weight.shape[0], names[1] is not None)
+                module: nn.Module = nn.Linear(weight.shape[1], weight.shape[0], names[1] is not None, **options)
             else:
                 kind = getattr(nn, {"conv": "Conv", "conv_transpose": "ConvTranspose"}[name[:-2]] + name[-2:])
                 sides = [weight.shape[0], weight.shape[1] * groups][:: 1 if "transpose" in name else -1]
@@ -417,7 +427,9 @@ class _Pass:
         attributes = {into: i, out: o} | ({"groups": groups} if conv else {})
         self._known_tensors(module, {"weight", "bias"})
         if type(module).forward not in _PLAIN_FORWARDS:
-            self.note(f"{type(module).__name__} computes with its whole weight, and composed weights hold zero blocks")
+            self.note(
+                f"{type(module).__name__} computes with its whole weight, zero blocks included: composed(x) may not be the sum"
+            )
         leaf = Leaf("conv" if conv else "linear", groups=groups)
         head = target in self.heads
         if x.role is PARTIAL:
@@ -448,18 +460,9 @@ class _Pass:
                 )
             attributes[out] = o // self.K
         if groups > 1:
-            leaf.member_groups = attributes["groups"] = self._member_groups(i, o, groups)
+            # lcm(G, K) / K groups a member: each lies inside one global group. G and K divide both widths, so lcm does.
+            leaf.member_groups = attributes["groups"] = math.lcm(groups, self.K) // self.K
         return self._finish_layer(target, module, leaf, attributes, x, axis)
-
-    def _member_groups(self, i: int, o: int, groups: int) -> int:
-        """A member gets lcm(G, K)/K groups, so that every group of a member lies inside one global group."""
-        fine = math.lcm(groups, self.K)
-        if i % fine or o % fine:
-            raise PartitionError(
-                f"{where(self.node)}: {groups} groups of {i} → {o} channels do not divide among {self.K} members; "
-                f"{fine} groups would be needed, which {i if i % fine else o} channels do not fill."
-            )
-        return fine // self.K
 
     def _finish_layer(self, target: str, module: nn.Module, leaf: Leaf, attributes: dict, x: T, axis: int) -> Any:
         head = target in self.heads
@@ -485,8 +488,8 @@ class _Pass:
             part = narrow(module, attributes, _member_shapes(module, leaf, attributes))(x.part)
         except RuntimeError as error:
             raise PartitionError(
-                f"{where(self.node)}: a member's map of {by(x.part.shape[1:])} is too small for this layer "
-                f"({str(error).splitlines()[0].rstrip('.')}); give larger crops."
+                f"{where(self.node)}: a member's {by(x.part.shape[1:])} does not fit here ({_first_line(error)}); "
+                "choose other crops or another number of partitions."
             ) from error
         role = PARTIAL if head else Split(known.outputs, (axis,))
         scale = x.scale
@@ -748,6 +751,10 @@ def heads(model: nn.Module, graph: fx.Graph) -> set[str]:
             elif name not in FACTS:  # a size leads back to a tensor without carrying its values
                 pending.append(source)
     return found
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [""])[0].rstrip(".")
 
 
 def _call_method(name: str, owner: Any, *args: Any, **kwargs: Any) -> Any:

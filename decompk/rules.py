@@ -28,11 +28,12 @@ def rule(*names: str) -> Callable:
     return register
 
 
-# ---- elementwise ------------------------------------------------------------------------------------------------------
+# ---- elementwise ----------------------------------------------------------------------------------------------------
 
 
-@rule(
-    "relu", "relu6", "gelu", "silu", "mish", "elu", "selu", "celu", "leaky_relu", "hardswish", "hardsigmoid", "hardtanh",
+ELEMENTWISE_FUNCTIONS = {
+    "relu", "relu6", "gelu", "silu", "mish", "elu", "selu", "celu", "leaky_relu", "hardswish", "hardsigmoid",
+    "hardtanh",
     "sigmoid", "tanh", "softplus", "softsign", "logsigmoid", "threshold", "hardshrink", "softshrink", "tanhshrink",
     "dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout", "feature_dropout",
     "stochastic_depth", "drop_path", "clamp", "clamp_min", "clamp_max", "neg", "abs", "sqrt", "rsqrt", "square", "exp",
@@ -40,7 +41,10 @@ def rule(*names: str) -> Callable:
     "double", "half", "bfloat16", "type", "zeros_like", "ones_like", "empty_like", "rand_like", "bernoulli",
     "requires_grad", "add", "sub", "rsub", "mul", "div", "maximum", "minimum", "where", "lerp", "addcmul", "type_as",
     "gt", "ge", "lt", "le", "eq", "ne", "floor", "round", "fill", "zero", "copy",
-)  # fmt: skip
+}  # fmt: skip
+
+
+@rule(*ELEMENTWISE_FUNCTIONS)
 def elementwise(p: Any, name: str, args: Any, kwargs: Any) -> Any:
     return p.elementwise(name, args, kwargs)
 
@@ -56,7 +60,7 @@ def functional_layer(p: Any, name: str, args: Any, kwargs: Any) -> Any:
     return p.functional_layer(name, args, kwargs)
 
 
-# ---- spatial ----------------------------------------------------------------------------------------------------------
+# ---- spatial --------------------------------------------------------------------------------------------------------
 
 
 @rule("max_pool1d", "max_pool2d", "max_pool3d", "avg_pool1d", "avg_pool2d", "avg_pool3d", "lp_pool1d", "lp_pool2d")
@@ -118,7 +122,7 @@ def pad(p: Any, name: str, args: Any, kwargs: Any) -> Any:
     return p.wrap(full, part, replace(x.role, ids=ids), x.scale)
 
 
-# ---- reductions: fine over space, a mixture over channels -------------------------------------------------------------
+# ---- reductions: fine over space, a mixture over channels -----------------------------------------------------------
 
 
 @rule("mean", "sum", "amax", "amin", "max", "min", "std", "var", "norm", "prod", "logsumexp", "softmax", "log_softmax",
@@ -160,7 +164,7 @@ def _gated(p: Any, x: T, dim: int, full: torch.Tensor, part: torch.Tensor) -> An
     return p.wrap(full, part, replace(x.role, ids=value), x.scale)
 
 
-# ---- moving data ------------------------------------------------------------------------------------------------------
+# ---- moving data ----------------------------------------------------------------------------------------------------
 
 
 @rule("view", "flatten", "unflatten", "squeeze", "unsqueeze")
@@ -578,7 +582,7 @@ def pixel_shuffle(p: Any, name: str, args: Any, kwargs: Any) -> Any:
     return p.wrap(full, part, Split(ids, (1,)), p.scaled(x, None, full, part))
 
 
-# ---- modules ----------------------------------------------------------------------------------------------------------
+# ---- modules --------------------------------------------------------------------------------------------------------
 
 
 def _as_function(name: str) -> Callable:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -79,7 +80,7 @@ def _source(graph: fx.Graph) -> tuple[str, dict[str, Any]]:
     code = graph.python_code("self")
     imports: dict[str, Any] = {}
     for name, value in code.globals.items():
-        if value is type(None):  # torch.fx always imports it; it has no importable name
+        if not re.search(rf"\b{name}\b", code.src):  # torch.fx always brings inf, nan and NoneType along
             continue
         if inspect.ismodule(value):
             imports[name] = (value.__name__, "")
