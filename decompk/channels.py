@@ -427,9 +427,7 @@ class _Pass:
         attributes = {into: i, out: o} | ({"groups": groups} if conv else {})
         self._known_tensors(module, {"weight", "bias"})
         if type(module).forward not in _PLAIN_FORWARDS:
-            self.note(
-                f"{type(module).__name__} computes with its whole weight, zero blocks included: composed(x) may not be the sum"
-            )
+            self.note(f"{type(module).__name__} computes with its whole weight, so composed(x) may not be the sum")
         leaf = Leaf("conv" if conv else "linear", groups=groups)
         head = target in self.heads
         if x.role is PARTIAL:

@@ -104,7 +104,9 @@ def check_head(head: str, split_outputs: bool) -> None:
     if head not in HEADS:
         raise DecompkError(f"head={head!r} is unknown; choose 'sum', 'mean' (regression) or 'concat' (auto-encoder).")
     if split_outputs and head != "concat":
-        raise DecompkError(f"this network was decomposed with head='concat', so head={head!r} has no last layer to join.")
+        raise DecompkError(
+            f"this network was decomposed with head='concat', so head={head!r} has no last layer to join."
+        )
 
 
 def check_members(shell: nn.Module, members: Sequence[nn.Module], count: int, what: str = "sub-network") -> None:

@@ -88,7 +88,8 @@ LINEAR = {
 }  # fmt: skip
 # Questions about a tensor whose answers are plain Python values.
 FACTS = {
-    "size", "dim", "ndimension", "numel", "getattr", "is_floating_point", "stride", "new_empty", "new_zeros", "new_ones",
+    "size", "dim", "ndimension", "numel", "getattr", "is_floating_point", "stride", "new_empty", "new_zeros",
+    "new_ones",
     "new_full", "len",
 }  # fmt: skip
 FUNCTIONAL_LAYERS = {

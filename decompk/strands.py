@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from .errors import PartitionError, UnsupportedOperation
+from .errors import PartitionError
 
 _UNSET, _TORN = -1, -2
 
@@ -59,12 +59,7 @@ class Strands:
         following = np.full(len(self._parent) + 1, _UNSET)
         preceding = np.full(len(self._parent) + 1, _UNSET)
         end = len(self._parent)
-        for ids, (_, where) in zip(arrays, self._required, strict=True):
-            if len(np.unique(ids)) != len(ids):
-                raise UnsupportedOperation(
-                    f"{where()} combines two channels of the same tensor, so they cannot be dealt to members; "
-                    "run such a network whole, or pack copies of it with decompk.pack."
-                )
+        for ids in arrays:
             _note(following, ids, np.append(ids[1:], end))
             _note(preceding, ids, np.append(end, ids[:-1]))
 
@@ -96,5 +91,11 @@ class Strands:
 
 
 def _note(neighbour: np.ndarray, ids: np.ndarray, found: np.ndarray) -> None:
-    known = neighbour[ids]
-    neighbour[ids] = np.where(known == _UNSET, found, np.where(known == found, known, _TORN))
+    """Remember every strand's neighbour in one array; two different ones tear the strand off."""
+    order = np.argsort(ids, kind="stable")
+    first = np.searchsorted(ids[order], ids[order])
+    occurrence = np.arange(len(ids)) - first  # a strand may stand in an array twice: beside its depthwise image
+    for nth in range(occurrence.max() + 1 if len(ids) else 0):
+        at = order[occurrence == nth]
+        known = neighbour[ids[at]]
+        neighbour[ids[at]] = np.where(known == _UNSET, found[at], np.where(known == found[at], known, _TORN))
