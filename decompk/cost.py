@@ -1,0 +1,573 @@
+"""What a network costs: FLOPs, parameters, activations and bytes, layer by layer. Every formula lives here.
+
+All figures are for one sample. A multiply-accumulate is counted at every output position, padding included. The printed
+tables of the paper follow no single convention, so several stand side by side (CONVENTIONS).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields
+from math import prod
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+from .errors import DecompkError
+from .graph import MetaInterpreter, on_meta, trace
+
+Shape = tuple[int, ...]
+
+# ---- formulas -------------------------------------------------------------------------------------------------------
+
+
+def conv_macs(positions: int, c_in: int, c_out: int, kernel: Sequence[int], groups: int = 1) -> int:
+    """Multiply-accumulates of a convolution with `positions` output pixels (input pixels, if it is transposed).
+
+    A fully connected layer is a convolution with one position whose kernel is its whole input.
+    """
+    return positions * (c_in // groups) * prod(kernel) * c_out
+
+
+def conv_weights(c_in: int, c_out: int, kernel: Sequence[int], groups: int = 1) -> int:
+    """Elements of a convolution's kernel, bias apart."""
+    return (c_in // groups) * prod(kernel) * c_out
+
+
+def eq210_flops(macs: int, outputs: int) -> int:
+    """(2.10): HW(2·c_in·t1·t2 − 1)·c_out, which is two per MAC less the first addition of every output element."""
+    return 2 * macs - outputs
+
+
+def profiler_flops(macs: int, weights: int, bias_adds: int, joins: int, w: int) -> int:
+    """What the paper's profiler reports: 2 · MAC + w · kernel weights + bias adds + residual adds and pooling.
+
+    w counts the weights' initialiser and regulariser operations: 5 fits Tables 2.2 and 3.1, 2 fits Table 3.4.
+    """
+    return 2 * macs + w * weights + bias_adds + joins
+
+
+def pool_flops(outputs: int, window: Sequence[int]) -> int:
+    """k · k operations for each output element: comparisons, or additions and one division."""
+    return outputs * prod(window)
+
+
+def norm_flops(elements: int, statistics: bool) -> int:
+    """Two operations an element (scale, shift), and three more where mean and variance are computed as well."""
+    return elements * (5 if statistics else 2)
+
+
+def pass_bytes(inputs: int, weights: int, outputs: int, element_size: int = 4) -> int:
+    """Compulsory traffic of one pass over a layer, each tensor moved once; the same sum for all three passes.
+
+    Forward reads X and W and writes Y; dgrad reads dY and W and writes dX; wgrad reads dY and X and writes dW.
+    """
+    return element_size * (inputs + weights + outputs)
+
+
+@dataclass(frozen=True)
+class Exponents:
+    """Sub-network over global network is (1/K) to these powers, for a uniform split without overlap (2.1.2)."""
+
+    flops: int
+    weights: int
+    activations: int
+
+
+# Layers of any other role have no ratio in the paper. Its 1/K⁴ for the FLOPs of the first FC is a slip for 1/K³.
+ROLES = {
+    "first conv": Exponents(2, 1, 2),
+    "conv": Exponents(3, 2, 2),
+    "first fc": Exponents(3, 3, 1),
+    "fc": Exponents(2, 2, 1),
+    "last fc": Exponents(1, 1, 0),
+}
+
+
+# ---- figures --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Additive figures of a layer or a network, for one sample; they add with + and scale with *."""
+
+    macs: int = 0
+    mac_outputs: int = 0  # output elements of convolutions and matrix products
+    backward_macs: int = 0  # dgrad and wgrad
+    kernel_weights: int = 0  # kernel elements read: no bias, counted again at every use
+    bias_flops: int = 0
+    elementwise_flops: int = 0  # norms, activations, pooling, adds and everything else without MACs
+    join_flops: int = 0  # the part of it that is residual adds and pooling
+    params: int = 0
+    statistics: int = 0  # running means and variances
+    activations: int = 0  # output elements
+    forward_samples: int = 0  # elements moved for every sample
+    forward_weights: int = 0  # elements moved once a batch
+    backward_samples: int = 0
+    backward_weights: int = 0
+
+    def flops(self, convention: str = "2mac") -> int:
+        """Forward FLOPs under one of CONVENTIONS."""
+        return CONVENTIONS[convention](self)
+
+    @property
+    def backward_flops(self) -> int:
+        """Two per MAC of dgrad and wgrad; the layer that reads the image needs no dgrad."""
+        return 2 * self.backward_macs
+
+    def forward_bytes(self, element_size: int = 4, batch: int = 1) -> int:
+        """Compulsory bytes of the forward pass of `batch` samples."""
+        return element_size * (batch * self.forward_samples + self.forward_weights)
+
+    def backward_bytes(self, element_size: int = 4, batch: int = 1) -> int:
+        """Compulsory bytes of the backward pass of `batch` samples."""
+        return element_size * (batch * self.backward_samples + self.backward_weights)
+
+    def figures(self, element_size: int = 4, batch: int = 1) -> dict[str, int]:
+        """Every figure by name: FLOPs, MACs and activations of one sample, bytes of a batch."""
+        return {
+            "macs": self.macs,
+            "flops_2mac": self.flops("2mac"),
+            "flops_eq2.10": self.flops("eq2.10"),
+            "flops_profiler_w5": self.flops("paper-profiler w=5"),
+            "flops_profiler_w2": self.flops("paper-profiler w=2"),
+            "bias_flops": self.bias_flops,
+            "elementwise_flops": self.elementwise_flops,
+            "backward_flops": self.backward_flops,
+            "params": self.params,
+            "statistics": self.statistics,
+            "activations": self.activations,
+            "forward_bytes": self.forward_bytes(element_size, batch),
+            "backward_bytes": self.backward_bytes(element_size, batch),
+        }
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(Cost)))
+
+    def __mul__(self, times: int) -> Cost:
+        return Cost(*(getattr(self, f.name) * times for f in fields(Cost)))
+
+
+CONVENTIONS: dict[str, Callable[[Cost], int]] = {
+    "2mac": lambda c: 2 * c.macs,
+    "eq2.10": lambda c: eq210_flops(c.macs, c.mac_outputs),
+    "paper-profiler w=5": lambda c: profiler_flops(c.macs, c.kernel_weights, c.bias_flops, c.join_flops, 5),
+    "paper-profiler w=2": lambda c: profiler_flops(c.macs, c.kernel_weights, c.bias_flops, c.join_flops, 2),
+    "paper-profiler w=5 without adds and pooling": lambda c: profiler_flops(
+        c.macs, c.kernel_weights, c.bias_flops, 0, 5
+    ),
+}
+
+
+@dataclass(frozen=True)
+class LayerCost(Cost):
+    """One node that computes. Shapes are those of one sample.
+
+    `name`: the module's path, or the graph's name of a functional operation; a module's second call ends in "#2".
+    `kind`: conv, conv_transpose, linear, matmul, norm, activation, pool, add, mul, cat, copy (moves data), other.
+    `role`: one of ROLES, or "grouped conv", "last conv", "only fc" (first and last at once), "other".
+    Parameters used twice are counted at their first use.
+    """
+
+    name: str = ""
+    kind: str = "other"
+    role: str = "other"
+    in_shapes: tuple[Shape, ...] = ()
+    out_shape: Shape = ()
+    kernel: Shape = ()
+    groups: int = 1
+
+    @property
+    def in_shape(self) -> Shape:
+        """The first input's shape."""
+        return self.in_shapes[0] if self.in_shapes else ()
+
+    @property
+    def positions(self) -> int:
+        """How often the kernel is applied: at output pixels, at input pixels if transposed, at tokens if linear."""
+        if self.kind == "linear":
+            return prod(self.out_shape[:-1])
+        return prod((self.in_shape if self.kind == "conv_transpose" else self.out_shape)[1:])
+
+
+def total(layers: Iterable[Cost]) -> Cost:
+    """The sum of the layers' figures."""
+    return sum(layers, start=Cost())
+
+
+# ---- operations -----------------------------------------------------------------------------------------------------
+
+FREE = (  # views without the tag, and tensors made from nothing
+    *("empty", "empty_like", "new_empty", "zeros", "zeros_like", "new_zeros", "ones", "ones_like", "full", "full_like"),
+    *("bernoulli_", "arange", "scalar_tensor", "_local_scalar_dense", "lift_fresh"),
+    *("_unsafe_view", "_reshape_alias", "unsafe_split", "unsafe_chunk", "transpose_", "detach_"),
+)
+MOVES = (
+    *("cat", "stack", "clone", "copy_", "_to_copy", "repeat", "roll", "flip", "pixel_shuffle", "pixel_unshuffle"),
+    *("channel_shuffle", "index", "index_select", "gather", "embedding", "im2col", "upsample_nearest"),
+)
+MATMULS = {"mm": 0, "bmm": 0, "mv": 0, "dot": 0, "addmm": 1, "baddbmm": 1, "addmv": 1}  # where the left operand stands
+NORMS = ("native_layer_norm", "native_group_norm", "_fused_rms_norm")
+ACTIVATIONS = ("hardswish", "_prelu_kernel", "glu", "_softmax", "_log_softmax", "_safe_softmax")  # not tagged pointwise
+REDUCTIONS = ("mean", "sum", "amax", "amin", "max", "min", "var", "var_mean", "std", "linalg_vector_norm", "cumsum")
+POINTWISE = {"add": "add", "sub": "add", "rsub": "add", "mul": "mul", "div": "mul"}
+# A node of several operations is named after the first of these among them.
+KINDS = ("conv", "conv_transpose", "matmul", "norm", "pool", "cat", "mul", "add", "activation", "other", "copy")
+
+
+@dataclass
+class _Work:
+    """What the tensor operations of one graph node add up to, for the whole batch."""
+
+    kinds: set[str] = field(default_factory=set)
+    macs: int = 0
+    mac_outputs: int = 0
+    bias: int = 0
+    elementwise: int = 0
+    saves_input: bool = False  # the backward pass reads the input again
+    kernel: Shape = ()
+    groups: int = 1
+
+
+class _Recorder(TorchDispatchMode):
+    """Adds up tensor operations, whether a module, a function or a method called them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.work = _Work()
+        self.known: dict[Any, Any] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        out = self._call(func, args, kwargs or {})
+        name = func.overloadpacket.__name__
+        if not func.is_view and name not in FREE:
+            _record(self.work, name, func, args, kwargs or {}, out)
+        return out
+
+    def _call(self, func: Any, args: tuple, kwargs: dict) -> Any:
+        """func's result; the second time, from memory: torch infers shapes in Python, a hundred times slower."""
+        if kwargs or func.is_view or func._schema.is_mutable:
+            return func(*args, **kwargs)
+        key = (func, _layout(args))
+        if key not in self.known:
+            out = func(*args)
+            self.known[key] = _layout(out)
+            return out
+        return _empty(self.known[key])
+
+
+@dataclass(frozen=True)
+class _Layout:
+    shape: Shape
+    stride: Shape
+    dtype: torch.dtype
+
+
+def _layout(value: Any) -> Any:
+    """A value with every tensor replaced by its layout; hashable if its other parts are."""
+    if isinstance(value, torch.Tensor):
+        return _Layout(tuple(value.shape), value.stride(), value.dtype)
+    return tuple(map(_layout, value)) if isinstance(value, (tuple, list)) else value
+
+
+def _empty(value: Any) -> Any:
+    if isinstance(value, _Layout):
+        return torch.empty_strided(value.shape, value.stride, dtype=value.dtype, device="meta")
+    return tuple(map(_empty, value)) if isinstance(value, tuple) else value
+
+
+def _record(work: _Work, name: str, func: Any, args: tuple, kwargs: dict, out: Any) -> None:
+    outputs = sum(t.numel() for t in _tensors(out))
+    if name == "convolution":
+        x, weight, bias, transposed, groups = args[0], args[1], args[2], args[6], args[8]
+        at = x if transposed else out
+        work.kernel, work.groups = tuple(weight.shape[2:]), groups
+        work.macs += conv_macs(at.shape[0] * prod(at.shape[2:]), x.shape[1], out.shape[1], work.kernel, groups)
+        work.mac_outputs += outputs
+        work.bias += 0 if bias is None else outputs
+        kind = "conv_transpose" if transposed else "conv"
+    elif name in MATMULS:
+        left = MATMULS[name]
+        work.macs += outputs * args[left].shape[-1]
+        work.mac_outputs += outputs
+        work.bias += outputs if left else 0
+        kind = "matmul"
+    elif func.overloadpacket in flop_registry:  # attention kernels, and operators that registered their own formula
+        work.macs += flop_registry[func.overloadpacket](*args, **kwargs, out_val=out) // 2
+        work.mac_outputs += outputs
+        kind = "matmul"
+    elif "batch_norm" in name or name in NORMS:
+        running = name == "native_batch_norm" and not args[5]
+        work.elementwise += norm_flops(args[0].numel(), statistics=not running)
+        work.saves_input = True
+        kind = "norm"
+    elif "pool" in name or _pools_globally(name, args):
+        result = next(_tensors(out))
+        work.kernel = _window(name, args, result)
+        work.elementwise += pool_flops(result.numel(), work.kernel)
+        work.saves_input |= "max" in name
+        kind = "pool"
+    elif "pad" in name or name.startswith(MOVES):
+        kind = "cat" if name in ("cat", "stack") else "copy"
+    elif name in REDUCTIONS:
+        work.elementwise += args[0].numel()
+        work.saves_input = True
+        kind = "other"
+    else:
+        name = name.rstrip("_")
+        pointwise = torch.Tag.pointwise in func.tags or name in ACTIVATIONS
+        kind = POINTWISE.get(name, "activation" if pointwise else "other")
+        work.elementwise += outputs
+        work.saves_input |= kind != "add"
+    work.kinds.add(kind)
+
+
+def _pools_globally(name: str, args: tuple) -> bool:
+    """Whether a reduction takes a whole map of every sample and channel."""
+    axes = args[0].dim() if name in ("mean", "amax") and len(args) > 1 else 0
+    return axes > 2 and {axis % axes for axis in args[1]} == set(range(2, axes))
+
+
+def _window(name: str, args: tuple, out: torch.Tensor) -> Shape:
+    spatial = args[0].shape[2:]
+    if "adaptive" in name:
+        return tuple(-(-i // o) for i, o in zip(spatial, out.shape[2:], strict=True))
+    if name in REDUCTIONS:
+        return tuple(spatial)
+    return tuple(args[1]) * (len(spatial) // len(args[1]))
+
+
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from _tensors(item)
+
+
+# ---- the walk -------------------------------------------------------------------------------------------------------
+
+BATCH = 2  # two samples, so that squeeze() and batch statistics behave as in use; figures are divided by it
+
+
+@dataclass
+class _Node:
+    """What is known of a graph node once it has run."""
+
+    work: _Work
+    own: dict[int, torch.Tensor]  # parameters and buffers it reads, or only passes on
+    data: list[fx.Node]  # inputs that are activations
+    sampled: bool  # its value depends on the input
+    learned: bool  # its value depends on a parameter, so a gradient flows back to it
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        return [tensor for tensor in self.own.values() if isinstance(tensor, nn.Parameter)]
+
+
+class _Walker(MetaInterpreter):
+    """Runs a graph on meta tensors and describes every node."""
+
+    def __init__(self, model: nn.Module, graph: fx.Graph, input_size: Shape):
+        super().__init__(model, graph, input_size, batch=BATCH)
+        self.recorder = _Recorder()
+        self.nodes: dict[fx.Node, _Node] = {}
+
+    def run_node(self, node: fx.Node) -> Any:
+        self.recorder.work = work = _Work()
+        value = super().run_node(node)
+        own: dict[int, torch.Tensor] = {}
+        if node.op == "get_attr":
+            own = {id(tensor): tensor for tensor in _tensors(self.fetch_attr(node.target))}
+        elif node.op == "call_module":
+            leaf = self.fetch_attr(node.target)
+            own = {id(tensor): tensor for tensor in (*leaf.parameters(), *leaf.buffers())}
+        data = []
+        for source in node.all_input_nodes:
+            known = self.nodes[source]
+            if known.own and not known.work.kinds:
+                own |= known.own
+            if (known.sampled or known.work.kinds) and any(True for _ in _tensors(self.values[source])):
+                data.append(source)
+        self.nodes[node] = _Node(
+            work,
+            own,
+            data,
+            sampled=node.op == "placeholder" or any(self.nodes[source].sampled for source in data),
+            learned=any(isinstance(t, nn.Parameter) for t in own.values()) or any(self.nodes[s].learned for s in data),
+        )
+        return value
+
+    def call_module(self, target: str, args: tuple, kwargs: dict) -> Any:
+        leaf = self.fetch_attr(target)
+        if not all(tensor.is_meta for tensor in (*leaf.parameters(), *leaf.buffers())):
+            leaf = on_meta(leaf)
+        with self.recorder:
+            return leaf(*args, **kwargs)
+
+    def call_function(self, target: Any, args: tuple, kwargs: dict) -> Any:
+        with self.recorder:
+            return super().call_function(target, args, kwargs)
+
+    def call_method(self, target: Any, args: tuple, kwargs: dict) -> Any:
+        with self.recorder:
+            return super().call_method(target, args, kwargs)
+
+    def samples(self, node: fx.Node) -> int:
+        return BATCH if self.nodes[node].sampled else 1
+
+    def elements(self, node: fx.Node) -> int:
+        """Elements of a node's value, for one sample."""
+        return sum(tensor.numel() for tensor in _tensors(self.values[node])) // self.samples(node)
+
+    def shape(self, node: fx.Node) -> Shape:
+        """The shape of a node's (first) value, for one sample."""
+        shape = tuple(next(_tensors(self.values[node])).shape)
+        return shape[1:] if self.nodes[node].sampled else shape
+
+    def leaf(self, node: fx.Node) -> nn.Module | None:
+        return self.fetch_attr(node.target) if node.op == "call_module" else None
+
+
+def layers(model: nn.Module, input_size: Sequence[int], training: bool = False) -> list[LayerCost]:
+    """One LayerCost for every node of `model` that computes, in the order of execution, for one sample.
+
+    `input_size` is (C, *spatial). In training mode dropout counts and batch norm computes statistics. No data is
+    allocated. Parameters outside the graph are not seen. Raises UnsupportedOperation where torch.fx cannot follow the
+    model, DecompkError where the model cannot run on such an input.
+    """
+    graph = trace(model, training)
+    walker = _Walker(model, graph, tuple(input_size))
+    with _mode(model, training):
+        try:
+            walker.run_all()
+        except Exception as error:  # whatever the model's own operations raise on a shape they do not fit
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+            raise DecompkError(
+                f"{type(model).__name__} cannot run on an input of {'×'.join(map(str, input_size))}: {reason}; "
+                "give the input size it is made for."
+            ) from error
+    final = _final(walker)
+    counted: set[int] = set()
+    calls: Counter[str] = Counter()
+    entries = []
+    for node, known in walker.nodes.items():
+        if known.work.kinds:
+            name = str(node.target) if node.op == "call_module" else node.name
+            calls[name] += 1
+            name += f"#{calls[name]}" if calls[name] > 1 else ""
+            entries.append(_entry(name, node, walker, node in final, counted))
+            counted |= known.own.keys()
+    return entries
+
+
+@contextmanager
+def _mode(model: nn.Module, training: bool) -> Iterator[None]:
+    modes = [(module, module.training) for module in model.modules()]
+    model.train(training)
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def _entry(name: str, node: fx.Node, walker: _Walker, final: bool, counted: set[int]) -> LayerCost:
+    known, samples, kind = walker.nodes[node], walker.samples(node), _kind(node, walker)
+    work, inputs, outputs = known.work, sum(map(walker.elements, known.data)), walker.elements(node)
+    weights = sum(p.numel() for p in known.parameters)
+    kernel_weights = sum(p.numel() for p in known.parameters if p.dim() > 1) if work.macs else 0
+    differentiable = [source for source in known.data if walker.nodes[source].learned]
+    elementwise = work.elementwise // samples
+    passes = backward_samples = backward_weights = 0
+    if work.macs:  # dgrad for every operand a gradient flows to, wgrad for the parameters
+        passes = min(len(differentiable) + bool(known.parameters), 2)
+        backward_samples = passes * (inputs + outputs)
+        backward_weights = weights + (kernel_weights if differentiable else 0)
+    elif known.learned:  # reads dY and what was saved, writes dX and dW
+        saved = inputs if work.saves_input or known.parameters else 0
+        backward_samples = outputs + saved + sum(map(walker.elements, differentiable))
+        backward_weights = 2 * weights
+    new = [tensor for key, tensor in known.own.items() if key not in counted]
+    return LayerCost(
+        macs=work.macs // samples,
+        mac_outputs=work.mac_outputs // samples,
+        backward_macs=passes * work.macs // samples,
+        kernel_weights=kernel_weights,
+        bias_flops=work.bias // samples,
+        elementwise_flops=elementwise,
+        join_flops=elementwise if kind in ("add", "pool") else 0,
+        params=sum(t.numel() for t in new if isinstance(t, nn.Parameter)),
+        statistics=sum(
+            t.numel() for t in new if kind == "norm" and t.is_floating_point() and not isinstance(t, nn.Parameter)
+        ),
+        activations=outputs,
+        forward_samples=inputs + outputs,
+        forward_weights=weights,
+        backward_samples=backward_samples,
+        backward_weights=backward_weights,
+        name=name,
+        kind=kind,
+        role=_role(node, kind, walker, final),
+        in_shapes=tuple(map(walker.shape, known.data)),
+        out_shape=walker.shape(node),
+        kernel=work.kernel,
+        groups=work.groups,
+    )
+
+
+def _kind(node: fx.Node, walker: _Walker) -> str:
+    module = walker.leaf(node)
+    if isinstance(module, nn.Linear) or node.target is F.linear:
+        return "linear"
+    if type(module).__module__ == "torch.nn.modules.normalization":
+        return "norm"  # some are made of plain arithmetic
+    return next(kind for kind in KINDS if kind in walker.nodes[node].work.kinds)
+
+
+def _final(walker: _Walker) -> set[fx.Node]:
+    """The nodes whose value reaches the network's output through no further product with weights."""
+    final: set[fx.Node] = set()
+    for node in reversed(walker.nodes):
+        if any(user.op == "output" or (user in final and not walker.nodes[user].work.macs) for user in node.users):
+            final.add(node)
+    return final
+
+
+def _role(node: fx.Node, kind: str, walker: _Walker, final: bool) -> str:
+    known = walker.nodes[node]
+    if kind not in ("conv", "conv_transpose", "linear") or not known.data:
+        return "other"
+    source = known.data[0]
+    spatial = slice(None, -1) if kind == "linear" else slice(1, None)
+    before, after = (walker.shape(n)[spatial] for n in (source, node))
+    if kind == "linear":
+        whole_map = _reads_flattened_map(source, walker)
+    else:
+        whole_map = known.work.kernel == before and prod(before) > 1
+    if whole_map and walker.nodes[source].learned:
+        return "only fc" if final else "first fc"
+    if prod(before) == prod(after) == 1:
+        return "last fc" if final else "fc"
+    if not walker.nodes[source].learned:
+        return "first conv"
+    if known.work.groups > 1:
+        return "grouped conv"
+    return "last conv" if final else "conv"
+
+
+def _reads_flattened_map(source: fx.Node, walker: _Walker) -> bool:
+    """Whether a vector holds all pixels of a learned map of more than one pixel."""
+    features = walker.shape(source)
+    while len(features) == 1 and not walker.nodes[source].work.macs and walker.nodes[source].data:
+        source = walker.nodes[source].data[0]
+        shape = walker.shape(source)
+        if len(shape) > 1:
+            return walker.nodes[source].learned and prod(shape[1:]) > 1 and prod(shape) == features[0]
+    return False
