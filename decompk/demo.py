@@ -57,8 +57,8 @@ def run(out: Path, epochs: tuple[int, int] = (12, 8), seed: int = 0) -> dict[str
     scratch = _fit("random", net, train, test, sum(epochs), 1e-3, F.cross_entropy, seed)
 
     forward = {
-        "global": total(layers(net, size)).flops_2mac,
-        "member": total(layers(packed.unpack()[0], (1, CROP, CROP))).flops_2mac,
+        "global": total(layers(net, size)).flops(),
+        "member": total(layers(packed.unpack()[0], (1, CROP, CROP))).flops(),
     }
     steps = TIMES_FORWARD * len(train[0])
     flops = {
