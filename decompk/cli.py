@@ -50,7 +50,7 @@ def _parser() -> argparse.ArgumentParser:
 
     demo = commands.add_parser("demo", help="decompose, train, compose and fine-tune on real digits: two minutes")
     demo.add_argument("--out", type=Path, default=Path("demo-out"), help="folder for the plot and the figures")
-    demo.add_argument("--epochs", type=_epochs, default=(12, 8), help="members,global (default 12,8)")
+    demo.add_argument("--epochs", type=_epochs, default=(16, 6), help="members,global (default 16,6)")
     demo.add_argument("--seed", type=int, default=0)
     demo.set_defaults(run=_demo)
 
@@ -95,7 +95,7 @@ def _sizes(text: str, option: str, repeat: int) -> tuple[int, ...]:
 def _epochs(text: str) -> tuple[int, int]:
     numbers = text.split(",")
     if len(numbers) != 2 or not all(n.isdigit() and int(n) > 0 for n in numbers):
-        raise argparse.ArgumentTypeError(f"{text!r} is not two positive numbers such as 12,8")
+        raise argparse.ArgumentTypeError(f"{text!r} is not two positive numbers such as 16,6")
     return int(numbers[0]), int(numbers[1])
 
 

@@ -68,7 +68,9 @@ def test_csv_and_markdown_parse(capsys):
 
 
 def test_rectangular_inputs_and_grids(capsys):
-    code, out, _ = run(capsys, "report", "--model", "resnet32", "--input", "32x48", "--partitions", "2x4", "--crop", "20x16")
+    code, out, _ = run(
+        capsys, "report", "--model", "resnet32", "--input", "32x48", "--partitions", "2x4", "--crop", "20x16"
+    )
     assert code == 0 and "8 members at 20×16" in out
 
 

@@ -1,0 +1,135 @@
+"""What all member-aware layers share: the packed batch, its members' rows, and the two layouts of K activations."""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import PackError
+
+HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+
+_batch_rows = contextvars.ContextVar("K·N of the packed batch under way", default=0)
+
+
+@contextlib.contextmanager
+def packed_batch(rows: int) -> Iterator[None]:
+    """While it runs, every layer checks that what it gets is a whole number of batches of `rows` = K·N."""
+    token = _batch_rows.set(rows)
+    try:
+        yield
+    finally:
+        _batch_rows.reset(token)
+
+
+def check_rows(count: int, K: int, path: str, shape: torch.Size) -> None:
+    """Raise PackError where dimension 0 cannot be the packed batch: its rows would go to the wrong members."""
+    # A traced ContextVar would be a constant, so a compiled network checks against K alone.
+    rows = K if torch.compiler.is_compiling() else _batch_rows.get() or K
+    if count % rows:
+        raise PackError(
+            f"'{path}' got an input of {tuple(shape)}, whose dimension 0 is not a multiple of the packed batch of "
+            f"{rows} rows: name the module that calls it so in pack(..., member_by_member=[...])."
+        )
+
+
+class Twin:
+    """Mixin of a torch leaf whose parameters and statistics have a leading dimension of K members.
+
+    Everything else stays the leaf's own. The input is member-major: (K·N, …), all rows of member 0 first.
+    """
+
+    K: int
+    path: str
+    member_class: type[nn.Module]
+    input_dims: int | None = None
+
+    @classmethod
+    def fits(cls, leaf: nn.Module) -> bool:
+        """Whether this leaf needs its twin and has one; without tensors of its own it runs as it is."""
+        return any(t is not None for t in (*leaf._parameters.values(), *leaf._buffers.values()))
+
+    @classmethod
+    def adopt(cls, leaf: nn.Module, K: int, path: str) -> None:
+        """Turn a leaf that already holds the stacked tensors into its twin, in place."""
+        vars(leaf).update(K=K, path=path, member_class=type(leaf))
+        leaf.__class__ = cls
+
+    def release(self) -> None:
+        """Turn a twin that already holds one member's tensors back into an ordinary leaf, in place."""
+        self.__class__ = vars(self).pop("member_class")
+        del self.K, self.path
+
+    def reset_parameters(self) -> None:
+        """Initialise every member as the leaf does: from its own fan-in, which the stack does not have."""
+        stacks = dict(self._parameters)
+        try:
+            for k in range(self.K):
+                for name, stack in stacks.items():
+                    self._parameters[name] = None if stack is None else nn.Parameter(stack.detach()[k])
+                super().reset_parameters()
+        finally:
+            self._parameters.update(stacks)
+
+    def check(self, x: Tensor) -> None:
+        if self.input_dims is not None and x.dim() != self.input_dims:
+            raise PackError(
+                f"'{self.path}' got an input of {tuple(x.shape)}: in a packed module {self._get_name()} takes "
+                f"{self.input_dims} dimensions, the samples first."
+            )
+        check_rows(x.shape[0] if x.dim() else 1, self.K, self.path, x.shape)
+
+    def each_member(self, function: Callable[..., Tensor], x: Tensor, *stacks: Any) -> Tensor:
+        """Concatenate `function(x_k, *slices_k)` over members; a stack is a (K, …) tensor, a sequence of K, or None."""
+        columns = [(None,) * self.K if s is None else s.unbind(0) if isinstance(s, Tensor) else s for s in stacks]
+        return torch.cat([function(*row) for row in zip(split(x, self.K), *columns, strict=True)])
+
+
+class Shell(nn.Module):
+    """A module around another that shows the other's children, parameters and buffers under their own names.
+
+    What a shell adds is private: any public name may be one of the wrapped module's.
+    """
+
+    _inner: nn.Module
+
+    def __init__(self, inner: nn.Module):
+        super().__init__()
+        shared = ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set", "training")
+        vars(self).update(_inner=inner, **{name: vars(inner)[name] for name in shared})
+
+    def train(self, mode: bool = True) -> Shell:
+        self._inner.train(mode)
+        self.training = self._inner.training
+        return self
+
+
+def split(x: Tensor, K: int) -> tuple[Tensor, ...]:
+    """(K·N, …) → K views (N, …). Its backward is a concatenation, which keeps channels_last."""
+    return x.split([x.shape[0] // K] * K)
+
+
+def side_by_side(x: Tensor, K: int) -> Tensor:
+    """(K·N, c, *spatial) → (N, K·c, *spatial): members as channel groups; images stay channels_last."""
+    samples = (K, x.shape[0] // K)
+    if x.dim() == 4:  # in this order of views the gradients are channels_last, too
+        return x.permute(0, 2, 3, 1).unflatten(0, samples).permute(1, 2, 3, 0, 4).flatten(3).permute(0, 3, 1, 2)
+    return x.unflatten(0, samples).transpose(0, 1).flatten(1, 2)
+
+
+def member_major(x: Tensor, K: int) -> Tensor:
+    """(N, K·c, *spatial) → (K·N, c, *spatial): the inverse of `side_by_side`."""
+    groups = (K, x.shape[1] // K)
+    if x.dim() == 4:
+        return x.permute(0, 2, 3, 1).unflatten(3, groups).permute(3, 0, 1, 2, 4).flatten(0, 1).permute(0, 3, 1, 2)
+    return x.unflatten(1, groups).transpose(0, 1).flatten(0, 1)
+
+
+def dotted(path: str, name: str) -> str:
+    """The full name of what is called `name` in the module at `path`; either may be empty."""
+    return f"{path}.{name}" if path and name else path or name

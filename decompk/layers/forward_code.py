@@ -1,0 +1,171 @@
+"""What a module's own forward code does to tensors, read from its bytecode without running it."""
+
+from __future__ import annotations
+
+import dis
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from types import CodeType, FunctionType, MethodType, ModuleType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+_TENSOR_ACCESS = {
+    *("parameters", "named_parameters", "get_parameter", "_parameters", "state_dict"),
+    *("buffers", "named_buffers", "get_buffer", "_buffers"),
+}
+_BATCH_STATISTICS = (F.batch_norm, torch.batch_norm)
+
+
+@dataclass(frozen=True)
+class ForwardCode:
+    """The attributes that the code reachable from a module's forward touches.
+
+    `own`: read from the module itself; `foreign`: from anything else; `called`: as a method; `stored`: assigned.
+    `named`: strings in code that uses getattr. `kinds`: module classes in code that uses isinstance or type, and
+    `exact`: the latter. `batch_statistics`: it calls batch_norm itself.
+    """
+
+    own: set[str] = field(default_factory=set)
+    foreign: set[str] = field(default_factory=set)
+    called: set[str] = field(default_factory=set)
+    stored: set[str] = field(default_factory=set)
+    named: set[str] = field(default_factory=set)
+    kinds: set[type] = field(default_factory=set)
+    exact: set[type] = field(default_factory=set)
+    batch_statistics: bool = False
+
+    @property
+    def state(self) -> list[str]:
+        """Attributes that carry something from one call to the next: assigned and read."""
+        return sorted(self.stored & (self.own | self.foreign))
+
+
+def why_not_packed(module: nn.Module) -> str | None:
+    """Why `module` cannot run on all members at once although each leaf below it could; None if it can."""
+    code = read_forward(module)
+    tensors = {name.rpartition(".")[2] for name, _ in (*module.named_parameters(), *module.named_buffers())}
+    reads = (code.foreign | code.named) & tensors
+    if tensors:
+        reads |= (code.own | code.foreign | code.called) & _TENSOR_ACCESS
+    if reads:
+        return f"its forward reads '{min(reads)}' of a submodule"
+    if code.batch_statistics:
+        return "its forward takes batch statistics"
+    if code.state:
+        return f"its forward keeps '{code.state[0]}' between calls"
+    return None
+
+
+def read_forward(module: nn.Module) -> ForwardCode:
+    """Follow forward through the module's own methods and properties, those of its submodules, and plain functions.
+
+    Functions inside torch are not entered. What is called only through a value built at run time stays unseen.
+    """
+    found = ForwardCode()
+    batch_statistics = False
+    own_classes = _classes(module)
+    classes_below = {klass for child in module.modules() if child is not module for klass in _classes(child)}
+    definitions = [vars(owner)["forward"] for owner in (module, *own_classes) if "forward" in vars(owner)]
+    queue = [(f, True) for value in definitions[:1] for f in _functions(value)]
+    seen = set()
+    while queue:
+        function, is_method = queue.pop()
+        if function.__code__ in seen:
+            continue
+        seen.add(function.__code__)
+        self_name = function.__code__.co_varnames[0] if is_method and function.__code__.co_argcount else ""
+        names, strings = set(), set()
+        for code in _nested(function.__code__):
+            names |= {*code.co_names, *code.co_freevars}
+            strings.update(_strings(code.co_consts))
+            for kind, name in _accesses(code, self_name):
+                getattr(found, kind).add(name)
+
+        found.named.update(strings if "getattr" in names else ())
+        values = _values(function, names)
+        kinds = {value for value in values if isinstance(value, type) and issubclass(value, nn.Module)}
+        found.kinds.update(kinds if names & {"isinstance", "type", "__class__"} else ())
+        found.exact.update(kinds if names & {"type", "__class__"} else ())
+        batch_statistics |= any(value is one for value in values for one in _BATCH_STATISTICS)
+        queue += [(f, False) for value in values for f in _functions(value) if not _inside_torch(f)]
+        if names & {"super", "forward"}:
+            queue += [(f, True) for value in definitions for f in _functions(value)]
+        for name in names - {"forward", "__init__"}:
+            queue += [(f, True) for klass in own_classes for f in _functions(vars(klass).get(name))]
+            queue += [
+                (f, True) for klass in classes_below for f in _functions(vars(klass).get(name)) if not _inside_torch(f)
+            ]
+    return replace(found, batch_statistics=batch_statistics)
+
+
+def _classes(module: nn.Module) -> list[type]:
+    """The module's classes below nn.Module, most derived first."""
+    return [klass for klass in type(module).__mro__ if klass is not nn.Module and issubclass(klass, nn.Module)]
+
+
+def _functions(value: Any) -> Iterator[FunctionType]:
+    """The Python functions behind a function, method, property or decorator."""
+    if isinstance(value, property):
+        value = value.fget
+    if isinstance(value, staticmethod | classmethod | MethodType):
+        value = value.__func__
+    while isinstance(value, FunctionType):
+        yield value
+        value = getattr(value, "__wrapped__", None)
+
+
+def _values(function: FunctionType, names: set[str]) -> list:
+    """The globals and closure values that `names` mean inside `function`, and members of the modules among them."""
+    cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
+    known = {**function.__globals__, **{name: _content(cell) for name, cell in cells}}
+    values = [known[name] for name in names if name in known]
+    modules = [value for value in values if isinstance(value, ModuleType)]
+    return values + [vars(m)[name] for m in modules for name in names if name in vars(m)]
+
+
+def _content(cell: Any) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # not yet filled
+        return None
+
+
+def _inside_torch(function: FunctionType) -> bool:
+    return function.__module__ is not None and function.__module__.partition(".")[0] == "torch"
+
+
+def _nested(code: CodeType) -> Iterator[CodeType]:
+    yield code
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _nested(constant)
+
+
+def _strings(constants: Iterable) -> Iterator[str]:
+    for constant in constants:
+        if isinstance(constant, tuple | frozenset):
+            yield from _strings(constant)
+        elif isinstance(constant, str):
+            yield constant
+
+
+def _accesses(code: CodeType, self_name: str) -> Iterator[tuple[str, str]]:
+    """(field of ForwardCode, attribute) for each attribute the code touches."""
+    loaded = None
+    for instruction in dis.get_instructions(code):
+        if instruction.opname in ("LOAD_ATTR", "LOAD_METHOD"):
+            # From Python 3.12 the low bit of LOAD_ATTR says that a method is about to be called.
+            flagged = sys.version_info >= (3, 12) and instruction.opname == "LOAD_ATTR" and instruction.arg & 1
+            if instruction.opname == "LOAD_METHOD" or flagged:
+                yield "called", instruction.argval
+            else:
+                yield "own" if self_name and loaded == self_name else "foreign", instruction.argval
+        elif instruction.opname == "STORE_ATTR":
+            yield "stored", instruction.argval
+        if instruction.opname != "EXTENDED_ARG":
+            loaded = instruction.argval if instruction.opname.startswith(("LOAD_FAST", "LOAD_DEREF")) else None
+            loaded = loaded[-1] if isinstance(loaded, tuple) else loaded  # Python 3.13 loads two names at once

@@ -1,0 +1,48 @@
+"""Linear layers and look-up tables of K members."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..dispatch import linear_form
+from .base import Twin
+
+
+class PackedLinear(Twin, nn.Linear):
+    """x (K·N, …, I), weight (K, O, I), bias (K, O) → (K·N, …, O)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.check(x)
+        shape = x.shape[:-1]
+        rows = shape.numel() // self.K
+        if linear_form(rows, self.in_features, self.out_features) == "loop":
+            return self.each_member(F.linear, x, self.weight, self.bias)
+        x, weight = x.reshape(self.K, rows, self.in_features), self.weight.mT
+        y = torch.bmm(x, weight) if self.bias is None else torch.baddbmm(self.bias.unsqueeze(1), x, weight)
+        return y.view(*shape, self.out_features)
+
+
+class PackedEmbedding(Twin, nn.Embedding):
+    """x (K·N, …) of integers, weight (K, V, D) → (K·N, …, D)."""
+
+    @classmethod
+    def fits(cls, leaf: nn.Embedding) -> bool:
+        return leaf.max_norm is None and not leaf.sparse  # max_norm writes into the weight it reads
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.check(x)
+
+        def look_up(x: Tensor, weight: Tensor) -> Tensor:
+            return F.embedding(x, weight, self.padding_idx, None, self.norm_type, self.scale_grad_by_freq)
+
+        return self.each_member(look_up, x, self.weight)
+
+
+class PackedPReLU(Twin, nn.PReLU):
+    """x (K·N, …), weight (K, 1) or (K, c) → x's shape."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.check(x)
+        return self.each_member(F.prelu, x, self.weight)

@@ -1,0 +1,98 @@
+"""Normalisation of K members, each with its own statistics."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..dispatch import norm_form
+from .base import Twin, member_major, side_by_side
+
+
+class _PackedBatchNorm(Twin):
+    """x (K·N, c, *spatial); weight, bias, running_mean, running_var (K, c), num_batches_tracked (K,) → x's shape."""
+
+    @classmethod
+    def fits(cls, leaf: nn.Module) -> bool:
+        return True  # batch statistics need it even without tensors
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.check(x)
+        self._check_input_dim(x)
+        batch_statistics = self.training or (self.running_mean is None and self.running_var is None)
+        tracks = not self.training or self.track_running_stats
+        mean, var = (self.running_mean, self.running_var) if tracks else (None, None)
+        factors = [0.0 if self.momentum is None else self.momentum] * self.K
+        if self.training and self.track_running_stats and self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
+            if self.momentum is None:
+                factors = [1.0 / count for count in self.num_batches_tracked.tolist()]
+
+        form = norm_form(x.numel() // self.K, self.num_features, batch_statistics)
+        if form == "loop" or len(set(factors)) > 1:
+
+            def normalise(x, mean, var, weight, bias, factor):
+                return F.batch_norm(x, mean, var, weight, bias, batch_statistics, factor, self.eps)
+
+            return self.each_member(normalise, x, mean, var, self.weight, self.bias, factors)
+        mean, var, weight, bias = (None if t is None else t.flatten() for t in (mean, var, self.weight, self.bias))
+        y = F.batch_norm(side_by_side(x, self.K), mean, var, weight, bias, batch_statistics, factors[0], self.eps)
+        return member_major(y, self.K)
+
+
+class PackedBatchNorm1d(_PackedBatchNorm, nn.BatchNorm1d):
+    pass
+
+
+class PackedBatchNorm2d(_PackedBatchNorm, nn.BatchNorm2d):
+    input_dims = 4
+
+
+class PackedBatchNorm3d(_PackedBatchNorm, nn.BatchNorm3d):
+    input_dims = 5
+
+
+class _PackedInstanceNorm(Twin):
+    """x (K·N, c, *spatial); weight, bias, running_mean, running_var (K, c) → x's shape."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.check(x)
+        momentum = 0.0 if self.momentum is None else self.momentum
+        instance_statistics = self.training or not self.track_running_stats
+
+        def normalise(x, mean, var, weight, bias):
+            return F.instance_norm(x, mean, var, weight, bias, instance_statistics, momentum, self.eps)
+
+        return self.each_member(normalise, x, self.running_mean, self.running_var, self.weight, self.bias)
+
+
+class PackedInstanceNorm1d(_PackedInstanceNorm, nn.InstanceNorm1d):
+    input_dims = 3
+
+
+class PackedInstanceNorm2d(_PackedInstanceNorm, nn.InstanceNorm2d):
+    input_dims = 4
+
+
+class PackedInstanceNorm3d(_PackedInstanceNorm, nn.InstanceNorm3d):
+    input_dims = 5
+
+
+class PackedGroupNorm(Twin, nn.GroupNorm):
+    """x (K·N, c, …), weight and bias (K, c) → x's shape."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.check(x)
+        return self.each_member(
+            lambda x, w, b: F.group_norm(x, self.num_groups, w, b, self.eps), x, self.weight, self.bias
+        )
+
+
+class PackedLayerNorm(Twin, nn.LayerNorm):
+    """x (K·N, …, *normalized_shape), weight and bias (K, *normalized_shape) → x's shape."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.check(x)
+        return self.each_member(
+            lambda x, w, b: F.layer_norm(x, self.normalized_shape, w, b, self.eps), x, self.weight, self.bias
+        )

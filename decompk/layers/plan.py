@@ -1,0 +1,118 @@
+"""Which modules of a network become twins, and which run whole, once per member."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Collection
+from types import FunctionType
+from typing import Any
+
+from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
+
+from ..errors import PackError
+from . import TWINS
+from .base import HOOKS, Twin, dotted
+from .forward_code import read_forward, why_not_packed
+
+# What a subclass may define and still compute what its base computes.
+_HARMLESS = {
+    *("__init__", "__module__", "__qualname__", "__doc__", "__annotations__", "__annotate_func__", "__parameters__"),
+    *("__annotations_cache__", "__firstlineno__", "__static_attributes__", "__orig_bases__", "__classcell__"),
+    *("__constants__", "__repr__", "extra_repr", "reset_parameters"),
+}
+
+
+def plan(first: nn.Module, named: Collection[str]) -> tuple[dict[str, type[Twin]], dict[str, str]]:
+    """Which modules become twins, and which run member by member and why; inside these nothing is replaced."""
+    modules = dict(first.named_modules(remove_duplicate=False))
+    for path in named:
+        if path not in modules:
+            raise PackError(f"member_by_member names '{path}', which is no module of {type(first).__name__}.")
+    for path, module in modules.items():
+        # Its samples are in dimension 1, perhaps its callers' too; only the network's own input surely has them first.
+        if getattr(module, "batch_first", True) is False:
+            return {}, {"": f"'{path}' has batch_first=False"}
+
+    twins: dict[str, type[Twin]] = {}
+    whole: dict[str, str] = {}
+
+    def visit(path: str, module: nn.Module) -> None:
+        if path in named:
+            whole[path] = "asked for"
+        elif kind := twin_of(module):
+            twins[path] = kind
+        elif reason := why_member_by_member(module):
+            whole[path] = reason
+        else:
+            for name, child in module.named_children():
+                visit(dotted(path, name), child)
+            prefix = f"{path}." if path else ""
+            below = {name: store for store in (twins, whole) for name in store if name.startswith(prefix)}
+            if reason := _noticed(module, {name: modules[name] for name in below}, whole):
+                for name, store in below.items():
+                    del store[name]
+                whole[path] = reason
+
+    visit("", first)
+    return twins, whole
+
+
+def _noticed(module: nn.Module, below: dict[str, nn.Module], whole: Collection[str]) -> str | None:
+    """What forward would notice of the stand-ins below, which are wrapped if in `whole` and else twins, if anything."""
+    code = read_forward(module)
+    for path, part in below.items():
+        if isinstance(part, tuple(code.kinds if path in whole else code.exact)):
+            return f"its forward asks what kind of module '{path}' is"
+        if path in whole and type(part).forward is nn.Module.forward:
+            return f"'{path}' holds tensors and has no forward"
+        for name in sorted(code.foreign | code.called | {"forward"}) if path in whole else ():
+            known = name != "forward" and hasattr(nn.Module, name)
+            if not known and _takes_no_samples(getattr(type(part), name, None)):
+                return f"it uses '{path}.{name}' without samples"
+    return None
+
+
+def _takes_no_samples(value: Any) -> bool:
+    return isinstance(value, property) or (
+        isinstance(value, FunctionType) and list(inspect.signature(value).parameters) == ["self"]
+    )
+
+
+def twin_of(leaf: nn.Module) -> type[Twin] | None:
+    """The twin that computes what `leaf` computes; None for an unknown kind, or a leaf that needs none."""
+    if "forward" in vars(leaf) or any(getattr(leaf, hooks) for hooks in HOOKS):
+        return None
+    for klass in type(leaf).__mro__:
+        if klass in TWINS:
+            return TWINS[klass] if TWINS[klass].fits(leaf) else None
+        if not vars(klass).keys() <= _HARMLESS:
+            return None
+    return None
+
+
+def why_member_by_member(module: nn.Module) -> str | None:
+    """Why a module without a twin has to run whole, once per member; None where its parts can be packed."""
+    if any(getattr(module, hooks) for hooks in HOOKS):
+        return "it has hooks"
+    if is_parametrized(module):
+        return "it is parametrized"
+    own = [name for store in (module._parameters, module._buffers) for name, t in store.items() if t is not None]
+    if own and type(module).__module__.startswith("torch.nn."):
+        return f"no twin for this {type(module).__name__}"
+    if own:
+        return f"it owns '{own[0]}'"
+    if getattr(module, "mode", None) == "batch" and not type(module).__module__.startswith("torch.nn."):
+        return "it draws one random number per batch"
+    return why_not_packed(module)
+
+
+def input_dims_of(first: nn.Module) -> int | None:
+    """Dimensions of the batch that the first layer with parameters takes, where its kind tells."""
+    for module in first.modules():
+        for klass in type(module).__mro__:
+            if klass in TWINS:
+                return TWINS[klass].input_dims
+        if not module._modules and module._parameters:
+            return None
+    return None

@@ -1,0 +1,96 @@
+"""The first property of everything here: a packed module trains each member as if it were alone."""
+
+import copy
+
+import torch
+
+from decompk.packed import pack
+
+OUTPUT, GRADIENT, TRAINED = 1e-10, 1e-9, 1e-8  # float64
+
+
+def leaves(tree):
+    """The tensors of a nested output, in order."""
+    if isinstance(tree, torch.Tensor):
+        return [tree]
+    if isinstance(tree, dict):
+        tree = tree.values()
+    elif hasattr(tree, "__dataclass_fields__"):
+        tree = vars(tree).values()
+    elif not isinstance(tree, tuple | list):
+        return []
+    return [leaf for part in tree for leaf in leaves(part)]
+
+
+def loss_of(outputs):
+    """A scalar with O(1), non-constant gradients in every output; the same for packed and single members."""
+    total = 0
+    for i, leaf in enumerate(outputs):
+        phases = torch.arange(leaf.numel(), dtype=leaf.dtype).view(leaf.shape) + i
+        total = total + ((leaf * torch.cos(phases)).sum() + (leaf**2).sum()) / leaf.shape[0]
+    return total
+
+
+def assert_close(packed, single, tolerance, what):
+    """Within `tolerance`, relative to the tensor's largest value where that exceeds 1."""
+    assert packed.shape == single.shape, f"{what}: {tuple(packed.shape)} packed, {tuple(single.shape)} alone"
+    if single.numel():
+        error = (packed.double() - single.double()).abs().max().item() / max(1.0, single.abs().max().item())
+        assert error <= tolerance, f"{what}: error {error:.2e} > {tolerance:.0e}"
+
+
+def assert_same_tensors(packed, members, tolerance):
+    """Every parameter and statistic of member k is the packed one's slice k, under the same name."""
+    stacked = packed.state_dict()
+    assert stacked.keys() == members[0].state_dict().keys()
+    for k, member in enumerate(members):
+        for name, tensor in member.state_dict().items():
+            assert_close(stacked[name][k], tensor, tolerance, f"{name} of member {k}")
+
+
+def assert_packed_equals_separate(members, inputs, steps=5, packed=None, lr=1e-2):
+    """Train `members` with one Adam each, and packed with one Adam: outputs, gradients, weights, statistics agree.
+
+    inputs: (N, …), shared by all members, or (K, N, …), float64 like the members. In train mode, `steps` times; then
+    the outputs in eval mode, packed and unpacked. Returns the packed module.
+    """
+    members = [copy.deepcopy(member).train() for member in members]
+    packed = pack(members) if packed is None else packed
+    packed.train()
+    shared = inputs.dim() == (packed.input_dims or 2)
+    own = [inputs if shared else inputs[k] for k in range(len(members))]
+
+    # A bias before a batch norm has a gradient of pure rounding; Adam's default eps of 1e-8 would make steps of it.
+    together = torch.optim.Adam(packed.parameters(), lr, eps=1e-6)
+    alone = [torch.optim.Adam(member.parameters(), lr, eps=1e-6) for member in members]
+    for step in range(steps):
+        together.zero_grad()
+        outputs = leaves(packed(inputs))
+        sum(loss_of([leaf[k] for leaf in outputs]) for k in range(len(members))).backward()
+        gradients = {name: p.grad for name, p in packed.named_parameters()}
+        for k, member in enumerate(members):
+            alone[k].zero_grad()
+            single = leaves(member(own[k]))
+            loss_of(single).backward()
+            assert len(outputs) == len(single) > 0
+            for leaf, one in zip(outputs, single, strict=True):
+                assert_close(leaf[k], one, OUTPUT if step == 0 else TRAINED, f"output of member {k} in step {step}")
+            for name, p in member.named_parameters():
+                if p.grad is None:
+                    assert gradients[name] is None or not gradients[name][k].any(), f"gradient of {name}"
+                elif step == 0:
+                    assert_close(gradients[name][k], p.grad, GRADIENT, f"gradient of {name} of member {k}")
+            alone[k].step()
+        together.step()
+    assert_same_tensors(packed, members, TRAINED)
+
+    packed.eval()
+    unpacked = packed.unpack()
+    with torch.no_grad():
+        outputs = leaves(packed(inputs))
+        for k, member in enumerate(members):
+            single, again = leaves(member.eval()(own[k])), leaves(unpacked[k](own[k]))
+            for leaf, one, two in zip(outputs, single, again, strict=True):
+                assert_close(leaf[k], one, TRAINED, f"output of member {k} in eval mode")
+                assert_close(two, leaf[k], OUTPUT, f"output of unpacked member {k}")
+    return packed.train()

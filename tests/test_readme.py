@@ -1,0 +1,31 @@
+"""What the README shows is what happens."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def test_the_example_runs_as_written():
+    (example,) = re.findall(r"```python\n(.*?)```", README, re.S)
+    assert len(example.strip().splitlines()) <= 12
+    subprocess.run([sys.executable, "-c", example], check=True)
+
+
+def test_the_report_is_the_commands_output():
+    shown = next(block for block in re.findall(r"```\n(.*?)```", README, re.S) if block.startswith("VGG16"))
+    command = [sys.executable, "-m", "decompk", "report", "--model", "vgg16"]
+    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    lines = [line for line in shown.splitlines() if line.strip()]
+    assert len(lines) > 20
+    assert not [line for line in lines if line not in output.splitlines()]
+
+
+def test_every_picture_and_folder_it_names_exists():
+    for path in re.findall(r"\]\(([^)]+)\)", README):
+        assert (ROOT / path).exists(), path
+    for path in re.findall(r"`((?:decompk|tools|bench|tests)/[\w./]*)`", README):
+        assert (ROOT / path).exists(), path
