@@ -10,14 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .dispatch import EXACT
 from .errors import PackError, PartitionError
 from .layers.alike import check_members
-from .layers.base import Shell, Twin, dotted, packed_batch
+from .layers.base import Twin, dotted, packed_batch
 from .layers.forward_code import read_forward
 from .layers.nest import tree_map
 from .layers.per_member import PerMember, description, member_of, per_member_kind
 from .layers.plan import input_dims_of, plan
 from .partition import Crop
+from .shell import Shell
 
 
 def pack(
@@ -247,7 +249,7 @@ def _stack_tensors(members: list[nn.Module], channels_last: set[str]) -> dict[in
                 if tensor is None or id(tensor) in stacks:
                     continue
                 stack = torch.stack([getattr(m[path], store)[name].detach() for m in modules])
-                if path in channels_last:
+                if path in channels_last and stack.dtype not in EXACT:
                     stack = _laid_out(stack, torch.channels_last)
                 stacks[id(tensor)] = nn.Parameter(stack, tensor.requires_grad) if store == "_parameters" else stack
     return stacks

@@ -14,22 +14,21 @@ from torch.fx.node import map_arg
 
 
 class Shell(nn.Module):
-    """Wraps `net` without adding a level of names: parameters, buffers and children are the same objects."""
+    """A module around another that shows the other's children, parameters and buffers under their own names.
 
-    net: nn.Module
+    What a shell adds is private: any public name may be one of the wrapped module's.
+    """
 
-    def __init__(self, net: nn.Module):
+    _inner: nn.Module
+
+    def __init__(self, inner: nn.Module):
         super().__init__()
-        object.__setattr__(self, "net", net)  # unregistered, or every name would begin with "net."
-        self._parameters = net._parameters
-        self._buffers = net._buffers
-        self._modules = net._modules
-        self._non_persistent_buffers_set = net._non_persistent_buffers_set
-        self.training = net.training
+        shared = ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set", "training")
+        vars(self).update(_inner=inner, **{name: vars(inner)[name] for name in shared})
 
     def train(self, mode: bool = True) -> Shell:
-        super().train(mode)
-        self.net.training = mode
+        self._inner.train(mode)
+        self.training = self._inner.training
         return self
 
 
@@ -42,14 +41,15 @@ class Rewritten(Shell):
 
     def __init__(self, net: nn.Module, graphs: dict[bool, fx.Graph]):
         super().__init__(net)
+        self._reads_tensors = any(node.op == "get_attr" for graph in graphs.values() for node in graph.nodes)
         self._source = {mode: _source(graph) for mode, graph in graphs.items()}
         self._code: dict[bool, Callable] = {mode: _compiled(*source) for mode, source in self._source.items()}
 
     def forward(self, x: torch.Tensor) -> Any:
-        return self._code[self.training](self.net, x)
+        return self._code[self.training](self._inner, x)
 
     def extra_repr(self) -> str:
-        return f"{type(self.net).__name__} with its graph edited"
+        return f"{type(self._inner).__name__} with its graph edited"
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_code": None}

@@ -106,6 +106,20 @@ class Pieces(nn.Module):
         return self.head(self.d(x))
 
 
+class ScaledPieces(nn.Module):
+    """A number written out in the network, and a bare parameter that its edited graph reads."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.scale = conv(3, 16), nn.Parameter(torch.rand(16, 1, 1))
+        self.shift = nn.Parameter(torch.rand(1, 8, 1, 1))
+        self.head = Head(16)
+
+    def forward(self, x):
+        left, right = (self.stem(x) * self.scale).split(8, 1)
+        return self.head(torch.cat([right, left + self.shift], 1))
+
+
 def channel_shuffle(x, groups: int):
     n, c, h, w = x.size()
     x = x.view(n, groups, c // groups, h, w)
@@ -332,6 +346,7 @@ EXACT = {
     "branches": (Branches, IMAGE, 4, 10),
     "pieces": (Pieces, IMAGE, 4, None),
     "pieces in two": (Pieces, IMAGE, (1, 2), None),
+    "scaled pieces": (ScaledPieces, IMAGE, 4, None),
     "shuffle": (Shuffle, IMAGE, 4, None),
     "groups": (Groups, IMAGE, 4, None),
     "groups in three": (Groups, IMAGE, (1, 3), None),

@@ -87,7 +87,7 @@ def test_members_run_on_their_crops_and_keep_class_and_names(name):
     net, d = build(name)
     x = torch.randn(2, *d.input_size, dtype=torch.float64)
     for member, crop in zip(d.subnets(seed=0), d.split(x), strict=True):
-        inner = member.net if isinstance(member, Rewritten) else member
+        inner = member._inner if isinstance(member, Rewritten) else member
         assert type(inner) is type(net)
         assert [*member.state_dict()] == [*net.state_dict()]
         with torch.no_grad():

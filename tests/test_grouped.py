@@ -63,6 +63,24 @@ def test_the_papers_networks_train_packed_as_alone_and_compose_to_their_sum(name
             assert key in d.plan.summed or torch.equal(value, back.state_dict()[key]), key
 
 
+def test_in_float64_packed_members_train_to_the_same_bits_as_alone():
+    d = decompk.decompose(models.cifar_resnet32(width=8).double(), (3, 32, 32), crop_size=20)
+    members = d.subnets(seed=0)
+    packed = decompk.pack(members, crops=d.crops)
+    x, y = torch.randn(4, 3, 32, 32, dtype=torch.float64), torch.randint(10, (4,))
+    together = torch.optim.Adam(packed.parameters())
+    alone = [torch.optim.Adam(member.parameters()) for member in members]
+    for _ in range(2):
+        together.zero_grad()
+        decompk.losses.cross_entropy(packed(x), y).backward()
+        together.step()
+        for member, crop, optimizer in zip(members, d.split(x), alone, strict=True):
+            optimizer.zero_grad()
+            torch.nn.functional.cross_entropy(member(crop), y).backward()
+            optimizer.step()
+    assert_same_tensors(packed, members, 0)
+
+
 def test_the_ensemble_adds_the_members_outputs():
     packed = decompk.grouped_subnets(models.cifar_resnet32(width=8), (3, 32, 32), 4, crop_size=20, seed=1)
     x = torch.randn(2, 3, 32, 32)

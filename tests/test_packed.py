@@ -676,9 +676,9 @@ def test_dtypes_and_memory_formats_change_in_place(make):
 
 
 def test_weights_are_ohwi_for_every_member_and_so_are_their_gradients_and_moments():
-    packed = pack(seeded(Residual))
+    packed = pack([member.float() for member in seeded(Residual)])
     optimizer = torch.optim.Adam(packed.parameters())
-    packed(double(*IMAGE)).sum().backward()
+    packed(double(*IMAGE).float()).sum().backward()
     optimizer.step()
     weight = packed.stem[0].weight
     for tensor in (weight, weight.grad, optimizer.state[weight]["exp_avg"], copy.deepcopy(packed).stem[0].weight):

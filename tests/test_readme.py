@@ -7,16 +7,17 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.S | re.M)
 
 
 def test_the_example_runs_as_written():
-    (example,) = re.findall(r"```python\n(.*?)```", README, re.S)
+    (example,) = [text for language, text in BLOCKS if language == "python"]
     assert len(example.strip().splitlines()) <= 12
     subprocess.run([sys.executable, "-c", example], check=True)
 
 
 def test_the_report_is_the_commands_output():
-    shown = next(block for block in re.findall(r"```\n(.*?)```", README, re.S) if block.startswith("VGG16"))
+    shown = next(text for _, text in BLOCKS if text.startswith("VGG16"))
     command = [sys.executable, "-m", "decompk", "report", "--model", "vgg16"]
     output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     lines = [line for line in shown.splitlines() if line.strip()]

@@ -12,7 +12,8 @@ from torch.nn.parameter import UninitializedTensorMixin
 from torch.nn.utils.parametrize import is_parametrized
 
 from ..errors import PackError
-from .base import HOOKS, Shell, Twin, dotted
+from ..shell import Rewritten, Shell
+from .base import HOOKS, Twin, dotted
 
 _BASE_ATTRIBUTES = vars(nn.Module()).keys()
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
@@ -29,7 +30,7 @@ def check_members(members: list[nn.Module]) -> None:
         what = f"'{path}'" if path else "the network"
         if isinstance(module, torch.jit.ScriptModule) or hasattr(module, "_orig_mod"):
             raise PackError(f"{what} is compiled; pack the plain modules and compile the packed one.")
-        if isinstance(module, Shell | Twin):
+        if isinstance(module, Shell | Twin) and not isinstance(module, Rewritten):
             raise PackError(f"{what} is packed already; unpack it first.")
         if type(module).get_extra_state is not nn.Module.get_extra_state:
             raise PackError(f"{what} keeps extra state beside its tensors, which cannot be packed.")

@@ -90,25 +90,6 @@ class Twin:
         return torch.cat([function(*row) for row in zip(split(x, self.K), *columns, strict=True)])
 
 
-class Shell(nn.Module):
-    """A module around another that shows the other's children, parameters and buffers under their own names.
-
-    What a shell adds is private: any public name may be one of the wrapped module's.
-    """
-
-    _inner: nn.Module
-
-    def __init__(self, inner: nn.Module):
-        super().__init__()
-        shared = ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set", "training")
-        vars(self).update(_inner=inner, **{name: vars(inner)[name] for name in shared})
-
-    def train(self, mode: bool = True) -> Shell:
-        self._inner.train(mode)
-        self.training = self._inner.training
-        return self
-
-
 def split(x: Tensor, K: int) -> tuple[Tensor, ...]:
     """(K·N, …) → K views (N, …). Its backward is a concatenation, which keeps channels_last."""
     return x.split([x.shape[0] // K] * K)

@@ -29,12 +29,14 @@ class _PackedConv(Twin):
         pointwise = (
             x.dim() == 4 and self.kernel_size == (1, 1) and self.groups == 1 and padding in (0, (0, 0), "valid", "same")
         )
-        form = self._form(positions, pointwise)
+        form = self._form(x, positions, pointwise)
         return self._pointwise(x) if form == "matmul" else self._run(form, convolve, x)
 
-    def _form(self, positions: int, pointwise: bool = False) -> str:
+    def _form(self, x: Tensor, positions: int, pointwise: bool = False) -> str:
         inner = self.in_channels // self.groups
-        return conv_form(self.kernel_size, self.stride, pointwise, inner, self.out_channels, positions // self.K)
+        return conv_form(
+            self.kernel_size, self.stride, pointwise, inner, self.out_channels, positions // self.K, x.dtype
+        )
 
     def _run(self, form: str, convolve, x: Tensor) -> Tensor:
         if form == "loop":
@@ -79,7 +81,7 @@ class _PackedConvTranspose(_PackedConv):
         def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> Tensor:
             return self.function(x, weight, bias, self.stride, self.padding, extra, groups, self.dilation)
 
-        return self._run(self._form(x.numel() // self.in_channels), convolve, x)
+        return self._run(self._form(x, x.numel() // self.in_channels), convolve, x)
 
 
 class PackedConvTranspose1d(_PackedConvTranspose, nn.ConvTranspose1d):

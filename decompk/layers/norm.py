@@ -28,7 +28,7 @@ class _PackedBatchNorm(Twin):
             if self.momentum is None:
                 factors = [1.0 / count for count in self.num_batches_tracked.tolist()]
 
-        form = norm_form(x.numel() // self.K, self.num_features, batch_statistics)
+        form = norm_form(x.numel() // self.K, self.num_features, batch_statistics, x.dtype)
         if form == "loop" or len(set(factors)) > 1:
 
             def normalise(x, mean, var, weight, bias, factor):

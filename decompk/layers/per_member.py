@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import PackError
-from .base import Shell, check_rows, split
+from ..shell import Shell
+from .base import check_rows, split
 from .nest import leaves, spread, tree_map
 
 State = tuple[nn.Module, tuple[str, ...], list[dict[str, Any]]]

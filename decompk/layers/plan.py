@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from ..errors import PackError
+from ..shell import Rewritten
 from . import TWINS
 from .base import HOOKS, Twin, dotted
 from .forward_code import read_forward, why_not_packed
@@ -95,6 +96,8 @@ def why_member_by_member(module: nn.Module) -> str | None:
     """Why a module without a twin has to run whole, once per member; None where its parts can be packed."""
     if any(getattr(module, hooks) for hooks in HOOKS):
         return "it has hooks"
+    if isinstance(module, Rewritten) and module._reads_tensors:
+        return "its edited graph reads parameters of its parts"
     if is_parametrized(module):
         return "it is parametrized"
     own = [name for store in (module._parameters, module._buffers) for name, t in store.items() if t is not None]
