@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import platform
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -78,10 +79,15 @@ def run(out: Path, epochs: tuple[int, int] = (16, 6), seed: int = 0) -> dict[str
         "random": scratch.__dict__,
         "training_flops": flops,
         "theorem_2_2": bound.__dict__,
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
+        "made_with": {
+            "command": f"decompk demo --epochs {epochs[0]},{epochs[1]} --seed {seed}",
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "threads": torch.get_num_threads(),
+            "machine": platform.machine(),
+        },
     }
-    print("\n" + _table(result).to_text())
+    print("\n" + table(result).to_text())
     (out / "demo.json").write_text(json.dumps(result, indent=1))
     _draw(result, out / "demo.png")
     print(f"Written: {out / 'demo.json'}, {out / 'demo.png'}")
@@ -174,7 +180,8 @@ def _count(net: nn.Module) -> int:
     return sum(p.numel() for p in net.parameters())
 
 
-def _table(result: dict[str, Any]) -> Table:
+def table(result: dict[str, Any]) -> Table:
+    """What demo.json holds, as the demo prints it."""
     percent, figure = (lambda v: f"{v:.1f}"), (lambda v: f"{v:.2f}")
     columns = [
         Column("network"),

@@ -1,9 +1,12 @@
 """What the README shows is what happens."""
 
+import json
 import re
 import subprocess
 import sys
 from pathlib import Path
+
+from decompk import demo
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -23,6 +26,15 @@ def test_the_report_is_the_commands_output():
     lines = [line for line in shown.splitlines() if line.strip()]
     assert len(lines) > 20
     assert not [line for line in lines if line not in output.splitlines()]
+
+
+def test_the_demos_figures_are_those_of_the_committed_run():
+    result = json.loads((ROOT / "bench/results/cpu-amd-epyc-2-cores/demo.json").read_text())
+    shown = next(text for _, text in BLOCKS if text.startswith("Digits"))
+    expected = demo.table(result).to_text().split("\n\n- ")[0].splitlines()
+    assert shown.splitlines() == expected and len(expected) > 10
+    made = result["made_with"]
+    assert f"torch {made['torch']}" in README and f"{made['threads']} threads" in README
 
 
 def test_every_picture_and_folder_it_names_exists():
