@@ -4,9 +4,11 @@ import json
 import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 from decompk import demo
+from decompk.report.paper import paper_cells
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -35,6 +37,17 @@ def test_the_demos_figures_are_those_of_the_committed_run():
     assert shown.splitlines() == expected and len(expected) > 10
     made = result["made_with"]
     assert f"torch {made['torch']}" in README and f"{made['threads']} threads" in README
+
+
+def test_the_counts_it_gives_are_those_of_the_tables_and_the_survey():
+    verdicts = Counter(cell["verdict"] for cell in paper_cells())
+    counts = [verdicts[v] for v in ("exact", "exact (truncated)", "close", "unexplained")]
+    assert counts == [48, 3, 9, 2]
+    text = " ".join(README.split())
+    assert "48 come out exactly, 3 as the paper truncated them, 9 within 5 %, and 2 fit no convention" in text
+    survey = (ROOT / "tools" / "survey.md").read_text()
+    networks, members = re.search(r"(\d+) of torchvision \S+ (\d+) CNNs decompose", survey).group(2, 1)
+    assert f"Of torchvision's {networks} CNNs, {members} decompose into 4 members" in text
 
 
 def test_every_picture_and_folder_it_names_exists():
