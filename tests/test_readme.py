@@ -12,6 +12,7 @@ from decompk.report.paper import paper_cells
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
+RESULTS = ROOT / "bench/results/cpu-amd-epyc-2-cores"
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.S | re.M)
 
 
@@ -31,12 +32,22 @@ def test_the_report_is_the_commands_output():
 
 
 def test_the_demos_figures_are_those_of_the_committed_run():
-    result = json.loads((ROOT / "bench/results/cpu-amd-epyc-2-cores/demo.json").read_text())
+    result = json.loads((RESULTS / "demo.json").read_text())
     shown = next(text for _, text in BLOCKS if text.startswith("Digits"))
     expected = demo.table(result).to_text().split("\n\n- ")[0].splitlines()
     assert shown.splitlines() == expected and len(expected) > 10
     made = result["made_with"]
     assert f"torch {made['torch']}" in README and f"{made['threads']} threads" in README
+
+
+def test_its_timings_are_the_medians_of_the_committed_bench():
+    result = json.loads((RESULTS / "packed.json").read_text())
+    medians = {b["name"].removeprefix("test_training_step"): b["stats"]["median"] * 1e3 for b in result["benchmarks"]}
+    for case in ("K=16 at 70 px", "K=4 at 140 px"):
+        packed = medians[f"[{case}-packed]"]
+        in_turn = min(medians[f"[{case}-in turn]"], medians[f"[{case}-in turn, channels_last]"])
+        assert re.search(rf"take {packed:.0f} ms packed and\s+{in_turn:.0f} ms in turn", README)
+    assert f"torch {result['machine_info']['torch'].partition('+')[0]}" in README
 
 
 def test_the_counts_it_gives_are_those_of_the_tables_and_the_survey():

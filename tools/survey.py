@@ -34,8 +34,8 @@ def main() -> None:
         rows.append(f"| {name} | {verdict} |")
         print(rows[-1], flush=True)
     head = (
-        f"{decomposed} of torchvision {torchvision.__version__}'s {len(names)} CNNs decompose into 4 members on a quarter "
-        "of the image each; the others are refused as below. Made by `python tools/survey.py`, torch "
+        f"{decomposed} of torchvision {torchvision.__version__}'s {len(names)} CNNs decompose into 4 members on a "
+        "quarter of the image each; the others are refused as below. Made by `python tools/survey.py`, torch "
         f"{torch.__version__.partition('+')[0]}."
     )
     table = "\n".join([head, "", "| network | member / global, or why not |", "| --- | --- |", *rows])
