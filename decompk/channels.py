@@ -38,6 +38,7 @@ from .roles import (
     by,
     globally,
     in_member,
+    module_key,
     operation_name,
     tensors_in,
 )
@@ -76,6 +77,7 @@ class Plan:
     graphs: dict[bool, fx.Graph] = field(default_factory=dict)
     channels: dict[bool, dict[str, np.ndarray | None]] = field(default_factory=dict)  # node → (K, c) of axis 1
     notes: list[str] = field(default_factory=list)  # why composed(x) is not exactly the sum of the members
+    noted: set[str] = field(default_factory=set)  # the nodes that the notes are about
     adapted: list[str] = field(default_factory=list)  # first FC layers whose window follows the crop
 
 
@@ -111,6 +113,7 @@ class _Pass:
         self.shuffles: list[tuple[bool, fx.Node, np.ndarray, int, np.ndarray]] = []
         self.plan = Plan(self.K)
         self.parameters = dict(model.named_parameters(remove_duplicate=False))
+        self.bare_rewrites: dict[str, list[str]] = {}  # nodes rewritten for a parameter that may yet prove shared
         self.tensor_names: dict[str, tuple[str, str | None]] = {}  # functional layer → names of weight and bias
 
     def run(self) -> Plan:
@@ -165,7 +168,13 @@ class _Pass:
     def refuse(self, what: str, remedy: str = "run it whole, or pack copies of the network with decompk.pack") -> Any:
         raise UnsupportedOperation(f"{where(self.node)}: {what}, so its channels cannot be divided; {remedy}.")
 
+    def adapted(self, name: str) -> None:
+        """The layer's window follows the member's smaller map; a member no longer runs on the full image."""
+        if name not in self.plan.adapted:
+            self.plan.adapted.append(name)
+
     def note(self, what: str) -> None:
+        self.plan.noted.add(self.node.name)
         note = f"{where(self.node)}: {what}"
         if note not in self.plan.notes:
             self.plan.notes.append(note)
@@ -199,6 +208,10 @@ class _Pass:
     def rewrite(self, args: tuple, kwargs: dict) -> tuple[Any, Any]:
         """The member's node takes these arguments instead (nodes and plain numbers); returns their values."""
         self.plan.member_args[self.mode][self.node.name] = (args, kwargs)
+        for source in self.node.all_input_nodes:
+            role = getattr(self.env[source], "role", None)
+            if isinstance(role, Split) and role.bare is not None:
+                self.bare_rewrites.setdefault(role.bare, []).append(self.node.name)
         return in_member(map_arg((args, kwargs), lambda n: self.env[n]))
 
     @staticmethod
@@ -286,6 +299,8 @@ class _Pass:
                 self.strands.tie(self.bare.setdefault(name, (axis, t.role.ids))[1], t.role.ids)
                 settled.append(replace(t, role=replace(t.role, bare=None)))
             elif name not in self.parameters:
+                for node in self.bare_rewrites.pop(name, []):
+                    self.plan.member_args[self.mode].pop(node, None)
                 settled.append(T(t.full, t.full, SHARED))
             elif not divided:
                 self.refuse(
@@ -310,6 +325,8 @@ class _Pass:
                     "the network returns divided channels, not the output of a last layer",
                     'ask for decompose(..., head="concat")',
                 )
+            if t.role is SHARED:
+                self.note("the network returns what every member holds whole: the composed network returns it once")
             if isinstance(t.role, Split) and (len(t.role.axes) != 1 or t.role.window):
                 self.refuse("the network's output mixes channels with other axes")
         return value
@@ -365,6 +382,14 @@ class _Pass:
             settled = iter(self.settle(tensors))
             args, kwargs = map_aggregate((args, kwargs), lambda v: next(settled) if isinstance(v, T) else v)
             tensors = tensors_in((args, kwargs))
+        if len(tensors) == 1 and tensors[0].role is PARTIAL:
+            scaled = name == "mul" or (name == "div" and args[0] is tensors[0])
+            zero = name in ("add", "sub") and args[0] == 0  # sum([a, b]) begins with 0 + a
+            name = "contiguous" if scaled or zero else name + " a number" if name in ("add", "sub") else name
+        numbers: list[Both] = []
+        map_aggregate((args, kwargs), lambda v: numbers.append(v) if isinstance(v, Both) else None)
+        if numbers and any(t.role is not SHARED for t in tensors):
+            self.note(f"'{name}' uses a size that differs in a member: composed(x) may not be the sum")
         full, part = self.run_both(args, kwargs)
         dims = full.dim() if isinstance(full, torch.Tensor) else tensors[0].full.dim()
         role, scale = self.join(name, tensors, dims)
@@ -460,9 +485,11 @@ class _Pass:
         if groups > 1:
             # lcm(G, K) / K groups a member: each lies inside one global group. G and K divide both widths, so lcm does.
             leaf.member_groups = attributes["groups"] = math.lcm(groups, self.K) // self.K
-        return self._finish_layer(target, module, leaf, attributes, x, axis)
+        return self._finish_layer(target, module, leaf, attributes, x, axis, (*args[1:], *kwargs.values()))
 
-    def _finish_layer(self, target: str, module: nn.Module, leaf: Leaf, attributes: dict, x: T, axis: int) -> Any:
+    def _finish_layer(
+        self, target: str, module: nn.Module, leaf: Leaf, attributes: dict, x: T, axis: int, extra: tuple
+    ) -> Any:
         head = target in self.heads
         outputs = module.out_channels if leaf.kind == "conv" else module.out_features
         leaf.attributes = attributes
@@ -481,9 +508,9 @@ class _Pass:
                 self.strands.tie(known.inputs, leaf.inputs)
         if target not in self.tensor_names:
             self.plan.attributes[target] = attributes
-        full = on_meta(module)(x.full)
+        full = on_meta(module)(x.full, *globally(extra))
         try:
-            part = narrow(module, attributes, _member_shapes(module, leaf, attributes))(x.part)
+            part = narrow(module, attributes, _member_shapes(module, leaf, attributes))(x.part, *in_member(extra))
         except RuntimeError as error:
             raise PartitionError(
                 f"{where(self.node)}: a member's {by(x.part.shape[1:])} does not fit here ({_first_line(error)}); "
@@ -528,7 +555,7 @@ class _Pass:
 
     def _known_tensors(self, module: nn.Module, known: set[str]) -> None:
         for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
-            if name not in known and tensor.numel() > 1:
+            if name not in known and (tensor.numel() > 1 or isinstance(tensor, nn.Parameter)):
                 self.refuse(f"{type(module).__name__} holds '{name}', whose axes are not known")
 
     def norm(self, target: str, module: nn.Module, args: tuple, kwargs: dict) -> Any:
@@ -574,6 +601,7 @@ class _Pass:
         if covers(found, x):  # a last pooling over the whole map follows the member's smaller map
             extent = tuple(x.part.shape[2:])
             self.plan.attributes[target] = {"kernel_size": extent, "stride": extent}
+            self.adapted(target)
         return self.spatial(type(module).__name__, args, kwargs, found)
 
     def spatial(self, name: str, args: tuple, kwargs: dict, found: tuple | None, member: tuple | None = None) -> Any:
@@ -647,7 +675,7 @@ class _Pass:
         columns = [np.arange(inputs)] * self.K if leaf.inputs is None else own(leaf.inputs)
         spots = [self._spots(leaf.window, crop) for crop in self.crops]
         if leaf.window is not None and leaf.window.full != leaf.window.part:
-            self.plan.adapted.append(target)
+            self.adapted(target)
         if leaf.window is not None and not conv:
             extent = math.prod(leaf.window.full)
             flat = [np.ravel_multi_index(np.ix_(*s), leaf.window.full).reshape(-1) for s in spots]
@@ -697,7 +725,7 @@ def _with_space(block: tuple[np.ndarray, ...], spots: list[np.ndarray]) -> tuple
 
 def _vectors(module: nn.Module) -> list[tuple[str, torch.Tensor]]:
     """The tensors of a normalisation that hold one number per channel."""
-    return [(n, t) for n, t in [*module.named_parameters(), *module.named_buffers()] if t.dim() == 1]
+    return [(n, t) for n, t in [*module.named_parameters(), *module.named_buffers()] if t.dim() == 1 and "." not in n]
 
 
 def _owned(owner: np.ndarray, members: int, ids: np.ndarray) -> list[np.ndarray]:
@@ -744,9 +772,13 @@ def heads(model: nn.Module, graph: fx.Graph) -> set[str]:
             name = operation_name(source)
             if source.op == "call_module" and isinstance(modules[source.target], LAYERS):
                 found.add(source.target)
-            elif name in FUNCTIONAL_LAYERS and isinstance(source.args[1], fx.Node):
-                found.add(source.args[1].target)
-            elif name not in FACTS:  # a size leads back to a tensor without carrying its values
+            elif name in FUNCTIONAL_LAYERS:
+                found.add(module_key(source))
+            elif name not in FACTS or source.args[1:] in (
+                ("data",),
+                ("T",),
+                ("mT",),
+            ):  # a size leads back to a tensor without carrying its values
                 pending.append(source)
     return found
 

@@ -18,14 +18,16 @@ def tensors(module: nn.Module) -> dict[str, torch.Tensor]:
     return dict([*module.named_parameters(), *module.named_buffers()])
 
 
-def put(module: nn.Module, name: str, value: torch.Tensor) -> None:
-    """Replace a parameter or buffer wherever the module (or a twin of its name) holds it."""
-    path, _, last = name.rpartition(".")
-    owner = module.get_submodule(path)
-    if last in owner._parameters:
-        owner._parameters[last] = nn.Parameter(value, owner._parameters[last].requires_grad)
-    else:
-        owner._buffers[last] = value
+def put(module: nn.Module, values: dict[str, torch.Tensor]) -> None:
+    """Replace parameters and buffers by name, wherever the module holds them: a tensor of two owners stays shared."""
+    new: dict[int, torch.Tensor] = {}
+    for name, old in tensors(module).items():
+        if name in values:
+            value = values[name]
+            new[id(old)] = nn.Parameter(value, old.requires_grad) if isinstance(old, nn.Parameter) else value
+    for owner in module.modules():
+        for store in (owner._parameters, owner._buffers):
+            store.update({name: new[id(old)] for name, old in store.items() if id(old) in new})
 
 
 def compose(plan: Plan, shell: nn.Module, members: Sequence[nn.Module], head: str) -> nn.Module:
@@ -37,6 +39,7 @@ def compose(plan: Plan, shell: nn.Module, members: Sequence[nn.Module], head: st
     """
     K = plan.members
     per_member = [tensors(member) for member in members]
+    values: dict[str, torch.Tensor] = {}
     with torch.no_grad():
         for name, empty in tensors(shell).items():
             parts = [found[name] for found in per_member]
@@ -58,7 +61,8 @@ def compose(plan: Plan, shell: nn.Module, members: Sequence[nn.Module], head: st
                     whole = whole / K
             else:
                 whole = parts[0].clone()
-            put(shell, name, whole)
+            values[name] = whole
+    put(shell, values)
     if head == "concat":
         for name in plan.head_weights:
             layer = shell.get_submodule(name.rpartition(".")[0])
@@ -71,13 +75,15 @@ def compose(plan: Plan, shell: nn.Module, members: Sequence[nn.Module], head: st
 def extract(plan: Plan, shells: dict[int, nn.Module], model: nn.Module, head: str) -> list[nn.Module]:
     """Fill one shell per member (by its number) with the diagonal blocks of `model`: the inverse of compose.
 
-    A head's bias, which composition adds up, comes back as 1/K each; the last member takes what rounding left over,
+    head="mean" undoes (2.22), to the bit where K is a power of two. A head's bias, which composition adds
+    up, comes back as 1/K each; the last member takes what rounding left over,
     so that the sum is the bias to the bit.
     """
     K = plan.members
     whole = tensors(model)
     with torch.no_grad():
         for k, shell in shells.items():
+            values: dict[str, torch.Tensor] = {}
             for name in tensors(shell):
                 value = whole[name].detach()
                 if name in plan.places:
@@ -88,7 +94,8 @@ def extract(plan: Plan, shells: dict[int, nn.Module], model: nn.Module, head: st
                     part = value / K if k < K - 1 else value - _sum([value / K] * (K - 1)) if K > 1 else value
                 else:
                     part = value
-                put(shell, name, part.clone(memory_format=torch.contiguous_format))
+                values[name] = part.clone(memory_format=torch.contiguous_format)
+            put(shell, values)
     return list(shells.values())
 
 
@@ -113,6 +120,14 @@ def check_members(shell: nn.Module, members: Sequence[nn.Module], count: int, wh
     """Raise PackError unless there are `count` networks with the tensors of `shell`; names the first that differs."""
     if len(members) != count:
         raise PackError(f"{len(members)} {what}s were given where {count} are needed.")
+    first = tensors(members[0])
+    for k, member in enumerate(members):
+        for name, tensor in tensors(member).items():
+            if name in first and (tensor.dtype, tensor.device) != (first[name].dtype, first[name].device):
+                raise PackError(
+                    f"'{name}' is {tensor.dtype} on {tensor.device} in {what} {k} and {first[name].dtype} on "
+                    f"{first[name].device} in {what} 0; bring them to one dtype and device."
+                )
     expected = {name: tuple(t.shape) for name, t in tensors(shell).items()}
     for k, member in enumerate(members):
         found = {name: tuple(t.shape) for name, t in tensors(member).items()}

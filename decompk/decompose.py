@@ -41,6 +41,10 @@ def decompose(
     """
     if not isinstance(model, nn.Module):
         raise DecompkError(f"decompose needs an nn.Module, not {type(model).__name__}.")
+    if isinstance(input_size, int):
+        raise PartitionError(
+            f"input_size {input_size} must be (channels, *spatial), such as (3, {input_size}, {input_size})."
+        )
     size = tuple(int(n) for n in input_size)
     if not 2 <= len(size) <= 4 or min(size) < 1:
         raise PartitionError(f"input_size {size} must be (channels, *spatial) with one to three spatial axes.")
@@ -80,11 +84,13 @@ class Decomposition:
             leaf = net.get_submodule(target)
             for name, value in attributes.items():
                 setattr(leaf, name, value)
+        values = {}
         for name, tensor in tensors(net).items():
             if name in self.plan.places:
                 place = self.plan.places[name][0]
                 shape = torch.broadcast_shapes(*(i.shape for i in place)) + tensor.shape[len(place) :]
-                put(net, name, tensor.new_empty(shape))
+                values[name] = tensor.new_empty(shape)
+        put(net, values)
         return self._rewritten(net, self.plan.member_args, {})
 
     def _rewritten(self, net: nn.Module, arguments: dict, orders: dict) -> nn.Module:
@@ -132,6 +138,8 @@ class Decomposition:
         The bias of a head comes back as 1/K each (2.14 adds them up); head="mean" undoes (2.22).
         """
         check_head(head, self._split_outputs and head != "sum")
+        if head == "concat" and not self._split_outputs:
+            raise DecompkError("only a network decomposed with head='concat' can be extracted so; use 'sum' or 'mean'.")
         check_members(on_meta(self.model), [model], 1, "network")
         return extract(self.plan, {k: self.member_shell() for k in range(self.K)}, model, head)
 

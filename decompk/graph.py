@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import os
 import re
 from dataclasses import dataclass
 from typing import Any
@@ -44,14 +45,20 @@ def trace(model: nn.Module, training: bool) -> fx.Graph:
     restored. Raises UnsupportedOperation where torch.fx cannot follow the code.
     """
     modes = [(module, module.training) for module in model.modules()]
-    defaults = {
-        name: p.default
-        for name, p in list(inspect.signature(model.forward).parameters.items())[1:]
-        if p.default is not inspect.Parameter.empty
-    }
+    attributes = dict(vars(model))
+    inputs = list(inspect.signature(model.forward).parameters.items())
+    variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    defaults = {name: p.default for name, p in inputs[1:] if p.default is not inspect.Parameter.empty}
+    for name, p in inputs[1:]:
+        if name not in defaults and p.kind not in variadic:
+            raise UnsupportedOperation(
+                f"{type(model).__name__}.forward needs '{name}' beside its first argument; only networks of one input "
+                "can be decomposed: give the others defaults."
+            )
     try:
         model.train(training)
-        graph = _Tracer().trace(model, concrete_args=defaults or None)
+        with torch.random.fork_rng(devices=[]):
+            graph = _Tracer().trace(model, concrete_args=defaults or None)
     except Exception as error:  # torch.fx raises whatever the traced code raised
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UnsupportedOperation(
@@ -61,8 +68,33 @@ def trace(model: nn.Module, training: bool) -> fx.Graph:
     finally:
         for module, mode in modes:
             module.training = mode
+        made = [name for name in vars(model) if name not in attributes]
+        for name in made:  # torch.fx keeps tensors that forward makes as attributes of the network
+            del vars(model)[name]
+    if made:
+        raise UnsupportedOperation(
+            f"{type(model).__name__}.forward makes a tensor of its own, which tracing would freeze; register it as a "
+            "buffer."
+        )
     _drop_fixed_arguments(graph)
+    for node in graph.nodes:
+        _spell_alike(node)
     return graph
+
+
+def _spell_alike(node: fx.Node) -> None:
+    """One spelling of what torch accepts in many: the first operand and sizes positional, `dim` for numpy's `axis`."""
+    if node.op not in ("call_function", "call_method", "call_module"):
+        return
+    kwargs = {{"axis": "dim", "keepdims": "keepdim"}.get(key, key): value for key, value in node.kwargs.items()}
+    args = list(node.args)
+    for key in ("input", "tensors", "self", "x"):
+        if not args and key in kwargs:
+            args.append(kwargs.pop(key))
+    if getattr(node.target, "__name__", node.target) in ("view", "reshape"):
+        args += [kwargs.pop(key) for key in ("size", "shape") if key in kwargs]
+    if (tuple(args), kwargs) != (node.args, node.kwargs):
+        node.args, node.kwargs = tuple(args), kwargs
 
 
 def _drop_fixed_arguments(graph: fx.Graph) -> None:
@@ -77,6 +109,9 @@ def _drop_fixed_arguments(graph: fx.Graph) -> None:
         graph.erase_node(node)
 
 
+_TORCH = os.path.dirname(torch.__file__)
+
+
 def where(node: fx.Node) -> str:
     """The node by name, with the module that holds it and its line of source."""
     place = f"'{node.target}'" if node.op in ("call_module", "get_attr") else f"'{node.name}'"
@@ -87,7 +122,7 @@ def where(node: fx.Node) -> str:
     lines = [
         found
         for found in re.findall(r'File "([^"]+)", line (\d+)', node.stack_trace or "")
-        if "/torch/fx/" not in found[0] and "/torch/nn/modules/" not in found[0]
+        if not found[0].startswith(_TORCH)
     ]
     if lines:
         file, line = lines[-1]

@@ -79,6 +79,8 @@ def make_crops(
     and overlap where crop_size · n exceeds the size. Raises PartitionError.
     """
     axes = len(spatial)
+    if isinstance(partitions, bool) or not isinstance(partitions, (int, Sequence)):
+        raise PartitionError(f"partitions {partitions!r} must be a number, the parts per axis, or a list of crops.")
     if not isinstance(partitions, int) and any(isinstance(p, Crop) for p in partitions):
         if crop_size is not None or margin:
             raise PartitionError("crop_size and margin only shape a grid; a list of crops already fixes both.")

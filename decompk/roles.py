@@ -72,6 +72,14 @@ def operation_name(node: fx.Node) -> str:
     return _ALIASES.get(name, name)
 
 
+def module_key(node: fx.Node) -> str:
+    """What a layer is known by in a plan: its module's path, or its weight's name where a functional is called."""
+    if node.op == "call_module":
+        return str(node.target)
+    weight = node.args[1] if len(node.args) > 1 else node.kwargs.get("weight")
+    return str(getattr(weight, "target", node.name))
+
+
 _ALIASES = {
     "iadd": "add", "imul": "mul", "isub": "sub", "itruediv": "div", "truediv": "div", "true_divide": "div",
     "multiply": "mul", "subtract": "sub", "divide": "div", "radd": "add", "rmul": "mul", "concat": "cat",

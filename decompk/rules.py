@@ -68,10 +68,13 @@ def pool(p: Any, name: str, args: Any, kwargs: Any) -> Any:
     x = args[0]
     found = windows(name, x.full.dim() - 2, args[1:], kwargs)
     member = None
-    if covers(found, x):  # a last pooling over the whole map follows the member's smaller map
+    if covers(found, x) and not name.startswith(
+        "lp_"
+    ):  # a last pooling over the whole map follows the member's smaller map
         extent = tuple(x.part.shape[2:])
         node_kwargs = {k: v for k, v in p.node.kwargs.items() if k not in ("kernel_size", "stride", "input")}
         member = p.rewrite((p.node.args[0], extent, extent, *p.node.args[3:]), node_kwargs)
+        p.adapted(p.node.name)
     return p.spatial(name, args, kwargs, found, member)
 
 
@@ -81,6 +84,7 @@ def covers(found: tuple | None, x: T) -> bool:
     return (
         found is not None
         and full != part
+        and not any(w.transposed for w in found)
         and all(w.kernel == s and w.padding == (0, 0) for w, s in zip(found, full, strict=True))
     )
 
@@ -107,6 +111,7 @@ def pad(p: Any, name: str, args: Any, kwargs: Any) -> Any:
         before, after = globally(sides.get(axis, (0, 0)))
         if (before, after) == (0, 0):
             continue
+        _no_window(p, x)
         if len(x.role.axes) > 1 or min(before, after) < 0 or before % p.K or after % p.K:
             raise PartitionError(
                 f"{where(p.node)}: {before} + {after} channels of padding cannot be divided into {p.K} equal parts."
@@ -135,7 +140,8 @@ def reduction(p: Any, name: str, args: Any, kwargs: Any) -> Any:
     full, part = p.run_both(args, kwargs)
     if not isinstance(x.role, Split):
         return p.wrap(full, part, p.join(name, [x], x.full.dim())[0])
-    given = kwargs.get("dim", args[1] if len(args) > 1 else None)
+    at = 2 if name == "norm" else 1
+    given = kwargs.get("dim", args[at] if len(args) > at else None)
     if given is None:
         p.refuse(f"'{name}' combines all channels")
     dims = {d % x.full.dim() for d in ([given] if isinstance(given, int) else given)}
@@ -156,9 +162,18 @@ def glu(p: Any, name: str, args: Any, kwargs: Any) -> Any:
     return _gated(p, x, dim, *p.run_both(args, kwargs))
 
 
+def _no_window(p: Any, x: T) -> None:
+    """Operations that take channels apart know them one position each, not behind a flatten."""
+    if x.role.window is not None:
+        p.refuse("it takes a flattened map apart", "do so before the flatten")
+    if x.role.bare is not None:
+        p.refuse(f"it takes parameter '{x.role.bare}' apart", "give every part a parameter of its own")
+
+
 def _gated(p: Any, x: T, dim: int, full: torch.Tensor, part: torch.Tensor) -> Any:
     if not isinstance(x.role, Split) or x.role.axes != (dim,):
-        return p.wrap(full, part, x.role, x.scale)
+        return p.wrap(full, part, p.join("glu", [x], full.dim())[0], x.scale)
+    _no_window(p, x)
     value, gate = np.split(x.role.ids, 2)
     p.strands.tie(value, gate)
     return p.wrap(full, part, replace(x.role, ids=value), x.scale)
@@ -266,6 +281,9 @@ class _Regrouping:
             if inside[: len(channels)] != channels:
                 p.refuse("it moves channels behind another axis of the same reshape")
             if rest:
+                behind = [a for a in range(channels[-1] + 1, x.full.dim()) if x.full.shape[a] > 1]
+                if rest != behind or len(x.scale) not in (0, x.full.dim() - 2):
+                    p.refuse("it interleaves channels with another axis")
                 if len(outside) != 1 or len(channels) != 1 or len(role.axes) != 1 or window is not None:
                     p.refuse("it merges part of the channels with space")
                 window = self._window(rest)
@@ -358,6 +376,7 @@ def pieces(p: Any, name: str, args: Any, kwargs: Any) -> Any:
     dim = (args[at] if len(args) > at else kwargs.get("dim", 0)) % x.full.dim()
     if not isinstance(x.role, Split) or dim not in x.role.axes:
         return _apart(p, x, dim, *p.run_both(args, kwargs), None, keep=name != "unbind")
+    _no_window(p, x)
     axis = x.role.axes.index(dim)
     cut = p.cut(x.role, x.full, x.part) == axis
     member = None
@@ -423,10 +442,7 @@ def getitem(p: Any, name: str, args: Any, kwargs: Any) -> Any:
     index = args[1] if isinstance(args[1], tuple) else (args[1],)
     if any(isinstance(i, (T, torch.Tensor, list)) for i in index):
         p.refuse("it picks channels by an index tensor")
-    if Ellipsis in index:
-        at = index.index(Ellipsis)
-        fill = x.full.dim() - sum(i is not None for i in index) + 1
-        index = index[:at] + (slice(None),) * fill + index[at + 1 :]
+    index = _without_ellipsis(index, x.full.dim())
     ids, axes, member_index, rewritten = x.role.ids, [], [], False
     source, target, channel_axis, cut = 0, 0, 0, p.cut(x.role, x.full, x.part)
     for item in (*index, *[slice(None)] * (x.full.dim() - sum(i is not None for i in index))):
@@ -438,6 +454,8 @@ def getitem(p: Any, name: str, args: Any, kwargs: Any) -> Any:
             continue
         if source in x.role.axes:
             position = x.role.axes.index(source)
+            if whole != slice(None):
+                _no_window(p, x)
             if position == cut and whole != slice(None):
                 if not isinstance(whole, slice):
                     p.refuse("it picks a single channel")
@@ -453,9 +471,17 @@ def getitem(p: Any, name: str, args: Any, kwargs: Any) -> Any:
         target += isinstance(whole, slice)
     member = None
     if rewritten:
-        member = p.rewrite((p.node.args[0], _node_index(p.node.args[1], member_index)), {})
+        member = p.rewrite((p.node.args[0], _node_index(p.node.args[1], member_index, x.full.dim())), {})
     full, part = p.run_both(args, kwargs, member)
     return p.wrap(full, part, replace(x.role, ids=ids, axes=tuple(axes)), _sliced_scale(x, args[1], full))
+
+
+def _without_ellipsis(index: tuple, dims: int) -> tuple:
+    at = next((i for i, item in enumerate(index) if item is Ellipsis), None)
+    if at is None:
+        return index
+    fill = dims - sum(item is not None for item in index) + 1
+    return index[:at] + (slice(None),) * fill + index[at + 1 :]
 
 
 def _member_slice(p: Any, x: T, axis: int, whole: slice, own: slice, literal: slice) -> tuple[slice, bool]:
@@ -474,11 +500,9 @@ def _member_slice(p: Any, x: T, axis: int, whole: slice, own: slice, literal: sl
     return slice(start // p.K, stop // p.K, step), True
 
 
-def _node_index(original: Any, own: list) -> tuple:
+def _node_index(original: Any, own: list, dims: int) -> tuple:
     """The member's index with every part that is computed in the graph left as it was."""
-    original = list(original) if isinstance(original, tuple) else [original]
-    if Ellipsis in original:
-        return tuple(own)
+    original = _without_ellipsis(original if isinstance(original, tuple) else (original,), dims)
     kept = []
     for item, mine in zip(original, own, strict=False):
         computed = []
@@ -556,6 +580,7 @@ def channel_shuffle(p: Any, name: str, args: Any, kwargs: Any) -> Any:
 def _shuffled(p: Any, x: T, groups: int, full: torch.Tensor, part: torch.Tensor) -> Any:
     if not isinstance(x.role, Split):
         return p.wrap(full, part, x.role, x.scale)
+    _no_window(p, x)
     if (x.full.shape[1] // groups) % p.K:
         raise PartitionError(
             f"{where(p.node)}: {groups} groups of {x.full.shape[1] // groups} channels cannot each be divided into "
@@ -576,6 +601,7 @@ def pixel_shuffle(p: Any, name: str, args: Any, kwargs: Any) -> Any:
     full, part = p.run_both(args, kwargs)
     if not isinstance(x.role, Split):
         return p.wrap(full, part, x.role)
+    _no_window(p, x)
     ids = p.strands.new(full.shape[1])
     few, many = sorted([ids, x.role.ids], key=len)
     p.checks.append((p.node, lambda owner: bool((owner[many].reshape(len(few), -1) == owner[few][:, None]).all())))

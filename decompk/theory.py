@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from .decompose import Decomposition
 from .graph import Window, windows
-from .roles import operation_name
+from .roles import module_key, operation_name
 from .rules import ELEMENTWISE_FUNCTIONS, ELEMENTWISE_MODULES
 
 
@@ -70,6 +70,7 @@ def theorem_2_1(d: Decomposition, subnets: Sequence[nn.Module], composed: nn.Mod
     crops = d.split(x)
     whole = _features(composed, graph, x, {}, d.plan.reorders[False])
     checks, outputs, exact = [], [], True
+    heads = next(node for node in graph.nodes if node.op == "output").all_input_nodes
     for k, (member, crop) in enumerate(zip(subnets, crops, strict=True)):
         own = _features(member, graph, crop, d.plan.member_args[False], {})
         fields = _fields(d, graph, k, own, whole)
@@ -88,13 +89,10 @@ def theorem_2_1(d: Decomposition, subnets: Sequence[nn.Module], composed: nn.Mod
                 mine = mine.narrow(axis, span.low, span.high - span.low)
             violation = (block - mine).abs().max().item() if block.numel() else 0.0
             checks.append(LayerCheck(node.name, k, tuple((s.low, s.high) for s in found), "", violation))
-        last = next(n for n in graph.nodes if n.op == "output")
-        heads = list(last.all_input_nodes)
-        exact &= all(not isinstance(fields.get(h, ""), str) for h in heads)
+        exact &= all(fields.get(h, "") == () for h in heads)
         outputs.append([own[h] for h in heads])
     output = None
     if exact:
-        heads = next(n for n in graph.nodes if n.op == "output").all_input_nodes
         output = max((whole[h] - sum(o[i] for o in outputs)).abs().max().item() for i, h in enumerate(heads))
     violation = max([check.violation for check in checks] + ([output] if output is not None else []), default=0.0)
     return FeatureCheck(violation, output, tuple(checks))
@@ -186,7 +184,7 @@ def _fields(d: Decomposition, graph: fx.Graph, k: int, own: dict, whole: dict) -
             continue
         sources = [fields[n] for n in node.all_input_nodes if n in fields]
         if sources:
-            fields[node] = _step(node, modules, _meet(sources), own[node], whole[node], d, k)
+            fields[node] = _step(node, modules, _meet(sources), own[node], whole[node], d)
     return fields
 
 
@@ -204,50 +202,102 @@ def _meet(sources: list[_Field]) -> _Field:
     return tuple(spans)
 
 
-_SAME_PLACE = (
-    nn.modules.batchnorm._NormBase, nn.PReLU, nn.ChannelShuffle, nn.Flatten, nn.LayerNorm,
-)  # fmt: skip
-_MOVES = {"cat", "chunk", "split", "channel_shuffle", "flatten"}
-
-
-def _step(node: fx.Node, modules: dict, field: _Field, own: Any, whole: Any, d: Decomposition, k: int) -> _Field:
-    if isinstance(field, str):
-        return field
+def _step(node: fx.Node, modules: dict, field: _Field, own: Any, whole: Any, d: Decomposition) -> _Field:
+    """The field behind one operation. () means no space is left and the member's values are the composed network's."""
+    if isinstance(field, str) or field == ():
+        return field if node.name not in d.plan.noted else f"'{node.name}' is not exact: see the decomposition's notes"
+    if node.name in d.plan.noted:
+        return f"'{node.name}' is not exact: see the decomposition's notes"
     module = modules.get(node.target) if node.op == "call_module" else None
     name = operation_name(node)
-    if isinstance(own, tuple) or own.dim() == 2 and isinstance(module, nn.Linear) or name == "linear":
-        if isinstance(module, nn.Linear) and field:
-            return _first_fc(node, field, d, k)
+    space = len(field)
+    if isinstance(module, nn.Linear) or name == "linear":
+        if own.dim() == 2:
+            return _first_fc(module_key(node), node.name, field, d)
         return field
-    if isinstance(module, _SAME_PLACE) or type(module).__name__ in ELEMENTWISE_MODULES or name in ELEMENTWISE_FUNCTIONS:
+    if isinstance(module, nn.modules.conv._ConvNd) and node.target in d.plan.adapted:
+        return _first_fc(module_key(node), node.name, field, d)
+    if isinstance(own, tuple):
+        return field if name in ("chunk", "split") and _dim(node, own[0].dim()) == 1 else _past(node)
+    if own.dim() == 2:
+        flat = isinstance(module, nn.Flatten) or name in ("flatten", "view", "squeeze")
+        if flat and d.plan.channels[False].get(node.name) is not None:  # a map of one pixel, now without space
+            inside = all(s.offset.denominator == 1 and (s.low, s.high) == (0, s.size) for s in field)
+            return () if inside else f"'{node.name}' reads positions outside the field"
+        return field if flat or _elementwise(module, name) else _past(node)
+    untouched = tuple(own.shape[-space:]) == tuple(s.size for s in field)
+    if name in ("view", "contiguous") or (name == "transpose" and max(_axes(node, own.dim())) < own.dim() - space):
+        return field if untouched else _past(node)
+    if _elementwise(module, name):
         return field
-    if name in _MOVES or (name == "view" and own.dim() == 2):
+    if name == "getitem" and isinstance(node.args[0], fx.Node):
+        return _sliced(node, field, own, whole)
+    if name == "cat":
+        return field if _dim(node, own.dim()) == 1 else _past(node)
+    if name == "pad" and not any(node.args[1][: 2 * space]):
         return field
-    spatial = own.dim() - 2
-    regroups = name in ("transpose", "getitem") or (name == "view" and spatial <= len(field) + 1)
-    if regroups and tuple(own.shape[-len(field) :]) == tuple(s.size for s in field):
-        return field  # channels were regrouped, space was not touched
-    found = windows(module if module is not None else name, len(field), *_arguments(node)) if field else None
-    if found is None:
-        return f"'{node.target}' looks past the crop"
+    if getattr(module, "padding_mode", "zeros") == "circular":
+        return _past(node)
+    found = windows(module if module is not None else name, space, *_arguments(node))
+    return _past(node) if found is None else _behind(node, field, found, own, whole)
+
+
+def _elementwise(module: nn.Module | None, name: str) -> bool:
+    """Whether every output position depends on the same input position alone, in eval mode."""
+    if isinstance(module, nn.modules.batchnorm._BatchNorm):
+        return module.running_mean is not None
+    if module is not None:
+        return isinstance(module, nn.PReLU | nn.ChannelShuffle) or type(module).__name__ in ELEMENTWISE_MODULES
+    return name in ELEMENTWISE_FUNCTIONS or name == "channel_shuffle"
+
+
+def _past(node: fx.Node) -> str:
+    return f"'{node.name}' looks past the crop"
+
+
+def _behind(node: fx.Node, field: tuple[Span, ...], found: tuple[Window, ...], own: Any, whole: Any) -> _Field:
     sizes = zip(field, found, own.shape[2:], whole.shape[2:], strict=True)
     spans = [_through(span, window, size, full) for span, window, size, full in sizes]
     if any(s.offset.denominator != 1 for s in spans):
-        return f"the crop starts between two positions of '{node.target}'"
+        return f"the crop starts between two positions of '{node.name}'"
     if any(s.low >= s.high for s in spans):
-        return f"nothing of the crop is left inside at '{node.target}'"
+        return f"nothing of the crop is left inside at '{node.name}'"
     return tuple(spans)
+
+
+def _sliced(node: fx.Node, field: tuple[Span, ...], own: Any, whole: Any) -> _Field:
+    """Slices of channels leave the field as it is; steps over space are windows of one position."""
+    index = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
+    if isinstance(node.args[1], int) and isinstance(node.args[0], fx.Node) and own.dim() == 2 + len(field):
+        return field  # one of several pieces
+    if any(item is None or item is Ellipsis or isinstance(item, int) for item in index):
+        return _past(node)
+    steps = []
+    for item in (*index[2:], *[slice(None)] * (2 + len(field) - len(index))):
+        if item.start not in (None, 0) or item.stop is not None:
+            return _past(node)
+        steps.append(Window(1, item.step or 1))
+    return _behind(node, field, tuple(steps), own, whole)
+
+
+def _axes(node: fx.Node, dims: int) -> list[int]:
+    return [axis % dims for axis in (*node.args[1:], *node.kwargs.values())]
+
+
+def _dim(node: fx.Node, dims: int) -> int:
+    at = 1 if operation_name(node) == "cat" else 2
+    return (node.args[at] if len(node.args) > at else node.kwargs.get("dim", 0)) % dims
 
 
 def _arguments(node: fx.Node) -> tuple[tuple, dict]:
     return (tuple(node.args[1:]), dict(node.kwargs)) if node.op != "call_module" else ((), {})
 
 
-def _first_fc(node: fx.Node, field: tuple[Span, ...], d: Decomposition, k: int) -> _Field:
+def _first_fc(key: str, name: str, field: tuple[Span, ...], d: Decomposition) -> _Field:
     """The first FC layer reads its window: right if the whole map is, and lies where (2.13) placed the kernel."""
     whole_map = all(s.low == 0 and s.high == s.size and s.offset.denominator == 1 for s in field)
-    if not whole_map or not (node.target in d.plan.adapted or all(s.size == s.whole for s in field)):
-        return f"'{node.target}' reads positions outside the field"
+    if not whole_map or not (key in d.plan.adapted or all(s.size == s.whole for s in field)):
+        return f"'{name}' reads positions outside the field"
     return ()
 
 

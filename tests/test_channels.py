@@ -220,3 +220,17 @@ def test_torchvision_networks_decompose_or_are_refused_by_name(name):
     assert [*member.state_dict()] == [*net.state_dict()]
     crop = torch.empty(2, 3, 64, 64, device="meta")
     assert member.eval()(crop).shape == (2, 8)
+
+
+def noted(middle_or_net, **options):
+    net = middle_or_net if isinstance(middle_or_net, nn.Sequential) else Between(middle_or_net)
+    return decompose(net, (3, 16, 16), 4, **options).notes
+
+
+def test_numbers_that_break_the_sum_are_noted_and_scaling_is_not():
+    head = [nn.Conv2d(3, 8, 1), nn.ReLU(), nn.Conv2d(8, 5, 1)]
+    assert not noted(nn.Sequential(*head, Call(lambda x: 3 * x.mean((2, 3)) / 2)))
+    assert "add a number" in noted(nn.Sequential(*head, Call(lambda x: x + 1)))[0]
+    assert "Softmax" in noted(nn.Sequential(*head, nn.Softmax(1)))[0]
+    assert "a size that differs" in noted(Call(lambda x: x / x.shape[1]))[0]
+    assert not noted(Call(lambda x: x / x.shape[0]))

@@ -20,7 +20,7 @@ def checked(net, size, partitions=4, crop_size=None, batch=3):
     subnets = d.subnets(seed=0)
     for subnet in subnets:
         for module in subnet.modules():
-            if isinstance(module, nn.BatchNorm2d):
+            if isinstance(module, nn.BatchNorm2d) and module.track_running_stats:
                 module.running_mean.normal_()
                 module.running_var.uniform_(0.5, 2)
     composed = d.compose(subnets)
@@ -101,3 +101,75 @@ def test_a_planted_violation_of_theorem_2_2_is_found():
     logits = torch.randn(4, 50, 6, dtype=torch.float64) + 9 * nn.functional.one_hot(torch.zeros(50, dtype=int), 6)
     check = theory.theorem_2_2(logits, torch.zeros(50, dtype=int), composed=-logits.sum(0))
     assert check.lost == 50 and check.violation > 1
+
+
+class Step(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x):
+        return self.function(x)
+
+
+class OwnLinear(nn.Module):
+    def __init__(self, i, o):
+        super().__init__()
+        self.kernel = nn.Parameter(torch.randn(o, i) / 10)
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.kernel)
+
+
+def net_with(*middle, padding=0, fc=None, width=8):
+    last = fc or nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 5))
+    return nn.Sequential(nn.Conv2d(3, 8, 3, padding=padding), *middle, last)
+
+
+# Operations that see more than their own window, or that the field must not be claimed for.
+WIDE = {
+    "instance norm": net_with(nn.InstanceNorm2d(8, affine=True)),
+    "group norm": net_with(nn.GroupNorm(4, 8)),
+    "batch norm without statistics": net_with(nn.BatchNorm2d(8, track_running_stats=False)),
+    "circular padding": net_with(nn.Conv2d(8, 8, 3, padding=1, padding_mode="circular")),
+    "transposed maps": net_with(Step(lambda x: x.transpose(2, 3))),
+    "maps side by side": net_with(Step(lambda x: torch.cat([x, x], 2))),
+    "shifted maps": net_with(Step(lambda x: x[:, :, 1:])),
+    "indices": net_with(Step(lambda x: nn.functional.max_pool2d(x, 3, 1, 1, return_indices=True)[0])),
+    "a mean over flattened space": net_with(fc=nn.Sequential(Step(lambda x: x.flatten(2).mean(-1)), nn.Linear(8, 5))),
+    "a sigmoid after the head": nn.Sequential(nn.Conv2d(3, 8, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+                                              nn.Linear(8, 5), nn.Sigmoid()),
+    "a functional first FC behind same padding": net_with(
+        padding=1, fc=nn.Sequential(nn.Flatten(), OwnLinear(8 * 256, 8), nn.Linear(8, 5))),
+    "a convolution for a head": nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 1)),
+    "layer norm": net_with(fc=nn.Sequential(nn.Flatten(), nn.Linear(8 * 196, 8), nn.LayerNorm(8), nn.Linear(8, 5))),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WIDE)
+def test_no_field_is_claimed_where_values_differ(name):
+    d, subnets, composed, x = checked(WIDE[name].double(), (3, 16, 16))
+    check = theory.theorem_2_1(d, subnets, composed, x)
+    assert check.violation < 1e-12 and check.output is None
+
+
+# Where (2.16) does hold, the check says so.
+HOLDS = {
+    "a functional first FC": net_with(fc=nn.Sequential(nn.Flatten(), OwnLinear(8 * 196, 8), nn.Linear(8, 5))),
+    "a convolution over the whole map": net_with(
+        fc=nn.Sequential(nn.Conv2d(8, 8, 14), nn.ReLU(), nn.Flatten(), nn.Linear(8, 5))),
+    "strides": net_with(fc=nn.Sequential(nn.ReLU(), nn.Conv2d(8, 8, 2, 2), nn.Flatten(), nn.Linear(8 * 49, 8),
+                                         nn.ReLU(), nn.Linear(8, 5))),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HOLDS)
+def test_valid_padding_networks_sum_to_their_members(name):
+    d, subnets, composed, x = checked(HOLDS[name].double(), (3, 16, 16))
+    check = theory.theorem_2_1(d, subnets, composed, x)
+    assert check.violation < 1e-12 and check.output is not None
+
+
+def test_one_member_that_sees_everything_equals_the_network():
+    d, subnets, composed, x = checked(net_with().double(), (3, 16, 16), partitions=1)
+    assert theory.theorem_2_1(d, subnets, composed, x).violation < 1e-12
