@@ -117,9 +117,11 @@ class Decomposition:
         known = tensors(self.model)
         redrawn = set()
         for path, module in member.named_modules():
-            if callable(getattr(module, "reset_parameters", None)):
+            own = {f"{path}.{name}" if path else name for name, _ in module.named_parameters(recurse=False)}
+            divided = not own or own & (self.plan.places.keys() | self.plan.summed)  # else forward never reaches it
+            if divided and callable(getattr(module, "reset_parameters", None)):
                 module.reset_parameters()
-                redrawn |= {f"{path}.{name}" if path else name for name, _ in module.named_parameters(recurse=False)}
+                redrawn |= own
         with torch.no_grad():
             for name, parameter in member.named_parameters():
                 whole = known[name]

@@ -234,8 +234,8 @@ def _step(node: fx.Node, modules: dict, field: _Field, own: Any, whole: Any, d: 
         return _sliced(node, field, own, whole)
     if name == "cat":
         return field if _dim(node, own.dim()) == 1 else _past(node)
-    if name == "pad" and not any(node.args[1][: 2 * space]):
-        return field
+    if name == "pad":
+        return _padded(node, field, own, whole)
     if getattr(module, "padding_mode", "zeros") == "circular":
         return _past(node)
     found = windows(module if module is not None else name, space, *_arguments(node))
@@ -265,19 +265,49 @@ def _behind(node: fx.Node, field: tuple[Span, ...], found: tuple[Window, ...], o
     return tuple(spans)
 
 
+def _cropped(span: Span, start: int, size: int, whole: int) -> Span:
+    """The axis without its first `start` positions, as (2.25) crops a shortcut."""
+    return Span(span.offset, max(span.low - start, 0), min(span.high - start, size), size, whole)
+
+
+def _padded(node: fx.Node, field: tuple[Span, ...], own: Any, whole: Any) -> _Field:
+    amounts = node.args[1] if len(node.args) > 1 else node.kwargs["pad"]
+    if (node.args[2] if len(node.args) > 2 else node.kwargs.get("mode", "constant")) != "constant":
+        return _past(node)
+    spans = []
+    for axis, span in enumerate(field):
+        at = 2 * (len(field) - 1 - axis)
+        sides = tuple(amounts[at : at + 2]) or (0, 0)
+        sizes = own.shape[2 + axis], whole.shape[2 + axis]
+        if max(sides) <= 0:
+            spans.append(_cropped(span, -sides[0], *sizes))
+        elif min(sides) >= 0:
+            spans.append(_through(span, Window(1, 1, sides), *sizes))
+        else:
+            return _past(node)
+    return tuple(spans)
+
+
 def _sliced(node: fx.Node, field: tuple[Span, ...], own: Any, whole: Any) -> _Field:
-    """Slices of channels leave the field as it is; steps over space are windows of one position."""
+    """Slices of channels leave the field as it is; over space, steps are windows and borders are cropped."""
     index = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
     if isinstance(node.args[1], int) and isinstance(node.args[0], fx.Node) and own.dim() == 2 + len(field):
         return field  # one of several pieces
     if any(item is None or item is Ellipsis or isinstance(item, int) for item in index):
         return _past(node)
-    steps = []
-    for item in (*index[2:], *[slice(None)] * (2 + len(field) - len(index))):
-        if item.start not in (None, 0) or item.stop is not None:
-            return _past(node)
-        steps.append(Window(1, item.step or 1))
-    return _behind(node, field, tuple(steps), own, whole)
+    space = (*index[2:], *[slice(None)] * (2 + len(field) - len(index)))
+    if any(not isinstance(i.start or 0, int) or (i.start or 0) < 0 or not _from_end(i.stop) for i in space):
+        return _past(node)
+    if all(item.step in (None, 1) for item in space):
+        sizes = zip(field, space, own.shape[2:], whole.shape[2:], strict=True)
+        return tuple(_cropped(span, item.start or 0, size, full) for span, item, size, full in sizes)
+    if any(item.start or item.stop is not None for item in space):
+        return _past(node)
+    return _behind(node, field, tuple(Window(1, item.step or 1) for item in space), own, whole)
+
+
+def _from_end(stop: Any) -> bool:
+    return stop is None or (isinstance(stop, int) and stop < 0)
 
 
 def _axes(node: fx.Node, dims: int) -> list[int]:

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from decompk import decompose, models, theory
 
@@ -91,14 +92,14 @@ def test_grouped_shuffled_and_strided_maps_match_too():
 def test_theorem_2_2_holds_for_any_members_whose_outputs_add_up(sharpness):
     logits = torch.randn(4, 500, 6, dtype=torch.float64) * sharpness
     target = torch.randint(6, (500,))
-    logits[:, :100] += 5 * sharpness * nn.functional.one_hot(target[:100], 6)
+    logits[:, :100] += 5 * sharpness * F.one_hot(target[:100], 6)
     check = theory.theorem_2_2(logits, target)
     assert check.violation < 1e-12 and check.lost == 0 and check.all_right >= 50
     assert check.loss <= check.bound
 
 
 def test_a_planted_violation_of_theorem_2_2_is_found():
-    logits = torch.randn(4, 50, 6, dtype=torch.float64) + 9 * nn.functional.one_hot(torch.zeros(50, dtype=int), 6)
+    logits = torch.randn(4, 50, 6, dtype=torch.float64) + 9 * F.one_hot(torch.zeros(50, dtype=int), 6)
     check = theory.theorem_2_2(logits, torch.zeros(50, dtype=int), composed=-logits.sum(0))
     assert check.lost == 50 and check.violation > 1
 
@@ -112,13 +113,26 @@ class Step(nn.Module):
         return self.function(x)
 
 
+class Cropped(nn.Module):
+    def __init__(self, crop):
+        super().__init__()
+        self.conv, self.crop = nn.Conv2d(8, 8, 3), crop
+
+    def forward(self, x):
+        return F.relu(self.conv(x) + self.crop(x))
+
+
+def fc(inputs):
+    return nn.Sequential(nn.Flatten(), nn.Linear(inputs, 8), nn.ReLU(), nn.Linear(8, 5))
+
+
 class OwnLinear(nn.Module):
     def __init__(self, i, o):
         super().__init__()
         self.kernel = nn.Parameter(torch.randn(o, i) / 10)
 
     def forward(self, x):
-        return nn.functional.linear(x, self.kernel)
+        return F.linear(x, self.kernel)
 
 
 def net_with(*middle, padding=0, fc=None, width=8):
@@ -135,7 +149,7 @@ WIDE = {
     "transposed maps": net_with(Step(lambda x: x.transpose(2, 3))),
     "maps side by side": net_with(Step(lambda x: torch.cat([x, x], 2))),
     "shifted maps": net_with(Step(lambda x: x[:, :, 1:])),
-    "indices": net_with(Step(lambda x: nn.functional.max_pool2d(x, 3, 1, 1, return_indices=True)[0])),
+    "indices": net_with(Step(lambda x: F.max_pool2d(x, 3, 1, 1, return_indices=True)[0])),
     "a mean over flattened space": net_with(fc=nn.Sequential(Step(lambda x: x.flatten(2).mean(-1)), nn.Linear(8, 5))),
     "a sigmoid after the head": nn.Sequential(nn.Conv2d(3, 8, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
                                               nn.Linear(8, 5), nn.Sigmoid()),
@@ -155,6 +169,8 @@ def test_no_field_is_claimed_where_values_differ(name):
 
 # Where (2.16) does hold, the check says so.
 HOLDS = {
+    "a residual with a cropped shortcut (2.24)": net_with(Cropped(lambda y: y[:, :, 1:-1, 1:-1]), fc=fc(8 * 144)),
+    "a shortcut cropped by negative padding": net_with(Cropped(lambda y: F.pad(y, (-1, -1, -1, -1))), fc=fc(8 * 144)),
     "a functional first FC": net_with(fc=nn.Sequential(nn.Flatten(), OwnLinear(8 * 196, 8), nn.Linear(8, 5))),
     "a convolution over the whole map": net_with(
         fc=nn.Sequential(nn.Conv2d(8, 8, 14), nn.ReLU(), nn.Flatten(), nn.Linear(8, 5))),

@@ -172,3 +172,10 @@ def test_only_networks_divided_to_their_outputs_extract_concatenated():
     d = decompose(net, (3, 8, 8))
     with pytest.raises(DecompkError, match="head='concat'"):
         d.extract(net, head="concat")
+
+
+def test_layers_that_forward_never_reaches_are_kept_as_they_are():
+    net = Net(lambda n, x: x, unused=nn.Linear(3, 3))
+    d = decompose(net, (3, 8, 8))
+    for member in d.extract(d.compose(d.subnets(seed=0))):
+        assert torch.equal(member.unused.weight, net.unused.weight)
