@@ -57,7 +57,9 @@ class Decomposition:
     """One network cut into K: its crops, its sub-networks, and the way back. Made by `decompose`.
 
     model: the global network. crops: tuple of K Crops. K: how many. notes: where the composed network is not exactly
-    the sum of its members, one sentence a place; empty when composed(x) = Σ_k member_k(x) on any x.
+    the sum of its members, one sentence a place; empty when composed(x) = Σ_k member_k(x) on any full image the
+    members can run on. adapted: layers that follow the crop's smaller map (first FC layers, poolings over all of it);
+    with any, members run on their crops only.
     """
 
     def __init__(self, model: nn.Module, input_size: tuple[int, ...], crops: tuple[Crop, ...], head: str):
@@ -67,6 +69,7 @@ class Decomposition:
         self.K = len(crops)
         self.plan: Plan = analyse(model, input_size, crops, head)
         self.notes: list[str] = self.plan.notes
+        self.adapted: list[str] = self.plan.adapted
         self._split_outputs = head == "concat"
         if not self.plan.places:
             raise PartitionError(f"{type(model).__name__} has no layer whose channels could be divided.")
