@@ -132,9 +132,14 @@ class Packed(Shell):
 
     def _check_image(self, spatial: tuple[int, ...]) -> None:
         whole = getattr(self.decomposition, "input_size", (None, *spatial))[1:]
+        if tuple(whole) != spatial:
+            raise PartitionError(
+                f"an image of {'×'.join(map(str, spatial))} pixels does not fit this packed module, which was "
+                f"decomposed for {'×'.join(map(str, whole))}; resize it."
+            )
         for crop in self.crops:
             ends = [start + size for start, size in zip(crop.start, crop.size, strict=True)]
-            if tuple(whole) != spatial or any(end > pixels for end, pixels in zip(ends, spatial, strict=True)):
+            if any(end > pixels for end, pixels in zip(ends, spatial, strict=True)):
                 raise PartitionError(f"{crop} does not fit an image of {'×'.join(map(str, spatial))} pixels.")
 
     def _cut(self, x: Tensor) -> Tensor:

@@ -612,7 +612,7 @@ def test_composing_needs_the_decomposition_the_members_come_from():
     packed.decomposition = Decomposition()
     members, head = packed.compose(head="mean")
     assert head == "mean" and [type(member) for member in members] == [Residual] * 4
-    with pytest.raises(errors.PartitionError, match="does not fit an image of 17×17"):
+    with pytest.raises(errors.PartitionError, match="an image of 17×17 pixels does not fit"):
         packed(double(N, 3, 17, 17))
 
 
