@@ -23,7 +23,7 @@ from torch.fx.node import map_aggregate, map_arg
 
 from .errors import DecompkError, PartitionError, UnsupportedOperation
 from .graph import dtype_of, on_meta, trace, where, windows
-from .partition import Crop
+from .partition import Crop, by
 from .roles import (
     FACTS,
     FUNCTIONAL_LAYERS,
@@ -35,7 +35,6 @@ from .roles import (
     Split,
     T,
     Window,
-    by,
     globally,
     in_member,
     module_key,
@@ -87,6 +86,7 @@ def analyse(model: nn.Module, input_size: tuple[int, ...], crops: Sequence[Crop]
 
 
 LAYERS = (nn.modules.conv._ConvNd, nn.Linear)
+SIDES = {True: ("in_channels", "out_channels"), False: ("in_features", "out_features")}  # convolution or linear
 _PLAIN_FORWARDS = {
     kind.forward
     for kind in (
@@ -179,31 +179,35 @@ class _Pass:
         if note not in self.plan.notes:
             self.plan.notes.append(note)
 
+    def run_global(self, args: Any, kwargs: Any) -> Any:
+        """The node's operation on the global shapes."""
+        with torch.no_grad():
+            return self._operation()(*globally(args), **globally(kwargs))
+
+    def run_member(self, args: Any, kwargs: Any, member: tuple | None = None) -> Any:
+        """The node's operation on a member's shapes; `member` overrides its arguments."""
+        operation = self._operation(self.plan.attributes.get(self.node.target, {}))
+        args_, kwargs_ = member or (in_member(args), in_member(kwargs))
+        try:
+            with torch.no_grad():
+                return operation(*args_, **kwargs_)
+        except RuntimeError as error:
+            raise self._does_not_fit(next(iter(tensors_in((args, kwargs)))), error) from error
+
     def run_both(self, args: Any, kwargs: Any, member: tuple | None = None) -> tuple[Any, Any]:
-        """The node's operation on the global and on the member's shapes; `member` overrides the member's arguments."""
+        return self.run_global(args, kwargs), self.run_member(args, kwargs, member)
+
+    def _operation(self, attributes: dict[str, Any] | None = None) -> Callable:
         node = self.node
         if node.op == "call_module":
-            module = self.modules[node.target]
-            full_fn = on_meta(module)
-            part_fn = on_meta(module)
-            for attribute, value in self.plan.attributes.get(node.target, {}).items():
-                setattr(part_fn, attribute, value)
-        elif node.op == "call_method":
-            full_fn = part_fn = partial(_call_method, node.target)
-        else:
-            full_fn = part_fn = node.target
-        with torch.no_grad():
-            full = full_fn(*globally(args), **globally(kwargs))
-            part_args, part_kwargs = member or (in_member(args), in_member(kwargs))
-            try:
-                part = part_fn(*part_args, **part_kwargs)
-            except RuntimeError as error:
-                shape = next((tuple(t.part.shape[1:]) for t in tensors_in((args, kwargs))), ())
-                raise PartitionError(
-                    f"{where(node)}: a member's {by(shape)} does not fit here ({_first_line(error)}); "
-                    "choose other crops or another number of partitions."
-                ) from error
-        return full, part
+            return narrow(self.modules[node.target], attributes or {}, {})
+        return partial(_call_method, node.target) if node.op == "call_method" else node.target
+
+    def _does_not_fit(self, x: T, error: RuntimeError) -> PartitionError:
+        return PartitionError(
+            f"{where(self.node)}: a member's {by(x.part.shape[1:])} does not fit here ({_first_line(error)}); "
+            "choose other crops or another number of partitions."
+        )
 
     def rewrite(self, args: tuple, kwargs: dict) -> tuple[Any, Any]:
         """The member's node takes these arguments instead (nodes and plain numbers); returns their values."""
@@ -443,12 +447,9 @@ class _Pass:
         """Convolution or linear: the first layer keeps its inputs, a head its outputs, all others 1/K of both (2.7)."""
         x = args[0]
         conv = isinstance(module, nn.modules.conv._ConvNd)
-        if conv:
-            i, o, groups, axis = module.in_channels, module.out_channels, module.groups, 1
-            into, out = "in_channels", "out_channels"
-        else:
-            i, o, groups, axis = module.in_features, module.out_features, 1, x.full.dim() - 1
-            into, out = "in_features", "out_features"
+        into, out = SIDES[conv]
+        groups, axis = (module.groups, 1) if conv else (1, x.full.dim() - 1)
+        i, o = _sides(module)
         attributes = {into: i, out: o} | ({"groups": groups} if conv else {})
         self._known_tensors(module, {"weight", "bias"})
         if type(module).forward not in _PLAIN_FORWARDS:
@@ -491,7 +492,7 @@ class _Pass:
         self, target: str, module: nn.Module, leaf: Leaf, attributes: dict, x: T, axis: int, extra: tuple
     ) -> Any:
         head = target in self.heads
-        outputs = module.out_channels if leaf.kind == "conv" else module.out_features
+        _, outputs = _sides(module)
         leaf.attributes = attributes
         known = self.leaves.get(target)
         if known is None:
@@ -512,10 +513,7 @@ class _Pass:
         try:
             part = narrow(module, attributes, _member_shapes(module, leaf, attributes))(x.part, *in_member(extra))
         except RuntimeError as error:
-            raise PartitionError(
-                f"{where(self.node)}: a member's {by(x.part.shape[1:])} does not fit here ({_first_line(error)}); "
-                "choose other crops or another number of partitions."
-            ) from error
+            raise self._does_not_fit(x, error) from error
         role = PARTIAL if head else Split(known.outputs, (axis,))
         scale = x.scale
         if leaf.kind == "conv":
@@ -627,16 +625,9 @@ class _Pass:
         own = partial(_owned, owner, self.K)
         for target, leaf in self.leaves.items():
             self._place_leaf(target, leaf, own)
-        for name, entry in self.bare.items():
-            axis, ids = entry
-            shape = [1] * self.tensor(name).dim()
-            places = []
-            for index in own(ids):
-                grid = [np.zeros(1, dtype=np.int64).reshape(shape)] * len(shape)
-                wide = list(shape)
-                wide[axis] = len(index)
-                grid[axis] = index.reshape(wide)
-                places.append(tuple(grid))
+        for name, (axis, ids) in self.bare.items():
+            dims = range(self.tensor(name).dim())
+            places = [np.ix_(*(index if a == axis else np.zeros(1, np.int64) for a in dims)) for index in own(ids)]
             self.plan.places[name] = tuple(places)
         for mode, env in values.items():
             self.plan.channels[mode] = {}
@@ -669,9 +660,7 @@ class _Pass:
             return
         weight, bias = self.tensor_names.get(target, (f"{target}.weight", f"{target}.bias"))
         conv = leaf.kind == "conv"
-        inputs, outputs = (
-            (module.in_channels, module.out_channels) if conv else (module.in_features, module.out_features)
-        )
+        inputs, outputs = _sides(module)
         columns = [np.arange(inputs)] * self.K if leaf.inputs is None else own(leaf.inputs)
         spots = [self._spots(leaf.window, crop) for crop in self.crops]
         if leaf.window is not None and leaf.window.full != leaf.window.part:
@@ -718,9 +707,7 @@ def _block(rows: np.ndarray, columns: np.ndarray, column_count: int, leaf: Leaf)
 
 def _with_space(block: tuple[np.ndarray, ...], spots: list[np.ndarray]) -> tuple[np.ndarray, ...]:
     """A (rows, columns) block of a convolution restricted to some of its kernel positions."""
-    axes = len(spots)
-    spatial = [s.reshape([-1 if a == i else 1 for a in range(axes)])[None, None] for i, s in enumerate(spots)]
-    return (*(index.reshape(*index.shape, *[1] * axes) for index in block), *spatial)
+    return (*(i.reshape(*i.shape, *[1] * len(spots)) for i in block), *(s[None, None] for s in np.ix_(*spots)))
 
 
 def _vectors(module: nn.Module) -> list[tuple[str, torch.Tensor]]:
@@ -732,13 +719,17 @@ def _owned(owner: np.ndarray, members: int, ids: np.ndarray) -> list[np.ndarray]
     return [np.nonzero(owner[ids] == k)[0] for k in range(members)]
 
 
+def _sides(module: nn.Module) -> tuple[int, int]:
+    """Input and output channels, or features."""
+    into, out = SIDES[isinstance(module, nn.modules.conv._ConvNd)]
+    return getattr(module, into), getattr(module, out)
+
+
 def _member_shapes(module: nn.Module, leaf: Leaf, attributes: dict) -> dict[str, tuple[int, ...]]:
     """Shapes of a member's weight and bias."""
-    if leaf.kind == "linear":
-        into, out = attributes["in_features"], attributes["out_features"]
-        shape: tuple[int, ...] = (out, into)
-    else:
-        into, out = attributes["in_channels"], attributes["out_channels"]
+    into, out = (attributes[side] for side in SIDES[leaf.kind == "conv"])
+    shape: tuple[int, ...] = (out, into)
+    if leaf.kind == "conv":
         rows, columns = (into, out) if module.transposed else (out, into)
         shape = (rows, columns // attributes["groups"], *attributes.get("kernel_size", module.kernel_size))
     return {"weight": shape, "bias": (out,)}

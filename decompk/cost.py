@@ -21,6 +21,7 @@ from torch.utils.flop_counter import flop_registry
 
 from .errors import DecompkError
 from .graph import MetaInterpreter, on_meta, trace
+from .partition import by
 
 Shape = tuple[int, ...]
 
@@ -450,7 +451,7 @@ def layers(model: nn.Module, input_size: Sequence[int], training: bool = False) 
         except Exception as error:  # whatever the model's own operations raise on a shape they do not fit
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
             raise DecompkError(
-                f"{type(model).__name__} cannot run on an input of {'×'.join(map(str, input_size))}: {reason}; "
+                f"{type(model).__name__} cannot run on an input of {by(input_size)}: {reason}; "
                 "give the input size it is made for."
             ) from error
     final = _final(walker)

@@ -13,7 +13,7 @@ from .compose import check_head, check_members, compose, extract, put, tensors
 from .errors import DecompkError, PartitionError
 from .graph import on_meta
 from .packed import Packed, pack
-from .partition import Crop, Partitions, make_crops
+from .partition import Crop, Partitions, by, make_crops
 from .shell import Rewritten, edited
 
 if TYPE_CHECKING:
@@ -178,8 +178,8 @@ class Decomposition:
         return report(self)
 
     def __repr__(self) -> str:
-        crop = "×".join(map(str, self.crops[0].size))
-        return f"Decomposition of {type(self.model).__name__} into {self.K} sub-networks on crops of {crop}"
+        name, crop = type(self.model).__name__, by(self.crops[0].size)
+        return f"Decomposition of {name} into {self.K} sub-networks on crops of {crop}"
 
 
 def grouped_subnets(

@@ -6,6 +6,8 @@ import copy
 import inspect
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,13 +40,24 @@ class _Tracer(fx.Tracer):
         return isinstance(module, PARAMETRIC) or super().is_leaf_module(module, qualified_name)
 
 
+@contextmanager
+def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
+    """Train or eval mode for a while; afterwards every module has the mode it had."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        model.train(training)
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
 def trace(model: nn.Module, training: bool) -> fx.Graph:
     """The graph of `model` in train or eval mode (the two differ where auxiliary heads exist).
 
     Only the first argument of forward is an input; the others keep their defaults. The model's own mode is
     restored. Raises UnsupportedOperation where torch.fx cannot follow the code.
     """
-    modes = [(module, module.training) for module in model.modules()]
     attributes = dict(vars(model))
     inputs = list(inspect.signature(model.forward).parameters.items())
     variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
@@ -56,8 +69,7 @@ def trace(model: nn.Module, training: bool) -> fx.Graph:
                 "can be decomposed: give the others defaults."
             )
     try:
-        model.train(training)
-        with torch.random.fork_rng(devices=[]):
+        with in_mode(model, training), torch.random.fork_rng(devices=[]):
             graph = _Tracer().trace(model, concrete_args=defaults or None)
     except Exception as error:  # torch.fx raises whatever the traced code raised
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
@@ -66,8 +78,6 @@ def trace(model: nn.Module, training: bool) -> fx.Graph:
             "branch on tensor values can be decomposed (decompk.pack has no such limit)."
         ) from error
     finally:
-        for module, mode in modes:
-            module.training = mode
         made = [name for name in vars(model) if name not in attributes]
         for name in made:  # torch.fx keeps tensors that forward makes as attributes of the network
             del vars(model)[name]

@@ -18,7 +18,7 @@ from .layers.forward_code import read_forward
 from .layers.nest import tree_map
 from .layers.per_member import PerMember, description, member_of, per_member_kind
 from .layers.plan import input_dims_of, plan
-from .partition import Crop
+from .partition import Crop, by
 from .shell import Shell
 
 
@@ -118,7 +118,7 @@ class Packed(Shell):
             if x.dim() == dims:
                 self._check_image(shape[2:])
             elif x.dim() == dims + 1 and spatial != size:
-                raise PartitionError(f"an input of {shape} is not cut into crops of {'×'.join(map(str, size))} pixels.")
+                raise PartitionError(f"an input of {shape} is not cut into crops of {by(size)} pixels.")
         if x.dim() == dims or (x.dim() == dims + 1 and x.shape[0] == self.K):
             return x.dim() == dims
         if self.crops:
@@ -134,13 +134,13 @@ class Packed(Shell):
         whole = getattr(self.decomposition, "input_size", (None, *spatial))[1:]
         if tuple(whole) != spatial:
             raise PartitionError(
-                f"an image of {'×'.join(map(str, spatial))} pixels does not fit this packed module, which was "
-                f"decomposed for {'×'.join(map(str, whole))}; resize it."
+                f"an image of {by(spatial)} pixels does not fit this packed module, which was "
+                f"decomposed for {by(whole)}; resize it."
             )
         for crop in self.crops:
             ends = [start + size for start, size in zip(crop.start, crop.size, strict=True)]
             if any(end > pixels for end, pixels in zip(ends, spatial, strict=True)):
-                raise PartitionError(f"{crop} does not fit an image of {'×'.join(map(str, spatial))} pixels.")
+                raise PartitionError(f"{crop} does not fit an image of {by(spatial)} pixels.")
 
     def _cut(self, x: Tensor) -> Tensor:
         return torch.cat([crop.cut(x) for crop in self.crops])

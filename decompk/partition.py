@@ -90,7 +90,7 @@ def make_crops(
     names = _AXIS_NAMES[axes]
     inner = tuple(s - 2 * margin for s in spatial)
     if margin < 0 or min(inner) < 1:
-        raise PartitionError(f"a margin of {margin} leaves nothing of an input of {_by(spatial)}.")
+        raise PartitionError(f"a margin of {margin} leaves nothing of an input of {by(spatial)}.")
     if crop_size is None:
         sizes = tuple(s // n for s, n in zip(inner, parts, strict=True))
     else:
@@ -136,7 +136,7 @@ def _checked(crops: tuple[Crop, ...], spatial: tuple[int, ...]) -> tuple[Crop, .
             raise PartitionError(f"{crop} has {len(crop.size)} axes; the input has {len(spatial)}.")
         for start, size, whole in zip(crop.start, crop.size, spatial, strict=True):
             if start < 0 or size < 1 or start + size > whole:
-                raise PartitionError(f"{crop} reaches outside an input of {_by(spatial)} pixels; move or shrink it.")
+                raise PartitionError(f"{crop} reaches outside an input of {by(spatial)} pixels; move or shrink it.")
         if crop.size != crops[0].size:
             raise PartitionError(
                 f"{crop} and {crops[0]} differ in size; a packed network needs equal crops (overlap them instead)."
@@ -144,5 +144,6 @@ def _checked(crops: tuple[Crop, ...], spatial: tuple[int, ...]) -> tuple[Crop, .
     return crops
 
 
-def _by(sizes: Sequence[int]) -> str:
+def by(sizes: Sequence[int]) -> str:
+    """Sizes as people write them: 224×224."""
     return "×".join(map(str, sizes))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
@@ -84,7 +83,7 @@ _ALIASES = {
     "iadd": "add", "imul": "mul", "isub": "sub", "itruediv": "div", "truediv": "div", "true_divide": "div",
     "multiply": "mul", "subtract": "sub", "divide": "div", "radd": "add", "rmul": "mul", "concat": "cat",
     "concatenate": "cat", "swapaxes": "transpose", "max_pool2d_with_indices": "max_pool2d", "upsample": "interpolate",
-    "split_with_sizes": "split", "tensor_split": "chunk", "reshape": "view", "select": "select",
+    "split_with_sizes": "split", "tensor_split": "chunk", "reshape": "view",
 }  # fmt: skip
 # What commutes with the sum over members, so that a head may still be followed by it.
 LINEAR = {
@@ -117,7 +116,3 @@ def tensors_in(value: Any) -> list[T]:
     found: list[T] = []
     map_aggregate(value, lambda v: found.append(v) if isinstance(v, T) else None)
     return found
-
-
-def by(sizes: Sequence[int]) -> str:
-    return "×".join(map(str, sizes))

@@ -15,7 +15,8 @@ from torch.fx.node import map_arg
 
 from .errors import PartitionError
 from .graph import where, windows
-from .roles import FACTS, FUNCTIONAL_LAYERS, PARTIAL, SHARED, Split, T, Window, by, globally, in_member, tensors_in
+from .partition import by
+from .roles import FACTS, FUNCTIONAL_LAYERS, PARTIAL, SHARED, Split, T, Window, globally, in_member, tensors_in
 
 FUNCTION_RULES: dict[str, Callable] = {}
 
@@ -68,9 +69,7 @@ def pool(p: Any, name: str, args: Any, kwargs: Any) -> Any:
     x = args[0]
     found = windows(name, x.full.dim() - 2, args[1:], kwargs)
     member = None
-    if covers(found, x) and not name.startswith(
-        "lp_"
-    ):  # a last pooling over the whole map follows the member's smaller map
+    if covers(found, x) and "lp_" not in name:  # a last pooling over the whole map follows the member's smaller map
         extent = tuple(x.part.shape[2:])
         node_kwargs = {k: v for k, v in p.node.kwargs.items() if k not in ("kernel_size", "stride", "input")}
         member = p.rewrite((p.node.args[0], extent, extent, *p.node.args[3:]), node_kwargs)
@@ -189,19 +188,10 @@ def view(p: Any, name: str, args: Any, kwargs: Any) -> Any:
     if not isinstance(x.role, Split):
         full, part = p.run_both(args, kwargs)
         return p.wrap(full, part, p.join(name, [x], x.full.dim())[0], x.scale if full.shape == x.full.shape else ())
-    full = _globally_run(p, args, kwargs)
+    full = p.run_global(args, kwargs)
     plan = _Regrouping(p, x, full)
     part = plan.member_result(name, args, kwargs)
     return plan.result(part)
-
-
-def _globally_run(p: Any, args: Any, kwargs: Any) -> torch.Tensor:
-    args, kwargs = globally(args), globally(kwargs)
-    if p.node.op == "call_method":
-        return getattr(args[0], p.node.target)(*args[1:], **kwargs)
-    if p.node.op == "call_module":
-        return p.modules[p.node.target](*args, **kwargs)
-    return p.node.target(*args, **kwargs)
 
 
 class _Regrouping:
@@ -216,7 +206,7 @@ class _Regrouping:
         """The member's tensor: by its own code where that fits, else with literal sizes rewritten."""
         p, expected = self.p, self._expected()
         try:
-            part = p.run_both(args, kwargs)[1]
+            part = p.run_member(args, kwargs)
         except PartitionError:
             part = None
         if part is not None and self._fits(part, expected):
@@ -227,7 +217,7 @@ class _Regrouping:
                 if isinstance(size, int) and size != -1 and expected[axis] is not None:
                     sizes[axis] = expected[axis]
             member = p.rewrite((p.node.args[0], *(sizes if p.node.op == "call_method" else [tuple(sizes)])), {})
-            part = p.run_both(args, kwargs, member)[1]
+            part = p.run_member(args, kwargs, member)
             if self._fits(part, expected):
                 return part
         return p.refuse("it reshapes channels in a way that has no counterpart in a member")

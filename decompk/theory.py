@@ -13,7 +13,7 @@ from torch.fx.node import map_arg
 from torch.nn import functional as F
 
 from .decompose import Decomposition
-from .graph import Window, windows
+from .graph import Window, in_mode, windows
 from .roles import module_key, operation_name
 from .rules import ELEMENTWISE_FUNCTIONS, ELEMENTWISE_MODULES
 
@@ -157,14 +157,9 @@ class _Features(fx.Interpreter):
 
 
 def _features(net: nn.Module, graph: fx.Graph, x: torch.Tensor, arguments: dict, orders: dict) -> dict[fx.Node, Any]:
-    modes = [(module, module.training) for module in net.modules()]
-    interpreter = _Features(net.eval(), graph, arguments, orders)
-    try:
-        with torch.no_grad():
-            interpreter.run(x)
-    finally:
-        for module, mode in modes:
-            module.training = mode
+    interpreter = _Features(net, graph, arguments, orders)
+    with in_mode(net, training=False), torch.no_grad():
+        interpreter.run(x)
     return interpreter.env
 
 
@@ -204,10 +199,10 @@ def _meet(sources: list[_Field]) -> _Field:
 
 def _step(node: fx.Node, modules: dict, field: _Field, own: Any, whole: Any, d: Decomposition) -> _Field:
     """The field behind one operation. () means no space is left and the member's values are the composed network's."""
-    if isinstance(field, str) or field == ():
-        return field if node.name not in d.plan.noted else f"'{node.name}' is not exact: see the decomposition's notes"
     if node.name in d.plan.noted:
         return f"'{node.name}' is not exact: see the decomposition's notes"
+    if isinstance(field, str) or field == ():
+        return field
     module = modules.get(node.target) if node.op == "call_module" else None
     name = operation_name(node)
     space = len(field)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..cost import ROLES, Cost, Exponents, LayerCost, Shape, layers, total
+from ..partition import by
 from .table import Column, Table, decimals, known
 
 FIGURES = tuple(Cost().figures())
@@ -110,7 +111,7 @@ class Report:
         rows: list[list[Any]] = []
         for pair, sides in zip(self.pairs, self.layers.values(), strict=True):
             layer = pair.either
-            shapes = [_by(layer.kernel), *(_by(side.out_shape) if side else None for side in (pair.whole, pair.member))]
+            shapes = [by(layer.kernel), *(by(side.out_shape) if side else None for side in (pair.whole, pair.member))]
             figures = [sides[side][figure] for figure in FIGURES for side in SIDES]
             rows.append([pair.name, layer.kind, layer.role, layer.groups, *shapes, *figures])
         columns = [Column(head) for head in (*heads, *(f"{side} {f}" for f in FIGURES for side in SIDES))]
@@ -222,7 +223,7 @@ def report(decomposition: Any, element_size: int = 4, batch: int = 1) -> Report:
     whole = {layer.name: layer for layer in layers(decomposition.model, decomposition.input_size)}
     member = {layer.name: layer for layer in layers(decomposition.member_shell(), (channels, *crop))}
     names = [*whole, *(name for name in member if name not in whole)]
-    title = f"{type(decomposition.model).__name__} at {_by(spatial)} in {decomposition.K} members at {_by(crop)}"
+    title = f"{type(decomposition.model).__name__} at {by(spatial)} in {decomposition.K} members at {by(crop)}"
     pairs = tuple(Pair(name, whole.get(name), member.get(name)) for name in names)
     return Report(title, decomposition.K, pairs, tuple(decomposition.notes), element_size, batch)
 
@@ -232,10 +233,6 @@ def reciprocal(ratio: float) -> str:
     return f"1/{1 / ratio:.4g}" if 0 < ratio < 1 else f"{ratio:.4g}"
 
 
-def _by(sizes: Shape | list[int]) -> str:
-    return "×".join(map(str, sizes))
-
-
 def _map(shape: Shape) -> str:
     """A feature map's shape, a square one as 64×56²."""
-    return f"{shape[0]}×{shape[1]}²" if len(shape) == 3 and shape[1] == shape[2] else _by(shape)
+    return f"{shape[0]}×{shape[1]}²" if len(shape) == 3 and shape[1] == shape[2] else by(shape)
