@@ -1,14 +1,17 @@
 """decompk trains K networks for little more than the price of one: decompose, pack, compose."""
 
-from . import losses, models, theory
+from . import losses, models, ops, theory
 from .decompose import Decomposition, decompose, grouped_subnets
-from .errors import CheckpointError, DecompkError, PackError, PartitionError, UnsupportedOperation
+from .dispatch import backend
+from .errors import BackendError, CheckpointError, DecompkError, PackError, PartitionError, UnsupportedOperation
+from .fuse import fuse
 from .packed import Packed, pack
 from .partition import Crop
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "BackendError",
     "CheckpointError",
     "Crop",
     "DecompkError",
@@ -17,10 +20,13 @@ __all__ = [
     "Packed",
     "PartitionError",
     "UnsupportedOperation",
+    "backend",
     "decompose",
+    "fuse",
     "grouped_subnets",
     "losses",
     "models",
+    "ops",
     "pack",
     "theory",
 ]

@@ -19,6 +19,7 @@ from torch import fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from .config import Config, Problem
 from .errors import DecompkError
 from .graph import MetaInterpreter, on_meta, trace
 from .partition import by
@@ -70,6 +71,40 @@ def pass_bytes(inputs: int, weights: int, outputs: int, element_size: int = 4) -
     Forward reads X and W and writes Y; dgrad reads dY and W and writes dX; wgrad reads dY and X and writes dW.
     """
     return element_size * (inputs + weights + outputs)
+
+
+@dataclass(frozen=True)
+class OpCost:
+    """One pass of a grouped convolution with one config: what it has to do, and what that config does."""
+
+    compulsory_bytes: int  # each tensor once: the floor of device memory
+    useful_flops: int
+    executed_flops: int  # padding of tiles, blocks and bands included
+    l2_bytes: int  # loads of all programs: what is re-read is served by L2
+
+
+def conv_bytes(problem: Problem) -> int:
+    """Compulsory traffic of one pass of K convolutions; an overlap of crops is counted for every member."""
+    p = problem
+    images = p.K * p.N
+    weights = p.K * p.O * p.C * p.taps
+    return pass_bytes(images * p.C * p.H * p.W, weights, images * p.O * prod(p.out_size), p.element_size)
+
+
+def conv_flops(problem: Problem) -> int:
+    """Useful FLOPs of one pass of K convolutions: the same for fprop, dgrad and wgrad."""
+    p = problem
+    return 2 * p.K * p.N * conv_macs(prod(p.out_size), p.C, p.O, p.kernel)
+
+
+def op_cost(problem: Problem, config: Config) -> OpCost:
+    """The cost of `problem` as the Triton kernel of `config` runs it."""
+    from .kernels.conv import FORMS
+
+    form = FORMS[config.form]
+    return OpCost(
+        conv_bytes(problem), conv_flops(problem), form.executed_flops(problem, config), form.l2_bytes(problem, config)
+    )
 
 
 @dataclass(frozen=True)

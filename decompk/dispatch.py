@@ -1,10 +1,236 @@
-"""Who runs an operation: the choice, from shapes alone, between the forms a member-aware layer has."""
+"""Who runs an operation: the choice, from shapes alone, between backends, their forms and their configs."""
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
+import functools
+import json
 import math
+import re
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
+
+from . import device as devices
+from .config import DTYPES, Config, Problem
+from .device import Device
+from .errors import BackendError
+
+if TYPE_CHECKING:
+    from .cost import OpCost
+
+BACKENDS = ("torch", "triton", "cuda", "emulation")
+_UNBUILT = dict.fromkeys(("cuda", "emulation"), "this version has no C++ extension")
+
+_forced: contextvars.ContextVar[str | None] = contextvars.ContextVar("the backend asked for by name", default=None)
+
+
+@contextlib.contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Run every operation inside on one backend: "torch", "triton" (on a CPU only with TRITON_INTERPRET=1), "cuda".
+
+    Raises BackendError where that backend does not exist here; an operation it cannot run raises it later. Forward and
+    backward follow the backend that is in force when each of them runs.
+    """
+    if name not in BACKENDS:
+        raise BackendError(f"there is no backend '{name}': choose one of {', '.join(BACKENDS)}.")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    reason = _UNBUILT.get(name) or (devices.why_not_triton_on(device) if name == "triton" else None)
+    if reason:
+        raise BackendError(f"backend '{name}' cannot run here: {reason}.")
+    token = _forced.set(name)
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+def asked_for(name: str) -> bool:
+    """Whether backend `name` is in force. Compiled code keeps the answer it was traced with."""
+    return _forced.get() == name
+
+
+def runs_triton(x: Tensor) -> bool:
+    """Whether an operation on x that is not a convolution runs on Triton: on a GPU, or where it is asked for."""
+    if _forced.get() == "torch" or str(x.dtype).removeprefix("torch.") not in DTYPES:
+        return False
+    if x.device.type == "cpu" and _forced.get() != "triton":
+        return False
+    return _triton_or_raise(x.device)
+
+
+def _triton_or_raise(device: torch.device) -> bool:
+    reason = devices.why_not_triton_on(device)
+    if reason and _forced.get() == "triton":
+        raise BackendError(f"backend 'triton' cannot run here: {reason}.")
+    return reason is None
+
+
+# ---- convolutions ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Who runs a Problem: "torch" in a form of `ops.library`, or "triton" with a Config; `ms` is predicted or tuned."""
+
+    backend: str
+    form: str
+    config: Config | None
+    ms: float
+    reason: str
+    cost: OpCost | None = None
+
+
+def choose(problem: Problem, device: torch.device) -> Choice:
+    """The Choice for `problem` on `device`; always answers, or raises BackendError for a backend asked for by name."""
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    return _choose(replace(problem, deterministic=deterministic), device, _forced.get())
+
+
+@functools.lru_cache(maxsize=4096)
+def _choose(problem: Problem, device: torch.device, forced: str | None) -> Choice:
+    triton = problem.dtype in DTYPES and forced != "torch" and (device.type != "cpu" or forced == "triton")
+    if not triton or not _triton_or_raise(device):
+        if forced == "triton":
+            raise BackendError(f"no Triton kernel computes in {problem.dtype}; use float32, bfloat16 or float16.")
+        return _library(problem, device)
+    here = devices.of(device)
+    if forced is None and (tuned := lookup(problem, here)):
+        return tuned
+    found = [c for c in candidates(problem, here) if forced in (None, c.backend)]
+    if not found:
+        raise BackendError(f"no Triton kernel computes {problem}.")
+    return found[0]
+
+
+def candidates(problem: Problem, device: Device) -> list[Choice]:
+    """Every legal choice on a GPU, predicted fastest first."""
+    from .cost import op_cost
+    from .kernels import conv
+
+    found = [_predicted_library(problem, device, form) for form in library_forms(problem)]
+    for name, form in conv.FORMS.items():
+        for config in dict.fromkeys(form.configs(problem)):
+            if conv.why_not(problem, config, device) is None:
+                ms, reason = _predicted(problem, config, device)
+                found.append(Choice("triton", name, config, ms, reason, op_cost(problem, config)))
+    return sorted(found, key=lambda choice: choice.ms)
+
+
+# The model of a GPU until it is tuned: none of these four is measured.
+LAUNCH_MS = 0.003
+POINTER_SLOWDOWN = 4.0  # loads of single values instead of blocks
+CUDNN_GROUPED_SLOWDOWN = 3.0  # a tile project's public figure: 19.7 against 6.6 µs
+CUDNN_SLOWDOWN = 1.5
+
+
+def _predicted(problem: Problem, config: Config, device: Device) -> tuple[float, str]:
+    """(ms, what binds) of a Triton config: device memory, L2 or arithmetic, the last wave of programs filled up."""
+    from .cost import op_cost
+    from .kernels import conv
+
+    cost = op_cost(problem, config)
+    rate = device.tensor_tflops * {"float32": 0.06, "tf32": 0.5}.get(problem.dtype, 1)
+    bounds = {
+        "device memory": cost.compulsory_bytes / device.memory_gbps / 1e6,
+        "L2": cost.l2_bytes / device.l2_gbps / 1e6 * (POINTER_SLOWDOWN if config.form == "pointer" else 1),
+        "arithmetic": cost.executed_flops / rate / 1e9,
+    }
+    binding = max(bounds, key=bounds.__getitem__)
+    waves = conv.FORMS[config.form].programs(problem, config) / device.processors
+    return LAUNCH_MS + bounds[binding] * math.ceil(waves) / waves, f"bound by {binding}, {waves:.1f} waves"
+
+
+def library_forms(problem: Problem) -> list[str]:
+    """The forms of `ops.library` that compute `problem`."""
+    pointwise = problem.kernel == (1, 1) and problem.padding == (0, 0)
+    return ["loop", "grouped"] + (["matmul"] if pointwise else [])
+
+
+def _predicted_library(problem: Problem, device: Device, form: str) -> Choice:
+    from .cost import conv_bytes, conv_flops
+
+    moved = conv_bytes(problem) / device.memory_gbps / 1e6
+    arithmetic = conv_flops(problem) / device.tensor_tflops / 1e9
+    if form == "loop":
+        ms = problem.K * LAUNCH_MS + CUDNN_SLOWDOWN * max(moved, arithmetic) + moved
+        reason = f"{problem.K} launches, then side by side in memory"
+    elif form == "matmul":
+        ms, reason = LAUNCH_MS + CUDNN_SLOWDOWN * max(moved, arithmetic), "one batched product"
+    else:
+        copies = 0 if problem.layout == "grouped" else 2 * moved
+        ms = LAUNCH_MS + CUDNN_GROUPED_SLOWDOWN * max(moved, arithmetic) + copies
+        reason = "one grouped call" + ("" if problem.layout == "grouped" else ", copied to channel groups and back")
+    return Choice("torch", form, None, ms, reason)
+
+
+def _library(problem: Problem, device: torch.device) -> Choice:
+    """Torch's own operators: on a CPU by measured thresholds, on a GPU by prediction."""
+    if device.type == "cuda" and problem.dtype in DTYPES:
+        here = devices.of(device)
+        return min((_predicted_library(problem, here, form) for form in library_forms(problem)), key=lambda c: c.ms)
+    pointwise = problem.kernel == (1, 1) and problem.padding == (0, 0)
+    positions = problem.N * math.prod(problem.out_size)
+    dtype = getattr(torch, problem.dtype, torch.float32)
+    form = conv_form(problem.kernel, problem.stride, pointwise, problem.C, problem.O, positions, dtype)
+    return Choice("torch", form, None, math.nan, "thresholds measured on a CPU")
+
+
+# ---- tuned tables ---------------------------------------------------------------------------------------------------
+
+TABLES = Path(__file__).parent / "configs"
+
+
+def table_path(device: Device) -> Path:
+    """Where `tools/tune.py` writes what it measured on `device`."""
+    return TABLES / (re.sub(r"[^a-z0-9]+", "-", device.name.lower()).strip("-") + ".json")
+
+
+def key_of(problem: Problem) -> str:
+    """A Problem as the name of a table's entry."""
+    p = problem
+    pairs = "_".join(f"{name}{a}x{b}" for name, (a, b) in zip("ksp", (p.kernel, p.stride, p.padding), strict=True))
+    flags = ("" if p.aligned else "_unaligned") + ("_deterministic" if p.deterministic else "")
+    return (
+        f"{p.kind}_{p.dtype}_{p.layout}_K{p.K}_N{p.N}_C{p.C}_O{p.O}_{p.H}x{p.W}_{pairs}_"
+        f"d{p.dilation[0]}x{p.dilation[1]}{flags}"
+    )
+
+
+@functools.lru_cache
+def table(device: Device) -> dict[str, dict]:
+    """The tuned entries for `device`: key → {"backend", "form", "config", "ms"}; empty where none was measured."""
+    path = table_path(device)
+    return json.loads(path.read_text())["entries"] if path.exists() else {}
+
+
+def lookup(problem: Problem, device: Device) -> Choice | None:
+    """The measured winner for exactly this problem, if it is in the table and still legal."""
+    from .cost import op_cost
+    from .kernels import conv
+
+    entry = table(device).get(key_of(problem))
+    if entry is None:
+        return None
+    config = entry["config"] and Config(**{**entry["config"], "tile": tuple(entry["config"]["tile"])})
+    if config and conv.why_not(problem, config, device):
+        return None
+    cost = op_cost(problem, config) if config else None
+    return Choice(entry["backend"], entry["form"], config, entry["ms"], "measured when tuned", cost)
+
+
+def entry_of(choice: Choice) -> dict:
+    """A Choice as a table keeps it."""
+    config = choice.config and asdict(choice.config)
+    return {"backend": choice.backend, "form": choice.form, "config": config, "ms": choice.ms}
+
+
+# ---- forms on a CPU -------------------------------------------------------------------------------------------------
 
 # Nobody trains in these for speed: the loop computes, bit for bit, what the members alone compute.
 EXACT = (torch.float64, torch.complex128)

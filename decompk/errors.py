@@ -19,3 +19,7 @@ class PackError(DecompkError):
 
 class CheckpointError(DecompkError):
     """A checkpoint that is truncated, foreign or of another configuration."""
+
+
+class BackendError(DecompkError):
+    """A backend that was asked for by name cannot run here, or cannot run this operation."""

@@ -1,14 +1,12 @@
-"""Convolutions of K members: in turn, as channel groups of one call, or as one batched product."""
+"""Convolutions of K members: decompk::grouped_conv2d, or torch's own in turn or as channel groups."""
 
 from __future__ import annotations
 
-import math
-
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..dispatch import conv_form
+from .. import ops
+from ..dispatch import EXACT, asked_for, conv_form
 from .base import Twin, member_major, side_by_side
 
 
@@ -21,47 +19,57 @@ class _PackedConv(Twin):
         if self.padding_mode != "zeros":
             x = F.pad(x, self._reversed_padding_repeated_twice, mode=self.padding_mode)
             padding = 0
+        if self.groups == 1 and self._on_kernels(x):
+            return self._grouped(x, padding)
 
         def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> Tensor:
             return self.function(x, weight, bias, self.stride, padding, self.dilation, groups)
 
-        positions = x.shape[0] * x.shape[2:].numel() // math.prod(self.stride)
-        pointwise = (
-            x.dim() == 4 and self.kernel_size == (1, 1) and self.groups == 1 and padding in (0, (0, 0), "valid", "same")
-        )
-        form = self._form(x, positions, pointwise)
-        return self._pointwise(x) if form == "matmul" else self._run(form, convolve, x)
+        return self._run(convolve, x)
 
-    def _form(self, x: Tensor, positions: int, pointwise: bool = False) -> str:
+    def _on_kernels(self, x: Tensor) -> bool:
+        """Whether the operator takes this: images but in float64, where K members compute what each alone computes."""
+        return False
+
+    def _grouped(self, x: Tensor, padding) -> Tensor:
+        samples = (self.K, x.shape[0] // self.K)
+        y = ops.grouped_conv2d(x.unflatten(0, samples), self.weight, self.bias, self.stride, padding, self.dilation)
+        return y.flatten(0, 1)
+
+    def _run(self, convolve, x: Tensor) -> Tensor:
         inner = self.in_channels // self.groups
-        return conv_form(
-            self.kernel_size, self.stride, pointwise, inner, self.out_channels, positions // self.K, x.dtype
-        )
-
-    def _run(self, form: str, convolve, x: Tensor) -> Tensor:
+        positions = x.shape[0] * x.shape[2:].numel() // self.K
+        form = conv_form(self.kernel_size, self.stride, False, inner, self.out_channels, positions, x.dtype)
         if form == "loop":
             return self.each_member(lambda x, w, b: convolve(x, w, b, self.groups), x, self.weight, self.bias)
         bias = None if self.bias is None else self.bias.flatten()
         y = convolve(side_by_side(x, self.K), self.weight.flatten(0, 1), bias, self.K * self.groups)
         return member_major(y, self.K)
 
-    def _pointwise(self, x: Tensor) -> Tensor:
-        x = x[:, :, :: self.stride[0], :: self.stride[1]].permute(0, 2, 3, 1)
-        shape = x.shape[:3]
-        x = x.reshape(self.K, shape.numel() // self.K, self.in_channels)
-        weight = self.weight.flatten(2).mT
-        y = torch.bmm(x, weight) if self.bias is None else torch.baddbmm(self.bias.unsqueeze(1), x, weight)
-        return y.view(*shape, self.out_channels).permute(0, 3, 1, 2)
-
 
 class PackedConv1d(_PackedConv, nn.Conv1d):
     function = staticmethod(F.conv1d)
     input_dims = 3
 
+    def _on_kernels(self, x: Tensor) -> bool:
+        # A CPU's own 1-D convolutions want the samples first and the channels second, as they come.
+        return x.dtype not in EXACT and (x.is_cuda or asked_for("triton"))
+
+    def _grouped(self, x: Tensor, padding) -> Tensor:
+        x = x.unflatten(0, (self.K, x.shape[0] // self.K)).unsqueeze(3)
+        padding = padding if isinstance(padding, str) else (0, *(padding if isinstance(padding, tuple) else (padding,)))
+        y = ops.grouped_conv2d(
+            x, self.weight.unsqueeze(3), self.bias, (1, *self.stride), padding, (1, *self.dilation)
+        )
+        return y.squeeze(3).flatten(0, 1)
+
 
 class PackedConv2d(_PackedConv, nn.Conv2d):
     function = staticmethod(F.conv2d)
     input_dims = 4
+
+    def _on_kernels(self, x: Tensor) -> bool:
+        return x.dtype not in EXACT
 
 
 class PackedConv3d(_PackedConv, nn.Conv3d):
@@ -81,7 +89,7 @@ class _PackedConvTranspose(_PackedConv):
         def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> Tensor:
             return self.function(x, weight, bias, self.stride, self.padding, extra, groups, self.dilation)
 
-        return self._run(self._form(x, x.numel() // self.in_channels), convolve, x)
+        return self._run(convolve, x)
 
 
 class PackedConvTranspose1d(_PackedConvTranspose, nn.ConvTranspose1d):

@@ -1,0 +1,123 @@
+"""Problem and Config: what a grouped convolution has to compute, and how a Triton kernel computes it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from math import prod
+
+import torch
+from torch import Tensor
+
+PASSES = ("fprop", "dgrad", "wgrad")
+LAYOUTS = ("member", "grouped", "strided", "crops")
+DTYPES = {"float16": 2, "bfloat16": 2, "float32": 4, "tf32": 4}  # bytes; tf32 is float32 on tensor cores
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One pass of K convolutions (N, C, H, W) → (N, O, H', W').
+
+    `layout` is that of the activations: "member" (all of a member's images in a row, NHWC), "grouped" (members side by
+    side in the channels of one NHWC image), "crops" (members read windows of one shared NHWC image; H, W are the
+    crop's), "strided" (anything else whose channels are contiguous). `aligned`: every base address and stride but the
+    channels' is a multiple of 16 bytes, as tensor descriptors need. `deterministic`: sums must not depend on the order
+    in which programs run.
+    """
+
+    kind: str
+    dtype: str
+    K: int
+    N: int
+    C: int
+    O: int  # noqa: E741 (the field's own name for output channels)
+    H: int
+    W: int
+    kernel: tuple[int, int]
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int] = (0, 0)
+    dilation: tuple[int, int] = (1, 1)
+    layout: str = "member"
+    aligned: bool = True
+    deterministic: bool = False
+
+    @property
+    def out_size(self) -> tuple[int, int]:
+        """(H', W')."""
+        return tuple(
+            (size + 2 * p - d * (k - 1) - 1) // s + 1
+            for size, k, s, p, d in zip(
+                (self.H, self.W), self.kernel, self.stride, self.padding, self.dilation, strict=True
+            )
+        )
+
+    @property
+    def taps(self) -> int:
+        return prod(self.kernel)
+
+    @property
+    def element_size(self) -> int:
+        return DTYPES[self.dtype]
+
+    def of(self, kind: str) -> Problem:
+        """The same convolution in another pass."""
+        return replace(self, kind=kind)
+
+
+@dataclass(frozen=True)
+class Config:
+    """How one Triton kernel runs a Problem.
+
+    `form`: "tile" (tap by tap on tensor descriptors), "band" (rows of pixels times a banded matrix of weights, on
+    tensor descriptors), "pointer" (masked loads, any strides). `tile`: images, rows and columns of output pixels of one
+    program (in dgrad input pixels, per parity; in wgrad the pixels of one step). `block_in`, `block_out`: input and
+    output channels of one block, powers of two; in the band form, values of a row segment. `splits`: programs that
+    share the pixels of one block of wgrad. `atomic`: they add into one result, which is not deterministic.
+    """
+
+    form: str
+    tile: tuple[int, int, int]
+    block_in: int
+    block_out: int
+    warps: int = 4
+    stages: int = 3
+    splits: int = 1
+    atomic: bool = False
+
+    @property
+    def pixels(self) -> int:
+        return prod(self.tile)
+
+
+@dataclass(frozen=True)
+class Prologue:
+    """On the input: relu(x · scale + shift), scale and shift (K, C) float32; padding stays zero."""
+
+    scale: Tensor
+    shift: Tensor
+    relu: bool = True
+
+
+@dataclass(frozen=True)
+class Epilogue:
+    """On the output, in this order: + bias, moments of that, · scale + shift, + residual, relu.
+
+    bias (K, O) of any floating dtype; scale and shift (K, O) float32, both or neither; residual as y; moments
+    (K, S, 3, O) float32 is written: count, mean and Σ(y − mean)² of S disjoint pieces of the pixels.
+    """
+
+    bias: Tensor | None = None
+    scale: Tensor | None = None
+    shift: Tensor | None = None
+    residual: Tensor | None = None
+    relu: bool = False
+    moments: Tensor | None = None
+
+
+def power_of_two(n: int, least: int = 1) -> int:
+    """The smallest power of two that is at least n and `least`."""
+    return max(least, 1 << (n - 1).bit_length())
+
+
+def dtype_name(dtype: torch.dtype, tf32: bool = False) -> str:
+    """The name of a torch dtype in Problem.dtype."""
+    return "tf32" if tf32 and dtype == torch.float32 else str(dtype).removeprefix("torch.")

@@ -1,0 +1,73 @@
+"""Grouped convolution in Triton: three forms behind one interface, and the one predicate of what is legal.
+
+Tensors are NHWC: x (K, N, H, W, C), weight dense (K, O, kh, kw, C), y (K, N, H', W', O); see `ops.layout`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ...config import Config, Epilogue, Problem, Prologue
+from ...device import Device
+from ..launch import GRID_LIMIT
+from . import pointer, tile
+from .operands import PLAIN
+
+FORMS = {"tile": tile, "pointer": pointer}
+
+
+def why_not(problem: Problem, config: Config, device: Device) -> str | None:
+    """Why `config` may not run `problem` on `device`; None if it may. Asked by heuristic, tuner, tables and tests."""
+    if config.form not in FORMS:
+        return f"there is no form '{config.form}'"
+    blocks = (*config.tile, config.block_in, config.block_out)
+    if any(b < 1 or b & (b - 1) for b in blocks):
+        return f"blocks {blocks} are not powers of two"
+    if config.splits < 1 or (config.splits > 1 and problem.kind != "wgrad"):
+        return "only wgrad is split"
+    if config.atomic and (problem.deterministic or problem.kind != "wgrad"):
+        return "atomic sums are for wgrad, where order may vary"
+    form = FORMS[config.form]
+    if reason := form.why_not(problem, config):
+        return reason
+    if form.programs(problem, config) > GRID_LIMIT:
+        return f"more than {GRID_LIMIT} programs"
+    shared = form.shared_bytes(problem, config)
+    if shared > device.shared_bytes:
+        return f"{shared} bytes of shared memory are over {device.name}'s {device.shared_bytes}"
+    return None
+
+
+def fprop(
+    problem: Problem,
+    config: Config,
+    x: Tensor,
+    weight: Tensor,
+    y: Tensor,
+    epilogue: Epilogue = PLAIN,
+    prologue: Prologue | None = None,
+    offsets: Tensor | None = None,
+) -> None:
+    """y = epilogue(conv(prologue(x), weight)); with `offsets` (K, 2) x is the shared image (1, N, H_all, W_all, C)."""
+    FORMS[config.form].fprop(x, weight, y, problem, config, epilogue, prologue, offsets)
+
+
+def dgrad(problem: Problem, config: Config, dy: Tensor, weight: Tensor, dx: Tensor) -> None:
+    """dx from dy (K, N, H', W', O) and weight."""
+    FORMS[config.form].dgrad(dy, weight, dx, problem, config)
+
+
+def wgrad(problem: Problem, config: Config, dy: Tensor, x: Tensor, dw: Tensor, offsets: Tensor | None = None) -> None:
+    """dw (K, O, kh, kw, C), dense, from dy and x: summed in float32, in one pass with atomics or in two without."""
+    if config.atomic:
+        total = torch.zeros((1, *dw.shape), dtype=torch.float32, device=dw.device)
+    else:
+        total = torch.empty((config.splits, *dw.shape), dtype=torch.float32, device=dw.device)
+    FORMS[config.form].wgrad(dy, x, total, problem, config, offsets)
+    dw.copy_(total[0] if len(total) == 1 else total.sum(0))
+
+
+def moments_pieces(problem: Problem, config: Config) -> int:
+    """S of Epilogue.moments (K, S, 3, O)."""
+    return FORMS[config.form].moments_pieces(problem, config)

@@ -1,0 +1,319 @@
+"""The pointer form: an implicit matrix product on masked loads, for everything that descriptors cannot address.
+
+Any strides, any number of channels, any alignment, strides and dilations above 2, and crops: members that read windows
+of one shared image through a table of offsets. Taps and channels are one reduced dimension, so that 3 channels of a 7×7
+kernel fill a block. Addresses are computed element by element: right everywhere, fast nowhere.
+"""
+
+from __future__ import annotations
+
+from math import prod
+from typing import Any
+
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton import cdiv
+
+from ...config import Config, Epilogue, Problem, Prologue, power_of_two
+from ..launch import launch
+from .operands import PLAIN, flags, geometry, split
+
+
+@triton.jit
+def _gather(
+    x, offsets, k, p, inside, r, sk, sn, sh, sw, H, W, HO, WO, R,
+    BACKWARD: tl.constexpr, CROPS: tl.constexpr,
+    KH: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr,
+    PH: tl.constexpr, PW: tl.constexpr, DH: tl.constexpr, DW: tl.constexpr,
+):  # fmt: skip
+    """(pixels, taps · channels) addresses and mask: what each of the HO × WO pixels p of member k reads of (H, W)."""
+    n = p // (HO * WO)
+    h = p // WO % HO
+    w = p % WO
+    tap = r // R
+    dh = (tap // KW * DH)[None, :]
+    dw = (tap % KW * DW)[None, :]
+    if BACKWARD:
+        u = h[:, None] + PH - dh
+        v = w[:, None] + PW - dw
+        row = u // SH
+        column = v // SW
+        valid = (u >= 0) & (v >= 0) & (u % SH == 0) & (v % SW == 0)
+    else:
+        row = h[:, None] * SH + dh - PH
+        column = w[:, None] * SW + dw - PW
+        valid = (row >= 0) & (column >= 0)
+    valid = valid & (row < H) & (column < W) & inside[:, None] & (r < KH * KW * R)[None, :]
+    base = x + k.to(tl.int64) * sk
+    if CROPS:
+        base += tl.load(offsets + 2 * k).to(tl.int64) * sh + tl.load(offsets + 2 * k + 1).to(tl.int64) * sw
+    address = base + n.to(tl.int64)[:, None] * sn + row.to(tl.int64) * sh + column.to(tl.int64) * sw + (r % R)[None, :]
+    return address, valid
+
+
+@triton.jit
+def conv_pointer(
+    x, offsets, weight, y, residual, bias, scale, shift, moments, in_scale, in_shift,
+    PIXELS, TILES, FB, R, F, H, W, HO, WO,
+    xk, xn, xh, xw, wk, wf, wt, wr, yk, yn, yh, yw, rk, rn, rh, rw,
+    BACKWARD: tl.constexpr, CROPS: tl.constexpr,
+    KH: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr,
+    PH: tl.constexpr, PW: tl.constexpr, DH: tl.constexpr, DW: tl.constexpr,
+    BP: tl.constexpr, BR: tl.constexpr, BF: tl.constexpr, PRECISION: tl.constexpr,
+    BIAS: tl.constexpr, MOMENTS: tl.constexpr, AFFINE: tl.constexpr, RESIDUAL: tl.constexpr, RELU: tl.constexpr,
+    PROLOGUE: tl.constexpr, IN_RELU: tl.constexpr,
+):  # fmt: skip
+    """y (fprop) from x, or dx (dgrad) from dy: R reduced and F free channels, BP pixels of one member a program."""
+    pid = tl.program_id(0)
+    f = pid % FB * BF + tl.arange(0, BF)
+    tile = pid // FB
+    k = tile // TILES
+    p0 = tile % TILES * BP
+    p = p0 + tl.arange(0, BP)
+    inside = p < PIXELS
+    acc = tl.zeros((BP, BF), tl.float32)
+    for r0 in tl.range(0, KH * KW * R, BR):
+        r = r0 + tl.arange(0, BR)
+        address, valid = _gather(
+            x, offsets, k, p, inside, r, xk, xn, xh, xw, H, W, HO, WO, R,
+            BACKWARD, CROPS, KH, KW, SH, SW, PH, PW, DH, DW,
+        )  # fmt: skip
+        a = tl.load(address, valid, 0.0)
+        if PROLOGUE:
+            c = k * R + r % R
+            value = a.to(tl.float32) * tl.load(in_scale + c, r < KH * KW * R, 0.0)[None, :]
+            value += tl.load(in_shift + c, r < KH * KW * R, 0.0)[None, :]
+            if IN_RELU:
+                value = tl.maximum(value, 0.0, propagate_nan=tl.PropagateNan.ALL)
+            a = tl.where(valid, value, 0.0).to(a.dtype)
+        b = tl.load(
+            weight + k.to(tl.int64) * wk + (r // R * wt + r % R * wr)[:, None] + (f * wf)[None, :],
+            (r < KH * KW * R)[:, None] & (f < F)[None, :],
+            0.0,
+        )
+        acc = tl.dot(a, b, acc, input_precision=PRECISION)
+    if BIAS:
+        acc += tl.load(bias + k * F + f, f < F, 0.0).to(tl.float32)[None, :]
+    if MOMENTS:
+        number = tl.minimum(BP, PIXELS - p0).to(tl.float32)
+        value = acc.to(y.dtype.element_ty).to(tl.float32)
+        mean = tl.sum(tl.where(inside[:, None], value, 0.0), 0) / number
+        off = tl.where(inside[:, None], value - mean[None, :], 0.0)
+        piece = moments + tile.to(tl.int64) * 3 * F + f
+        tl.store(piece, mean * 0 + number, f < F)
+        tl.store(piece + F, mean, f < F)
+        tl.store(piece + 2 * F, tl.sum(off * off, 0), f < F)
+    if AFFINE:
+        acc = acc * tl.load(scale + k * F + f, f < F, 0.0)[None, :]
+        acc += tl.load(shift + k * F + f, f < F, 0.0)[None, :]
+    n = (p // (HO * WO)).to(tl.int64)
+    h = (p // WO % HO).to(tl.int64)
+    w = (p % WO).to(tl.int64)
+    mask = inside[:, None] & (f < F)[None, :]
+    if RESIDUAL:
+        rest = residual + k.to(tl.int64) * rk + (n * rn + h * rh + w * rw)[:, None] + f[None, :]
+        acc += tl.load(rest, mask, 0.0).to(tl.float32)
+    if RELU:
+        acc = tl.maximum(acc, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    out = y + k.to(tl.int64) * yk + (n * yn + h * yh + w * yw)[:, None] + f[None, :]
+    tl.store(out, acc.to(y.dtype.element_ty), mask)
+
+
+@triton.jit
+def wgrad_pointer(
+    x, offsets, dy, out, PIXELS, SPLITS, RB, OB, C, O, H, W, HO, WO, ELEMENTS,
+    xk, xn, xh, xw, yk, yn, yh, yw,
+    CROPS: tl.constexpr,
+    KH: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr,
+    PH: tl.constexpr, PW: tl.constexpr, DH: tl.constexpr, DW: tl.constexpr,
+    BP: tl.constexpr, BR: tl.constexpr, BO: tl.constexpr, PRECISION: tl.constexpr, ATOMIC: tl.constexpr,
+):  # fmt: skip
+    """out (K, O, kh, kw, C) += (ATOMIC) or out (splits, K, …) =: one block of weights, one split of the pixels."""
+    pid = tl.program_id(0)
+    r = pid % RB * BR + tl.arange(0, BR)
+    o = pid // RB % OB * BO + tl.arange(0, BO)
+    split = pid // (RB * OB) % SPLITS
+    k = pid // (RB * OB * SPLITS)
+    share = tl.cdiv(tl.cdiv(PIXELS, BP), SPLITS) * BP
+    acc = tl.zeros((BO, BR), tl.float32)
+    for p0 in tl.range(split * share, tl.minimum(split * share + share, PIXELS), BP):
+        p = p0 + tl.arange(0, BP)
+        inside = p < PIXELS
+        address, valid = _gather(
+            x, offsets, k, p, inside, r, xk, xn, xh, xw, H, W, HO, WO, C,
+            False, CROPS, KH, KW, SH, SW, PH, PW, DH, DW,
+        )  # fmt: skip
+        n = (p // (HO * WO)).to(tl.int64)
+        pixel = n * yn + (p // WO % HO).to(tl.int64) * yh + (p % WO).to(tl.int64) * yw
+        g = tl.load(dy + k.to(tl.int64) * yk + pixel[:, None] + o[None, :], inside[:, None] & (o < O)[None, :], 0.0)
+        acc = tl.dot(g.T, tl.load(address, valid, 0.0), acc, input_precision=PRECISION)
+    weight = out + (k.to(tl.int64) * O + o)[:, None] * (KH * KW * C) + r[None, :]
+    mask = (o < O)[:, None] & (r < KH * KW * C)[None, :]
+    if ATOMIC:
+        tl.atomic_add(weight, acc, mask, sem="relaxed")
+    else:
+        tl.store(weight + split.to(tl.int64) * ELEMENTS, acc, mask)
+
+
+def why_not(problem: Problem, config: Config) -> str | None:
+    """Why the pointer form cannot run `problem` with `config`; None if it can."""
+    if problem.layout == "crops" and problem.kind == "dgrad":
+        return "overlapping crops would write the same pixels"
+    if min(config.block_in, config.block_out, config.pixels) < 16:
+        return "blocks below 16 have no matrix product"
+    if problem.N * max(problem.H * problem.W, prod(problem.out_size)) >= 2**31:
+        return "a member has 2³¹ pixels or more"
+    return None
+
+
+def configs(problem: Problem) -> list[Config]:
+    """Candidates from shapes alone, best guess first."""
+    found = []
+    for pixels, cap in ((128, 32), (64, 32), (64, 64)):
+        reduced, free = (problem.C, problem.O) if problem.kind != "dgrad" else (problem.O, problem.C)
+        blocks = power_of_two(min(problem.taps * reduced, 32), 16), power_of_two(min(free, cap), 16)
+        found.append(
+            Config("pointer", (1, 1, pixels), *(blocks if problem.kind != "dgrad" else blocks[::-1]), stages=2)
+        )
+    if problem.kind == "wgrad":
+        found = [split(problem, c, programs(problem, c), moments_pieces(problem, c)) for c in found]
+    return found
+
+
+def programs(problem: Problem, config: Config) -> int:
+    if problem.kind == "wgrad":
+        blocks = cdiv(problem.taps * problem.C, config.block_in) * cdiv(problem.O, config.block_out)
+        return problem.K * blocks * config.splits
+    free = cdiv(problem.O, config.block_out) if problem.kind == "fprop" else cdiv(problem.C, config.block_in)
+    return problem.K * cdiv(_pixels(problem), config.pixels) * free
+
+
+def _pixels(problem: Problem) -> int:
+    return problem.N * (problem.H * problem.W if problem.kind == "dgrad" else prod(problem.out_size))
+
+
+def _products(problem: Problem, config: Config) -> int:
+    """Products of one tile of pixels with one block of weights, over all members."""
+    tiles = cdiv(_pixels(problem), config.pixels)
+    if problem.kind == "dgrad":
+        blocks = cdiv(problem.taps * problem.O, config.block_out) * cdiv(problem.C, config.block_in)
+    else:
+        blocks = cdiv(problem.taps * problem.C, config.block_in) * cdiv(problem.O, config.block_out)
+    return problem.K * tiles * blocks
+
+
+def executed_flops(problem: Problem, config: Config) -> int:
+    """What the matrix products compute, padding of tiles and blocks included."""
+    return 2 * _products(problem, config) * config.pixels * config.block_in * config.block_out
+
+
+def l2_bytes(problem: Problem, config: Config) -> int:
+    """What programs load: both operands of every product, value by value."""
+    reduced, free = config.block_in, config.block_out
+    if problem.kind == "dgrad":
+        reduced, free = free, reduced
+    other = config.pixels if problem.kind == "wgrad" else reduced
+    return _products(problem, config) * (config.pixels * reduced + other * free) * problem.element_size
+
+
+def shared_bytes(problem: Problem, config: Config) -> int:
+    """An upper bound: the operands of each stage and a staged result."""
+    pixels, a, b = config.pixels, config.block_in, config.block_out
+    return config.stages * (pixels * (a + b) + a * b) * problem.element_size + pixels * max(a, b) * 4
+
+
+def fprop(
+    x: Tensor,
+    weight: Tensor,
+    y: Tensor,
+    problem: Problem,
+    config: Config,
+    epilogue: Epilogue = PLAIN,
+    prologue: Prologue | None = None,
+    offsets: Tensor | None = None,
+) -> None:
+    """y = epilogue(conv(prologue(x), weight)): x (K, N, H, W, C), weight (K, O, kh, kw, C), y (K, N, H', W', O).
+
+    With `offsets` (K, 2), the tops and lefts of crops, x is the shared image (1, N, H_image, W_image, C).
+    """
+    HO, WO = problem.out_size
+    wk, wf, _, wt, _ = weight.stride()
+    _run(
+        x, weight, y, problem, config, epilogue, prologue, offsets,
+        BACKWARD=False, R=problem.C, F=problem.O, H=problem.H, W=problem.W, HO=HO, WO=WO,
+        BR=config.block_in, BF=config.block_out, wk=wk, wf=wf, wt=wt, wr=1,
+    )  # fmt: skip
+
+
+def dgrad(dy: Tensor, weight: Tensor, dx: Tensor, problem: Problem, config: Config) -> None:
+    """dx (K, N, H, W, C) from dy (K, N, H', W', O) and weight (K, O, kh, kw, C)."""
+    H, W = problem.out_size
+    wk, wr, _, wt, _ = weight.stride()
+    _run(
+        dy, weight, dx, problem, config, PLAIN, None, None,
+        BACKWARD=True, R=problem.O, F=problem.C, H=H, W=W, HO=problem.H, WO=problem.W,
+        BR=config.block_out, BF=config.block_in, wk=wk, wf=1, wt=wt, wr=wr,
+    )  # fmt: skip
+
+
+def wgrad(dy: Tensor, x: Tensor, out: Tensor, problem: Problem, config: Config, offsets: Tensor | None = None) -> None:
+    """dw in float32 from dy (K, N, H', W', O) and x as in `fprop`.
+
+    `out` is (splits, K, O, kh, kw, C), of which every split is written; or with config.atomic one zeroed (1, K, …).
+    """
+    HO, WO = problem.out_size
+    blocks = cdiv(problem.taps * problem.C, config.block_in), cdiv(problem.O, config.block_out)
+    launch(
+        wgrad_pointer,
+        (problem.K * config.splits * blocks[0] * blocks[1],),
+        config.warps,
+        config.stages,
+        **dict(x=x, offsets=offsets, dy=dy, out=out, CROPS=offsets is not None, ATOMIC=config.atomic),
+        **dict(PIXELS=problem.N * HO * WO, SPLITS=config.splits, RB=blocks[0], OB=blocks[1]),
+        **dict(C=problem.C, O=problem.O, H=problem.H, W=problem.W, HO=HO, WO=WO, ELEMENTS=out[0].numel()),
+        **_strides("x", x, offsets is not None),
+        **_strides("y", dy),
+        **dict(BP=config.pixels, BR=config.block_in, BO=config.block_out),
+        **geometry(problem),
+    )
+
+
+def moments_pieces(problem: Problem, config: Config) -> int:
+    """S of Epilogue.moments: one piece a tile of a member's pixels."""
+    HO, WO = problem.out_size
+    return cdiv(problem.N * HO * WO, config.pixels)
+
+
+def _strides(name: str, x: Tensor | None, shared: bool = False) -> dict[str, int]:
+    sizes = (0,) * 4 if x is None else x.stride()[:4]
+    return dict(zip((name + axis for axis in "knhw"), (0, *sizes[1:]) if shared else sizes, strict=True))
+
+
+def _run(
+    x: Tensor,
+    weight: Tensor,
+    y: Tensor,
+    problem: Problem,
+    config: Config,
+    epilogue: Epilogue,
+    prologue: Prologue | None,
+    offsets: Tensor | None,
+    **sizes: Any,
+) -> None:
+    pixels = problem.N * sizes["HO"] * sizes["WO"]
+    tiles, blocks = cdiv(pixels, config.pixels), cdiv(sizes["F"], sizes["BF"])
+    launch(
+        conv_pointer,
+        (problem.K * tiles * blocks,),
+        config.warps,
+        config.stages,
+        **dict(x=x, offsets=offsets, weight=weight, y=y, CROPS=offsets is not None),
+        **dict(PIXELS=pixels, TILES=tiles, FB=blocks, BP=config.pixels),
+        **sizes,
+        **_strides("x", x, offsets is not None),
+        **_strides("y", y),
+        **_strides("r", epilogue.residual),
+        **flags(epilogue, prologue),
+        **geometry(problem),
+    )

@@ -1,0 +1,87 @@
+"""The one place that launches Triton kernels; a recorder can stand in its way, so that what would run can be compiled."""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+GRID_LIMIT = 2**31 - 1
+
+_recorder: contextvars.ContextVar[list[Launch] | None] = contextvars.ContextVar("launches are recorded", default=None)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel launch: the kernel, its grid, its arguments by name (constexprs among them) and its resources."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: dict[str, Any]
+    warps: int
+    stages: int
+
+    def specialisation(self) -> tuple[dict[str, str], dict[str, Any], dict[tuple[int, ...], list]]:
+        """(signature, constants, attributes) as triton.compiler.ASTSource takes them: what the JIT would compile."""
+        signature, constants, attributes = {}, {}, {}
+        for i, parameter in enumerate(self.kernel.params):
+            value = self.arguments[parameter.name]
+            kind, divisible = _kind(value)
+            if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1):
+                signature[parameter.name], constants[parameter.name] = "constexpr", value
+                continue
+            signature[parameter.name] = kind
+            if divisible:
+                attributes[(i,)] = [["tt.divisibility", 16]]
+        return signature, constants, attributes
+
+
+def launch(kernel: Any, grid: tuple[int, ...], warps: int, stages: int, **arguments: Any) -> None:
+    """Run `kernel` on `grid`, on the device of its first tensor; or record it."""
+    recorded = _recorder.get()
+    if recorded is not None:
+        recorded.append(Launch(kernel, grid, arguments, warps, stages))
+        return
+    if max(grid) > GRID_LIMIT:
+        raise ValueError(f"a grid of {grid} programs is over the limit of {GRID_LIMIT}")
+    values = (a.base if isinstance(a, TensorDescriptor) else a for a in arguments.values())
+    device = next(value.device for value in values if isinstance(value, Tensor))
+    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+        kernel[grid](**arguments, num_warps=warps, num_stages=stages)
+
+
+@contextlib.contextmanager
+def recording() -> Iterator[list[Launch]]:
+    """While it runs nothing is launched: the launches are appended to the list it gives."""
+    launches: list[Launch] = []
+    token = _recorder.set(launches)
+    try:
+        yield launches
+    finally:
+        _recorder.reset(token)
+
+
+_NAMES = {
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.float32: "fp32",
+    torch.int32: "i32",
+    torch.int64: "i64",
+}
+
+
+def _kind(value: Any) -> tuple[str, bool]:
+    """(Triton's type, whether it is divisible by 16); storages are taken to be aligned, as torch allocates them."""
+    if isinstance(value, TensorDescriptor):
+        return f"tensordesc<{_NAMES[value.base.dtype]}{list(value.block_shape)}>", False
+    if isinstance(value, Tensor):
+        return f"*{_NAMES[value.dtype]}", value.storage_offset() * value.element_size() % 16 == 0
+    if isinstance(value, int) and not isinstance(value, bool):
+        return "i32" if -(2**31) <= value < 2**31 else "i64", value % 16 == 0
+    return "fp32", False

@@ -1,0 +1,341 @@
+"""K independent convolutions in one call: decompk::grouped_conv2d, its backward, and the drop-in for torch.conv2d."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Sequence
+from math import prod
+
+import torch
+from torch import Tensor
+
+from .. import dispatch
+from ..config import DTYPES, Epilogue, Problem, dtype_name
+from ..errors import DecompkError
+from . import library
+from .layout import (
+    aligned,
+    as_strided_like,
+    channels_inside,
+    empty_like_layout,
+    empty_weight,
+    layout_of,
+    nhwc,
+    ohwi,
+    sizes,
+    stream,
+)
+
+Pair = tuple[int, int]
+
+
+def grouped_conv2d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] | str = 0,
+    dilation: int | Sequence[int] = 1,
+) -> Tensor:
+    """K independent convolutions in one launch: one convolution with a block-diagonal kernel.
+
+    x (K, N, C, H, W) with channel stride 1: member-major, or a channels_last tensor of K·C channels seen as 5-D,
+    without a copy; other strides are read as they are. Channels first (NCHW) is taken, too: it costs one copy, an
+    ordinary `contiguous` in the graph. weight (K, O, C, kh, kw), bias (K, O), all of one floating dtype; under autocast
+    they are cast to its dtype. → (K, N, O, H', W') in x's layout, channel stride 1. Sums are float32 (float64 for
+    float64).
+
+    Differentiable once. Raises DecompkError for shapes, dtypes or sizes that do not fit.
+    """
+    if x.dim() != 5 or weight.dim() != 5:
+        raise DecompkError(
+            f"grouped_conv2d takes x (K, N, C, H, W) and weight (K, O, C, kh, kw), not {sizes(x, weight)}."
+        )
+    stride, padding, dilation = arguments(weight.shape[3:], stride, padding, dilation)
+    if not torch.compiler.is_compiling() and "torch.utils.flop_counter" in sys.modules:
+        _register_flops()
+    return torch.ops.decompk.grouped_conv2d(channels_inside(x), weight, bias, stride, padding, dilation)
+
+
+def conv2d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] | str = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+) -> Tensor:
+    """torch.conv2d on the same kernels: x (N, G·C, H, W) or (G·C, H, W), weight (G·O, C, kh, kw), bias (G·O).
+
+    → (N, G·O, H', W'), channels_last; x of another format is converted once. Errors as in `grouped_conv2d`.
+    """
+    if x.dim() == 3:
+        return conv2d(x.unsqueeze(0), weight, bias, stride, padding, dilation, groups).squeeze(0)
+    if x.dim() != 4 or weight.dim() != 4:
+        raise DecompkError(f"conv2d takes x (N, G·C, H, W) and weight (G·O, C, kh, kw), not {sizes(x, weight)}.")
+    if groups < 1 or x.shape[1] % groups or weight.shape[0] % groups:
+        raise DecompkError(f"x {sizes(x)} and weight {sizes(weight)} do not divide into {groups} groups.")
+
+    def by_group(t: Tensor, dim: int) -> Tensor:
+        return t.unflatten(dim, (groups, t.shape[dim] // groups))
+
+    x = by_group(x.contiguous(memory_format=torch.channels_last), 1).transpose(0, 1)
+    bias = None if bias is None else by_group(bias, 0)
+    y = grouped_conv2d(x, by_group(weight, 0), bias, stride, padding, dilation)
+    return y.transpose(0, 1).flatten(1, 2)
+
+
+def arguments(kernel: Sequence[int], stride, padding, dilation) -> tuple[Pair, Pair, Pair]:
+    """stride, padding and dilation as pairs; padding also "valid" or "same", as torch takes them."""
+    stride, dilation = _pair(stride, "stride", 1), _pair(dilation, "dilation", 1)
+    if padding == "valid":
+        padding = 0
+    elif padding == "same":
+        total = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
+        if stride != (1, 1) or any(t % 2 for t in total):
+            raise DecompkError(
+                f'padding="same" needs stride 1 and an even d·(k − 1), not stride {stride}, kernel {tuple(kernel)} and '
+                f"dilation {dilation}: pad the input instead."
+            )
+        padding = [t // 2 for t in total]
+    return stride, _pair(padding, "padding", 0), dilation
+
+
+def _pair(value, name: str, least: int) -> Pair:
+    values = (value, value) if isinstance(value, int) else tuple(value)
+    if len(values) == 1:
+        values *= 2
+    if len(values) != 2 or not all(isinstance(v, int) for v in values) or min(values) < least:
+        raise DecompkError(f"{name} is one or two integers of at least {least}, not {value!r}.")
+    return values
+
+
+def output_shape(
+    x: Sequence[int], weight: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
+) -> tuple[int, ...]:
+    """(K, N, O, H', W')."""
+    spatial = [
+        (size + 2 * p - d * (k - 1) - 1) // s + 1
+        for size, k, s, p, d in zip(x[3:], weight[3:], stride, padding, dilation, strict=True)
+    ]
+    return (x[0], x[1], weight[1], *spatial)
+
+
+def check(x: Tensor, weight: Tensor, bias: Tensor | None, stride, padding, dilation) -> tuple[int, ...]:
+    """The output's shape; raises DecompkError where the tensors do not fit each other."""
+    if x.dim() != 5 or weight.dim() != 5:
+        raise DecompkError(
+            f"grouped_conv2d takes x (K, N, C, H, W) and weight (K, O, C, kh, kw), not {sizes(x, weight)}."
+        )
+    tensors = {"x": x, "weight": weight} | ({} if bias is None else {"bias": bias})
+    for name, t in tensors.items():
+        if t.dtype != x.dtype or not t.is_floating_point():
+            raise DecompkError(
+                f"grouped_conv2d needs one floating dtype; x is {x.dtype}, {name} is {t.dtype}: convert one of them."
+            )
+        if t.device != x.device:
+            raise DecompkError(f"x is on {x.device} and {name} on {t.device}: move one of them.")
+    if x.shape[0] != weight.shape[0] or x.shape[2] != weight.shape[2]:
+        raise DecompkError(
+            f"x {sizes(x)} has {x.shape[0]} members of {x.shape[2]} channels, weight {sizes(weight)} has "
+            f"{weight.shape[0]} of {weight.shape[2]}."
+        )
+    if bias is not None and bias.shape != weight.shape[:2]:
+        raise DecompkError(f"bias {sizes(bias)} does not fit weight {sizes(weight)}: it has to be (K, O).")
+    if min(*stride, *dilation) < 1 or min(padding) < 0:
+        raise DecompkError(
+            f"stride {tuple(stride)}, padding {tuple(padding)} and dilation {tuple(dilation)}: strides and dilations "
+            "start at 1 and padding at 0."
+        )
+    if not x.shape[0] or not x.shape[2] or not weight.shape[1] or not weight.shape[3] * weight.shape[4]:
+        raise DecompkError(f"x {sizes(x)} and weight {sizes(weight)}: only the batch may be empty.")
+    shape = output_shape(x.shape, weight.shape, stride, padding, dilation)
+    if min(shape[3:]) < 1:
+        raise DecompkError(
+            f"a {weight.shape[3]}×{weight.shape[4]} kernel of dilation {tuple(dilation)} does not fit images of "
+            f"{x.shape[3]}×{x.shape[4]} pixels with padding {tuple(padding)}."
+        )
+    return shape
+
+
+# ---- the operators --------------------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("decompk::grouped_conv2d", mutates_args=(), tags=torch.Tag.needs_exact_strides)
+def _forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> Tensor:
+    shape = check(x, weight, bias, stride, padding, dilation)
+    y = empty_like_layout(x, shape)
+    if not y.numel():
+        return y
+    geometry = tuple(stride), tuple(padding), tuple(dilation)
+    x, w = channels_inside(x), ohwi(weight)
+    problem, views = operands("fprop", x, w, geometry, (x, y))
+    choice = dispatch.choose(problem, x.device)
+    if choice.backend == "torch":
+        return as_strided_like(library.forward(choice.form, x, weight, bias, *geometry), y)
+    from ..kernels import conv
+
+    conv.fprop(
+        problem, choice.config, views[0], w, views[1], Epilogue(bias=None if bias is None else bias.contiguous())
+    )
+    return y
+
+
+@_forward.register_fake
+def _(x, weight, bias, stride, padding, dilation):
+    return empty_like_layout(x, check(x, weight, bias, stride, padding, dilation))
+
+
+@torch.library.custom_op("decompk::grouped_conv2d_backward", mutates_args=(), tags=torch.Tag.needs_exact_strides)
+def _backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    wanted: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dx, dweight, dbias); what is not wanted is empty."""
+    dx, dw, db = _gradients(grad, x, weight, wanted)
+    if not grad.numel():
+        return tuple(t.zero_() for t in (dx, dw, db))
+    geometry = tuple(stride), tuple(padding), tuple(dilation)
+    grad, x, w = settled(grad), channels_inside(x), ohwi(weight)
+    if wanted[2]:
+        db = grad.sum((1, 3, 4))
+    if wanted[0]:
+        problem, views = operands("dgrad", x, w, geometry, (dx, grad))
+        choice = dispatch.choose(problem, x.device)
+        if choice.backend == "torch":
+            dx = as_strided_like(library.backward(choice.form, grad, x, weight, *geometry, (True, False))[0], dx)
+        else:
+            from ..kernels import conv
+
+            conv.dgrad(problem, choice.config, views[1], w, views[0])
+    if wanted[1]:
+        problem, views = operands("wgrad", x, w, geometry, (x, grad))
+        choice = dispatch.choose(problem, x.device)
+        if choice.backend == "torch":
+            dw = as_strided_like(library.backward(choice.form, grad, x, weight, *geometry, (False, True))[1], dw)
+        else:
+            from ..kernels import conv
+
+            conv.wgrad(problem, choice.config, views[1], views[0], dw.movedim(2, -1))
+    return dx, dw, db
+
+
+@_backward.register_fake
+def _(grad, x, weight, stride, padding, dilation, wanted):
+    return _gradients(grad, x, weight, wanted)
+
+
+def _gradients(grad: Tensor, x: Tensor, weight: Tensor, wanted: Sequence[bool]) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        empty_like_layout(x, x.shape) if wanted[0] else x.new_empty(0),
+        empty_weight(weight) if wanted[1] else x.new_empty(0),
+        x.new_empty(weight.shape[:2]) if wanted[2] else x.new_empty(0),
+    )
+
+
+def _keep(ctx, inputs, output):
+    x, weight, bias, ctx.stride, ctx.padding, ctx.dilation = inputs
+    ctx.has_bias = bias is not None
+    ctx.save_for_backward(x, weight)
+
+
+def _differentiate(ctx, grad):
+    x, weight = ctx.saved_tensors
+    wanted = [*ctx.needs_input_grad[:2], ctx.has_bias and ctx.needs_input_grad[2]]
+    gradients = torch.ops.decompk.grouped_conv2d_backward(
+        grad, x, weight, ctx.stride, ctx.padding, ctx.dilation, wanted
+    )
+    return *(g if w else None for g, w in zip(gradients, wanted, strict=True)), None, None, None
+
+
+def _once(ctx, *grads):
+    raise DecompkError(
+        "decompk::grouped_conv2d has no second derivative: take it of the unpacked members, or of a float64 network."
+    )
+
+
+_forward.register_autograd(_differentiate, setup_context=_keep)
+_backward.register_autograd(_once)
+
+
+def _cast(device: str):
+    """Under autocast: floating arguments in its dtype, then the operator itself."""
+
+    def autocast(x, weight, bias, stride, padding, dilation):
+        dtype = torch.get_autocast_dtype(device)
+        keep = torch.float64 in (x.dtype, weight.dtype)
+        x, weight, bias = (t if t is None or keep else t.to(dtype) for t in (x, weight, bias))
+        with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))):
+            return torch.ops.decompk.grouped_conv2d(x, weight, bias, stride, padding, dilation)
+
+    key = f"Autocast{device.upper()}"
+    return key, autocast
+
+
+_library = torch.library.Library("decompk", "FRAGMENT")
+for _device in ("cpu", "cuda"):
+    _key, _function = _cast(_device)
+    _library.impl("grouped_conv2d", _function, _key)
+
+
+@functools.cache
+def _register_flops() -> None:
+    """Tell torch's FLOP counter; only where it is loaded, since it loads triton."""
+    from torch.utils.flop_counter import register_flop_formula
+
+    from ..cost import conv_macs
+
+    @register_flop_formula(torch.ops.decompk.grouped_conv2d)
+    def forward(x, weight, bias, stride, padding, dilation, *, out_shape=None, **_) -> int:
+        positions = prod(output_shape(x, weight, stride, padding, dilation)[3:])
+        return 2 * x[0] * x[1] * conv_macs(positions, x[2], weight[1], weight[3:])
+
+    @register_flop_formula(torch.ops.decompk.grouped_conv2d_backward)
+    def backward(grad, x, weight, stride, padding, dilation, wanted, *, out_shape=None, **_) -> int:
+        return sum(wanted[:2]) * 2 * x[0] * x[1] * conv_macs(prod(grad[3:]), x[2], weight[1], weight[3:])
+
+
+def settled(grad: Tensor) -> Tensor:
+    """A gradient with channels inside and memory of its own: that of a sum comes expanded."""
+    return channels_inside(grad.contiguous() if 0 in grad.stride() else grad)
+
+
+def operands(
+    kind: str,
+    x: Tensor,
+    w: Tensor,
+    geometry: tuple[Pair, Pair, Pair],
+    activations: Sequence[Tensor],
+    crops: bool = False,
+) -> tuple[Problem, list[Tensor]]:
+    """The Problem of x (K, N, C, H, W) and w (K, O, kh, kw, C), and the activations as (K, N, H, W, C).
+
+    Its layout is theirs where they agree. To a pointwise convolution the pixels are one image, which leaves tiles full.
+    """
+    K, N, C, H, W = x.shape
+    layouts = {layout_of(t) for t in activations}
+    layout = "crops" if crops else layouts.pop() if len(layouts) == 1 else "strided"
+    views = [nhwc(t) for t in activations]
+    if tuple(w.shape[2:4]) == (1, 1) and geometry[:2] == ((1, 1), (0, 0)) and not crops:
+        streams = [stream(view) for view in views]
+        if all(t is not None for t in streams):
+            views = streams
+            N, H, W = views[0].shape[1:4]
+    tf32 = x.dtype == torch.float32 and torch.backends.cudnn.conv.fp32_precision == "tf32"
+    straight = dtype_name(x.dtype) in DTYPES and aligned([*views, w])
+    sides = (K, N, C, w.shape[1], H, W, tuple(w.shape[2:4]))
+    return Problem(kind, dtype_name(x.dtype, tf32), *sides, *geometry, layout, straight), views

@@ -1,0 +1,95 @@
+"""How K activations lie in memory: member-major, channel-grouped, or otherwise; and allocating like them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+# Dimensions of (K, N, C, H, W) from the outermost in memory to the innermost.
+ORDERS = {"member": (0, 1, 3, 4, 2), "grouped": (1, 3, 4, 0, 2)}
+
+
+def strides_of(layout: str, shape: Sequence[int]) -> tuple[int, ...]:
+    """Strides of a dense (K, N, C, H, W) tensor in `layout`, "member" or "grouped"."""
+    strides, step = [0] * 5, 1
+    for dim in reversed(ORDERS[layout]):
+        strides[dim] = step
+        step = step * max(shape[dim], 1)
+    return tuple(strides)
+
+
+def layout_of(x: Tensor) -> str:
+    """ "member", "grouped", or "strided" for any other strides; dimensions of size 1 may have any stride."""
+    for layout in ORDERS:
+        expected = strides_of(layout, x.shape)
+        if all(size == 1 or a == b for size, a, b in zip(x.shape, x.stride(), expected, strict=True)):
+            return layout
+    return "strided"
+
+
+def channels_inside(x: Tensor) -> Tensor:
+    """x itself where its channels are contiguous, else one member-major copy: what an NCHW tensor costs."""
+    if x.dim() != 5 or x.shape[2] == 1 or x.stride(2) == 1:
+        return x
+    return x.movedim(2, -1).contiguous().movedim(-1, 2)
+
+
+def empty_like_layout(x: Tensor, shape: Sequence[int], dtype: torch.dtype | None = None) -> Tensor:
+    """An uninitialised tensor of `shape`, channel-grouped where x is, else member-major."""
+    layout = "grouped" if layout_of(x) == "grouped" else "member"
+    return torch.empty_strided(shape, strides_of(layout, shape), dtype=dtype or x.dtype, device=x.device)
+
+
+def empty_weight(weight: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """An uninitialised tensor like weight (K, O, C, kh, kw), OHWI in memory."""
+    K, O, C, *kernel = weight.shape
+    return weight.new_empty((K, O, *kernel, C), dtype=dtype).movedim(-1, 2)
+
+
+def as_strided_like(x: Tensor, like: Tensor) -> Tensor:
+    """x where it already has the strides of `like`, else `like` filled with it."""
+    return x if x.stride() == like.stride() else like.copy_(x)
+
+
+def nhwc(x: Tensor) -> Tensor:
+    """(K, N, C, H, W) → (K, N, H, W, C) as kernels take it; dimensions of size 1 get regular strides."""
+    x = x.permute(0, 1, 3, 4, 2)
+    strides = [1 if size == 1 else stride for size, stride in zip(x.shape, x.stride(), strict=True)]
+    extent = max(size * stride for size, stride in zip(x.shape, strides, strict=True))
+    outer = [extent if size == 1 else stride for size, stride in zip(x.shape[:4], strides[:4], strict=True)]
+    return x.as_strided(x.shape, (*outer, strides[4]))
+
+
+def stream(x: Tensor) -> Tensor | None:
+    """(K, N, H, W, C) → (K, 1, rows, w, C): one image of all pixels, w ≤ 8 a row; None where gaps part them."""
+    K, N, H, W, C = x.shape
+    k, n, h, w, _ = x.stride()
+    if (H > 1 and h != W * w) or (N > 1 and n != (H * h if H > 1 else W * w)):
+        return None
+    pixel = w if W > 1 else h if H > 1 else n
+    width = math.gcd(N * H * W, 8)
+    rows = N * H * W // width
+    return x.as_strided((K, 1, rows, width, C), (k, N * H * W * pixel, width * pixel, pixel, 1))
+
+
+def ohwi(weight: Tensor) -> Tensor:
+    """(K, O, C, kh, kw) → dense (K, O, kh, kw, C): a view where the memory is so already, else a copy."""
+    return weight.movedim(2, -1).contiguous()
+
+
+def aligned(tensors: Iterable[Tensor]) -> bool:
+    """Whether base addresses and all strides but the innermost are multiples of 16 bytes, as descriptors need."""
+    return all(
+        all(stride * t.element_size() % 16 == 0 for stride in t.stride()[:-1])
+        and (t.storage_offset() * t.element_size() if isinstance(t, FakeTensor) else t.data_ptr()) % 16 == 0
+        for t in tensors
+    )
+
+
+def sizes(*tensors: Tensor) -> str:
+    """The shapes of tensors, for a message."""
+    return " and ".join(str(tuple(t.shape)) for t in tensors)

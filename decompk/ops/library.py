@@ -1,0 +1,125 @@
+"""K convolutions on torch's own operators (cuDNN's on a GPU): in turn, as channel groups, or as one batched product."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..config import Epilogue, Prologue
+
+Pair = tuple[int, int]
+
+
+def forward(
+    form: str, x: Tensor, weight: Tensor, bias: Tensor | None, stride: Pair, padding: Pair, dilation: Pair
+) -> Tensor:
+    """x (K, N, C, H, W), weight (K, O, C, kh, kw), bias (K, O) → (K, N, O, H', W'), its strides as they come."""
+    if form == "matmul":
+        x, shape = _rows(x, stride)
+        weight = weight.flatten(2).mT
+        y = torch.bmm(x, weight) if bias is None else torch.baddbmm(bias.unsqueeze(1), x, weight)
+        return y.view(*shape, -1).movedim(-1, 2)
+
+    def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> Tensor:
+        return torch.convolution(x, weight, bias, stride, padding, dilation, False, (0, 0), groups)
+
+    if form == "loop":
+        members = [
+            convolve(*member, 1)
+            for member in zip(x, weight, bias if bias is not None else [None] * len(x), strict=True)
+        ]
+        return torch.cat(members).unflatten(0, x.shape[:2])
+    y = convolve(side_by_side(x), weight.flatten(0, 1), None if bias is None else bias.flatten(), len(x))
+    return y.unflatten(1, weight.shape[:2]).movedim(1, 0)
+
+
+def fused(
+    form: str,
+    x: Tensor,
+    weight: Tensor,
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
+    epilogue: Epilogue,
+    prologue: Prologue | None,
+    moments: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """(y, moments (K, 1, 3, O) if wanted): `forward` with a prologue and an epilogue, one step after the other."""
+    e = epilogue
+    if prologue is not None:
+        value = x * _channels(prologue.scale) + _channels(prologue.shift)
+        x = (value.relu() if prologue.relu else value).to(x.dtype)
+    bias = e.bias
+    if e.scale is not None:  # goes into weights and bias
+        weight = (weight * e.scale[..., None, None, None]).to(x.dtype)
+        bias = (e.shift if bias is None else e.shift + bias * e.scale).to(x.dtype)
+    y = forward(form, x, weight, bias, stride, padding, dilation)
+    found = moments_of(y) if moments else None
+    if e.residual is not None:
+        y = y + e.residual
+    return (y.relu() if e.relu else y), found
+
+
+def moments_of(y: Tensor) -> Tensor:
+    """(K, 1, 3, C): count, mean and Σ(y − mean)² over samples and pixels, float32 (float64 for float64)."""
+    value = y if y.dtype == torch.float64 else y.float()
+    variance, mean = torch.var_mean(value, (1, 3, 4), correction=0)
+    count = torch.full_like(mean, y.numel() // mean.numel())
+    return torch.stack((count, mean, variance * count), 1).unsqueeze(1)
+
+
+def _channels(t: Tensor) -> Tensor:
+    """(K, C) against (K, N, C, H, W)."""
+    return t[:, None, :, None, None]
+
+
+def backward(
+    form: str,
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
+    wanted: tuple[bool, bool],
+) -> tuple[Tensor | None, Tensor | None]:
+    """(dx, dweight) as wanted, None for what is not."""
+    K, N = x.shape[:2]
+    if form == "matmul":
+        rows, _ = _rows(x, stride)
+        dy = grad.movedim(2, -1).reshape(K, -1, grad.shape[2])
+        dx = dw = None
+        if wanted[0]:
+            flat = torch.bmm(dy, weight.flatten(2)).view(*grad.shape[:2], *grad.shape[3:], -1).movedim(-1, 2)
+            dx = flat if stride == (1, 1) else torch.zeros_like(x)
+            if dx is not flat:
+                dx[..., :: stride[0], :: stride[1]] = flat
+        if wanted[1]:
+            dw = torch.bmm(dy.mT, rows).view(weight.shape)
+        return dx, dw
+
+    def convolve(grad: Tensor, x: Tensor, weight: Tensor, groups: int) -> tuple[Tensor | None, Tensor | None]:
+        mask = [*wanted, False]
+        return torch.ops.aten.convolution_backward(
+            grad, x, weight, None, stride, padding, dilation, False, [0, 0], groups, mask
+        )[:2]
+
+    if form == "loop":
+        dx, dw = zip(*(convolve(*member, 1) for member in zip(grad, x, weight, strict=True)), strict=True)
+        return (torch.cat(dx).view(x.shape) if wanted[0] else None), (torch.stack(dw) if wanted[1] else None)
+    dx, dw = convolve(side_by_side(grad), side_by_side(x), weight.flatten(0, 1), K)
+    return (
+        dx.unflatten(1, (K, x.shape[2])).movedim(1, 0) if wanted[0] else None,
+        dw.view(weight.shape) if wanted[1] else None,
+    )
+
+
+def side_by_side(x: Tensor) -> Tensor:
+    """(K, N, C, H, W) → (N, K·C, H, W), channels_last; without a copy where the members already lie so."""
+    return x.permute(1, 3, 4, 0, 2).flatten(3).permute(0, 3, 1, 2)
+
+
+def _rows(x: Tensor, stride: Pair) -> tuple[Tensor, tuple[int, ...]]:
+    """(K, N·H'·W', C) of the pixels that a 1×1 kernel reads, and (K, N, H', W')."""
+    x = x[..., :: stride[0], :: stride[1]].movedim(2, -1)
+    return x.reshape(x.shape[0], -1, x.shape[-1]), tuple(x.shape[:4])
