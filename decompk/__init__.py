@@ -4,6 +4,7 @@ from . import losses, models, ops, theory
 from .decompose import Decomposition, decompose, grouped_subnets
 from .dispatch import backend
 from .errors import BackendError, CheckpointError, DecompkError, PackError, PartitionError, UnsupportedOperation
+from .explain import explain
 from .fuse import fuse
 from .packed import Packed, pack
 from .partition import Crop
@@ -22,6 +23,7 @@ __all__ = [
     "UnsupportedOperation",
     "backend",
     "decompose",
+    "explain",
     "fuse",
     "grouped_subnets",
     "losses",

@@ -7,6 +7,7 @@ import platform
 
 import torch
 
+from .device import why_not_triton_on
 from .report.table import Column, Table
 
 
@@ -20,7 +21,7 @@ def info() -> Table:
         ("torch", torch.__version__, f"{torch.get_num_threads()} CPU threads"),
         _device(),
         ("backend torch", "available", "runs every packed layer"),
-        ("backend triton", "absent", _triton()),
+        _triton(),
         ("backend cuda", "absent", "this version has no C++ extension"),
         _package("fvcore", "the tests cross-check the counts with it", "test"),
         _package("scikit-learn", "holds the demo's images", "demo"),
@@ -38,10 +39,10 @@ def _device() -> tuple[str, str, str]:
     return ("GPU", torch.cuda.get_device_name(), f"sm_{major}{minor}, CUDA {torch.version.cuda}")
 
 
-def _triton() -> str:
-    version = _version("triton")
-    installed = f"triton {version} is installed, but" if version else "triton is not installed, and"
-    return f"{installed} this version has no Triton kernels"
+def _triton() -> tuple[str, str, str]:
+    reason = why_not_triton_on(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    detail = reason or "grouped convolutions and batch norms, each in one launch"
+    return ("backend triton", "absent" if reason else "available", f"triton {_version('triton') or 'none'}: {detail}")
 
 
 def _package(name: str, purpose: str, extra: str) -> tuple[str, str, str]:

@@ -1,9 +1,10 @@
 import os
 
-os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is first used: here they run on the CPU
-
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is first used: they run on the CPU then
 
 torch.set_num_threads(1)  # pytest-xdist already uses every core
 

@@ -2,14 +2,15 @@
 
     python tools/inspect_kernels.py [--arch 80,90,100] [--out FILE]
 
-Shipped is what dispatch answers for the layers of tools/layers.py, what the tuned tables hold, and the batch norms. Prints
-one row a kernel; exit code 1 where one spills, is over the shared memory limit, or lacks the tensor cores or (from sm_90) the
-tensor copies that its form promises.
+Shipped is what dispatch may answer for the layers of tools/layers.py, what the tuned tables hold, and the batch norms.
+Prints one row a kernel; exit code 1 where one spills, is over the shared memory limit, or lacks the tensor cores or
+(from sm_90) the tensor copies that its form promises.
 """
 
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import os
 import re
 import subprocess
@@ -27,6 +28,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
+
+import layers
 
 from decompk import device as devices
 from decompk import dispatch
@@ -118,3 +121,77 @@ def inspect(kernel: Kernel, arch: int) -> Report:
 
 def _tool(name: str, *arguments: str) -> str:
     return subprocess.run([str(TOOLS / name), *arguments], capture_output=True, text=True, check=True).stdout
+
+
+def shipped(arch: int) -> Iterator[Kernel]:
+    """Every distinct kernel that dispatch may answer with on sm_`arch` for the layers of tools/layers.py."""
+    here = devices.KNOWN[arch]
+    seen = set()
+    for label, problem, config in _choices(here):
+        # One config's epilogue is alike in every layer, whatever its taps.
+        every_flag = problem.kind == "fprop" and (problem.dtype, config) not in seen
+        seen.add((problem.dtype, config))
+        for epilogue in (False, True) if every_flag else (False,):
+            for launch in launches(problem, config, epilogue):
+                if _key(launch) not in seen:
+                    seen.add(_key(launch))
+                    what = f"{launch.kernel.__name__} {label}{' every flag' if epilogue else ''}"
+                    yield Kernel(what, launch, _promises(problem, config, launch))
+    for label, launch in batch_norm.variants():
+        yield Kernel(f"batch norm {label}", launch)
+
+
+def _choices(here: devices.Device) -> Iterator[tuple[str, Problem, Config]]:
+    """The Triton config that dispatch prefers for every layer and pass, and what the tuned table holds."""
+    for case in layers.CASES:
+        for dtype in ("bfloat16", "tf32", "float32") if case in layers.CASES[:1] else ("bfloat16",):
+            for layer in layers.layers(case, dtype):
+                for problem in layer.passes():
+                    found = [c.config for c in dispatch.candidates(problem, here) if c.config][:1]
+                    tuned = dispatch.lookup(problem, here)
+                    for config in found + ([tuned.config] if tuned and tuned.config else []):
+                        yield f"{problem.kind} {dtype} {layer.name}", problem, config
+
+
+def _key(launch: Launch) -> tuple:
+    """What decides the machine code, but for sizes: whether they are 1 or multiples of 16 changes addresses only."""
+    sizes = {n for n, v in launch.arguments.items() if isinstance(v, int) and not n.isupper()}
+    signature, constants, _ = launch.specialisation()
+    kinds = [(n, k) for n, k in signature.items() if n not in sizes and k not in ("i32", "i64", "constexpr")]
+    flags = {p.name: launch.arguments[p.name] for p in launch.kernel.params if p.is_constexpr}
+    return launch.kernel.__name__, *sorted(kinds), *sorted(map(str, flags.items())), launch.warps, launch.stages
+
+
+def _promises(problem: Problem, config: Config, launch: Launch) -> tuple[str, ...]:
+    """Tensor cores in every product but exact float32; tensor copies where a descriptor is an argument."""
+    cores = () if problem.dtype == "float32" or "dot" not in launch.kernel.src else (TENSOR_CORES,)
+    copies = any(kind.startswith("tensordesc") for kind in launch.specialisation()[0].values())
+    return (*cores, TENSOR_COPIES) if copies else cores
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--arch", default="80,90,100", help="compute capabilities, as in sm_90")
+    parser.add_argument("--out", type=Path, help="write the table here, too")
+    args = parser.parse_args()
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        parser.error("TRITON_INTERPRET is set, which replaces the compiler")
+    jobs = [(kernel, arch) for arch in map(int, args.arch.split(",")) for kernel in shipped(arch)]
+    with ProcessPoolExecutor(mp_context=multiprocessing.get_context("fork")) as pool:
+        reports = list(pool.map(inspect, *zip(*jobs, strict=True), chunksize=4))
+    rows = []
+    for r in reports:
+        figures = (f"sm_{r.arch}", r.registers, r.stack, r.shared, *r.counts.values(), "; ".join(r.faults))
+        rows.append(f"| {r.label} | {' | '.join(map(str, figures))} |")
+    head = "| kernel | arch | registers | stack | shared | tensor cores | tensor copies | local accesses | faults |"
+    table = "\n".join([head, "|---" * 9 + "|", *rows])
+    print(table)
+    if args.out:
+        args.out.write_text(table + "\n")
+    faults = [r for r in reports if r.faults]
+    print(f"{len(reports)} kernels compiled with triton {triton.__version__}, {len(faults)} with faults")
+    return 1 if faults else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

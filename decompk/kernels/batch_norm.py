@@ -41,9 +41,9 @@ class Tile:
         return self.lines * self.merged
 
 
-def tile_of(channels: int) -> Tile:
+def tile_of(channels: int, element_size: int) -> Tile:
     """The tile for streams of that many channels."""
-    values = 2048  # 16 a thread: two 16-byte loads of bf16 and 32 registers of sums
+    values = 4096 // element_size  # two 16-byte loads a thread and tensor; with more, sm_100 spills
     aligned = 8 // gcd(8, channels)  # so many rows are a multiple of 16 bytes in every dtype
     power = triton.next_power_of_2(channels)
     choices = []  # (share of the tile in use, width, merged, blocks), the preferred first
@@ -410,7 +410,7 @@ def launch_backward(
 def _over_pieces(kernel: Any, x: Tensor, pieces: int | None, **arguments: Any) -> None:
     """Launch `kernel` over the streams of x, each cut into `pieces`, or as many as the size suggests."""
     count, rows, channels = streams(x)
-    tile = tile_of(channels)
+    tile = tile_of(channels, x.element_size())
     if pieces is None:
         tiles = cdiv(rows, tile.rows)
         rows_per_piece = tile.rows * min(max(tiles * tile.blocks * count // PROGRAMS, 1), 8)

@@ -1,4 +1,4 @@
-"""The one place that launches Triton kernels; a recorder can stand in its way, so that what would run can be compiled."""
+"""The one place that launches Triton kernels; a recorder in its way lets what would run be compiled elsewhere."""
 
 from __future__ import annotations
 

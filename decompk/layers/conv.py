@@ -39,7 +39,8 @@ class _PackedConv(Twin):
     def _run(self, convolve, x: Tensor) -> Tensor:
         inner = self.in_channels // self.groups
         positions = x.shape[0] * x.shape[2:].numel() // self.K
-        form = conv_form(self.kernel_size, self.stride, False, inner, self.out_channels, positions, x.dtype)
+        sizes = (self.kernel_size, self.stride, False, inner, self.out_channels, positions)
+        form = conv_form(*sizes, x.dtype, x.is_cuda)
         if form == "loop":
             return self.each_member(lambda x, w, b: convolve(x, w, b, self.groups), x, self.weight, self.bias)
         bias = None if self.bias is None else self.bias.flatten()
@@ -58,9 +59,7 @@ class PackedConv1d(_PackedConv, nn.Conv1d):
     def _grouped(self, x: Tensor, padding) -> Tensor:
         x = x.unflatten(0, (self.K, x.shape[0] // self.K)).unsqueeze(3)
         padding = padding if isinstance(padding, str) else (0, *(padding if isinstance(padding, tuple) else (padding,)))
-        y = ops.grouped_conv2d(
-            x, self.weight.unsqueeze(3), self.bias, (1, *self.stride), padding, (1, *self.dilation)
-        )
+        y = ops.grouped_conv2d(x, self.weight.unsqueeze(3), self.bias, (1, *self.stride), padding, (1, *self.dilation))
         return y.squeeze(3).flatten(0, 1)
 
 

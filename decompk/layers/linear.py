@@ -17,7 +17,7 @@ class PackedLinear(Twin, nn.Linear):
         self.check(x)
         shape = x.shape[:-1]
         rows = shape.numel() // self.K
-        if linear_form(rows, self.in_features, self.out_features, x.dtype) == "loop":
+        if linear_form(rows, self.in_features, self.out_features, x.dtype, x.is_cuda) == "loop":
             return self.each_member(F.linear, x, self.weight, self.bias)
         x, weight = x.reshape(self.K, rows, self.in_features), self.weight.mT
         y = torch.bmm(x, weight) if self.bias is None else torch.baddbmm(self.bias.unsqueeze(1), x, weight)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..dispatch import norm_form
+from .. import ops
+from ..dispatch import EXACT, asked_for, norm_form
 from .base import Twin, member_major, side_by_side
 
 
@@ -28,7 +29,12 @@ class _PackedBatchNorm(Twin):
             if self.momentum is None:
                 factors = [1.0 / count for count in self.num_batches_tracked.tolist()]
 
-        form = norm_form(x.numel() // self.K, self.num_features, batch_statistics, x.dtype)
+        if x.dim() == 4 and x.dtype not in EXACT and len(set(factors)) == 1 and (x.is_cuda or asked_for("triton")):
+            x = x.unflatten(0, (self.K, x.shape[0] // self.K))
+            y = ops.batch_norm(x, self.weight, self.bias, mean, var, batch_statistics, factors[0], self.eps)
+            return y.flatten(0, 1)
+
+        form = norm_form(x.numel() // self.K, self.num_features, batch_statistics, x.dtype, x.is_cuda)
         if form == "loop" or len(set(factors)) > 1:
 
             def normalise(x, mean, var, weight, bias, factor):

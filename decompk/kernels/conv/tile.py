@@ -191,18 +191,23 @@ def _tiles(problem: Problem, config: Config) -> int:
     return prod(map(cdiv, _grid(problem), config.tile))
 
 
-def _best_tile(problem: Problem, pixels: int) -> tuple[int, int, int]:
-    """(images, rows, columns) of product `pixels` that pad the grid least, of near equals those with long runs to load."""
-    channels = min(problem.C, problem.O)
-    powers = [1 << i for i in range(pixels.bit_length())]
-    tiles = [(pixels // (h * w), h, w) for w in powers for h in powers if h * w <= pixels]
+# (images, rows, columns); few, since each is a kernel to compile.
+TILES = {
+    128: ((1, 8, 16), (1, 16, 8), (2, 8, 8), (8, 4, 4), (32, 2, 2), (128, 1, 1)),
+    64: ((1, 4, 16), (1, 8, 8), (4, 4, 4), (16, 2, 2), (64, 1, 1)),
+}
 
-    def price(tile: tuple[int, int, int]) -> tuple[float, int]:
+
+def _best_tile(problem: Problem, pixels: int) -> tuple[int, int, int]:
+    """The tile of so many pixels that pads the grid least; short runs to load count as padding, too."""
+    channels = min(problem.C, problem.O)
+
+    def price(tile: tuple[int, int, int]) -> float:
         padded = prod(cdiv(n, b) for n, b in zip(_grid(problem), tile, strict=True))
         run = channels * (tile[2] if problem.layout == "member" else 1)
-        return padded * max(1.0, 64 / run) ** 0.5, -tile[2] * tile[1]
+        return padded * max(1.0, 64 / run) ** 0.5
 
-    return min(tiles, key=price)
+    return min(TILES[pixels], key=price)
 
 
 def _products(problem: Problem, config: Config) -> int:
@@ -350,7 +355,8 @@ def _pick(X0, X1, X2, X3, parity: tl.constexpr):
 
 @triton.jit
 def _shifted(
-    X, k, n0, h, w, reduced, BN: tl.constexpr, BH: tl.constexpr, BW: tl.constexpr, BC: tl.constexpr, MERGED: tl.constexpr
+    X, k, n0, h, w, reduced,
+    BN: tl.constexpr, BH: tl.constexpr, BW: tl.constexpr, BC: tl.constexpr, MERGED: tl.constexpr,
 ):  # fmt: skip
     if MERGED:
         x = X.load([k, n0, h, w * BC])
@@ -366,7 +372,7 @@ def _correlate(
     BN: tl.constexpr, BH: tl.constexpr, BW: tl.constexpr, BC: tl.constexpr, BO: tl.constexpr,
     MERGED: tl.constexpr, MERGED_OUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Σ over the pixel tiles begin … end of dyᵀ · x for one tap, or for three of a row, each with its view and shift."""
+    """Σ over the pixel tiles begin … end of dyᵀ · x for one tap, or three of a row, each with its view and shift."""
     a = tl.zeros((BO, BC), tl.float32)
     b = tl.zeros((BO, BC), tl.float32)
     c = tl.zeros((BO, BC), tl.float32)
