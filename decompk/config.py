@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from math import prod
+from math import gcd, prod
 
 import torch
 from torch import Tensor
@@ -57,6 +57,19 @@ class Problem:
     @property
     def element_size(self) -> int:
         return DTYPES[self.dtype]
+
+    @property
+    def pointwise(self) -> bool:
+        """Whether every output pixel reads the input pixel at its own place alone."""
+        return self.taps == 1 and self.stride == (1, 1) and self.padding == (0, 0)
+
+    def streamed(self) -> Problem:
+        """A pointwise problem as one image of all pixels, 8 a row or fewer: tiles stay full. Others as they are."""
+        if not self.pointwise or self.layout == "crops":
+            return self
+        pixels = self.N * self.H * self.W
+        width = gcd(pixels, 8)
+        return replace(self, N=1, H=pixels // width, W=width)
 
     def of(self, kind: str) -> Problem:
         """The same convolution in another pass."""

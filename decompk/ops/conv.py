@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from math import prod
 
 import torch
@@ -324,18 +325,19 @@ def operands(
 ) -> tuple[Problem, list[Tensor]]:
     """The Problem of x (K, N, C, H, W) and w (K, O, kh, kw, C), and the activations as (K, N, H, W, C).
 
-    Its layout is theirs where they agree. To a pointwise convolution the pixels are one image, which leaves tiles full.
+    Its layout is theirs where they agree. A pointwise one is streamed, where no gaps part the pixels.
     """
     K, N, C, H, W = x.shape
     layouts = {layout_of(t) for t in activations}
     layout = "crops" if crops else layouts.pop() if len(layouts) == 1 else "strided"
-    views = [nhwc(t) for t in activations]
-    if tuple(w.shape[2:4]) == (1, 1) and geometry[:2] == ((1, 1), (0, 0)) and not crops:
-        streams = [stream(view) for view in views]
-        if all(t is not None for t in streams):
-            views = streams
-            N, H, W = views[0].shape[1:4]
     tf32 = x.dtype == torch.float32 and torch.backends.cudnn.conv.fp32_precision == "tf32"
-    straight = dtype_name(x.dtype) in DTYPES and aligned([*views, w])
     sides = (K, N, C, w.shape[1], H, W, tuple(w.shape[2:4]))
-    return Problem(kind, dtype_name(x.dtype, tf32), *sides, *geometry, layout, straight), views
+    problem = Problem(kind, dtype_name(x.dtype, tf32), *sides, *geometry, layout)
+    views = [nhwc(t) for t in activations]
+    one_image = problem.streamed()
+    if one_image != problem:
+        streams = [stream(view, one_image.H, one_image.W) for view in views]
+        if all(t is not None for t in streams):
+            problem, views = one_image, streams
+    straight = problem.dtype in DTYPES and aligned([*views, w])
+    return (problem if straight else replace(problem, aligned=False)), views

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -64,15 +63,13 @@ def nhwc(x: Tensor) -> Tensor:
     return x.as_strided(x.shape, (*outer, strides[4]))
 
 
-def stream(x: Tensor) -> Tensor | None:
-    """(K, N, H, W, C) → (K, 1, rows, w, C): one image of all pixels, w ≤ 8 a row; None where gaps part them."""
+def stream(x: Tensor, rows: int, width: int) -> Tensor | None:
+    """(K, N, H, W, C) → (K, 1, rows, width, C): one image of all pixels; None where gaps part them."""
     K, N, H, W, C = x.shape
     k, n, h, w, _ = x.stride()
     if (H > 1 and h != W * w) or (N > 1 and n != (H * h if H > 1 else W * w)):
         return None
     pixel = w if W > 1 else h if H > 1 else n
-    width = math.gcd(N * H * W, 8)
-    rows = N * H * W // width
     return x.as_strided((K, 1, rows, width, C), (k, N * H * W * pixel, width * pixel, pixel, 1))
 
 

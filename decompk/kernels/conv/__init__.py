@@ -11,17 +11,18 @@ from torch import Tensor
 from ...config import Config, Epilogue, Problem, Prologue
 from ...device import Device
 from ..launch import GRID_LIMIT
-from . import pointer, tile
+from . import band, pointer, tile
 from .operands import PLAIN
 
-FORMS = {"tile": tile, "pointer": pointer}
+FORMS = {"tile": tile, "band": band, "pointer": pointer}
 
 
 def why_not(problem: Problem, config: Config, device: Device) -> str | None:
     """Why `config` may not run `problem` on `device`; None if it may. Asked by heuristic, tuner, tables and tests."""
     if config.form not in FORMS:
         return f"there is no form '{config.form}'"
-    blocks = (*config.tile, config.block_in, config.block_out)
+    columns = config.tile[2:] if config.form != "band" else ()  # a band's columns end within its block
+    blocks = (*config.tile[:2], *columns, config.block_in, config.block_out)
     if any(b < 1 or b & (b - 1) for b in blocks):
         return f"blocks {blocks} are not powers of two"
     if config.splits < 1 or (config.splits > 1 and problem.kind != "wgrad"):
@@ -63,7 +64,8 @@ def wgrad(problem: Problem, config: Config, dy: Tensor, x: Tensor, dw: Tensor, o
     if config.atomic:
         total = torch.zeros((1, *dw.shape), dtype=torch.float32, device=dw.device)
     else:
-        total = torch.empty((config.splits, *dw.shape), dtype=torch.float32, device=dw.device)
+        parts = 1 if config.form == "band" else config.splits  # the band form adds up its own
+        total = torch.empty((parts, *dw.shape), dtype=torch.float32, device=dw.device)
     FORMS[config.form].wgrad(dy, x, total, problem, config, offsets)
     dw.copy_(total[0] if len(total) == 1 else total.sum(0))
 
