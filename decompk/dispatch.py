@@ -51,8 +51,8 @@ def backend(name: str) -> Iterator[None]:
 
 
 def asked_for(name: str) -> bool:
-    """Whether backend `name` is in force. Compiled code keeps the answer it was traced with."""
-    return _forced.get() == name
+    """Whether backend `name` is in force; never in compiled code, where a ContextVar cannot be read."""
+    return not torch.compiler.is_compiling() and _forced.get() == name
 
 
 def runs_triton(x: Tensor) -> bool:

@@ -94,14 +94,19 @@ class Packed(Shell):
                 return torch.cat([leaf] * self.K) if leaf.shape[:1] == (N,) else leaf
             return leaf.flatten(0, 1) if leaf.shape[:2] == (self.K, N) else leaf
 
-        x = self._cut(x) if shared and self.crops else spread_rows(x)
+        cuts = shared and bool(self.crops)
+        x = x if cuts else spread_rows(x)
         args, kwargs = tree_map(spread_rows, (args, kwargs))
         if torch.compiler.is_compiling():
-            out = self._inner(x, *args, **kwargs)
+            out = self._run(x, cuts, args, kwargs)
         else:
             with packed_batch(self.K * N):
-                out = self._inner(x, *args, **kwargs)
+                out = self._run(x, cuts, args, kwargs)
         return tree_map(functools.partial(self._by_member, N), out)
+
+    def _run(self, x: Tensor, cuts: bool, args: tuple, kwargs: dict) -> Any:
+        """What the members return for their rows x (K·N, …), or, if it cuts, for their crops of the image x."""
+        return self._inner(self._cut(x) if cuts else x, *args, **kwargs)
 
     def _is_shared(self, x: Tensor) -> bool:
         """Whether x is one batch for all members (True) or already has the member dimension (False)."""
@@ -189,11 +194,15 @@ class Packed(Shell):
             if isinstance(module, PerMember):
                 rows.append(description(module))
             elif isinstance(module, Twin):
-                rows.append((module.path, module.member_class.__name__, "twin"))
+                rows.append((module.path, module.member_class.__name__, self._how(module)))
         net = description(self._inner)[1] if isinstance(self._inner, PerMember) else type(self._inner).__name__
         widths = [max((len(row[i]) for row in rows), default=0) for i in range(2)]
         lines = [f"{path or '.':<{widths[0]}}  {kind:<{widths[1]}}  {how}" for path, kind, how in rows]
         return "\n".join([f"{self.K} members of {net}", *lines])
+
+    def _how(self, twin: Twin) -> str:
+        """How a layer runs, for `describe`."""
+        return "twin"
 
     def to(self, *args: Any, memory_format: torch.memory_format | None = None, **kwargs: Any) -> Packed:
         """nn.Module.to; `memory_format` is each member's: channels_last makes weights (K, OHWI) in memory."""

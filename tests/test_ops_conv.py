@@ -106,10 +106,18 @@ def test_every_form_on_torchs_operators_is_the_same_convolution(form, stride):
 
 @pytest.mark.parametrize(
     ("stride", "padding", "dilation", "groups"),
-    [(1, 0, 1, 1), (2, 1, 1, 3), ((1, 2), "same", 1, 1), ((2, 1), (1, 0), 2, 2), (1, "same", 2, 6), (1, "valid", 1, 2)],
+    [
+        (1, 0, 1, 1),
+        (1, "same", 1, 3),
+        (2, 1, 1, 3),
+        ((1, 2), "same", 1, 1),
+        ((2, 1), (1, 0), 2, 2),
+        (1, "same", 2, 6),
+        (1, "valid", 1, 2),
+    ],
 )
 def test_conv2d_is_torchs_drop_in(stride, padding, dilation, groups):
-    x, weight, bias = torch.randn(2, 12, 9, 8), torch.randn(18, 12 // groups, 3, 3) / 5, torch.randn(18)
+    x, weight, bias = torch.randn(2, 12, 9, 8), torch.randn(18, 12 // groups, 3, 4) / 5, torch.randn(18)
     arguments = (stride, padding, dilation, groups)
     if padding == "same" and stride != 1:
         with pytest.raises(DecompkError, match="same"):
@@ -132,6 +140,10 @@ def test_compiled_in_one_graph_and_counted():
     with FlopCounterMode(display=False) as counter:
         loss(x, weight, bias).backward()
     assert counter.get_total_flops() == 3 * 2 * 3 * 2 * (3 * 4) * 24 * 16 * 9
+    with FlopCounterMode(display=False) as counter:
+        y, _ = ops.conv2d_moments(x[0].detach(), weight, crops=[Crop(1, 1, 4, 5)] * 3)
+        y.sum().backward()
+    assert counter.get_total_flops() == 2 * 2 * 3 * 2 * (2 * 3) * 24 * 16 * 9
 
 
 def test_autocast_casts_to_its_dtype_eager_and_compiled():

@@ -169,6 +169,13 @@ def _promises(problem: Problem, config: Config, launch: Launch) -> tuple[str, ..
     return (*cores, TENSOR_COPIES) if copies else cores
 
 
+JOBS: list[tuple[Kernel, int]] = []  # inherited by forked processes: kernels cannot be pickled
+
+
+def _inspect_job(i: int) -> Report:
+    return inspect(*JOBS[i])
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--arch", default="80,90,100", help="compute capabilities, as in sm_90")
@@ -176,9 +183,9 @@ def main() -> int:
     args = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("TRITON_INTERPRET is set, which replaces the compiler")
-    jobs = [(kernel, arch) for arch in map(int, args.arch.split(",")) for kernel in shipped(arch)]
+    JOBS.extend((kernel, arch) for arch in map(int, args.arch.split(",")) for kernel in shipped(arch))
     with ProcessPoolExecutor(mp_context=multiprocessing.get_context("fork")) as pool:
-        reports = list(pool.map(inspect, *zip(*jobs, strict=True), chunksize=4))
+        reports = list(pool.map(_inspect_job, range(len(JOBS)), chunksize=4))
     rows = []
     for r in reports:
         figures = (f"sm_{r.arch}", r.registers, r.stack, r.shared, *r.counts.values(), "; ".join(r.faults))

@@ -9,6 +9,7 @@ from dataclasses import replace
 from math import prod
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .. import dispatch
@@ -53,9 +54,11 @@ def grouped_conv2d(
         raise DecompkError(
             f"grouped_conv2d takes x (K, N, C, H, W) and weight (K, O, C, kh, kw), not {sizes(x, weight)}."
         )
-    stride, padding, dilation = arguments(weight.shape[3:], stride, padding, dilation)
-    if not torch.compiler.is_compiling() and "torch.utils.flop_counter" in sys.modules:
-        _register_flops()
+    same, kernel = padding == "same", weight.shape[3:]
+    stride, padding, dilation = arguments(kernel, stride, padding, dilation)
+    if same and (odd := [d * (k - 1) % 2 for d, k in zip(dilation, kernel, strict=True)]) != [0, 0]:
+        x = F.pad(x, (0, odd[1], 0, odd[0]))  # as torch does: the odd one behind
+    tell_flop_counter()
     return torch.ops.decompk.grouped_conv2d(channels_inside(x), weight, bias, stride, padding, dilation)
 
 
@@ -94,13 +97,9 @@ def arguments(kernel: Sequence[int], stride, padding, dilation) -> tuple[Pair, P
     if padding == "valid":
         padding = 0
     elif padding == "same":
-        total = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
-        if stride != (1, 1) or any(t % 2 for t in total):
-            raise DecompkError(
-                f'padding="same" needs stride 1 and an even d·(k − 1), not stride {stride}, kernel {tuple(kernel)} and '
-                f"dilation {dilation}: pad the input instead."
-            )
-        padding = [t // 2 for t in total]
+        if stride != (1, 1):
+            raise DecompkError(f'padding="same" needs stride 1, not {stride}.')
+        padding = [d * (k - 1) // 2 for d, k in zip(dilation, kernel, strict=True)]
     return stride, _pair(padding, "padding", 0), dilation
 
 
@@ -293,9 +292,14 @@ for _device in ("cpu", "cuda"):
     _library.impl("grouped_conv2d", _function, _key)
 
 
+def tell_flop_counter() -> None:
+    """Register the operators' formulas with torch's FLOP counter, once that is loaded: it loads triton."""
+    if not torch.compiler.is_compiling() and "torch.utils.flop_counter" in sys.modules:
+        _register_flops()
+
+
 @functools.cache
 def _register_flops() -> None:
-    """Tell torch's FLOP counter; only where it is loaded, since it loads triton."""
     from torch.utils.flop_counter import register_flop_formula
 
     from ..cost import conv_macs
@@ -308,6 +312,15 @@ def _register_flops() -> None:
     @register_flop_formula(torch.ops.decompk.grouped_conv2d_backward)
     def backward(grad, x, weight, stride, padding, dilation, wanted, *, out_shape=None, **_) -> int:
         return sum(wanted[:2]) * 2 * x[0] * x[1] * conv_macs(prod(grad[3:]), x[2], weight[1], weight[3:])
+
+    @register_flop_formula(torch.ops.decompk.fused_conv2d)
+    def fused(x, weight, *_, out_shape, **__) -> int:
+        K, N, O, H, W = out_shape[0]
+        return 2 * K * N * conv_macs(H * W, x[2], O, weight[3:])
+
+    @register_flop_formula(torch.ops.decompk.crop_conv2d_backward)
+    def crop_backward(grad, image, weight, *_, out_shape=None, **__) -> int:
+        return 2 * prod(grad[:2]) * conv_macs(prod(grad[3:]), image[2], weight[1], weight[3:])
 
 
 def settled(grad: Tensor) -> Tensor:
