@@ -1,8 +1,8 @@
-# make demo | test | lint | bench: each sets up a .venv of its own first; only Python 3.10+ is needed.
+# make demo | test | lint | inspect | bench: each sets up a .venv of its own first; only Python 3.10+ is needed.
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint format bench clean
+.PHONY: demo test lint format inspect bench clean
 
 demo: .venv/ready
 	$(BIN)/decompk demo
@@ -17,6 +17,9 @@ lint: .venv/ready
 format: .venv/ready
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+inspect: .venv/ready
+	$(BIN)/python tools/inspect_kernels.py
 
 bench: .venv/ready
 	$(BIN)/python -m pytest bench --benchmark-only

@@ -115,6 +115,8 @@ def candidates(problem: Problem, device: Device) -> list[Choice]:
 
     found = [_predicted_library(problem, device, form) for form in library_forms(problem)]
     for name, form in conv.FORMS.items():
+        if name == "band" and problem.dtype == "float32":
+            continue  # without tensor cores a band's zeros are not free, and its products spill
         for config in dict.fromkeys(form.configs(problem)):
             if conv.why_not(problem, config, device) is None:
                 ms, reason = _predicted(problem, config, device)

@@ -1,8 +1,9 @@
-"""Compile every shipped kernel without a GPU and read the machine code: registers, spills, shared memory, instructions.
+"""Compile every shipped kernel without a GPU and read what comes out: registers, spills, shared memory, instructions.
 
     python tools/inspect_kernels.py [--arch 80,90,100] [--out FILE]
 
-Shipped is what dispatch may answer for the layers of tools/layers.py, what the tuned tables hold, and the batch norms.
+Shipped is what dispatch answers for the layers of tools/layers.py in bfloat16 (ResNet32's in float32, too), with no
+flags, those of inference and those of training; what the tuned tables hold; and the batch norms.
 Prints one row a kernel; exit code 1 where one spills, is over the shared memory limit, or lacks the tensor cores or
 (from sm_90) the tensor copies that its form promises.
 """
@@ -38,8 +39,9 @@ from decompk.kernels import batch_norm, conv
 from decompk.kernels.launch import Launch, recording
 from decompk.ops.layout import strides_of
 
-TENSOR_CORES, TENSOR_COPIES, SPILLS = r"HMMA|HGMMA|UTC\w*MMA", r"UTMALDG", r"LDL|STL"
-TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+# As PTX names them; the assembler has no other instruction for either.
+TENSOR_CORES, TENSOR_COPIES = r"(?:wgmma\.mma_async|mma\.sync|tcgen05\.mma)\.", r"cp\.async\.bulk\.tensor\."
+CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 DTYPES = {"tf32": torch.float32}
 
 
@@ -65,8 +67,11 @@ class Report:
     faults: tuple[str, ...]
 
 
-def launches(problem: Problem, config: Config, epilogue: bool = False) -> list[Launch]:
-    """What `config` launches for `problem`, recorded on tensors without memory; `epilogue`: with every flag."""
+def launches(problem: Problem, config: Config, flags: str = "") -> list[Launch]:
+    """What `config` launches for `problem`, recorded on tensors without memory.
+
+    `flags`: "inference" for every flag that inference may set, "moments" for those of training.
+    """
     p = problem
     dtype = DTYPES.get(p.dtype) or getattr(torch, p.dtype)
     layout = "grouped" if p.layout == "grouped" else "member"
@@ -80,13 +85,14 @@ def launches(problem: Problem, config: Config, epilogue: bool = False) -> list[L
         y, w = activation(p.O, *p.out_size), torch.empty((p.K, p.O, *p.kernel, p.C), dtype=dtype)
         x = activation(p.C, p.H, p.W) if offsets is None else torch.empty((1, p.N, 2 * p.H, 2 * p.W, p.C), dtype=dtype)
         if p.kind == "fprop":
-            extra = {}
-            if epilogue:
-                vectors = [torch.empty((p.K, c)) for c in (p.O, p.O, p.C, p.C)]
-                moments = torch.empty((p.K, conv.moments_pieces(p, config), 3, p.O))
-                extra["epilogue"] = Epilogue(torch.empty((p.K, p.O), dtype=dtype), *vectors[:2], y, True, moments)
-                extra["prologue"] = Prologue(*vectors[2:])
-            conv.fprop(p, config, x, w, y, offsets=offsets, **extra)
+            around = Epilogue(), None
+            bias, vectors = torch.empty((p.K, p.O), dtype=dtype), [torch.empty((p.K, c)) for c in (p.O, p.O, p.C, p.C)]
+            if flags == "inference":
+                around = Epilogue(bias, *vectors[:2], y, True), Prologue(*vectors[2:])
+            elif flags == "moments":
+                pieces = torch.empty((p.K, conv.moments_pieces(p, config), 3, p.O))
+                around = Epilogue(bias, moments=pieces), None
+            conv.fprop(p, config, x, w, y, *around, offsets)
         elif p.kind == "dgrad":
             conv.dgrad(p, config, y, w, x)
         else:
@@ -103,14 +109,14 @@ def inspect(kernel: Kernel, arch: int) -> Report:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        usage = _tool("cuobjdump", "--dump-resource-usage", file.name)
-        code = _tool("cuobjdump", "--dump-sass", file.name)
-    registers, stack = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK"))
-    counts = {name: len(re.findall(rf"\b(?:{name})\b", code)) for name in (TENSOR_CORES, TENSOR_COPIES, SPILLS)}
+        command = [str(CUOBJDUMP), "--dump-resource-usage", file.name]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    registers, stack, local = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK", "LOCAL"))
+    counts = {name: len(re.findall(name, compiled.asm["ptx"])) for name in (TENSOR_CORES, TENSOR_COPIES)}
     shared, limit = compiled.metadata.shared, devices.KNOWN[arch].shared_bytes
     faults = []
-    if stack or counts[SPILLS]:
-        faults.append(f"spills: {stack} bytes of stack, {counts[SPILLS]} local loads and stores")
+    if stack or local:
+        faults.append(f"spills: {stack} bytes of stack, {local} of local memory")
     if shared > limit:
         faults.append(f"{shared} bytes of shared memory, over {limit}")
     for name, promise in (("tensor cores", TENSOR_CORES), ("tensor copies", TENSOR_COPIES)):
@@ -119,23 +125,19 @@ def inspect(kernel: Kernel, arch: int) -> Report:
     return Report(kernel.label, arch, registers, stack, shared, counts, tuple(faults))
 
 
-def _tool(name: str, *arguments: str) -> str:
-    return subprocess.run([str(TOOLS / name), *arguments], capture_output=True, text=True, check=True).stdout
-
-
 def shipped(arch: int) -> Iterator[Kernel]:
     """Every distinct kernel that dispatch may answer with on sm_`arch` for the layers of tools/layers.py."""
     here = devices.KNOWN[arch]
     seen = set()
     for label, problem, config in _choices(here):
         # One config's epilogue is alike in every layer, whatever its taps.
-        every_flag = problem.kind == "fprop" and (problem.dtype, config) not in seen
+        fused = problem.kind == "fprop" and (problem.dtype, config) not in seen
         seen.add((problem.dtype, config))
-        for epilogue in (False, True) if every_flag else (False,):
-            for launch in launches(problem, config, epilogue):
+        for flags in ("", "inference", "moments") if fused else ("",):
+            for launch in launches(problem, config, flags):
                 if _key(launch) not in seen:
                     seen.add(_key(launch))
-                    what = f"{launch.kernel.__name__} {label}{' every flag' if epilogue else ''}"
+                    what = f"{launch.kernel.__name__} {label} {flags}"
                     yield Kernel(what, launch, _promises(problem, config, launch))
     for label, launch in batch_norm.variants():
         yield Kernel(f"batch norm {label}", launch)
@@ -144,7 +146,7 @@ def shipped(arch: int) -> Iterator[Kernel]:
 def _choices(here: devices.Device) -> Iterator[tuple[str, Problem, Config]]:
     """The Triton config that dispatch prefers for every layer and pass, and what the tuned table holds."""
     for case in layers.CASES:
-        for dtype in ("bfloat16", "tf32", "float32") if case in layers.CASES[:1] else ("bfloat16",):
+        for dtype in ("bfloat16", "tf32", "float32") if case.model == "resnet32" else ("bfloat16",):
             for layer in layers.layers(case, dtype):
                 for problem in layer.passes():
                     found = [c.config for c in dispatch.candidates(problem, here) if c.config][:1]
@@ -190,8 +192,8 @@ def main() -> int:
     for r in reports:
         figures = (f"sm_{r.arch}", r.registers, r.stack, r.shared, *r.counts.values(), "; ".join(r.faults))
         rows.append(f"| {r.label} | {' | '.join(map(str, figures))} |")
-    head = "| kernel | arch | registers | stack | shared | tensor cores | tensor copies | local accesses | faults |"
-    table = "\n".join([head, "|---" * 9 + "|", *rows])
+    head = "| kernel | arch | registers | stack | shared | tensor cores | tensor copies | faults |"
+    table = "\n".join([head, "|---" * 8 + "|", *rows])
     print(table)
     if args.out:
         args.out.write_text(table + "\n")

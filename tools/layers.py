@@ -11,11 +11,12 @@ from functools import partial
 from math import prod
 
 import torch
+from timing import Trial
 from torch import Tensor, nn
 
 import decompk
 from decompk import cost
-from decompk.config import DTYPES, Problem
+from decompk.config import DTYPES, PASSES, Problem
 
 BATCH = 128  # images a member
 
@@ -70,7 +71,9 @@ class Layer:
         return f"{p.C}→{p.O} {p.kernel[0]}×{p.kernel[1]}/{p.stride[0]} @{p.H}×{p.W}{crops}"
 
     def passes(self) -> list[Problem]:
-        return [self.problem.of(kind) for kind in ("fprop", "dgrad", "wgrad") if kind != "dgrad" or not self.first]
+        """The Problems that operations ask dispatch for, one a pass."""
+        kinds = [kind for kind in PASSES if kind != "dgrad" or not self.first]
+        return [Trial(self.problem.of(kind), "meta", self.image).asked for kind in kinds]
 
 
 @dataclass(frozen=True)
@@ -88,7 +91,7 @@ class Norm:
 def problem(
     kind: str, dtype: str, sides: tuple[int, ...], kernel: tuple[int, int], layout: str = "member", **geometry
 ) -> Problem:
-    """The Problem that an operation makes of dense activations; `sides` are (K, N, C, O, H, W)."""
+    """The Problem of dense activations; `sides` are (K, N, C, O, H, W)."""
     aligned = all(channels * DTYPES[dtype] % 16 == 0 for channels in sides[2:4])
     return Problem(kind, dtype, *sides, kernel, layout=layout, aligned=aligned, **geometry)
 

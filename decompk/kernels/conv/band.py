@@ -14,8 +14,8 @@ a to f read and A to D written, each entry a C × O block:
 
 wgrad is the transposed left matrix times dy: one band for each kernel row, whose diagonals are added up.
 
-The band is gathered from the weights inside the kernel, since they lie in L1 and a launch that expands them would take
-as long as many of these layers; large ones are expanded. Descriptors read at multiples of 16 bytes only, so a segment
+The band is gathered from the weights inside the kernel, since a launch that expands it would take as long as many of
+these layers; where that gathers too much, it is expanded. Descriptors read at multiples of 16 bytes only, so a segment
 starts up to 15 bytes before its first pixel. Rows that are no multiple of 16 bytes go through pointers.
 
 In a Config `tile` is images, rows and columns of written pixels, and the blocks are values: the one that is read holds
@@ -27,18 +27,18 @@ Nothing outside a crop is multiplied.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from math import gcd
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from triton import cdiv
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ... import device
 from ...config import Config, Epilogue, Problem, Prologue, power_of_two
-from ..launch import launch, recording
+from ..launch import Launch, launch, recording
 from .band_kernels import conv_band, expand_band, fold_band, wgrad_band
 from .band_plan import Plan, configs, executed_flops, l2_bytes, plan, programs, row_groups, shared_bytes, why_not
 from .operands import PLAIN, flags, geometry
@@ -93,8 +93,8 @@ def specialisations(
     prologue: bool = False,
     image: tuple[int, int] | None = None,
     **epilogue: bool,
-) -> Iterator[tuple[Any, dict[str, str], dict[str, Any], dict[tuple[int, ...], list], int, int, str]]:
-    """(kernel, signature, constexprs, attributes, warps, stages, label) of each launch, as the launch itself makes it.
+) -> list[Launch]:
+    """The launches of `config` for `problem`, recorded on tensors without memory: what there is to compile.
 
     `descriptors`: as Device.descriptors. `image`: height and width of what crops are cut from (their own by default).
     `epilogue`: bias=, affine=, residual=, moments= and relu=True for what is fused.
@@ -113,7 +113,7 @@ def specialisations(
     offsets = meta(K, 2, dtype=torch.int32) if crops else None
     with recording() as launches:
         if problem.kind == "wgrad":
-            out = meta(1, *weight.shape, dtype=torch.float32 if config.atomic else dtype)
+            out = meta(1 if config.atomic else config.splits, *weight.shape)
             _correlate(y, x, out, problem, config, offsets, descriptors)
         elif problem.kind == "dgrad":
             _convolve(y, weight, x, problem, config, PLAIN, None, None, descriptors)
@@ -128,9 +128,7 @@ def specialisations(
             )
             into = Prologue(meta(K, C), meta(K, C)) if prologue else None
             _convolve(x, weight, y, problem, config, fused, into, offsets, descriptors)
-    for one in launches:
-        label = f"{one.kernel.__name__} {problem} {config}"
-        yield (one.kernel, *one.specialisation(), one.warps, one.stages, label)
+    return launches
 
 
 def _convolve(
@@ -145,9 +143,7 @@ def _convolve(
     descriptors: bool,
 ) -> None:
     stored = [y] if epilogue.residual is None else [y, epilogue.residual]
-    p, reads = _reads(
-        x, problem, config, offsets, descriptors, descriptors and all(t.data_ptr() % 16 == 0 for t in stored)
-    )
+    p, reads = _reads(x, problem, config, offsets, descriptors, descriptors and all(map(_aligned, stored)))
     residual = None if epilogue.residual is None else _written(epilogue.residual, p)
     bands = dict(QF=p.rows.start, QN=len(p.rows), QS=p.rows.step, DGRAD=problem.kind == "dgrad")
     around = geometry(problem)
@@ -177,7 +173,7 @@ def _convolve(
 def _correlate(
     dy: Tensor, x: Tensor, out: Tensor, problem: Problem, config: Config, offsets: Tensor | None, descriptors: bool
 ) -> None:
-    p, reads = _reads(x, problem, config, offsets, descriptors, descriptors and dy.data_ptr() % 16 == 0)
+    p, reads = _reads(x, problem, config, offsets, descriptors, descriptors and _aligned(dy))
     rows, shares = row_groups(p, config)
     kh, kw = problem.kernel
     bands = out
@@ -224,7 +220,7 @@ def _reads(
     p = plan(problem, config)
     lines, width = (x.shape[-3], x.shape[-2] * x.shape[-1]) if crops else (p.read.height, p.read.values)
     image, pitch = x.stride()[-4:-2] if crops else (lines * width, width)
-    load = descriptors and x.data_ptr() % 16 == 0 and lines % p.period == 0
+    load = descriptors and _aligned(x) and lines % p.period == 0
     p = plan(problem, config, gcd(width, image, pitch), load, store)
     members = 1 if crops else problem.K
     view = (
@@ -247,6 +243,12 @@ def _reads(
         **dict(FIRST=p.first, ADVANCE=p.advance, COLUMNS=p.columns, RUN=p.run),
         **dict(BN=p.images, BG=p.groups, BR=p.block_read, VECTOR=p.vector, VECTOR_OUT=p.vector_written),
     }
+
+
+def _aligned(x: Tensor) -> bool:
+    """Whether descriptors may start at x."""
+    start = x.storage_offset() * x.element_size() if isinstance(x, FakeTensor) else x.data_ptr()
+    return start % 16 == 0
 
 
 def _written(y: Tensor, p: Plan) -> Tensor | TensorDescriptor:

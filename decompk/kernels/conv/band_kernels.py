@@ -29,7 +29,7 @@ def _rows(
         a = a.reshape(BN * BG, BLOCK)
         a = a.T if TRANSPOSED else a
     else:
-        line = ((0 if CROPS else k.to(tl.int64) * N) + n) * IMAGE + (top + row).to(tl.int64) * PITCH
+        line = ((0 if CROPS else k.to(tl.int64) * N) + n.to(tl.int64)) * IMAGE + (top + row).to(tl.int64) * PITCH
         value = (left + start) // VECTOR * VECTOR + i  # says that loads start at whole vectors
         a = tl.load(X + line * VECTOR + value, lines & (value >= 0) & (value < WIDTH * VECTOR), 0.0)
     if CROPS:
@@ -53,16 +53,21 @@ def _tap(
     """Where in a member's weights (O, kh, kw, C) value i of a read segment meets value f of written rows, and if."""
     pixel = FIRST + i // R
     j = f // RUN
-    w = f % RUN // F
+    if RUN % F == 0:  # the same in simpler words, in which the compiler sees runs of F
+        w = f // F % (RUN // F)
+        free = f % F
+    else:
+        w = f % RUN // F
+        free = f % RUN % F
     if DGRAD:
         u = j + PH - q * SH
         v = w + PW - pixel * SW
-        channels = (i % R, f % RUN % F)
+        channels = (i % R, free)
         C: tl.constexpr = F
     else:
         u = q + PH - j * SH
         v = pixel + PW - w * SW
-        channels = (f % RUN % F, i % R)
+        channels = (free, i % R)
         C: tl.constexpr = R
     valid = (i >= 0) & (w < COLUMNS) & (u >= 0) & (u < KH * DH) & (v >= 0) & (v < KW * DW)
     valid = valid & (u % DH == 0) & (v % DW == 0)
@@ -115,13 +120,14 @@ def conv_band(
                 value = tl.maximum(value, 0.0, propagate_nan=tl.PropagateNan.ALL)
             a = tl.where(inside, value, 0.0).to(a.dtype)
         if EXPANDED:
-            b = tl.load(weight + ((k * QN + t) * BR + i)[:, None] * BF + f[None, :], (i >= 0)[:, None], 0.0)
+            at = ((k * QN + t) * BR + i)[:, None] * BF + f[None, :]
+            valid = (i >= 0)[:, None]
         else:
             at, valid = _tap(
                 i[:, None], f[None, :], q, DGRAD, KH, KW, SH, SW, PH, PW, DH, DW, R, F, FIRST, COLUMNS, RUN
             )  # fmt: skip
-            b = tl.load(weight + k * (R * F * KH * KW) + at, valid, 0.0)
-        acc = tl.dot(a, b, acc, input_precision=PRECISION)
+            at += k * (R * F * KH * KW)
+        acc = tl.dot(a, tl.load(weight + at, valid, 0.0), acc, input_precision=PRECISION)
 
     m = tl.arange(0, M)
     n = n0 + m // BG

@@ -15,7 +15,7 @@ ACCUMULATORS = 64  # registers of sums a thread
 SHARED = 100_000  # bytes, so that an H100's processor holds two programs
 CANDIDATES = 6
 VECTORS = 2e12  # a second, that an H100's load units take with the arithmetic of their addresses
-POINTERS = 1.5  # how much better a tile has to look that is not read by the copy engine
+POINTERS = 1.25  # how much better a tile has to look that the copy engine does not read, or write
 LAUNCH = 3e-6  # seconds: bands that would take longer to gather are expanded by a launch of their own
 
 
@@ -152,8 +152,8 @@ def why_not(problem: Problem, config: Config) -> str | None:
     written = config.block_in if backward else config.block_out
     if p.run > written:
         return f"{p.columns} pixels of {p.written.channels} channels do not fit a segment of {written} values"
-    if p.groups == 0 or p.product_rows < 16:
-        return "a matrix product needs 16 rows: images × rows of the tile, by the rows that block_out holds"
+    if p.groups == 0 or not 16 <= p.product_rows <= 1024:
+        return "a matrix product takes 16 to 1024 rows: images × rows of the tile, by the rows that a block holds"
     if len(_met(problem, 1, p.columns)) * p.read.channels > p.block_read:
         return f"a segment of {p.block_read} values does not cover the taps of {p.columns} pixels"
     if problem.kind == "wgrad":
@@ -213,7 +213,10 @@ def executed_flops(problem: Problem, config: Config) -> int:
 
 
 def l2_bytes(problem: Problem, config: Config) -> int:
-    """Bytes that the programs load: x and dy in sectors of L2, the weights once a program, since L1 keeps them."""
+    """Bytes that the programs load: x and dy in sectors of L2, the bands as gathered or expanded.
+
+    Gathers of less than 16 bytes go through L1, which keeps the weights: they count once a program.
+    """
     p = plan(problem, config)
     size = problem.element_size
     lines = p.problem.N * _cdiv(p.written.height, p.stack)
@@ -221,7 +224,11 @@ def l2_bytes(problem: Problem, config: Config) -> int:
     if problem.kind == "wgrad":
         shares = row_groups(p, config)[1]
         return problem.K * (reads + shares * lines * _cdiv(p.written.values * size, SECTOR) * SECTOR)
-    weights = len(p.rows) * p.block_read * p.run * p.stack if p.expand else problem.taps * problem.C * problem.O
+    weights = problem.taps * problem.C * problem.O
+    if p.expand:
+        weights = len(p.rows) * p.block_read * p.run * p.stack
+    elif problem.C * size % 16 == 0:
+        weights *= p.stack * p.columns
     return problem.K * (reads + p.member_tiles * weights * size)
 
 
@@ -233,7 +240,7 @@ def configs(problem: Problem) -> list[Config]:
             if why_not(problem, config) is None:
                 config = _resources(problem, config)
                 p = plan(problem, config)
-                if config.stages < 2 or p.product_rows * p.run * p.stack > ACCUMULATORS * 32 * config.warps:
+                if config.stages < 2 or not _fits_registers(p, config):
                     continue
                 # Of the tiles that give matrices of the same width, one is enough.
                 key = p.block_read, p.run, p.stack
@@ -292,13 +299,23 @@ def _tile(images: int, height: int, columns: int, rows: int, stack: int) -> tupl
 def _resources(problem: Problem, config: Config) -> Config:
     """`config` with warps, stages (one or none where shared memory holds no two) and, in wgrad, splits."""
     p = plan(problem, config)
-    work = p.product_rows * max(p.block_read, p.run * p.stack)
-    config = replace(config, warps=4 if work <= 4096 else 8)
+    work = max(p.product_rows * p.block_read, p.product_rows * p.run * p.stack, p.block_read * p.run)
+    few = 4096 if problem.kind != "wgrad" else 2048 if p.load else 1024
+    config = replace(config, warps=4 if work <= few else 8)
     fit = SHARED // _stage_bytes(p, config)
     if problem.kind != "wgrad":
         return replace(config, stages=min(len(p.rows) + 1, 4, fit))
     shares = row_groups(p, config)[1]
     return replace(config, stages=min(3, fit), splits=max(1, min(p.member_tiles, PROGRAMS // (problem.K * shares))))
+
+
+def _fits_registers(p: Plan, config: Config) -> bool:
+    """Whether what a program adds up and addresses leaves registers: limits found by compiling."""
+    threads = 32 * config.warps
+    if p.problem.kind != "wgrad":
+        return p.product_rows * p.run * p.stack <= ACCUMULATORS * threads
+    addressed = 0 if p.load else p.product_rows * p.block_read * row_groups(p, config)[0]
+    return 2 * p.block_read * p.run <= ACCUMULATORS * threads and addressed <= 32 * threads
 
 
 def _gathers(p: Plan) -> int:
@@ -323,7 +340,8 @@ def _cost(problem: Problem, config: Config) -> float:
         vectors += read / p.product_rows * p.run * p.stack / 8 if p.expand else _gathers(p)
     memory = (l2_bytes(problem, config) + written * size) / 5.5e12
     seconds = max(memory, executed_flops(problem, config) / rate) + vectors / VECTORS
-    return seconds * max(1.0, PROGRAMS / 2 / count) * (1 if p.load else POINTERS)
+    pointers = (not p.load) + (not p.store)
+    return seconds * max(1.0, PROGRAMS / 2 / count) * POINTERS**pointers
 
 
 def _recut(problem: Problem, config: Config) -> bool:

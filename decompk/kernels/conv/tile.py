@@ -151,16 +151,20 @@ def why_not(problem: Problem, config: Config) -> str | None:
 
 def configs(problem: Problem) -> list[Config]:
     """Candidates from shapes alone, best guess first."""
+    if problem.dtype == "float32":  # without tensor cores the operands of a product live in registers, too
+        sizes, wide, narrow = (32,), 32, 16
+    else:
+        sizes, wide, narrow = (128, 64), 64 if problem.kind == "wgrad" else 128, 64
     found = []
-    wide = 64 if problem.kind == "wgrad" else 128
-    for pixels in (128, 64):
+    for pixels in sizes:
         tile = _best_tile(problem, pixels)
-        for block_out in {power_of_two(min(problem.O, cap), 16) for cap in (wide, 64)}:
-            for block_in in {power_of_two(min(problem.C, cap), 16) for cap in (64, wide)}:
-                config = Config("tile", tile, block_in, block_out, warps=4, stages=3)
-                found.append(
-                    replace(config, stages=min(4, max(2, 160 * 1024 // max(1, _stage_bytes(problem, config)))))
-                )
+        for block_out in {power_of_two(min(problem.O, cap), 16) for cap in (wide, narrow)}:
+            for block_in in {power_of_two(min(problem.C, cap), 16) for cap in (narrow, wide)}:
+                config = Config("tile", tile, block_in, block_out)
+                if pixels * _free(problem, config) > SUMS:
+                    continue
+                stages = min(4, max(2, 160 * 1024 // max(1, _stage_bytes(problem, config))))
+                found.append(replace(config, stages=stages))
     if problem.kind == "wgrad":
         found = [split(problem, c, programs(problem, c), _tiles(problem, c)) for c in found]
     return found
@@ -191,10 +195,13 @@ def _tiles(problem: Problem, config: Config) -> int:
     return prod(map(cdiv, _grid(problem), config.tile))
 
 
+SUMS = 128 * 64  # of a program of four warps; with 128 × 128 every flag of the epilogue spills, 64 to 88 bytes
+
 # (images, rows, columns); few, since each is a kernel to compile.
 TILES = {
     128: ((1, 8, 16), (1, 16, 8), (2, 8, 8), (8, 4, 4), (32, 2, 2), (128, 1, 1)),
     64: ((1, 4, 16), (1, 8, 8), (4, 4, 4), (16, 2, 2), (64, 1, 1)),
+    32: ((1, 4, 8), (2, 4, 4), (8, 2, 2)),
 }
 
 
@@ -240,9 +247,13 @@ def _stage_bytes(problem: Problem, config: Config) -> int:
 
 def shared_bytes(problem: Problem, config: Config) -> int:
     """An upper bound: the stages of the pipeline and the staged output."""
-    free = {"fprop": config.block_out, "dgrad": config.block_in, "wgrad": 0}[problem.kind]
-    out = config.pixels * free
-    return config.stages * _stage_bytes(problem, config) + 2 * out * problem.element_size + 1024
+    out = config.pixels * _free(problem, config) * problem.element_size
+    return config.stages * _stage_bytes(problem, config) + 2 * out + 1024
+
+
+def _free(problem: Problem, config: Config) -> int:
+    """Channels of a program's output; in wgrad pixels are what it sums over."""
+    return {"fprop": config.block_out, "dgrad": config.block_in, "wgrad": 0}[problem.kind]
 
 
 def _merges(problem: Problem, config: Config, channels: int, block: int) -> bool:

@@ -1,0 +1,460 @@
+"""How a kernel is measured: a problem's tensors, the gate before the timer, the timer, the journal.
+
+`tools/gpu_suite.py`, `tools/tune.py` and `tests/test_gpu.py` share it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import multiprocessing
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from decompk import ops
+from decompk.config import Config, Epilogue, Problem, Prologue
+from decompk.dispatch import Choice
+from decompk.kernels import conv
+from decompk.kernels.launch import recording
+from decompk.ops import library
+from decompk.ops.conv import operands
+from decompk.ops.fused import cut
+from decompk.ops.layout import as_strided_like, empty_weight, strides_of
+from decompk.partition import Crop
+
+# ---- what is computed -----------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def precision(dtype: str) -> Iterator[None]:
+    """Torch's own float32 convolutions and products in `dtype`: "tf32", or in full for every other."""
+    wanted = "tf32" if dtype == "tf32" else "ieee"
+    both = torch.backends.cudnn.conv, torch.backends.cuda.matmul
+    with _set(both[0], "fp32_precision", wanted), _set(both[1], "fp32_precision", wanted):
+        yield
+
+
+@contextlib.contextmanager
+def _set(settings: Any, name: str, value: Any) -> Iterator[None]:
+    before = getattr(settings, name)
+    setattr(settings, name, value)
+    try:
+        yield
+    finally:
+        setattr(settings, name, before)
+
+
+def convolve(problem: Problem, x: Tensor, weight: Tensor, dy: Tensor, groups: int = 1) -> Tensor:
+    """One pass of torch's own convolution: x (N, G·C, H, W), weight (G·O, C, kh, kw), dy (N, G·O, H', W')."""
+    p = problem
+    geometry = (p.stride, p.padding, p.dilation, False, (0, 0), groups)
+    if p.kind == "fprop":
+        return torch.convolution(x, weight, None, *geometry)
+    mask = [p.kind == "dgrad", p.kind == "wgrad", False]
+    return torch.ops.aten.convolution_backward(dy, x, weight, None, *geometry, mask)[mask.index(True)]
+
+
+class Trial:
+    """Fresh random tensors of a Problem, as an operation holds them, and everyone who may compute it on them.
+
+    asked is the Problem that the operation asks dispatch for, which a Config is for: its pixels may be cut otherwise.
+    x (K, N, C, H, W), with layout "crops" the image (1, N, C, *image), by default of twice their sizes;
+    dy (K, N, O, H', W'); weight (K, O, C, kh, kw); out the result's memory: y, dx or dweight.
+    """
+
+    def __init__(self, problem: Problem, device: torch.device | str, image: tuple[int, int] | None = None):
+        p = self.problem = problem
+        self.device = torch.device(device)
+        self.dtype = torch.float32 if p.dtype == "tf32" else getattr(torch, p.dtype)
+        if p.layout == "crops":
+            rows, columns = image or (2 * p.H, 2 * p.W)
+            starts = [(13 * k % (rows - p.H + 1), 7 * k % (columns - p.W + 1)) for k in range(p.K)]
+            self.crops = [Crop(*start, p.H, p.W) for start in starts]
+            self.window = [p.H, p.W, *(n for start in starts for n in start)]  # as operators take crops
+            self.starts = torch.tensor(starts, dtype=torch.int32, device=self.device)
+            self.x = self._activation((1, p.N, p.C, rows, columns))
+        else:
+            self.window = self.starts = None
+            self.x = self._activation((p.K, p.N, p.C, p.H, p.W))
+        self.dy = self._activation((p.K, p.N, p.O, *p.out_size))
+        scale = 1 / math.sqrt(p.C * p.taps)
+        self.weight = self._random((p.K, p.O, *p.kernel, p.C)).mul_(scale).movedim(-1, 2)
+        if p.kind == "wgrad":
+            self.out = empty_weight(self.weight)
+        else:
+            shape = self.dy.shape if p.kind == "fprop" else self.x.shape
+            layout = "grouped" if p.layout == "grouped" else "member"
+            self.out = torch.empty_strided(shape, strides_of(layout, shape), dtype=self.dtype, device=self.device)
+        self.asked, self.views = self._operands()
+
+    def _operands(self, *more: Tensor) -> tuple[Problem, list[Tensor]]:
+        """The Problem that the operation makes of its activations, and these, and `more`, as kernels take them."""
+        p = self.problem
+        x = self.x.expand(p.K, *self.x.shape[1:])[..., : p.H, : p.W]
+        sides = {"fprop": (self.x, self.out), "dgrad": (self.out, self.dy), "wgrad": (self.x, self.dy)}[p.kind]
+        geometry = (p.stride, p.padding, p.dilation)
+        with precision(p.dtype):
+            return operands(p.kind, x, self.weight.movedim(2, -1), geometry, (*sides, *more), bool(self.window))
+
+    def _random(self, shape: tuple[int, ...]) -> Tensor:
+        return torch.randn(shape, device=self.device).to(self.dtype)
+
+    def _activation(self, shape: tuple[int, ...]) -> Tensor:
+        if self.problem.layout == "grouped":
+            K, N, C, H, W = shape
+            return self._random((N, H, W, K, C)).permute(3, 0, 4, 1, 2)
+        between = 16 if self.problem.layout == "strided" else 0
+        K, N, C, H, W = shape
+        return self._random((K, N, H, W, C + between))[..., :C].movedim(-1, 2)
+
+    def members(self) -> Tensor:
+        """The inputs (K, N, C, H, W): x, or the crops cut from it."""
+        return cut(self.x, self.window) if self.window else self.x
+
+    def by_torch(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The result of torch's own operator, a call a member: in float64 the reference."""
+        dtype = dtype or self.dtype
+        operands = zip(self.members(), self.weight, self.dy, strict=True)
+        with precision(self.problem.dtype):
+            return torch.stack([convolve(self.problem, *(t.to(dtype) for t in member)) for member in operands])
+
+    def gate(self) -> Gate:
+        with _set(torch.backends.cudnn, "benchmark", False):  # nobody waits for the reference twice
+            reference = self.by_torch(torch.float64)
+        return Gate(reference, self.by_torch())
+
+    def poison(self) -> None:
+        """NaN where the result goes, and in the memory that the next allocation of its size gets."""
+        self.out.fill_(math.nan)
+        torch.full_like(self.out, math.nan)
+
+    def by_op(self) -> Tensor:
+        """As a network calls it: who runs is dispatch's choice."""
+        p = self.problem
+        geometry = (p.stride, p.padding, p.dilation)
+        with torch.no_grad(), precision(p.dtype):
+            if self.window and p.kind == "fprop":
+                return ops.fused_conv2d(self.x[0], self.weight, None, *geometry, crops=self.crops)
+            if self.window:
+                return torch.ops.decompk.crop_conv2d_backward(self.dy, self.x, self.weight, self.window, *geometry)
+            if p.kind == "fprop":
+                return torch.ops.decompk.grouped_conv2d(self.x, self.weight, None, *geometry)
+            wanted = [p.kind == "dgrad", p.kind == "wgrad", False]
+            gradients = torch.ops.decompk.grouped_conv2d_backward(self.dy, self.x, self.weight, *geometry, wanted)
+            return gradients[wanted.index(True)]
+
+    def by_choice(self, choice: Choice) -> Tensor:
+        """As the operation runs `choice`, without asking dispatch."""
+        return self.by_kernel(choice.config) if choice.backend == "triton" else self.by_library(choice.form)
+
+    def by_library(self, form: str) -> Tensor:
+        p = self.problem
+        geometry = (p.stride, p.padding, p.dilation)
+        with torch.no_grad(), precision(p.dtype):
+            if p.kind == "fprop":
+                result = library.forward(form, self.members(), self.weight, None, *geometry)
+            else:
+                wanted = (p.kind == "dgrad", p.kind == "wgrad")
+                result = library.backward(form, self.dy, self.members(), self.weight, *geometry, wanted)[
+                    wanted.index(True)
+                ]
+        return as_strided_like(result, self.out)
+
+    def by_kernel(self, config: Config, epilogue: Epilogue | None = None, prologue: Prologue | None = None) -> Tensor:
+        """A Triton config; of fprop with what is fused, the residual like out."""
+        p, w, (first, second) = self.asked, self.weight.movedim(2, -1), self.views
+        if p.kind == "fprop":
+            epilogue = epilogue or Epilogue()
+            if epilogue.residual is not None:
+                epilogue = replace(epilogue, residual=self._operands(epilogue.residual)[1][2])
+            conv.fprop(p, config, first, w, second, epilogue, prologue, self.starts)
+        elif p.kind == "dgrad":
+            conv.dgrad(p, config, second, w, first)
+        else:
+            conv.wgrad(p, config, second, first, self.out.movedim(2, -1), self.starts)
+        return self.out
+
+
+# ---- who else computes it -------------------------------------------------------------------------------------------
+
+Contestant = tuple[Callable[[], Any], Callable[[Any], Tensor]]  # what is timed; its result as the gate takes it
+
+
+def same(result: Any) -> Any:
+    return result
+
+
+def channel_groups(x: Tensor) -> Tensor:
+    """(K, N, C, H, W) → (N, K·C, H, W), channels_last, in memory of its own."""
+    return library.side_by_side(x).contiguous(memory_format=torch.channels_last)
+
+
+def rivals(trial: Trial) -> dict[str, Contestant]:
+    """cuDNN on one pass: as channel groups without and with the copies that needs, member by member, and dense."""
+    p, K = trial.problem, trial.problem.K
+    x, dy, weight = channel_groups(trial.members()), channel_groups(trial.dy), trial.weight.flatten(0, 1)
+    members = list(zip(trial.members(), trial.weight, trial.dy, strict=True))
+    blocks = trial.weight.new_zeros(K, p.O, *p.kernel, K, p.C)
+    for k in range(K):
+        blocks[k, :, :, :, k] = trial.weight[k].movedim(1, -1)
+    dense = blocks.flatten(4).flatten(0, 1).movedim(-1, 1)
+
+    def by_member(result: Tensor) -> Tensor:
+        if p.kind == "wgrad":
+            return result.unflatten(0, (K, p.O))
+        return result.unflatten(1, (K, -1)).movedim(1, 0)
+
+    def diagonal(result: Tensor) -> Tensor:
+        parts = result.unflatten(1, (K, p.C)).unflatten(0, (K, p.O))
+        return torch.stack([parts[k, :, k] for k in range(K)])
+
+    def copied() -> Tensor:
+        operands = (x if p.kind == "dgrad" else channel_groups(trial.members()), weight)
+        gradient = dy if p.kind == "fprop" else channel_groups(trial.dy)
+        return trial.out.copy_(by_member(convolve(p, *operands, gradient, K)))
+
+    return {
+        "cudnn_grouped": (partial(convolve, p, x, weight, dy, K), by_member),
+        "cudnn_grouped_copied": (copied, same),
+        "cudnn_loop": (lambda: [convolve(p, *member) for member in members], torch.stack),
+        "cudnn_dense": (partial(convolve, p, x, dense, dy), diagonal if p.kind == "wgrad" else by_member),
+    }
+
+
+# ---- the gate -------------------------------------------------------------------------------------------------------
+
+
+def errors(result: Tensor, reference: Tensor) -> tuple[float, float]:
+    """(‖result − reference‖ / ‖reference‖, the largest difference / the largest reference); infinite for NaN."""
+    away, tiny = result.double() - reference, 1e-300
+    norm = away.norm() / reference.norm().clamp_min(tiny)
+    peak = away.abs().max() / reference.abs().max().clamp_min(tiny)
+    return tuple(math.inf if math.isnan(value) else value for value in torch.stack((norm, peak)).tolist())
+
+
+class Gate:
+    """Who is right: at most twice as far from float64 as torch's own operator in the same dtype, plus 1e-6."""
+
+    def __init__(self, reference: Tensor, own: Tensor):
+        self.reference = reference
+        self.own = errors(own, reference)
+
+    def __call__(self, result: Tensor) -> tuple[float, str | None]:
+        """(relative error, what is wrong or None)."""
+        if result.shape != self.reference.shape:
+            return math.inf, f"wrong: {tuple(result.shape)} instead of {tuple(self.reference.shape)}"
+        found = errors(result, self.reference)
+        if all(error <= 2 * own + 1e-6 for error, own in zip(found, self.own, strict=True)):
+            return found[0], None
+        pairs = zip(("norm", "peak"), found, self.own, strict=True)
+        return found[0], "wrong: " + ", ".join(f"{name} {error:.2e}, torch {own:.2e}" for name, error, own in pairs)
+
+
+# ---- the timer ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Milliseconds: median and quantiles of `runs` runs."""
+
+    ms: float
+    ms_p20: float
+    ms_p80: float
+    runs: int
+
+    @staticmethod
+    def of(times: list[float]) -> Timing:
+        levels = torch.tensor([0.5, 0.2, 0.8], dtype=torch.float64)
+        return Timing(*torch.tensor(times, dtype=torch.float64).quantile(levels).tolist(), len(times))
+
+
+class Timer:
+    """Times contestants in turn by CUDA events.
+
+    Cold: L2 is read full of something else before each run, and the run is queued behind a pause as long as the host
+    takes to launch it, so that it shows what the GPU does. Warm: back to back, the host's time included.
+    """
+
+    def __init__(self, device: torch.device):
+        l2 = getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 2**26)
+        self.other = torch.ones(4 * max(l2, 2**26) // 4, device=device)
+
+    def __call__(
+        self, contestants: dict[str, Callable[[], Any]], cold: bool = True, seconds: float = 0.05, runs: int = 50
+    ) -> dict[str, Timing]:
+        plans = {name: self._plan(call, seconds, runs) for name, call in contestants.items()}
+        events: dict[str, list] = {name: [] for name in contestants}
+        names = list(contestants)
+        for turn in range(max(count for count, _ in plans.values())):
+            first = turn % len(names)
+            for name in names[first:] + names[:first]:
+                count, cycles = plans[name]
+                if turn >= count:
+                    continue
+                if cold:
+                    self.other.sum()  # reads, so that no dirty line has to be written back while the run is timed
+                    torch.cuda._sleep(cycles)
+                begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                begin.record()
+                contestants[name]()
+                end.record()
+                events[name].append((begin, end))
+        torch.cuda.synchronize()
+        return {name: Timing.of([a.elapsed_time(b) for a, b in pairs]) for name, pairs in events.items()}
+
+    def _plan(self, call: Callable[[], Any], seconds: float, runs: int) -> tuple[int, int]:
+        """(how often to run, clock cycles the host needs to launch it)."""
+        call()
+        torch.cuda.synchronize()
+        begin = time.perf_counter()
+        call()
+        launched = time.perf_counter() - begin
+        torch.cuda.synchronize()
+        took = time.perf_counter() - begin
+        return min(runs, max(5, int(seconds / took))), int(min(launched, 0.02) * 2e9) + 20_000
+
+
+# ---- the journal ----------------------------------------------------------------------------------------------------
+
+
+SHOWN = ("outcome", "ms", "gbps", "roof_percent", "config", "error")
+
+
+class Journal:
+    """Records in a JSON file, rewritten whole after each one, and a line on the screen.
+
+    What was begun is written down, too: where the file says so at the start, the process before broke or hung in it,
+    and it becomes a record with an error. So whoever starts again skips what is there.
+    """
+
+    def __init__(self, path: Path, keys: tuple[str, ...], head: dict[str, Any] | None = None):
+        known = json.loads(path.read_text()) if path.exists() else {}
+        self.path, self.keys, self.head = path, keys, head or known.get("head", {})
+        self.records: list[dict[str, Any]] = []
+        self.lines: list[str] = []
+        self.seen: set[tuple] = set()
+        for record in known.get("records", []):
+            self._keep(record)
+        if known.get("begun"):
+            self.add(**known["begun"], error="the process broke or hung here")
+
+    def begin(self, **key: Any) -> None:
+        self._write(key)
+
+    def add(self, **record: Any) -> None:
+        self._keep(record)
+        self._write(None)
+        shown = [str(record[name]) for name in self.keys if name in record]
+        for name in (name for name in SHOWN if name in record):
+            value = record[name]
+            shown.append(f"{name}={value:.4g}" if isinstance(value, float) else f"{name}={value}")
+        print(*shown, flush=True)
+
+    def end(self, **head: Any) -> None:
+        """Say in the head what the whole is."""
+        self.head = {**self.head, **head}
+        self._write(None)
+
+    def has(self, **key: Any) -> bool:
+        return self._key(key) in self.seen
+
+    def _key(self, record: dict[str, Any]) -> tuple:
+        return tuple(record.get(name) for name in self.keys)
+
+    def _keep(self, record: dict[str, Any]) -> None:
+        record = {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+        self.records.append(record)
+        self.lines.append(json.dumps(record, ensure_ascii=False))
+        self.seen.add(self._key(record))
+
+    def _write(self, begun: dict[str, Any] | None) -> None:
+        records = ",\n".join(self.lines)
+        head, begun = json.dumps(self.head, ensure_ascii=False), json.dumps(begun, ensure_ascii=False)
+        write(self.path, f'{{"head": {head},\n"begun": {begun},\n"records": [\n{records}\n]}}\n')
+
+
+def write(path: Path, text: str) -> None:
+    """Write a file at once: whoever reads sees the old or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(path.name + ".draft")
+    draft.write_text(text)
+    os.replace(draft, path)
+
+
+def sentence(error: BaseException) -> str:
+    """An exception in a line."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:300]}"
+
+
+def free_memory(device: torch.device) -> float:
+    """Bytes; no limit on a CPU."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else math.inf
+
+
+def end_if_lost(device: torch.device) -> None:
+    """After an error: end the process where the GPU answers nothing any more; who supervises it starts it again."""
+    if device.type == "cuda":
+        try:
+            torch.cuda.synchronize(device)
+            torch.cuda.empty_cache()
+        except RuntimeError as error:
+            print(f"the GPU's context is lost: {sentence(error)}", file=sys.stderr)
+            raise SystemExit(3) from error
+
+
+def describe(choice: Choice) -> str:
+    """A Choice in a few characters."""
+    c = choice.config
+    if c is None:
+        return f"{choice.backend} {choice.form}"
+    tile, shared = "×".join(map(str, c.tile)), f" {c.splits} splits" if c.splits > 1 else ""
+    atomic = " atomic" if c.atomic else ""
+    return f"{c.form} {tile} {c.block_in}→{c.block_out} {c.warps} warps {c.stages} stages{shared}{atomic}"
+
+
+# ---- compiling ------------------------------------------------------------------------------------------------------
+
+
+class Compiler:
+    """Compiles kernels before they are wanted, in other processes, into Triton's cache; on a CPU it does nothing."""
+
+    def __init__(self, device: torch.device):
+        self.pool, self.jobs = None, {}
+        if device.type == "cuda":
+            processes = max(1, len(os.sched_getaffinity(0)) - 2)
+            self.pool = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"))
+
+    def ask(self, problem: Problem, config: Config, image: tuple[int, int] | None = None) -> None:
+        if self.pool and (problem, config) not in self.jobs:
+            with contextlib.suppress(RuntimeError):  # a broken pool: the launch compiles
+                self.jobs[problem, config] = self.pool.submit(compile_kernels, problem, config, image)
+
+    def wait(self, problem: Problem, config: Config) -> None:
+        job: Future | None = self.jobs.pop((problem, config), None)
+        if job:
+            job.exception()  # the launch will raise it again
+
+    def close(self) -> None:
+        if self.pool:
+            self.pool.shutdown(wait=False, cancel_futures=True)
+
+
+def compile_kernels(problem: Problem, config: Config, image: tuple[int, int] | None = None) -> int:
+    """Compile what `config` launches for a Trial of `problem`, as the launch would; returns how many kernels."""
+    with recording() as launches:
+        Trial(problem, "meta", image).by_kernel(config)
+    for one in launches:
+        one.kernel.warmup(grid=one.grid, num_warps=one.warps, num_stages=one.stages, **one.arguments)
+    return len(launches)

@@ -1,0 +1,207 @@
+"""Time every legal candidate for the layers of `layers.py` on this GPU, and keep the winners where dispatch looks.
+
+    python tools/tune.py [--out FILE] [--minutes M] [--problems TEXT ...] [--again] [--log FILE]
+
+A candidate is timed only after it has passed the gate. First every layer's own candidates, then variations of the best
+two. It can be stopped at any time: entries in the table are kept, and with the log a candidate is never tried twice.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+import triton
+
+ROOT = Path(__file__).parents[1]
+sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
+
+from layers import CASES, Layer, fitting_batch, layers
+from timing import Compiler, Gate, Journal, Timer, Trial, describe, end_if_lost, free_memory, sentence, write
+
+from decompk import device as devices
+from decompk import dispatch
+from decompk.config import Config, Problem
+from decompk.device import Device
+from decompk.dispatch import Choice
+from decompk.kernels import conv
+
+KEYS = ("key", "choice")
+
+
+def variations(config: Config) -> list[Config]:
+    """`config` with other warps and stages, and in a split wgrad with other splits."""
+    found = [replace(config, warps=warps, stages=stages) for warps in (2, 4, 8) for stages in (2, 3, 4)]
+    if config.splits > 1:
+        found += [replace(config, splits=config.splits * 2), replace(config, splits=config.splits // 2)]
+        found += [replace(config, atomic=not config.atomic)]
+    return [one for one in found if one != config]
+
+
+class Table:
+    """The tuned table of a device, as dispatch reads it; written whole after every new entry."""
+
+    def __init__(self, path: Path, device: Device):
+        self.path = path
+        self.entries: dict[str, dict] = json.loads(path.read_text())["entries"] if path.exists() else {}
+        self.head = {
+            "device": device.name,
+            "versions": {"torch": torch.__version__, "triton": triton.__version__, "cuda": torch.version.cuda},
+            "command": "python tools/tune.py",
+            "date": time.strftime("%Y-%m-%d"),
+        }
+
+    def keep(self, key: str, choice: Choice, refined: bool) -> None:
+        self.entries[key] = {**dispatch.entry_of(choice), "refined": refined}
+        entries = ",\n".join(f"  {json.dumps(k)}: {json.dumps(v)}" for k, v in sorted(self.entries.items()))
+        head = ",\n".join(f" {json.dumps(k)}: {json.dumps(v)}" for k, v in self.head.items())
+        write(self.path, f'{{\n{head},\n "entries": {{\n{entries}\n }}\n}}\n')
+
+
+@dataclass
+class Tuner:
+    device: torch.device
+    timer: Callable
+    journal: Journal
+    table: Table
+    compiler: Compiler
+    left: Callable[[], float]  # seconds
+
+    def run(self, problems: dict[Problem, Layer], again: bool = False) -> None:
+        """Both sweeps over `problems`, each with the layer that asks for it."""
+        self.problems = problems
+        done = set() if again else set(self.table.entries)
+        refined = {key for key in done if self.table.entries[key].get("refined")}
+        plain = [p for p in problems if dispatch.key_of(p) not in done]
+        self._sweep([(p, dispatch.candidates(p, devices.of(self.device))) for p in plain], refined=False)
+        rest = [p for p in problems if dispatch.key_of(p) in self.table.entries.keys() - refined]
+        self._sweep([(p, self._variations(p)) for p in rest], refined=True)
+
+    def _variations(self, problem: Problem) -> list[Choice]:
+        """The winner so far and variations of the best two kernels."""
+        key, here = dispatch.key_of(problem), devices.of(self.device)
+        winner = _choice(self.table.entries[key])
+        timed = [record["entry"] for record in self.journal.records if record["key"] == key and "ms" in record]
+        ranked = [winner, *(_choice(entry) for entry in sorted(timed, key=lambda entry: entry["ms"]))]
+        best = list(dict.fromkeys(choice.config for choice in ranked if choice.config))[:2]
+        configs = dict.fromkeys(one for config in best for one in variations(config))
+        legal = [config for config in configs if conv.why_not(problem, config, here) is None]
+        return [winner, *(Choice("triton", config.form, config, 0.0, "a variation") for config in legal)]
+
+    def _sweep(self, work: list[tuple[Problem, list[Choice]]], refined: bool) -> None:
+        for problem, choices in work:
+            for choice in choices:
+                if choice.config:
+                    layer = self.problems[problem]
+                    self.compiler.ask(layer.problem.of(problem.kind), choice.config, layer.image)
+        for problem, choices in work:
+            if self.left() < 10:
+                print("stopped for time", flush=True)
+                return
+            self.tune(problem, choices, refined)
+
+    def tune(self, problem: Problem, choices: list[Choice], refined: bool = False) -> None:
+        """Check and time `choices`; the fastest goes into the table."""
+        key = dispatch.key_of(problem)
+        names = ["timing"] if self.journal.has(key=key, choice="timing") else map(describe, choices)
+        if all(self.journal.has(key=key, choice=name) for name in names):
+            return
+        try:
+            layer = self.problems[problem]
+            trial = Trial(layer.problem.of(problem.kind), self.device, layer.image)
+            gate = trial.gate()
+            sound = {describe(choice): choice for choice in choices if self._sound(key, trial, gate, choice)}
+            self.journal.begin(key=key, choice="timing")
+            timings = self.timer({name: partial(trial.by_choice, choice) for name, choice in sound.items()})
+        except Exception as error:
+            self.journal.add(key=key, choice="timing", error=sentence(error))
+            end_if_lost(self.device)
+            return
+        for name, timing in timings.items():
+            entry = dispatch.entry_of(replace(sound[name], ms=timing.ms))
+            if not self.journal.has(key=key, choice=name):
+                self.journal.add(key=key, choice=name, **vars(timing), predicted_ms=sound[name].ms, entry=entry)
+        winner = min(timings, key=lambda name: timings[name].ms)
+        self.table.keep(key, replace(sound[winner], ms=timings[winner].ms), refined)
+
+    def _sound(self, key: str, trial: Trial, gate: Gate, choice: Choice) -> bool:
+        """Whether `choice` runs and is right; what was found wrong once is not run again."""
+        name = describe(choice)
+        if self.journal.has(key=key, choice=name):
+            return any(r["choice"] == name and r["key"] == key and "ms" in r for r in self.journal.records)
+        if choice.config:
+            self.compiler.wait(trial.problem, choice.config)
+        self.journal.begin(key=key, choice=name)
+        try:
+            trial.poison()
+            error, fault = gate(trial.by_choice(choice))
+        except Exception as problem:
+            self.journal.add(key=key, choice=name, error=sentence(problem))
+            end_if_lost(trial.device)
+            return False
+        if fault:
+            self.journal.add(key=key, choice=name, error=fault, rel_error=error, wrong=True)
+        return fault is None
+
+
+def _choice(entry: dict) -> Choice:
+    config = entry["config"] and Config(**{**entry["config"], "tile": tuple(entry["config"]["tile"])})
+    return Choice(entry["backend"], entry["form"], config, entry["ms"], "measured when tuned")
+
+
+def problems(memory: float, only: list[str] = ()) -> dict[Problem, Layer]:
+    """Every pass of every layer once; `only`: those whose network or key holds one of these texts."""
+    found = {}
+    for case in CASES:
+        for layer in layers(case, batch=fitting_batch(case, memory)):
+            for problem in layer.passes():
+                texts = (case.title, dispatch.key_of(problem))
+                if not only or any(text in where for text in only for where in texts):
+                    found.setdefault(problem, layer)
+    return found
+
+
+def parsed(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--out", type=Path, help="the table; by default where dispatch looks for this device's")
+    parser.add_argument("--minutes", type=float, default=1e9)
+    parser.add_argument("--problems", nargs="*", default=[], metavar="TEXT", help="only these networks or keys")
+    parser.add_argument("--again", action="store_true", help="tune what the table already holds, too")
+    parser.add_argument("--log", type=Path, default=ROOT / "build" / "tune.json", help="a record of each candidate")
+    return parser.parse_args(argv)
+
+
+def run(args: argparse.Namespace, device: torch.device, timer: Callable) -> None:
+    deadline = time.monotonic() + 60 * args.minutes
+    torch.backends.cudnn.benchmark = True
+    if args.again:
+        args.log.unlink(missing_ok=True)
+    table = Table(args.out or dispatch.table_path(devices.of(device)), devices.of(device))
+    journal = Journal(args.log, KEYS, table.head)
+    compiler = Compiler(device)
+    wanted = problems(free_memory(device), args.problems)
+    Tuner(device, timer, journal, table, compiler, lambda: deadline - time.monotonic()).run(wanted, args.again)
+    compiler.close()
+    wrong = sum(record.get("wrong", False) for record in journal.records)
+    print(f"{len(table.entries)} entries in {table.path}; {wrong} candidates were wrong")
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parsed(argv)
+    if not torch.cuda.is_available():
+        print("tune needs an NVIDIA GPU, and torch sees none.", file=sys.stderr)
+        return 2
+    device = torch.device("cuda", torch.cuda.current_device())
+    run(args, device, Timer(device))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
