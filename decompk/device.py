@@ -49,7 +49,7 @@ def of(device: torch.device) -> Device:
         capability,
         properties.multi_processor_count,
         getattr(properties, "shared_memory_per_block_optin", near.shared_bytes),
-        near.memory_gbps,
+        4_300 if "H200" in properties.name else near.memory_gbps,
         near.l2_gbps,
         near.tensor_tflops,
     )

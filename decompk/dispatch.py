@@ -131,17 +131,21 @@ CUDNN_GROUPED_SLOWDOWN = 3.0  # a tile project's public figure: 19.7 against 6.6
 CUDNN_SLOWDOWN = 1.5
 
 
+def _rate(problem: Problem, device: Device) -> float:
+    """TFLOP/s of the dtype: exact float32 has no tensor cores."""
+    return device.tensor_tflops * {"float32": 0.06, "tf32": 0.5}.get(problem.dtype, 1)
+
+
 def _predicted(problem: Problem, config: Config, device: Device) -> tuple[float, str]:
     """(ms, what binds) of a Triton config: device memory, L2 or arithmetic, the last wave of programs filled up."""
     from .cost import op_cost
     from .kernels import conv
 
     cost = op_cost(problem, config)
-    rate = device.tensor_tflops * {"float32": 0.06, "tf32": 0.5}.get(problem.dtype, 1)
     bounds = {
         "device memory": cost.compulsory_bytes / device.memory_gbps / 1e6,
         "L2": cost.l2_bytes / device.l2_gbps / 1e6 * (POINTER_SLOWDOWN if config.form == "pointer" else 1),
-        "arithmetic": cost.executed_flops / rate / 1e9,
+        "arithmetic": cost.executed_flops / _rate(problem, device) / 1e9,
     }
     binding = max(bounds, key=bounds.__getitem__)
     waves = conv.FORMS[config.form].programs(problem, config) / device.processors
@@ -158,7 +162,7 @@ def _predicted_library(problem: Problem, device: Device, form: str) -> Choice:
     from .cost import conv_bytes, conv_flops
 
     moved = conv_bytes(problem) / device.memory_gbps / 1e6
-    arithmetic = conv_flops(problem) / device.tensor_tflops / 1e9
+    arithmetic = conv_flops(problem) / _rate(problem, device) / 1e9
     if form == "loop":
         ms = problem.K * LAUNCH_MS + CUDNN_SLOWDOWN * max(moved, arithmetic) + moved
         reason = f"{problem.K} launches, then side by side in memory"

@@ -364,7 +364,7 @@ def test_candidates_are_legal_few_and_fit_the_oldest_gpu(p, kind):
 def test_a_kernel_row_is_read_once_and_not_once_a_tap():
     p = LAYERS["3×3 4→4 at 18"]
     once = p.K * p.N * p.H * p.W * p.C * p.element_size
-    assert band.l2_bytes(p, band.configs(p)[0]) < 4 * once
+    assert band.l2_bytes(p, band.configs(p)[0]) < 5 * once  # with the margins of segments; 9 taps would be 9
 
 
 BASE = Config("band", (64, 2, 4), 32, 16)

@@ -21,6 +21,7 @@ from decompk import device as devices
 from decompk import dispatch, ops
 from decompk.config import PASSES, Epilogue, Prologue
 from decompk.kernels import conv
+from decompk.models.basic import BasicResNet
 from decompk.ops import library
 from decompk.ops.layout import ORDERS, strides_of
 
@@ -269,7 +270,9 @@ def test_torch_accepts_the_operators():
 
 
 def small_members():
-    d = decompk.decompose(decompk.models.cifar_resnet32(width=32), (3, 32, 32), 4, crop_size=20)
+    stem = torch.nn.Conv2d(3, 32, 3, padding=1)
+    net = BasicResNet(stem, torch.nn.Identity(), (1, 1, 1), 10, bias=False, norm_projection=True)
+    d = decompk.decompose(net, (3, 32, 32), 4, crop_size=20)
     members = d.subnets(seed=0)
     image = torch.randn(8, 3, 32, 32, device=DEVICE).contiguous(memory_format=torch.channels_last)
     return members, d.crops, image, torch.randint(10, (8,), device=DEVICE)
