@@ -29,6 +29,8 @@ def why_not(problem: Problem, config: Config, device: Device) -> str | None:
         return "only wgrad is split"
     if config.atomic and (problem.deterministic or problem.kind != "wgrad"):
         return "atomic sums are for wgrad, where order may vary"
+    if config.form != "pointer" and problem.element_size == 4 and not device.descriptors:
+        return "without a copy engine the addresses of 4-byte tiles spill"
     form = FORMS[config.form]
     if reason := form.why_not(problem, config):
         return reason

@@ -313,7 +313,7 @@ def _fits_registers(p: Plan, config: Config) -> bool:
     """Whether what a program adds up and addresses leaves registers: limits found by compiling."""
     threads = 32 * config.warps
     if p.problem.kind != "wgrad":
-        return p.product_rows * p.run * p.stack * p.problem.element_size <= 2 * ACCUMULATORS * threads
+        return 2 * p.product_rows * p.run * p.stack <= ACCUMULATORS * threads  # the rest is for what is fused
     addressed = 0 if p.load else p.product_rows * p.block_read * row_groups(p, config)[0]
     return 4 * p.block_read * p.run <= ACCUMULATORS * threads and addressed <= 32 * threads
 
