@@ -1,6 +1,6 @@
 """Compile every shipped kernel without a GPU and read what comes out: registers, spills, shared memory, instructions.
 
-    python tools/inspect_kernels.py [--arch 80,90,100] [--out FILE]
+    python tools/inspect_kernels.py [--arch 80,90,100] [--only TEXT] [--out FILE]
 
 Shipped is what dispatch answers for the layers of tools/layers.py in bfloat16 (ResNet32's in float32, too), with no
 flags, those of inference and those of training; what the tuned tables hold; and the batch norms.
@@ -125,11 +125,11 @@ def inspect(kernel: Kernel, arch: int) -> Report:
     return Report(kernel.label, arch, registers, stack, shared, counts, tuple(faults))
 
 
-def shipped(arch: int) -> Iterator[Kernel]:
-    """Every distinct kernel that dispatch may answer with on sm_`arch` for the layers of tools/layers.py."""
+def shipped(arch: int, only: str = "") -> Iterator[Kernel]:
+    """Every distinct kernel that dispatch answers with on sm_`arch`; `only`: for networks whose title holds this."""
     here = devices.KNOWN[arch]
     seen = set()
-    for label, problem, config in _choices(here):
+    for label, problem, config in _choices(here, only):
         # One config's epilogue is alike in every layer, whatever its taps.
         fused = problem.kind == "fprop" and (problem.dtype, config) not in seen
         seen.add((problem.dtype, config))
@@ -143,9 +143,9 @@ def shipped(arch: int) -> Iterator[Kernel]:
         yield Kernel(f"batch norm {label}", launch)
 
 
-def _choices(here: devices.Device) -> Iterator[tuple[str, Problem, Config]]:
+def _choices(here: devices.Device, only: str) -> Iterator[tuple[str, Problem, Config]]:
     """The Triton config that dispatch prefers for every layer and pass, and what the tuned table holds."""
-    for case in layers.CASES:
+    for case in (case for case in layers.CASES if only in case.title):
         for dtype in ("bfloat16", "tf32", "float32") if case.model == "resnet32" else ("bfloat16",):
             for layer in layers.layers(case, dtype):
                 for problem in layer.passes():
@@ -181,11 +181,12 @@ def _inspect_job(i: int) -> Report:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--arch", default="80,90,100", help="compute capabilities, as in sm_90")
+    parser.add_argument("--only", default="", metavar="TEXT", help="the networks whose title holds this")
     parser.add_argument("--out", type=Path, help="write the table here, too")
     args = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("TRITON_INTERPRET is set, which replaces the compiler")
-    JOBS.extend((kernel, arch) for arch in map(int, args.arch.split(",")) for kernel in shipped(arch))
+    JOBS.extend((kernel, arch) for arch in map(int, args.arch.split(",")) for kernel in shipped(arch, args.only))
     with ProcessPoolExecutor(mp_context=multiprocessing.get_context("fork")) as pool:
         reports = list(pool.map(_inspect_job, range(len(JOBS)), chunksize=4))
     rows = []

@@ -300,7 +300,7 @@ def _resources(problem: Problem, config: Config) -> Config:
     """`config` with warps, stages (one or none where shared memory holds no two) and, in wgrad, splits."""
     p = plan(problem, config)
     work = max(p.product_rows * p.block_read, p.product_rows * p.run * p.stack, p.block_read * p.run)
-    few = 4096 if problem.kind != "wgrad" else 2048 if p.load else 1024
+    few = 4096 if problem.kind != "wgrad" else 2048 if p.load and problem.layout != "crops" else 1024
     config = replace(config, warps=4 if work <= few else 8)
     fit = SHARED // _stage_bytes(p, config)
     if problem.kind != "wgrad":
