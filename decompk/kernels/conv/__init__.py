@@ -14,6 +14,10 @@ from ..launch import GRID_LIMIT
 from . import band, pointer, tile
 from .operands import PLAIN
 
+# Bytes of what a thread adds up or loads in a step, limits found by compiling: on sm_80 their addresses take registers;
+# on sm_100, where sums live in tensor memory, the assembler plans for more programs than shared memory holds.
+THREAD_BYTES = {80: {"tile": 144, "band": 144}, 90: {}, 100: {"tile": 200}}
+
 FORMS = {"tile": tile, "band": band, "pointer": pointer}
 
 
@@ -29,11 +33,14 @@ def why_not(problem: Problem, config: Config, device: Device) -> str | None:
         return "only wgrad is split"
     if config.atomic and (problem.deterministic or problem.kind != "wgrad"):
         return "atomic sums are for wgrad, where order may vary"
-    if config.form != "pointer" and problem.element_size == 4 and not device.descriptors:
-        return "without a copy engine the addresses of 4-byte tiles spill"
     form = FORMS[config.form]
     if reason := form.why_not(problem, config):
         return reason
+    if config.form != "pointer" and problem.element_size == 4 and not device.descriptors:
+        return "without a copy engine the addresses of 4-byte tiles spill"
+    limit = THREAD_BYTES[max(c for c in THREAD_BYTES if c <= max(80, device.capability))].get(config.form)
+    if limit and form.thread_values(problem, config) * problem.element_size > limit:
+        return f"more than {limit} bytes of sums and operands a thread spill on sm_{device.capability}"
     if form.programs(problem, config) > GRID_LIMIT:
         return f"more than {GRID_LIMIT} programs"
     shared = form.shared_bytes(problem, config)

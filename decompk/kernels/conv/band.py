@@ -40,12 +40,23 @@ from ... import device
 from ...config import Config, Epilogue, Problem, Prologue, power_of_two
 from ..launch import Launch, launch, recording
 from .band_kernels import conv_band, expand_band, fold_band, wgrad_band
-from .band_plan import Plan, configs, executed_flops, l2_bytes, plan, programs, row_groups, shared_bytes, why_not
+from .band_plan import (
+    Plan,
+    configs,
+    executed_flops,
+    l2_bytes,
+    plan,
+    programs,
+    row_groups,
+    shared_bytes,
+    thread_values,
+    why_not,
+)
 from .operands import PLAIN, flags, geometry
 
 __all__ = [
     "configs", "dgrad", "executed_flops", "fprop", "l2_bytes", "moments_pieces", "programs", "shared_bytes",
-    "specialisations", "wgrad", "why_not",
+    "specialisations", "thread_values", "wgrad", "why_not",
 ]  # fmt: skip
 
 

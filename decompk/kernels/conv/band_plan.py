@@ -189,6 +189,15 @@ def programs(problem: Problem, config: Config) -> int:
     return problem.K * (config.splits * row_groups(p, config)[1] if problem.kind == "wgrad" else p.member_tiles)
 
 
+def thread_values(problem: Problem, config: Config) -> int:
+    """Values that a thread adds up or loads in one step."""
+    p = plan(problem, config)
+    sums = p.product_rows * p.run * p.stack
+    if problem.kind == "wgrad":
+        sums = row_groups(p, config)[0] * p.block_read * p.run
+    return (sums + _stage_bytes(p, config) // problem.element_size) // (32 * config.warps)
+
+
 def _stage_bytes(p: Plan, config: Config) -> int:
     """What one turn of the loop over kernel rows, in wgrad over steps, keeps in shared memory."""
     if p.problem.kind == "wgrad":

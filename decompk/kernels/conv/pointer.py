@@ -169,13 +169,14 @@ def why_not(problem: Problem, config: Config) -> str | None:
 
 def configs(problem: Problem) -> list[Config]:
     """Candidates from shapes alone, best guess first."""
-    found = []
-    for pixels, cap in ((128, 32), (64, 32), (64, 64)):
-        reduced, free = (problem.C, problem.O) if problem.kind != "dgrad" else (problem.O, problem.C)
-        blocks = power_of_two(min(problem.taps * reduced, 32), 16), power_of_two(min(free, cap), 16)
-        found.append(
-            Config("pointer", (1, 1, pixels), *(blocks if problem.kind != "dgrad" else blocks[::-1]), stages=2)
-        )
+    reduced, free = (problem.C, problem.O) if problem.kind != "dgrad" else (problem.O, problem.C)
+    blocks = power_of_two(min(problem.taps * reduced, 32), 16), power_of_two(min(free, 32), 16)
+    if problem.kind == "dgrad":
+        blocks = blocks[::-1]
+    # Addresses fill the registers: of larger blocks, or of 64 pixels in two stages, some spill on some architecture.
+    found = [Config("pointer", (1, 1, 32), *blocks, stages=2)]
+    if problem.element_size == 2:
+        found.insert(0, Config("pointer", (1, 1, 64), *blocks, stages=1))
     if problem.kind == "wgrad":
         found = [split(problem, c, programs(problem, c), moments_pieces(problem, c)) for c in found]
     return found

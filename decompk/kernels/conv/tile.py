@@ -9,6 +9,7 @@ rows are merged (pixels × channels in one dimension) so that the copy engine mo
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from math import prod
 from typing import Any
@@ -146,7 +147,20 @@ def why_not(problem: Problem, config: Config) -> str | None:
         return "a descriptor's block has at most 256 values a dimension"
     if min(config.block_in, config.block_out, config.pixels) < 16:
         return "blocks below 16 have no matrix product"
+    sums = SUMS if size == 2 else SUMS // 2
+    if config.pixels * _free(problem, config) > sums * 32 * config.warps:
+        return f"more than {sums} sums a thread leave no registers for what is fused"
     return None
+
+
+def thread_values(problem: Problem, config: Config) -> int:
+    """Values that a thread adds up or loads in one step."""
+    pixels, a, b = config.pixels, config.block_in, config.block_out
+    taps = _shared_taps(problem)
+    if problem.kind == "wgrad":
+        return (taps * a * b + pixels * (taps * a + b)) // (32 * config.warps)
+    reduced, free = (a, b) if problem.kind == "fprop" else (b, a)
+    return (pixels * free + pixels * reduced + a * b) // (32 * config.warps)
 
 
 def configs(problem: Problem) -> list[Config]:
@@ -154,15 +168,13 @@ def configs(problem: Problem) -> list[Config]:
     if problem.dtype == "float32":  # without tensor cores the operands of a product live in registers, too
         sizes, wide, narrow = (32,), 32, 16
     else:
-        sizes, wide, narrow = (128, 64), 64 if problem.kind == "wgrad" else 128, 64
+        sizes, wide, narrow = (128, 64), *((64, 32) if problem.kind == "wgrad" else (128, 64))
     found = []
-    for pixels in sizes:
+    for warps, pixels in itertools.product((4, 8), sizes):
         tile = _best_tile(problem, pixels)
         for block_out in {power_of_two(min(problem.O, cap), 16) for cap in (wide, narrow)}:
             for block_in in {power_of_two(min(problem.C, cap), 16) for cap in (narrow, wide)}:
-                config = Config("tile", tile, block_in, block_out)
-                if pixels * _free(problem, config) > SUMS:
-                    continue
+                config = Config("tile", tile, block_in, block_out, warps)
                 stages = min(4, max(2, 160 * 1024 // max(1, _stage_bytes(problem, config))))
                 found.append(replace(config, stages=stages))
     if problem.kind == "wgrad":
@@ -195,7 +207,7 @@ def _tiles(problem: Problem, config: Config) -> int:
     return prod(map(cdiv, _grid(problem), config.tile))
 
 
-SUMS = 128 * 64  # of a program of four warps; with 128 × 128 every flag of the epilogue spills, 64 to 88 bytes
+SUMS = 64  # a thread, of 2-byte dtypes; with twice as many every flag of the epilogue spills, 64 to 88 bytes
 
 # (images, rows, columns); few, since each is a kernel to compile.
 TILES = {
