@@ -16,7 +16,7 @@ from .operands import PLAIN
 
 # Bytes of what a thread adds up or loads in a step, limits found by compiling: on sm_80 their addresses take registers;
 # on sm_100, where sums live in tensor memory, the assembler plans for more programs than shared memory holds.
-THREAD_BYTES = {80: {"tile": 144, "band": 144}, 90: {}, 100: {"tile": 200}}
+THREAD_BYTES = {80: {"tile": 128, "band": 144}, 90: {}, 100: {"tile": 176}}
 
 FORMS = {"tile": tile, "band": band, "pointer": pointer}
 
