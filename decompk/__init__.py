@@ -1,6 +1,7 @@
 """decompk trains K networks for little more than the price of one: decompose, pack, compose."""
 
 from . import losses, models, ops, theory
+from .blockdiag import block_diagonal, densify
 from .decompose import Decomposition, decompose, grouped_subnets
 from .dispatch import backend
 from .errors import BackendError, CheckpointError, DecompkError, PackError, PartitionError, UnsupportedOperation
@@ -22,7 +23,9 @@ __all__ = [
     "PartitionError",
     "UnsupportedOperation",
     "backend",
+    "block_diagonal",
     "decompose",
+    "densify",
     "explain",
     "fuse",
     "grouped_subnets",

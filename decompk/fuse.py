@@ -74,6 +74,9 @@ class Fused(Packed):
         windows = cuts and program.windows()
         return program(self._cut(x) if cuts and not windows else x, self.crops if windows else None)
 
+    def _by_member(self, N: int, leaf: Any) -> Any:
+        return self._original._by_member(N, leaf)
+
     def _how(self, twin: Twin) -> str:
         return f"twin, {self._program.notes()[twin.path]}" if twin.path in self._program.notes() else "twin"
 

@@ -216,11 +216,13 @@ def test_atomic_and_two_pass_weight_gradients_agree_and_two_passes_repeat_bit_fo
 
 
 def test_illegal_configs_are_named():
-    a100 = device.KNOWN[80]
+    a100, b200 = device.KNOWN[80], device.KNOWN[100]
     p = Problem("fprop", "bfloat16", 2, 8, 64, 64, 14, 14, (3, 3), (1, 1), (1, 1))
     good = Config("tile", (1, 8, 16), 64, 64)
-    assert conv.why_not(p, good, H100) is conv.why_not(p, good, a100) is None
-    assert "copy engine" in conv.why_not(replace(p, dtype="tf32"), replace(good, stages=2), a100)
+    assert conv.why_not(p, good, H100) is conv.why_not(p, replace(good, tile=(1, 4, 16), warps=8), a100) is None
+    assert "a thread spill" in conv.why_not(p, good, a100) and "a thread spill" in conv.why_not(p, good, b200)
+    assert "registers" in conv.why_not(p, replace(good, tile=(2, 8, 16)), H100)
+    assert "copy engine" in conv.why_not(replace(p, dtype="tf32"), replace(good, tile=(1, 4, 16)), a100)
     for problem, config, word in (
         (p, replace(good, form="halo"), "form"),
         (p, replace(good, tile=(1, 7, 16)), "powers of two"),

@@ -1,0 +1,288 @@
+"""Layers that skip what is zero: blocks of a dense weight, a head's bias held once, columns outside a window."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .. import ops
+from .base import Twin, dotted
+from .conv import PackedConv2d
+from .linear import PackedLinear
+
+LEAST = 8  # channels of a block: what tensor cores and vectors take whole
+OVERHEAD = 8  # channels' worth of work that a block costs beside its own, in the choice of block sizes
+
+Mask = tuple[tuple[bool, ...], ...]
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Which blocks of a weight (O, C, …) hold anything: mask[r][s] for the r-th share of O and the s-th of C.
+
+    `outputs` and `inputs`: the order of channels in which it holds, None for their own.
+    """
+
+    mask: Mask
+    outputs: tuple[int, ...] | None = None
+    inputs: tuple[int, ...] | None = None
+
+    @property
+    def kept(self) -> float:
+        """The share of the blocks that is not zero."""
+        return sum(map(sum, self.mask)) / (len(self.mask) * len(self.mask[0]))
+
+    @property
+    def uniform(self) -> int:
+        """K where the mask is the diagonal of K × K blocks, else 0."""
+        K = len(self.mask)
+        return K if all(list(row) == [r == s for s in range(K)] for r, row in enumerate(self.mask)) else 0
+
+    def __str__(self) -> str:
+        O, C = len(self.mask), len(self.mask[0])
+        what = f"{O} blocks on the diagonal" if self.uniform else f"{sum(map(sum, self.mask))} of {O}×{C} blocks hold"
+        return what + (", after a permutation of channels" if self.outputs or self.inputs else "")
+
+
+def find_blocks(weight: Tensor) -> Blocks | None:
+    """The blocks worth skipping around in weight (O, C, …), from its exact zeros; None where there are none.
+
+    Equal blocks of at least 8 channels, so large that they cost the least together; if no cut of the channels as they
+    stand gives any, one after the permutation that brings channels together that share a weight.
+    """
+    filled = (weight.detach() != 0).flatten(2).any(2) if weight.dim() > 2 else weight.detach() != 0
+    filled = filled.cpu()
+    if bool(filled.all()):
+        return None
+    straight = _best_mask(filled)
+    labels = components(filled)
+    parts = [torch.sort(side, stable=True).indices for side in labels]
+    sorted_already = all(bool((order == torch.arange(len(order))).all()) for order in parts)
+    moved = None if sorted_already else _best_mask(filled[parts[0]][:, parts[1]])
+    if moved and (straight is None or _price(moved, filled) < _price(straight, filled) / 1.5):
+        return Blocks(moved, tuple(parts[0].tolist()), tuple(parts[1].tolist()))
+    return straight and Blocks(straight)
+
+
+def components(filled: Tensor) -> tuple[Tensor, Tensor]:
+    """The connected component of every output (O) and input (C), numbered as they come; filled (O, C) are the edges."""
+    rows, columns = (torch.full((n,), -1) for n in filled.shape)
+    found = 0
+    for o in range(len(rows)):
+        if rows[o] >= 0:
+            continue
+        front = torch.zeros(len(rows), dtype=torch.bool)
+        front[o] = True
+        while bool(front.any()):
+            rows[front] = found
+            met = filled[front].any(0) & (columns < 0)
+            columns[met] = found
+            front = filled[:, met].any(1) & (rows < 0)
+        found += 1
+    columns[columns < 0] = found  # inputs that nothing reads
+    return rows, columns
+
+
+def count_components(weight: Tensor) -> int:
+    """Into how many parts without a weight between them the outputs of weight (O, C, …) fall."""
+    filled = (weight.detach() != 0).flatten(2).any(2) if weight.dim() > 2 else weight.detach() != 0
+    return int(components(filled.cpu())[0].max()) + 1
+
+
+def _best_mask(filled: Tensor) -> Mask | None:
+    """The cheapest cut into equal blocks that leaves any of them out."""
+    choices = []
+    for R in _shares(filled.shape[0]):
+        for S in _shares(filled.shape[1]):
+            blocks = filled.view(R, filled.shape[0] // R, S, filled.shape[1] // S).any(3).any(1)
+            if not bool(blocks.all()):
+                mask = tuple(tuple(row) for row in blocks.tolist())
+                choices.append((_price(mask, filled), R * S, mask))
+    return min(choices)[2] if choices else None
+
+
+def _shares(channels: int) -> Iterator[int]:
+    return (n for n in range(1, min(channels // LEAST, 64) + 1) if channels % n == 0)
+
+
+def _price(mask: Mask, filled: Tensor) -> float:
+    """Work relative to the dense layer's, small blocks dearer."""
+    smaller = min(filled.shape[0] // len(mask), filled.shape[1] // len(mask[0]))
+    return sum(map(sum, mask)) / (len(mask) * len(mask[0])) * (1 + OVERHEAD / smaller)
+
+
+class _BlockLayer:
+    """Mixin of a dense layer that skips `blocks`; its parameters are the layer's own, shapes and all."""
+
+    blocks: Blocks
+
+    @classmethod
+    def adopt(cls, leaf: nn.Module, blocks: Blocks) -> None:
+        """Turn a leaf into its zero-skipping form, in place."""
+        leaf.blocks = blocks
+        for name, order in (("_inputs", blocks.inputs), ("_outputs", blocks.outputs)):
+            value = None if order is None else torch.tensor(order, device=leaf.weight.device)
+            leaf.register_buffer(name, value, persistent=False)
+        back = None if blocks.outputs is None else torch.argsort(leaf._outputs)
+        leaf.register_buffer("_back", back, persistent=False)
+        leaf.__class__ = cls
+
+    def release(self) -> None:
+        """Turn it into an ordinary leaf again, in place."""
+        for name in ("_inputs", "_outputs", "_back"):
+            del self._buffers[name]
+            self._non_persistent_buffers_set.discard(name)
+        del self.blocks
+        self.__class__ = type(self).__mro__[2]
+
+    def _permuted(self) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias in the order of the blocks."""
+        weight, bias = self.weight, self.bias
+        if self._outputs is not None:
+            weight, bias = weight[self._outputs], None if bias is None else bias[self._outputs]
+        return (weight if self._inputs is None else weight[:, self._inputs]), bias
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, {self.blocks}"
+
+
+class BlockConv2d(_BlockLayer, nn.Conv2d):
+    """nn.Conv2d on `ops.block_conv2d`: x (N, C, H, W) → (N, O, H', W')."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, bias = self._permuted()
+        x = x if self._inputs is None else x.index_select(-3, self._inputs)
+        y = ops.block_conv2d(x, weight, self.blocks.mask, bias, self.stride, self.padding, self.dilation)
+        return y if self._back is None else y.index_select(-3, self._back)
+
+
+class BlockLinear(_BlockLayer, nn.Linear):
+    """nn.Linear on `ops.block_linear`: x (…, C) → (…, O)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, bias = self._permuted()
+        x = x if self._inputs is None else x.index_select(-1, self._inputs)
+        y = ops.block_linear(x, weight, self.blocks.mask, bias)
+        return y if self._back is None else y.index_select(-1, self._back)
+
+
+BLOCK_LAYERS = {nn.Conv2d: BlockConv2d, nn.Linear: BlockLinear}
+
+
+# ---- twins of a block-diagonal network's members ---------------------------------------------------------------------
+
+
+def _stacked(self: nn.Module) -> Tensor:
+    """(K, O): all of the bias in member 0, since members add up."""
+    bias = self._parameters["bias"]
+    return torch.cat([bias.unsqueeze(0), bias.new_zeros(self.K - 1, *bias.shape)])
+
+
+class HeadLinear(PackedLinear):
+    """A head of K members that are added up: its bias (O) is one for all."""
+
+    bias = property(_stacked)
+
+
+class HeadConv2d(PackedConv2d):
+    """A convolution as a head of K members that are added up: its bias (O) is one for all."""
+
+    bias = property(_stacked)
+
+
+@contextlib.contextmanager
+def as_one_member(net: nn.Module) -> Iterator[list[dict[str, Tensor]]]:
+    """While it runs, the layers of packed `net` are those of one member; gives each member's tensors by name.
+
+    They are views of the stacks: gradients and statistics reach these.
+    """
+    members: list[dict[str, Tensor]] = []
+    twins = [(module, type(module)) for module in net.modules() if isinstance(module, Twin)]
+    for path, module in net.named_modules():
+        for name in (*module._parameters, *module._buffers):
+            stack = getattr(module, name)  # of a head's bias what all members hold
+            for k, part in enumerate(() if stack is None else stack.unbind(0)):
+                members += [{}] if k == len(members) else []
+                members[k][dotted(path, name)] = part
+    try:
+        for module, kind in twins:
+            module.__class__ = _OneWindow if kind is WindowedLinear else module.member_class
+        yield members
+    finally:
+        for module, kind in twins:
+            module.__class__ = kind
+
+
+HEADS = {PackedLinear: HeadLinear, PackedConv2d: HeadConv2d}
+
+
+def hold_once(head: nn.Module) -> None:
+    """Turn a packed head, a key of HEADS, into one whose bias is the sum of its members', in place."""
+    total = head.bias.detach().sum(0)
+    head._parameters["bias"] = nn.Parameter(total, head.bias.requires_grad)
+    head.__class__ = HEADS[type(head)]
+
+
+def hold_each(head: nn.Module) -> None:
+    """The way back: the bias as (K, O), zero but in member 0, in place."""
+    stacked = nn.Parameter(head.bias.detach(), head._parameters["bias"].requires_grad)
+    head._parameters["bias"] = stacked
+    head.__class__ = {once: plain for plain, once in HEADS.items()}[type(head)]
+
+
+class _OneWindow(nn.Linear):
+    """One member of WindowedLinear."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x[..., self.columns], self.weight, self.bias)
+
+
+class WindowedLinear(PackedLinear):
+    """A first fully connected layer of K members of which each reads a window of the map: x (K·N, I) → (K·N, O).
+
+    weight (K, O, n) holds the n columns of each member that are not zero, `columns` (K, n) says which.
+    """
+
+    @classmethod
+    def narrow(cls, leaf: PackedLinear) -> bool:
+        """Turn a packed layer into this where every member leaves equally many columns zero, in place."""
+        used = (leaf.weight.detach() != 0).any(1)
+        counts = used.sum(1)
+        n = int(counts[0])
+        if type(leaf) is not PackedLinear or not 0 < n < used.shape[1] or bool((counts != n).any()):
+            return False
+        columns = used.nonzero()[:, 1].view(leaf.K, n)
+        weight = leaf.weight.detach().gather(2, columns.unsqueeze(1).expand(-1, leaf.out_features, -1))
+        leaf._parameters["weight"] = nn.Parameter(weight, leaf.weight.requires_grad)
+        leaf.register_buffer("columns", columns, persistent=False)
+        leaf.__class__ = cls
+        return True
+
+    def widen(self) -> None:
+        """The way back, in place."""
+        wide = self.weight.new_zeros(self.K, self.out_features, self.in_features)
+        wide.scatter_(2, self.columns.unsqueeze(1).expand_as(self.weight), self.weight.detach())
+        self._parameters["weight"] = nn.Parameter(wide, self.weight.requires_grad)
+        del self._buffers["columns"]
+        self._non_persistent_buffers_set.discard("columns")
+        self.__class__ = PackedLinear
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.check(x)
+        if x.dim() != 2:
+            return self.each_member(
+                lambda x, w, b, c: F.linear(x[..., c], w, b), x, self.weight, self.bias, self.columns
+            )
+        x = x.view(self.K, -1, self.in_features)
+        x = x.gather(2, self.columns.unsqueeze(1).expand(-1, x.shape[1], -1))
+        y = (
+            torch.bmm(x, self.weight.mT)
+            if self.bias is None
+            else torch.baddbmm(self.bias.unsqueeze(1), x, self.weight.mT)
+        )
+        return y.flatten(0, 1)

@@ -1,0 +1,237 @@
+"""block_diagonal: composed networks run without their zero blocks, to 1e-10, and others are left alone by name."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import decompk
+from decompk import models
+from decompk.blockdiag import Layerwise, Members
+from decompk.layers.block import BlockConv2d, BlockLinear, components, find_blocks
+
+PIXELS = 64
+
+
+def composed(name, partitions=4, **options):
+    """A registered network of small width, composed of members with random weights and statistics, float64, in eval."""
+    options = {"width": 16, "num_classes": 5, "input_size": (3, PIXELS, PIXELS)} | options
+    options = {"fc": 32, **options} if name == "vgg16" else options
+    torch.manual_seed(0)
+    d = decompk.decompose(models.build(name, **options).double(), options["input_size"], partitions)
+    members = d.subnets(1)
+    for member in members:
+        for module in member.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.running_mean.normal_()
+                module.running_var.uniform_(0.5, 2)
+    net = d.compose(members).eval()
+    for module in net.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    return net
+
+
+def assert_close(a, b, tolerance=1e-10):
+    error = (a - b).abs().max().item() / max(1.0, b.abs().max().item())
+    assert error <= tolerance, f"error {error:.1e}"
+
+
+def train_step(net, x, target, holding_zeros=False):
+    """One step of SGD; `holding_zeros` keeps what is zero at zero, as a network without those weights does."""
+    net.train()
+    optimizer = torch.optim.SGD(net.parameters(), 0.01, momentum=0.9, weight_decay=1e-3)
+    y = net(x)
+    F.cross_entropy(y, target).backward()
+    if holding_zeros:
+        for p in net.parameters():
+            if p.dim() > 1:
+                p.grad[p == 0] = 0
+    optimizer.step()
+    net.eval()
+    return y.detach()
+
+
+@pytest.mark.parametrize("partitions", [4, (2, 4), 16], ids=["K=4", "K=8", "K=16"])
+@pytest.mark.parametrize("name", models.names())
+def test_a_composed_network_runs_as_its_members_in_eval_and_in_a_training_step(name, partitions):
+    net = composed(name, partitions)
+    fast = decompk.block_diagonal(net)
+    K = partitions if isinstance(partitions, int) else 8
+    assert isinstance(fast, Members) and fast.K == K
+    x, target = torch.randn(2, 3, PIXELS, PIXELS, dtype=torch.double), torch.tensor([1, 3])
+    with torch.no_grad():
+        assert_close(fast(x), net(x))
+    assert_close(train_step(fast, x, target), train_step(net, x, target, holding_zeros=True))
+    with torch.no_grad():
+        assert_close(fast(x), net(x))
+    dense = decompk.densify(fast)
+    assert type(dense) is type(net) and dense.state_dict().keys() == net.state_dict().keys()
+    for name, value in net.state_dict().items():
+        assert_close(dense.state_dict()[name].double(), value.double(), 1e-10)
+        if value.dim() > 1:
+            assert bool((dense.state_dict()[name][value == 0] == 0).all()), f"{name} did not stay zero"
+
+
+def test_without_a_step_densify_gives_the_same_bits_back():
+    net = composed("vgg16")
+    dense = decompk.densify(decompk.block_diagonal(net))
+    for name, value in net.state_dict().items():
+        assert torch.equal(dense.state_dict()[name], value), name
+
+
+def test_decisions_say_what_is_left_of_each_layer():
+    fast = decompk.block_diagonal(composed("vgg16"))
+    by_path = {decision.path: decision for decision in fast.decisions}
+    assert by_path["features.0"].kept == 1 and by_path["features.2"].gain == 4
+    first_fc = by_path["classifier.0"]  # 64 px end in a map of 2×2, of which a crop's window is 1
+    assert first_fc.gain == 16 and "columns" in first_fc.reason
+    table = fast.skipped((3, PIXELS, PIXELS))
+    rows = {row[0]: row for row in table.rows}
+    assert rows["features.2"][1] == 4 * rows["features.2"][2]
+    assert all(row[1] == row[2] + row[3] for row in table.rows)
+    assert rows["total"][1] == sum(row[1] for row in table.rows[:-1])
+
+
+@torch.no_grad()
+def test_on_a_cpu_wide_members_run_in_turn_and_equal_those_that_run_together(monkeypatch):
+    fast = decompk.block_diagonal(composed("vgg16"))
+    x = torch.randn(3, 3, PIXELS, PIXELS, dtype=torch.double)
+    found = {}
+    for in_turn in (True, False):
+        monkeypatch.setattr(Members, "_runs_in_turn", lambda self, x, answer=in_turn: answer)
+        found[in_turn] = fast(x)
+    assert_close(found[True], found[False])
+    monkeypatch.undo()
+    assert fast._runs_in_turn(torch.empty(4 * 64, 3, 256, 256)) and not fast._runs_in_turn(torch.empty(4, 3, 8, 8))
+    assert not fast._runs_in_turn(torch.empty(4 * 64, 3, 256, 256, device="meta"))
+    with torch.enable_grad():
+        assert not fast._runs_in_turn(torch.empty(4 * 64, 3, 256, 256))
+
+
+def test_it_is_fused_saved_and_copied_like_any_packed_network():
+    net = composed("resnet32").float()
+    fast = decompk.block_diagonal(net)
+    x = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        wanted = net(x)
+        for other in (decompk.fuse(fast), copy.deepcopy(fast), pickle.loads(pickle.dumps(fast))):
+            torch.testing.assert_close(other(x), wanted, rtol=1e-3, atol=1e-3)
+    again = decompk.block_diagonal(composed("resnet32", num_classes=5).float())
+    again.load_state_dict(fast.state_dict())
+    assert decompk.block_diagonal(fast) is fast
+
+
+# ---- layer by layer -------------------------------------------------------------------------------------------------
+
+
+def test_one_block_between_members_is_kept_and_the_rest_still_skipped():
+    net = composed("resnet32")
+    layer = net.layers[1][1].conv1
+    with torch.no_grad():
+        layer.weight[:8, -8:] = torch.randn(8, 8, 3, 3)
+    fast = decompk.block_diagonal(net)
+    assert isinstance(fast, Layerwise) and "not zero between members" in fast.why_not_members
+    kept = {decision.path: decision for decision in fast.decisions}
+    assert 1 / 4 < kept["layers.1.1.conv1"].kept < 1 / 2 and kept["layers.1.1.conv2"].kept == 1 / 4
+    x, target = torch.randn(2, 3, 32, 32, dtype=torch.double), torch.tensor([1, 3])
+    with torch.no_grad():
+        assert_close(fast(x), net(x))
+    other = copy.deepcopy(net)
+    swapped = [path for path, decision in kept.items() if decision.form == "blocks"]
+    y = train_step(fast, x, target)
+    assert_close(y, train_step(other, x, target, holding_zeros=True), 1e-9)
+    mine, theirs = dict(fast.named_parameters()), dict(other.named_parameters())
+    for path in swapped:
+        assert_close(mine[f"{path}.weight"], theirs[f"{path}.weight"], 1e-9)
+
+
+def test_layer_by_layer_shares_every_parameter_and_comes_back():
+    net = composed("resnet32")
+    with torch.no_grad():
+        net.layers[0][0].conv1.weight[0, -1] = 1.0
+    fast = decompk.block_diagonal(net)
+    assert {id(p) for p in fast.parameters()} == {id(p) for p in net.parameters()}
+    assert fast.state_dict().keys() == net.state_dict().keys()
+    dense = decompk.densify(fast)
+    assert type(dense) is type(net) and not any(isinstance(m, BlockConv2d) for m in dense.modules())
+    assert {id(p) for p in dense.parameters()} == {id(p) for p in net.parameters()}
+    x = torch.randn(1, 3, 32, 32, dtype=torch.double)
+    with torch.no_grad():
+        assert torch.equal(dense(x), net(x))
+
+
+def test_a_dense_network_comes_back_unchanged_with_the_reason():
+    net = models.build("resnet32", width=16).double().eval()
+    fast = decompk.block_diagonal(net)
+    assert {decision.form for decision in fast.decisions} == {"dense"}
+    assert fast.why_not_members == "no layer falls into blocks"
+    assert all("no zeros" in decision.reason and decision.gain == 1 for decision in fast.decisions)
+    x = torch.randn(1, 3, 32, 32, dtype=torch.double)
+    with torch.no_grad():
+        assert torch.equal(fast(x), net(x))
+    assert [type(m) for m in fast._inner.modules()] == [type(m) for m in net.modules()]
+
+
+class Perceptron(nn.Sequential):
+    """A network that decompose refuses, since a linear layer reads its input, with a permuted block-diagonal layer."""
+
+    def __init__(self):
+        super().__init__(nn.Linear(24, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 3))
+        blocks = torch.block_diag(*torch.randn(4, 16, 16))
+        self.orders = torch.randperm(64), torch.randperm(64)
+        with torch.no_grad():
+            self[2].weight.copy_(blocks[self.orders[0]][:, self.orders[1]])
+
+
+def test_blocks_are_found_under_a_permutation():
+    torch.manual_seed(0)
+    net = Perceptron().double()
+    fast = decompk.block_diagonal(net)
+    layer = fast._inner[2]
+    assert isinstance(layer, BlockLinear) and layer.blocks.uniform == 4 and "permutation" in fast.decisions[1].reason
+    x = torch.randn(7, 24, dtype=torch.double)
+    assert_close(fast(x), net(x))
+    before = net[2].weight.detach().clone()
+    fast(x).square().sum().backward()
+    grad = fast._inner[2].weight.grad
+    assert bool((grad[before == 0] == 0).all()) and bool((grad[before != 0] != 0).any())
+    assert_close(decompk.densify(fast)(x), net(x), 0)
+
+
+def test_what_a_layer_may_not_be_is_said():
+    net = nn.Sequential(
+        *(nn.Conv2d(32, 32, 3, groups=4), nn.Conv2d(32, 32, 3, padding=1, padding_mode="reflect")),
+        *(nn.Conv2d(32, 32, 3), nn.Conv2d(32, 32, 3), nn.Conv2d(32, 32, 3), nn.ConvTranspose2d(32, 32, 2)),
+    )
+    with torch.no_grad():
+        for layer in list(net)[1:]:
+            layer.weight[:16, 16:] = 0
+            layer.weight[16:, :16] = 0
+        net[2].weight[0, 20] = 1.0  # a block of one value is a block
+        net[4].weight.fill_(1.0)[3, 5] = 0  # a zero that fills no block
+    net[3].register_forward_hook(lambda *_: None)
+    reasons = [decision.reason for decision in decompk.block_diagonal(net).decisions]
+    for reason, word in zip(
+        reasons, ("grouped", "reflect", "blocks hold", "hooks", "fill no block", "ConvTranspose2d"), strict=True
+    ):
+        assert word in reason, (reason, word)
+    with pytest.raises(decompk.DecompkError, match="nn.Module"):
+        decompk.block_diagonal([net])
+    with pytest.raises(decompk.DecompkError, match="block_diagonal returned"):
+        decompk.densify(net)
+
+
+def test_components_and_blocks_of_odd_patterns():
+    filled = torch.zeros(24, 40, dtype=torch.bool)
+    rows, columns = components(filled)
+    assert rows.tolist() == list(range(24)) and set(columns.tolist()) == {24}
+    weight = torch.zeros(24, 40)
+    weight[:8, 32:] = 1
+    blocks = find_blocks(weight)
+    assert blocks.kept <= 1 / 15 + 1e-9 and blocks.mask[0][-1] and sum(map(sum, blocks.mask)) == 1
+    assert find_blocks(torch.ones(16, 16)) is None
+    assert find_blocks(torch.full((16, 16), float("nan"))) is None  # a NaN is no zero
