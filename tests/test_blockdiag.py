@@ -21,7 +21,7 @@ def composed(name, partitions=4, **options):
     options = {"width": 16, "num_classes": 5, "input_size": (3, PIXELS, PIXELS)} | options
     options = {"fc": 32, **options} if name == "vgg16" else options
     torch.manual_seed(0)
-    d = decompk.decompose(models.build(name, **options).double(), options["input_size"], partitions)
+    d = decompk.decompose(models.build(name, **options).double(), options["input_size"], partitions, PIXELS // 2)
     members = d.subnets(1)
     for member in members:
         for module in member.modules():
@@ -71,7 +71,7 @@ def test_a_composed_network_runs_as_its_members_in_eval_and_in_a_training_step(n
     dense = decompk.densify(fast)
     assert type(dense) is type(net) and dense.state_dict().keys() == net.state_dict().keys()
     for name, value in net.state_dict().items():
-        assert_close(dense.state_dict()[name].double(), value.double(), 1e-10)
+        assert_close(dense.state_dict()[name].double(), value.double(), 1e-9)
         if value.dim() > 1:
             assert bool((dense.state_dict()[name][value == 0] == 0).all()), f"{name} did not stay zero"
 
@@ -129,15 +129,15 @@ def test_it_is_fused_saved_and_copied_like_any_packed_network():
 
 
 def test_one_block_between_members_is_kept_and_the_rest_still_skipped():
-    net = composed("resnet32")
+    net = composed("resnet32", width=32)
     layer = net.layers[1][1].conv1
     with torch.no_grad():
-        layer.weight[:8, -8:] = torch.randn(8, 8, 3, 3)
+        layer.weight[:16, -16:] = torch.randn(16, 16, 3, 3)
     fast = decompk.block_diagonal(net)
     assert isinstance(fast, Layerwise) and "not zero between members" in fast.why_not_members
     kept = {decision.path: decision for decision in fast.decisions}
     assert 1 / 4 < kept["layers.1.1.conv1"].kept < 1 / 2 and kept["layers.1.1.conv2"].kept == 1 / 4
-    x, target = torch.randn(2, 3, 32, 32, dtype=torch.double), torch.tensor([1, 3])
+    x, target = torch.randn(2, 3, 16, 16, dtype=torch.double), torch.tensor([1, 3])
     with torch.no_grad():
         assert_close(fast(x), net(x))
     other = copy.deepcopy(net)

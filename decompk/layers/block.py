@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import ops
+from ..ops.block import mask_text
 from .base import Twin, dotted
 from .conv import PackedConv2d
 from .linear import PackedLinear
@@ -120,11 +121,12 @@ class _BlockLayer:
     """Mixin of a dense layer that skips `blocks`; its parameters are the layer's own, shapes and all."""
 
     blocks: Blocks
+    _mask: str  # as the operator takes it without reading it again
 
     @classmethod
     def adopt(cls, leaf: nn.Module, blocks: Blocks) -> None:
         """Turn a leaf into its zero-skipping form, in place."""
-        leaf.blocks = blocks
+        leaf.blocks, leaf._mask = blocks, mask_text(blocks.mask)
         for name, order in (("_inputs", blocks.inputs), ("_outputs", blocks.outputs)):
             value = None if order is None else torch.tensor(order, device=leaf.weight.device)
             leaf.register_buffer(name, value, persistent=False)
@@ -137,7 +139,7 @@ class _BlockLayer:
         for name in ("_inputs", "_outputs", "_back"):
             del self._buffers[name]
             self._non_persistent_buffers_set.discard(name)
-        del self.blocks
+        del self.blocks, self._mask
         self.__class__ = type(self).__mro__[2]
 
     def _permuted(self) -> tuple[Tensor, Tensor | None]:
@@ -157,7 +159,7 @@ class BlockConv2d(_BlockLayer, nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         weight, bias = self._permuted()
         x = x if self._inputs is None else x.index_select(-3, self._inputs)
-        y = ops.block_conv2d(x, weight, self.blocks.mask, bias, self.stride, self.padding, self.dilation)
+        y = ops.block_conv2d(x, weight, self._mask, bias, self.stride, self.padding, self.dilation)
         return y if self._back is None else y.index_select(-3, self._back)
 
 
@@ -167,7 +169,7 @@ class BlockLinear(_BlockLayer, nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         weight, bias = self._permuted()
         x = x if self._inputs is None else x.index_select(-1, self._inputs)
-        y = ops.block_linear(x, weight, self.blocks.mask, bias)
+        y = ops.block_linear(x, weight, self._mask, bias)
         return y if self._back is None else y.index_select(-1, self._back)
 
 
