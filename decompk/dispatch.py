@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from . import device as devices
+from . import extension
 from .config import DTYPES, Config, Problem
 from .device import Device
 from .errors import BackendError
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from .cost import OpCost
 
 BACKENDS = ("torch", "triton", "cuda", "emulation")
-_UNBUILT = dict.fromkeys(("cuda", "emulation"), "this version has no C++ extension")
+EXTENSION = ("cuda", "emulation")  # the C++ kernels, on a GPU and built for the host
 
 _forced: contextvars.ContextVar[str | None] = contextvars.ContextVar("the backend asked for by name", default=None)
 
@@ -34,14 +35,15 @@ _forced: contextvars.ContextVar[str | None] = contextvars.ContextVar("the backen
 def backend(name: str) -> Iterator[None]:
     """Run every operation inside on one backend: "torch", "triton" (on a CPU only with TRITON_INTERPRET=1), "cuda".
 
+    "cuda" is the C++ extension, which convolves only (batch norms stay on Triton), "emulation" the same on the CPU.
     Raises BackendError where that backend does not exist here; an operation it cannot run raises it later. Forward and
     backward follow the backend that is in force when each of them runs.
     """
     if name not in BACKENDS:
         raise BackendError(f"there is no backend '{name}': choose one of {', '.join(BACKENDS)}.")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    reason = _UNBUILT.get(name) or (devices.why_not_triton_on(device) if name == "triton" else None)
-    if reason:
+    reason = devices.why_not_triton_on(device) if name == "triton" else None
+    if reason := extension.why_not(name) if name in EXTENSION else reason:
         raise BackendError(f"backend '{name}' cannot run here: {reason}.")
     token = _forced.set(name)
     try:
@@ -94,6 +96,8 @@ def choose(problem: Problem, device: torch.device) -> Choice:
 
 @functools.lru_cache(maxsize=4096)
 def _choose(problem: Problem, device: torch.device, forced: str | None) -> Choice:
+    if forced in EXTENSION:
+        return _extension(problem, device, forced)
     triton = problem.dtype in DTYPES and forced != "torch" and (device.type != "cpu" or forced == "triton")
     if not triton or not _triton_or_raise(device):
         if forced == "triton":
@@ -108,19 +112,32 @@ def _choose(problem: Problem, device: torch.device, forced: str | None) -> Choic
     return found[0]
 
 
+def _extension(problem: Problem, device: torch.device, name: str) -> Choice:
+    """The C++ kernel's best config; raises BackendError where it computes nothing of the kind."""
+    from .kernels import conv
+
+    here = devices.of(device)
+    configs = conv.halo.configs(problem) if problem.dtype in DTYPES else []
+    legal = [c for c in configs if conv.why_not(problem, c, here) is None]
+    if not legal:
+        reason = conv.why_not(problem, configs[0], here) if configs else f"no kernel computes in {problem.dtype}"
+        raise BackendError(f"backend '{name}' cannot run this {problem.kind}: {reason}.")
+    return min((_predicted_choice(problem, c, here, name) for c in legal), key=lambda choice: choice.ms)
+
+
 def candidates(problem: Problem, device: Device) -> list[Choice]:
-    """Every legal choice on a GPU, predicted fastest first."""
-    from .cost import op_cost
+    """Every legal choice on a GPU, predicted fastest first; of the C++ extension's only where it is built."""
     from .kernels import conv
 
     found = [_predicted_library(problem, device, form) for form in library_forms(problem)]
     for name, form in conv.FORMS.items():
         if name == "band" and problem.dtype == "float32":
             continue  # without tensor cores a band's zeros are not free, and its products spill
+        if name == "halo" and extension.why_not("cuda"):
+            continue
         for config in dict.fromkeys(form.configs(problem)):
             if conv.why_not(problem, config, device) is None:
-                ms, reason = _predicted(problem, config, device)
-                found.append(Choice("triton", name, config, ms, reason, op_cost(problem, config)))
+                found.append(_predicted_choice(problem, config, device, "cuda" if name == "halo" else "triton"))
     return sorted(found, key=lambda choice: choice.ms)
 
 
@@ -136,8 +153,8 @@ def _rate(problem: Problem, device: Device) -> float:
     return device.tensor_tflops * {"float32": 0.06, "tf32": 0.5}.get(problem.dtype, 1)
 
 
-def _predicted(problem: Problem, config: Config, device: Device) -> tuple[float, str]:
-    """(ms, what binds) of a Triton config: device memory, L2 or arithmetic, the last wave of programs filled up."""
+def _predicted_choice(problem: Problem, config: Config, device: Device, backend: str) -> Choice:
+    """A config with its predicted time: device memory, L2 or arithmetic, the last wave of programs filled up."""
     from .cost import op_cost
     from .kernels import conv
 
@@ -149,7 +166,8 @@ def _predicted(problem: Problem, config: Config, device: Device) -> tuple[float,
     }
     binding = max(bounds, key=bounds.__getitem__)
     waves = conv.FORMS[config.form].programs(problem, config) / device.processors
-    return LAUNCH_MS + bounds[binding] * math.ceil(waves) / waves, f"bound by {binding}, {waves:.1f} waves"
+    ms = LAUNCH_MS + bounds[binding] * math.ceil(waves) / waves
+    return Choice(backend, config.form, config, ms, f"bound by {binding}, {waves:.1f} waves", cost)
 
 
 def library_forms(problem: Problem) -> list[str]:

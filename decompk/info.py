@@ -7,6 +7,7 @@ import platform
 
 import torch
 
+from . import extension
 from .device import why_not_triton_on
 from .report.table import Column, Table
 
@@ -22,7 +23,7 @@ def info() -> Table:
         _device(),
         ("backend torch", "available", "runs every packed layer"),
         _triton(),
-        ("backend cuda", "absent", "this version has no C++ extension"),
+        _extension(),
         _package("fvcore", "the tests cross-check the counts with it", "test"),
         _package("scikit-learn", "holds the demo's images", "demo"),
         _package("matplotlib", "draws the demo's curves", "plot"),
@@ -43,6 +44,15 @@ def _triton() -> tuple[str, str, str]:
     reason = why_not_triton_on(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     detail = reason or "grouped convolutions and batch norms, each in one launch"
     return ("backend triton", "absent" if reason else "available", f"triton {_version('triton') or 'none'}: {detail}")
+
+
+def _extension() -> tuple[str, str, str]:
+    reason = extension.why_not("cuda")
+    return (
+        "backend cuda",
+        "absent" if reason else "available",
+        reason or "3×3 convolutions of up to 64 channels a member",
+    )
 
 
 def _package(name: str, purpose: str, extra: str) -> tuple[str, str, str]:

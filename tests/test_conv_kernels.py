@@ -224,7 +224,7 @@ def test_illegal_configs_are_named():
     assert "registers" in conv.why_not(p, replace(good, tile=(2, 8, 16)), H100)
     assert "copy engine" in conv.why_not(replace(p, dtype="tf32"), replace(good, tile=(1, 4, 16)), a100)
     for problem, config, word in (
-        (p, replace(good, form="halo"), "form"),
+        (p, replace(good, form="ring"), "form"),
         (p, replace(good, tile=(1, 7, 16)), "powers of two"),
         (p, replace(good, splits=2), "wgrad"),
         (p, replace(good, atomic=True), "wgrad"),

@@ -3,7 +3,7 @@
     python tools/inspect_kernels.py [--arch 80,90,100] [--only TEXT] [--out FILE]
 
 Shipped is what dispatch answers for the layers of tools/layers.py in bfloat16 (ResNet32's in float32, too), with no
-flags, those of inference and those of training; what the tuned tables hold; and the batch norms.
+flags, those of inference and those of training; what the tuned tables hold; batch norms and block convolutions.
 Prints one row a kernel; exit code 1 where one spills, is over the shared memory limit, or lacks the tensor cores or
 (from sm_90) the tensor copies that its form promises.
 """
@@ -35,7 +35,7 @@ import layers
 from decompk import device as devices
 from decompk import dispatch
 from decompk.config import Config, Epilogue, Problem, Prologue
-from decompk.kernels import batch_norm, conv
+from decompk.kernels import batch_norm, block_conv, conv
 from decompk.kernels.launch import Launch, recording
 from decompk.ops.layout import strides_of
 
@@ -141,6 +141,8 @@ def shipped(arch: int, only: str = "") -> Iterator[Kernel]:
                     yield Kernel(what, launch, _promises(problem, config, launch))
     for label, launch in batch_norm.variants():
         yield Kernel(f"batch norm {label}", launch)
+    for label, launch in block_conv.variants():
+        yield Kernel(label, launch, () if " float32 " in label else (TENSOR_CORES,))
 
 
 def _choices(here: devices.Device, only: str) -> Iterator[tuple[str, Problem, Config]]:

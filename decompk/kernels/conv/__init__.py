@@ -1,4 +1,4 @@
-"""Grouped convolution in Triton: three forms behind one interface, and the one predicate of what is legal.
+"""Grouped convolution: three forms in Triton and one in CUDA C++ behind one interface, and the one legality predicate.
 
 Tensors are NHWC: x (K, N, H, W, C), weight dense (K, O, kh, kw, C), y (K, N, H', W', O); see `ops.layout`.
 """
@@ -11,14 +11,14 @@ from torch import Tensor
 from ...config import Config, Epilogue, Problem, Prologue
 from ...device import Device
 from ..launch import GRID_LIMIT
-from . import band, pointer, tile
+from . import band, halo, pointer, tile
 from .operands import PLAIN
 
 # Bytes of what a thread adds up or loads in a step, limits found by compiling: on sm_80 their addresses take registers;
 # on sm_100, where sums live in tensor memory, the assembler plans for more programs than shared memory holds.
 THREAD_BYTES = {80: {"tile": 128, "band": 144}, 90: {}, 100: {"tile": 176}}
 
-FORMS = {"tile": tile, "band": band, "pointer": pointer}
+FORMS = {"tile": tile, "band": band, "pointer": pointer, "halo": halo}
 
 
 def why_not(problem: Problem, config: Config, device: Device) -> str | None:

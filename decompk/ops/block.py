@@ -1,0 +1,758 @@
+"""Convolutions and linear layers that skip zero blocks of their weight: decompk::block_conv2d, decompk::block_linear.
+
+A mask of R × S blocks says which are kept. `plan` decides from shapes alone who computes them.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from math import prod
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import dispatch
+from ..config import DTYPES, Problem, dtype_name
+from ..errors import BackendError, DecompkError
+from .conv import Pair, arguments, check
+from .layout import as_strided_like, sizes
+
+Mask = tuple[tuple[bool, ...], ...]
+BlockMask = str | Tensor | Sequence[Sequence[int]]
+
+
+def block_conv2d(
+    x: Tensor,
+    weight: Tensor,
+    block_mask: BlockMask,
+    bias: Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] | str = 0,
+    dilation: int | Sequence[int] = 1,
+    *,
+    skipped_gradients: bool = False,
+) -> Tensor:
+    """torch.conv2d with a weight of R × S blocks, of which the zero ones are skipped.
+
+    x (N, C, H, W), channels_last: another format is converted once. weight (O, C, kh, kw), best channels_last, bias
+    (O), all of one floating dtype; under autocast they are cast to its dtype. block_mask (R, S) is on the host: nested
+    sequences of bools, a CPU tensor, or the text of `mask_text`, which costs nothing to pass (compiled code takes no
+    tensor). Block (r, s) covers output channels r·O/R … and input channels s·C/S …; where it is False the weight counts
+    as zero whatever it holds, and its gradient is zero, or with `skipped_gradients` that of the dense operator.
+    → (N, O, H', W'), channels_last. Sums are float32 (float64 for float64).
+
+    `plan` says who computes; the dense operator, where that is faster, multiplies x by zeros in place of skipping.
+    Differentiable once. Raises DecompkError for shapes, dtypes, masks or sizes that do not fit.
+    """
+    mask = mask_text(block_mask)
+    if x.dim() == 3:
+        x = x.unsqueeze(0)
+        y = block_conv2d(x, weight, mask, bias, stride, padding, dilation, skipped_gradients=skipped_gradients)
+        return y.squeeze(0)
+    if x.dim() != 4 or weight.dim() != 4:
+        raise DecompkError(f"block_conv2d takes x (N, C, H, W) and weight (O, C, kh, kw), not {sizes(x, weight)}.")
+    same, kernel = padding == "same", weight.shape[2:]
+    stride, padding, dilation = arguments(kernel, stride, padding, dilation)
+    if same and (odd := [d * (k - 1) % 2 for d, k in zip(dilation, kernel, strict=True)]) != [0, 0]:
+        x = F.pad(x, (0, odd[1], 0, odd[0]))  # as torch does: the odd one behind
+    _tell_flop_counter()
+    x = x.contiguous(memory_format=torch.channels_last)
+    return torch.ops.decompk.block_conv2d(x, weight, bias, mask, stride, padding, dilation, skipped_gradients)
+
+
+def block_linear(
+    x: Tensor,
+    weight: Tensor,
+    block_mask: BlockMask,
+    bias: Tensor | None = None,
+    *,
+    skipped_gradients: bool = False,
+) -> Tensor:
+    """torch.nn.functional.linear with a weight of R × S blocks, on matrix products of the kept ones.
+
+    x (..., C), weight (O, C), bias (O) → (..., O); dtypes, block_mask, gradients and errors as in `block_conv2d`.
+    """
+    _tell_flop_counter()
+    return torch.ops.decompk.block_linear(x, weight, bias, mask_text(block_mask), skipped_gradients)
+
+
+# ---- the mask and who computes it -----------------------------------------------------------------------------------
+
+
+def mask_text(block_mask: BlockMask) -> str:
+    """The mask as the operators take it: rows of 1 (kept) and 0 (skipped) with a slash between them, "10/01"."""
+    if isinstance(block_mask, Tensor):
+        if block_mask.device.type != "cpu":
+            raise DecompkError(
+                f"block_mask is on {block_mask.device}, where reading it would synchronise: give it on the CPU, as a "
+                "tensor or as tuples of bools."
+            )
+        if torch.compiler.is_compiling():
+            raise DecompkError("in compiled code block_mask is text or tuples of bools: give mask_text(block_mask).")
+        block_mask = block_mask.tolist()
+    if not isinstance(block_mask, str):
+        try:
+            to_text = _text if torch.compiler.is_compiling() else _text_cached  # compiled code knows no cache
+            block_mask = to_text(tuple(map(tuple, block_mask)))
+        except (TypeError, ValueError):
+            raise DecompkError("block_mask has two dimensions: give rows of bools, one for each block.") from None
+    rows = block_mask.split("/")
+    if not rows[0] or block_mask.strip("01/") or any(len(row) != len(rows[0]) for row in rows):
+        raise DecompkError(f"block_mask {block_mask!r} is not a rectangle of blocks that are kept (1) or skipped (0).")
+    return block_mask
+
+
+def _text(mask: Mask) -> str:
+    return "/".join("".join(str(int(block)) if block in (0, 1) else "?" for block in row) for row in mask)
+
+
+_text_cached = functools.lru_cache(maxsize=1024)(_text)
+
+
+class Group(NamedTuple):
+    """Output blocks that read the same input blocks."""
+
+    rows: tuple[int, ...]
+    columns: tuple[int, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class BlockPlan:
+    """Who computes a mask, and why; one object a question, so that what hangs on it is found by identity.
+
+    `form`: "grouped" (the kept blocks are the diagonal: `grouped_conv2d`), "dense" (torch's operator on the masked
+    weight), "rows" (torch's operator once for all block rows that keep the same columns), "blocks" (one Triton launch).
+    `mask` is the given one in the largest blocks that say the same, of `out_block` × `in_block` channels; `kept` is the
+    share of its blocks that is kept.
+    """
+
+    form: str
+    reason: str
+    mask: Mask
+    out_block: int
+    in_block: int
+    kept: float
+
+    @functools.cached_property
+    def by_rows(self) -> tuple[Group, ...]:
+        """Every block row once, grouped by the columns that it keeps."""
+        return _grouped(self.mask)
+
+    @functools.cached_property
+    def by_columns(self) -> tuple[Group, ...]:
+        """Every block column once, grouped by the rows that keep it."""
+        return tuple(Group(rows, columns) for columns, rows in _grouped(_transposed(self.mask)))
+
+    @property
+    def blocks(self) -> int:
+        """How many blocks are kept."""
+        return sum(map(sum, self.mask))
+
+    def __str__(self) -> str:
+        size = f"{len(self.mask)}×{len(self.mask[0])} blocks of {self.out_block}×{self.in_block} channels"
+        return f"{self.form}: {self.kept:.0%} of {size} kept, {self.reason}"
+
+
+def plan(
+    block_mask: BlockMask,
+    out_channels: int,
+    in_channels: int,
+    backend: str = "torch",
+    taps: int = 1,
+    positions: int | None = None,
+) -> BlockPlan:
+    """The BlockPlan for a weight of out_channels × in_channels × taps on `backend`, "torch" or "triton".
+
+    `positions`: samples · output pixels; without it they are taken to be plenty. Raises DecompkError for channels that
+    do not divide into the blocks.
+    """
+    found = _plan(mask_text(block_mask), out_channels, in_channels, backend)
+    if found.form == "rows" and found.blocks and positions is not None:
+        call, copy = CALL_MACS[backend], COPY_MACS[backend][taps > 1]
+        moved = out_channels + found.in_block * sum(len(group.columns) for group in found.by_rows)
+        saved = (1 - found.kept) * positions * out_channels * in_channels * taps
+        if saved < call * len(found.by_rows) + copy * positions * moved:
+            return _replaced(found, "dense", "skipping saves less than a call for every set of columns costs")
+    return found
+
+
+# Shares of kept blocks from which the dense operator is taken. For Triton a guess, not measured.
+DENSE_FROM = {"torch": 0.75, "triton": 0.5}
+# What the form "rows" costs, in multiply-accumulates: a call, and a value copied for it, in products and convolutions.
+# On a CPU fitted to dense / rows in ms: 128→128, 3×3 at 28², N=8, 16² blocks, 24 % kept: 115 / 96, 51 %: 101 / 142;
+# 512→512 on 2048 rows: 59 / 35 and 66 / 64. On a GPU derived from launch time and bandwidth, not measured.
+CALL_MACS = {"torch": 2**22, "triton": 2**30}
+COPY_MACS = {"torch": (40, 100), "triton": (500, 500)}
+LEAST_BLOCK = 8  # channels of a block that Triton takes unasked: of fewer most lanes of its products would idle
+
+
+@functools.lru_cache(maxsize=4096)
+def _plan(text: str, out_channels: int, in_channels: int, backend: str) -> BlockPlan:
+    _check_division(text, out_channels, in_channels)
+    given = tuple(tuple(block == "1" for block in row) for row in text.split("/"))
+    mask = _transposed(_merged(_transposed(_merged(given))))
+    R, S = len(mask), len(mask[0])
+    blocks = out_channels // R, in_channels // S
+    kept = sum(map(sum, mask)) / (R * S)
+    sets = len(_grouped(mask))
+    if R == S > 1 and all(keep == (r == s) for r, row in enumerate(mask) for s, keep in enumerate(row)):
+        form, reason = "grouped", f"{R} independent groups"
+    elif kept >= DENSE_FROM[backend]:
+        form, reason = "dense", "nothing to skip" if kept == 1 else "too little to skip"
+    elif backend == "triton" and min(blocks) >= LEAST_BLOCK:
+        form, reason = "blocks", "one launch over the kept blocks"
+    else:
+        form, reason = "rows", f"{sets} set{'s' * (sets > 1)} of columns"
+    return BlockPlan(form, reason, mask, *blocks, kept)
+
+
+def _check_division(text: str, out_channels: int, in_channels: int) -> None:
+    rows = text.split("/")
+    for channels, blocks, kind, where in (
+        (out_channels, len(rows), "output", "rows"),
+        (in_channels, len(rows[0]), "input", "columns"),
+    ):
+        if channels % blocks:
+            raise DecompkError(f"{channels} {kind} channels do not divide into the {blocks} {where} of block_mask.")
+
+
+@functools.lru_cache(maxsize=1024)
+def _replaced(found: BlockPlan, form: str, reason: str) -> BlockPlan:
+    return replace(found, form=form, reason=reason)
+
+
+def _transposed(mask: Mask) -> Mask:
+    return tuple(zip(*mask, strict=True))
+
+
+def _merged(mask: Mask) -> Mask:
+    """The fewest rows that, each repeated equally often, are the mask."""
+    for height in range(len(mask), 0, -1):
+        if len(mask) % height == 0 and all(row == mask[r - r % height] for r, row in enumerate(mask)):
+            return mask[::height]
+    raise AssertionError("every mask is its own rows repeated once")
+
+
+def _grouped(mask: Mask) -> tuple[Group, ...]:
+    groups: dict[tuple[bool, ...], list[int]] = {}
+    for r, row in enumerate(mask):
+        groups.setdefault(row, []).append(r)
+    return tuple(Group(tuple(rows), tuple(s for s, keep in enumerate(row) if keep)) for row, rows in groups.items())
+
+
+@functools.lru_cache(maxsize=1024)
+def _kept_on(plan: BlockPlan, device: torch.device) -> Tensor:
+    """The mask (R, S) on the device; kept, so that a captured graph copies nothing from the host."""
+    return torch.tensor(plan.mask, dtype=torch.bool, device=device)
+
+
+# ---- the mask on torch's operators ----------------------------------------------------------------------------------
+
+
+class Products(NamedTuple):
+    """A dense operator's three passes on channels at dimension 1: weight (O, C, …)."""
+
+    fprop: Callable[[Tensor, Tensor, Tensor | None], Tensor]  # x, weight, bias
+    dgrad: Callable[[Tensor, Tensor], Tensor]  # dy, weight
+    wgrad: Callable[[Tensor, Tensor], Tensor]  # dy, x
+
+
+LINEAR = Products(F.linear, lambda dy, weight: dy @ weight, lambda dy, x: dy.T @ x)
+
+
+def _conv_products(
+    image: Sequence[int], kernel: Sequence[int], stride: Pair, padding: Pair, dilation: Pair
+) -> Products:
+    """Those of a convolution of `kernel` size on `image` (H, W)."""
+
+    def backward(dy: Tensor, x: Tensor, weight: Tensor, wanted: list[bool]) -> Sequence[Tensor]:
+        return torch.ops.aten.convolution_backward(
+            dy, x, weight, None, stride, padding, dilation, False, [0, 0], 1, [*wanted, False]
+        )
+
+    return Products(
+        lambda x, weight, bias: torch.convolution(x, weight, bias, stride, padding, dilation, False, (0, 0), 1),
+        # Of x in dgrad, and of the weight in wgrad, torch reads the shape alone.
+        lambda dy, weight: backward(dy, _channels_last(dy, (len(dy), weight.shape[1], *image)), weight, [True, False])[
+            0
+        ],
+        lambda dy, x: backward(dy, x, x.new_empty((dy.shape[1], x.shape[1], *kernel)), [False, True])[1],
+    )
+
+
+def _channels_last(like: Tensor, shape: Sequence[int]) -> Tensor:
+    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
+
+
+def _runs(blocks: Sequence[int], size: int) -> list[tuple[int, int]]:
+    """(first, number) of the channels of `blocks`, those side by side as one."""
+    runs: list[tuple[int, int]] = []
+    for block in blocks:
+        if runs and sum(runs[-1]) == block * size:
+            runs[-1] = runs[-1][0], runs[-1][1] + size
+        else:
+            runs.append((block * size, size))
+    return runs
+
+
+def _take(t: Tensor, dim: int, blocks: Sequence[int], size: int) -> Tensor:
+    """The channels of `blocks`: a view where they lie side by side, else a copy."""
+    parts = [t.narrow(dim, *run) for run in _runs(blocks, size)]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
+
+
+def _put(t: Tensor, dim: int, blocks: Sequence[int], size: int, value: Tensor) -> None:
+    """The reverse of `_take`: writes `value` into those channels of t."""
+    runs = _runs(blocks, size)
+    for run, part in zip(runs, value.split([number for _, number in runs], dim), strict=True):
+        t.narrow(dim, *run).copy_(part)
+
+
+def _corner(plan: BlockPlan, weight: Tensor, group: Group) -> Tensor:
+    return _take(_take(weight, 0, group.rows, plan.out_block), 1, group.columns, plan.in_block)
+
+
+def _masked(plan: BlockPlan, weight: Tensor) -> Tensor:
+    """weight with zeros in the skipped blocks, whatever they hold."""
+    if plan.kept == 1:
+        return weight
+    R, S = len(plan.mask), len(plan.mask[0])
+    keep = _kept_on(plan, weight.device).view(R, 1, S, *[1] * (weight.dim() - 1))
+    blocks = weight.unflatten(1, (S, plan.in_block)).unflatten(0, (R, plan.out_block))
+    return torch.where(keep, blocks, 0).reshape(weight.shape)
+
+
+def _fprop(plan: BlockPlan, products: Products, x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor) -> Tensor:
+    """The forms "dense" and "rows": y filled, or one like it."""
+    if plan.form == "dense":
+        return as_strided_like(products.fprop(x, _masked(plan, weight), bias), y)
+    for group in plan.by_rows:
+        own_bias = None if bias is None else _take(bias, 0, group.rows, plan.out_block)
+        if group.columns:
+            own = products.fprop(_take(x, 1, group.columns, plan.in_block), _corner(plan, weight, group), own_bias)
+        else:
+            own = y.new_zeros(len(group.rows) * plan.out_block) if own_bias is None else own_bias
+            own = own.view(1, -1, *[1] * (y.dim() - 2)).expand(len(y), -1, *y.shape[2:])
+        _put(y, 1, group.rows, plan.out_block, own)
+    return y
+
+
+def _dgrad(plan: BlockPlan, products: Products, dy: Tensor, weight: Tensor, dx: Tensor) -> Tensor:
+    if plan.form == "dense":
+        return as_strided_like(products.dgrad(dy, _masked(plan, weight)), dx)
+    for group in plan.by_columns:  # each is summed over all its rows at once, and so rounded once
+        if group.rows:
+            own = products.dgrad(_take(dy, 1, group.rows, plan.out_block), _corner(plan, weight, group))
+        else:
+            own = dx.new_zeros(()).expand(len(dx), len(group.columns) * plan.in_block, *dx.shape[2:])
+        _put(dx, 1, group.columns, plan.in_block, own)
+    return dx
+
+
+def _wgrad(plan: BlockPlan, products: Products, dy: Tensor, x: Tensor, dw: Tensor) -> Tensor:
+    if plan.form == "dense":
+        return as_strided_like(_masked(plan, products.wgrad(dy, x)), dw)
+    dw.zero_()
+    for group in plan.by_rows:
+        if group.columns:
+            own = products.wgrad(_take(dy, 1, group.rows, plan.out_block), _take(x, 1, group.columns, plan.in_block))
+            runs = _runs(group.rows, plan.out_block)
+            for run, part in zip(runs, own.split([number for _, number in runs]), strict=True):
+                _put(dw.narrow(0, *run), 1, group.columns, plan.in_block, part)
+    return dw
+
+
+def _diagonal(plan: BlockPlan, weight: Tensor) -> Tensor:
+    """The diagonal blocks (K, O/K, C/K, …) of a weight (O, C, …), a view."""
+    K = len(plan.mask)
+    blocks = weight.unflatten(1, (K, plan.in_block)).unflatten(0, (K, plan.out_block))
+    return blocks.diagonal(dim1=0, dim2=2).movedim(-1, 0)
+
+
+# ---- the convolution ------------------------------------------------------------------------------------------------
+
+
+def _plan_for(x: Tensor, weight: Tensor, text: str, problem: Problem) -> BlockPlan:
+    """The plan of the backend in force; where Triton is asked for by name it also takes what torch would do better."""
+    forced, sizes = dispatch.asked_for("triton"), (problem.taps, problem.N * prod(problem.out_size))
+    if forced and problem.dtype not in DTYPES:
+        raise BackendError(f"no Triton kernel computes in {problem.dtype}; use float32, bfloat16 or float16.")
+    if dispatch.runs_triton(x):
+        from ..kernels import block_conv
+
+        found = plan(text, *weight.shape[:2], "triton", *sizes)
+        if forced and found.form != "grouped":
+            found = _replaced(found, "blocks", "asked for by name")
+        reason = block_conv.why_not(problem, found) if found.form == "blocks" else None
+        if reason is None:
+            return found
+        if forced:
+            raise BackendError(f"no Triton kernel skips the blocks of this convolution: {reason}.")
+    return plan(text, *weight.shape[:2], "torch", *sizes)
+
+
+def _check(x, weight, bias, mask, stride, padding, dilation) -> tuple[int, ...]:
+    """The output's shape (N, O, H', W'); raises DecompkError where the tensors do not fit each other."""
+    if x.dim() != 4 or weight.dim() != 4:
+        raise DecompkError(f"block_conv2d takes x (N, C, H, W) and weight (O, C, kh, kw), not {sizes(x, weight)}.")
+    _check_operands("block_conv2d", x, weight, bias, x.shape[1])
+    shape = check(x[None], weight[None], None if bias is None else bias[None], stride, padding, dilation)
+    _check_division(mask, *weight.shape[:2])
+    return shape[1:]
+
+
+def _check_operands(name: str, x: Tensor, weight: Tensor, bias: Tensor | None, channels: int) -> None:
+    for what, t in (("weight", weight), ("bias", bias)):
+        if t is not None and (t.dtype != x.dtype or not t.is_floating_point()):
+            raise DecompkError(
+                f"{name} needs one floating dtype; x is {x.dtype}, {what} is {t.dtype}: convert one of them."
+            )
+        if t is not None and t.device != x.device:
+            raise DecompkError(f"x is on {x.device} and {what} on {t.device}: move one of them.")
+    if channels != weight.shape[1]:
+        raise DecompkError(f"x has {channels} channels, and weight {sizes(weight)} takes {weight.shape[1]}.")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise DecompkError(f"bias {sizes(bias)} does not fit weight {sizes(weight)}: it has to be (O).")
+
+
+@torch.library.custom_op("decompk::block_conv2d", mutates_args=(), tags=torch.Tag.needs_exact_strides)
+def _conv(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    mask: str,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    skipped_gradients: bool,
+) -> Tensor:
+    y = _channels_last(x, _check(x, weight, bias, mask, stride, padding, dilation))
+    if not y.numel():
+        return y
+    geometry = tuple(stride), tuple(padding), tuple(dilation)
+    x = x.contiguous(memory_format=torch.channels_last)
+    problem = _problem("fprop", x, weight, geometry)
+    found = _plan_for(x, weight, mask, problem)
+    if found.form == "grouped":
+        bias = None if bias is None else bias.view(-1, found.out_block)
+        own = torch.ops.decompk.grouped_conv2d(_by_group(x, found.in_block), _diagonal(found, weight), bias, *geometry)
+        return as_strided_like(own.transpose(0, 1).flatten(1, 2), y)
+    if found.form == "blocks":
+        from ..kernels import block_conv
+
+        bias = None if bias is None else bias.contiguous()
+        block_conv.fprop(problem, found, _nhwc(x), _nhwc(weight).contiguous(), bias, _nhwc(y))
+        return y
+    if found.form == "rows" and problem.pointwise:
+        _linear_fprop(found, _pixels(x), weight.flatten(1), bias, _pixels(y))
+        return y
+    return _fprop(found, _conv_products(x.shape[2:], weight.shape[2:], *geometry), x, weight, bias, y)
+
+
+@_conv.register_fake
+def _(x, weight, bias, mask, stride, padding, dilation, skipped_gradients):
+    return _channels_last(x, _check(x, weight, bias, mask, stride, padding, dilation))
+
+
+@torch.library.custom_op("decompk::block_conv2d_backward", mutates_args=(), tags=torch.Tag.needs_exact_strides)
+def _conv_backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    mask: str,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    skipped_gradients: bool,
+    wanted: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dx, dweight, dbias); what is not wanted is empty."""
+    dx, dw, db = _conv_gradients(grad, x, weight, wanted)
+    if not grad.numel():
+        return tuple(t.zero_() for t in (dx, dw, db))
+    geometry = tuple(stride), tuple(padding), tuple(dilation)
+    grad, x = (t.contiguous(memory_format=torch.channels_last) for t in (grad, x))
+    if wanted[2]:
+        db = grad.sum((0, 2, 3))
+    problem = _problem("dgrad", x, weight, geometry)
+    found = _plan_for(x, weight, mask, problem)
+    products = _conv_products(x.shape[2:], weight.shape[2:], *geometry)
+    own = wanted[0], wanted[1] and not skipped_gradients
+    if wanted[1] and skipped_gradients:
+        dw = as_strided_like(products.wgrad(grad, x), dw)
+    if found.form == "grouped" and any(own):
+        operands = _by_group(grad, found.out_block), _by_group(x, found.in_block), _diagonal(found, weight)
+        dx_own, dw_own, _ = torch.ops.decompk.grouped_conv2d_backward(*operands, *geometry, [*own, False])
+        if own[0]:
+            dx = as_strided_like(dx_own.transpose(0, 1).flatten(1, 2), dx)
+        if own[1]:
+            _diagonal(found, dw.zero_()).copy_(dw_own)
+    elif found.form == "blocks" and any(own):
+        from ..kernels import block_conv
+
+        if own[0]:
+            block_conv.dgrad(problem, found, _nhwc(grad), _nhwc(weight).contiguous(), _nhwc(dx))
+        if own[1]:
+            block_conv.wgrad(problem.of("wgrad"), found, _nhwc(grad), _nhwc(x), _nhwc(dw))
+    elif found.form == "rows" and problem.pointwise:
+        if own[0]:
+            _linear_dgrad(found, _pixels(grad), weight.flatten(1), _pixels(dx))
+        if own[1]:
+            _linear_wgrad(found, _pixels(grad), _pixels(x), dw.flatten(1))
+    else:
+        if own[0]:
+            dx = _dgrad(found, products, grad, weight, dx)
+        if own[1]:
+            dw = _wgrad(found, products, grad, x, dw)
+    return dx, dw, db
+
+
+@_conv_backward.register_fake
+def _(grad, x, weight, mask, stride, padding, dilation, skipped_gradients, wanted):
+    return _conv_gradients(grad, x, weight, wanted)
+
+
+def _conv_gradients(grad: Tensor, x: Tensor, weight: Tensor, wanted: Sequence[bool]) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        _channels_last(x, x.shape) if wanted[0] else x.new_empty(0),
+        _channels_last(x, weight.shape) if wanted[1] else x.new_empty(0),
+        x.new_empty(weight.shape[0]) if wanted[2] else x.new_empty(0),
+    )
+
+
+def _nhwc(x: Tensor) -> Tensor:
+    return x.permute(0, 2, 3, 1)
+
+
+def _pixels(x: Tensor) -> Tensor:
+    """(N, C, H, W), channels_last → (N·H·W, C), a view."""
+    return _nhwc(x).view(-1, x.shape[1])
+
+
+def _by_group(x: Tensor, channels: int) -> Tensor:
+    """(N, K·C, H, W) → (K, N, C, H, W), a view."""
+    return x.unflatten(1, (-1, channels)).transpose(0, 1)
+
+
+def _problem(kind: str, x: Tensor, weight: Tensor, geometry: tuple[Pair, Pair, Pair]) -> Problem:
+    """The dense convolution as a Problem."""
+    N, C, H, W = x.shape
+    tf32 = x.dtype == torch.float32 and torch.backends.cudnn.conv.fp32_precision == "tf32"
+    sides = (1, N, C, weight.shape[0], H, W, tuple(weight.shape[2:]))
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    return Problem(kind, dtype_name(x.dtype, tf32), *sides, *geometry, deterministic=deterministic)
+
+
+# ---- the linear layer -----------------------------------------------------------------------------------------------
+
+BATCH_FROM = 5  # sets of columns from which one batched product takes them all; fewer run in turn
+
+
+@functools.lru_cache(maxsize=1024)
+def _kept_columns(plan: BlockPlan, transposed: bool, device: torch.device) -> tuple[Tensor, Tensor] | None:
+    """Indices (R, 1) and (R, n) of each row's n blocks, for one batched product; None where rows differ or are few."""
+    mask = _transposed(plan.mask) if transposed else plan.mask
+    batched = plan.form == "grouped" or (plan.form == "rows" and len(_grouped(mask)) >= BATCH_FROM)
+    if not batched or len({sum(row) for row in mask}) > 1:
+        return None
+    columns = [[s for s, keep in enumerate(row) if keep] for row in mask]
+    return torch.arange(len(mask), device=device)[:, None], torch.tensor(columns, device=device)
+
+
+def _gathered(plan: BlockPlan, x: Tensor, columns: Tensor, size: int) -> Tensor:
+    """(M, S·size) → (R, M, n·size): what each block row reads; a view where the kept blocks are the diagonal."""
+    x = x.unflatten(1, (-1, size))
+    return x.transpose(0, 1) if plan.form == "grouped" else x[:, columns].transpose(0, 1).flatten(2)
+
+
+def _by_block(weight: Tensor, rows: int, size: int) -> Tensor:
+    """A weight (O, C) as its blocks (R, S, O/R, size), a view."""
+    return weight.unflatten(1, (-1, size)).unflatten(0, (rows, -1)).transpose(1, 2)
+
+
+def _batched(
+    plan: BlockPlan, x: Tensor, weight: Tensor, bias: Tensor | None, kept: tuple[Tensor, Tensor], size: int, y: Tensor
+) -> Tensor:
+    """y (M, O) = x (M, C) · weightᵀ + bias, where x has blocks of `size` channels."""
+    R = len(kept[0])
+    own, kernels = _gathered(plan, x, kept[1], size), _by_block(weight, R, size)[kept].transpose(2, 3).flatten(1, 2)
+    value = torch.bmm(own, kernels) if bias is None else torch.baddbmm(bias.view(R, 1, -1), own, kernels)
+    y.unflatten(1, (R, -1)).copy_(value.transpose(0, 1))
+    return y
+
+
+def _linear_fprop(plan: BlockPlan, x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor) -> Tensor:
+    """y (M, O) from x (M, C) and weight (O, C)."""
+    kept = _kept_columns(plan, False, x.device)
+    if kept is None:
+        return _fprop(plan, LINEAR, x, weight, bias, y)
+    return _batched(plan, x, weight, bias, kept, plan.in_block, y)
+
+
+def _linear_dgrad(plan: BlockPlan, dy: Tensor, weight: Tensor, dx: Tensor) -> Tensor:
+    kept = _kept_columns(plan, True, dy.device)
+    if kept is None:
+        return _dgrad(plan, LINEAR, dy, weight, dx)
+    return _batched(plan, dy, weight.T, None, kept, plan.out_block, dx)
+
+
+def _linear_wgrad(plan: BlockPlan, dy: Tensor, x: Tensor, dw: Tensor) -> Tensor:
+    kept = _kept_columns(plan, False, x.device)
+    if kept is None:
+        return _wgrad(plan, LINEAR, dy, x, dw)
+    per_row = dy.unflatten(1, (-1, plan.out_block)).permute(1, 2, 0)
+    own = torch.bmm(per_row, _gathered(plan, x, kept[1], plan.in_block))
+    _by_block(dw.zero_(), len(own), plan.in_block)[kept] = own.unflatten(2, (-1, plan.in_block)).transpose(1, 2)
+    return dw
+
+
+def _check_linear(x: Tensor, weight: Tensor, bias: Tensor | None, mask: str) -> tuple[int, ...]:
+    if x.dim() < 1 or weight.dim() != 2:
+        raise DecompkError(f"block_linear takes x (…, C) and weight (O, C), not {sizes(x, weight)}.")
+    _check_operands("block_linear", x, weight, bias, x.shape[-1])
+    if not weight.numel():
+        raise DecompkError(f"weight {sizes(weight)}: only the batch may be empty.")
+    _check_division(mask, *weight.shape)
+    return (*x.shape[:-1], weight.shape[0])
+
+
+@torch.library.custom_op("decompk::block_linear", mutates_args=())
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, mask: str, skipped_gradients: bool) -> Tensor:
+    y = x.new_empty(_check_linear(x, weight, bias, mask))
+    if y.numel():
+        rows = y.numel() // len(weight)
+        found = plan(mask, *weight.shape, positions=rows)
+        return _linear_fprop(found, x.reshape(rows, -1), weight, bias, y.view(rows, -1)).view(y.shape)
+    return y
+
+
+@_linear.register_fake
+def _(x, weight, bias, mask, skipped_gradients):
+    return x.new_empty(_check_linear(x, weight, bias, mask))
+
+
+@torch.library.custom_op("decompk::block_linear_backward", mutates_args=())
+def _linear_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, mask: str, skipped_gradients: bool, wanted: Sequence[bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dx, dweight, dbias); what is not wanted is empty."""
+    dx, dw, db = _linear_gradients(grad, x, weight, wanted)
+    if not grad.numel():
+        return tuple(t.zero_() for t in (dx, dw, db))
+    rows = grad.numel() // len(weight)
+    found = plan(mask, *weight.shape, positions=rows)
+    grad, x = grad.reshape(rows, -1), x.reshape(rows, -1)
+    if wanted[0]:
+        dx = _linear_dgrad(found, grad, weight, dx.view(rows, -1)).view(dx.shape)
+    if wanted[1] and skipped_gradients:
+        dw = grad.T @ x
+    elif wanted[1]:
+        dw = _linear_wgrad(found, grad, x, dw)
+    if wanted[2]:
+        db = grad.sum(0)
+    return dx, dw, db
+
+
+@_linear_backward.register_fake
+def _(grad, x, weight, mask, skipped_gradients, wanted):
+    return _linear_gradients(grad, x, weight, wanted)
+
+
+def _linear_gradients(grad: Tensor, x: Tensor, weight: Tensor, wanted: Sequence[bool]) -> tuple[Tensor, Tensor, Tensor]:
+    shapes = x.shape, weight.shape, weight.shape[:1]
+    return tuple(x.new_empty(shape if want else 0) for shape, want in zip(shapes, wanted, strict=True))
+
+
+# ---- as torch calls them --------------------------------------------------------------------------------------------
+
+
+def _keep(ctx, inputs, output):
+    x, weight, bias, *ctx.arguments = inputs
+    ctx.has_bias = bias is not None
+    ctx.save_for_backward(x, weight)
+
+
+def _differentiate(backward: str):
+    def differentiate(ctx, grad):
+        wanted = [*ctx.needs_input_grad[:2], ctx.has_bias and ctx.needs_input_grad[2]]
+        gradients = getattr(torch.ops.decompk, backward)(grad, *ctx.saved_tensors, *ctx.arguments, wanted)
+        own = [g if w else None for g, w in zip(gradients, wanted, strict=True)]
+        return *own, *(None for _ in ctx.arguments)
+
+    return differentiate
+
+
+def _once(ctx, *grads):
+    raise DecompkError(
+        "block_conv2d and block_linear have no second derivative: take it of the dense operators, on a masked weight."
+    )
+
+
+def _cast(name: str, device: str):
+    """Under autocast: floating arguments in its dtype, then the operator itself."""
+
+    def autocast(x, weight, bias, *arguments):
+        dtype = torch.get_autocast_dtype(device)
+        keep = torch.float64 in (x.dtype, weight.dtype)
+        x, weight, bias = (t if t is None or keep else t.to(dtype) for t in (x, weight, bias))
+        with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))):
+            return getattr(torch.ops.decompk, name)(x, weight, bias, *arguments)
+
+    key = f"Autocast{device.upper()}"
+    return key, autocast
+
+
+_library = torch.library.Library("decompk", "FRAGMENT")
+for _name, _forward, _backward in (
+    ("block_conv2d", _conv, _conv_backward),
+    ("block_linear", _linear, _linear_backward),
+):
+    _forward.register_autograd(_differentiate(f"{_name}_backward"), setup_context=_keep)
+    _backward.register_autograd(_once)
+    for _device in ("cpu", "cuda"):
+        _key, _function = _cast(_name, _device)
+        _library.impl(_name, _function, _key)
+
+
+def _tell_flop_counter() -> None:
+    """Register the formulas with torch's FLOP counter, once that is loaded: it loads triton."""
+    if not torch.compiler.is_compiling() and "torch.utils.flop_counter" in sys.modules:
+        _register_flops()
+
+
+@functools.cache
+def _register_flops() -> None:
+    """Two for every multiply-accumulate of a kept block, whatever form computes it."""
+    from torch.utils.flop_counter import register_flop_formula
+
+    from ..cost import conv_macs
+
+    def flops(positions: int, weight: Sequence[int], mask: str) -> int:
+        found = plan(mask, *weight[:2])
+        return 2 * found.blocks * conv_macs(positions, found.in_block, found.out_block, weight[2:])
+
+    def backward_flops(positions: int, weight: Sequence[int], mask: str, skipped: bool, wanted: Sequence[bool]) -> int:
+        return wanted[0] * flops(positions, weight, mask) + wanted[1] * flops(
+            positions, weight, "1" if skipped else mask
+        )
+
+    @register_flop_formula(torch.ops.decompk.block_conv2d)
+    def conv(x, weight, bias, mask, *_, out_shape, **__) -> int:
+        return flops(x[0] * prod(out_shape[2:]), weight, mask)
+
+    @register_flop_formula(torch.ops.decompk.block_conv2d_backward)
+    def conv_backward(grad, x, weight, mask, stride, padding, dilation, skipped, wanted, **_) -> int:
+        return backward_flops(grad[0] * prod(grad[2:]), weight, mask, skipped, wanted)
+
+    @register_flop_formula(torch.ops.decompk.block_linear)
+    def linear(x, weight, bias, mask, *_, **__) -> int:
+        return flops(prod(x[:-1]), weight, mask)
+
+    @register_flop_formula(torch.ops.decompk.block_linear_backward)
+    def linear_backward(grad, x, weight, mask, skipped, wanted, **_) -> int:
+        return backward_flops(prod(grad[:-1]), weight, mask, skipped, wanted)
