@@ -20,6 +20,7 @@ format: .venv/ready
 
 inspect: .venv/ready
 	$(BIN)/python tools/inspect_kernels.py
+	$(BIN)/python tools/inspect_ext.py
 
 bench: .venv/ready
 	$(BIN)/python -m pytest bench --benchmark-only

@@ -7,7 +7,7 @@ import statistics
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -36,8 +36,10 @@ from .layers.nest import tree_map
 from .layers.per_member import PerMember
 from .packed import Packed, pack
 from .partition import Crop
-from .report.table import Column, Table, decimals
 from .shell import Shell
+
+if TYPE_CHECKING:
+    from .report.table import Table
 
 SIZES = (224, 32, 64, 299, 28, 8)  # pixels tried where the caller gives no input size
 GAIN = 1.2  # a layer is worth swapping from here on: less is lost in smaller products
@@ -105,6 +107,7 @@ class ZeroSkipping:
     def skipped(self, input_size: Sequence[int]) -> Table:
         """A table of the layers: multiply-accumulates of one sample as a dense network, done, and skipped."""
         from .cost import layers
+        from .report.table import Column, Table, decimals
 
         kept = {decision.path: decision for decision in self.decisions}
         rows: list[list[Any]] = []

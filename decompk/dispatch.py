@@ -159,10 +159,13 @@ def _predicted_choice(problem: Problem, config: Config, device: Device, backend:
     from .kernels import conv
 
     cost = op_cost(problem, config)
+    rate = _rate(problem, device)
+    if config.form == "halo":
+        rate *= conv.halo.tensor_rate(problem, config, device)
     bounds = {
         "device memory": cost.compulsory_bytes / device.memory_gbps / 1e6,
         "L2": cost.l2_bytes / device.l2_gbps / 1e6 * (POINTER_SLOWDOWN if config.form == "pointer" else 1),
-        "arithmetic": cost.executed_flops / _rate(problem, device) / 1e9,
+        "arithmetic": cost.executed_flops / rate / 1e9,
     }
     binding = max(bounds, key=bounds.__getitem__)
     waves = conv.FORMS[config.form].programs(problem, config) / device.processors

@@ -87,13 +87,14 @@ def test_the_papers_cells_come_as_json_objects(capsys):
     assert sum(cell["verdict"] == "unexplained" for cell in cells) == 2
 
 
-def test_info_says_why_a_backend_is_absent(capsys, monkeypatch):
+def test_info_says_why_a_backend_is_absent(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr("decompk.extension.LIBRARIES", tmp_path)
     monkeypatch.setattr("decompk.device.interpreted", lambda: False)
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     code, out, _ = run(capsys, "info", "--format", "json")
     rows = {row["what"]: row for row in json.loads(out)["rows"]}
     assert code == 0 and rows["backend torch"]["state"] == "available"
-    assert "no C++ extension" in rows["backend cuda"]["detail"] and "interpreted" in rows["backend triton"]["detail"]
+    assert "build_ext" in rows["backend cuda"]["detail"] and "interpreted" in rows["backend triton"]["detail"]
 
 
 WRONG = {

@@ -17,11 +17,13 @@ sys.path[:0] = [str(ROOT / "tools")]
 
 import build_ext
 
+import decompk
+from decompk import device as devices
 from decompk import extension
 from decompk.config import Config, Epilogue, Problem, Prologue
 from decompk.errors import BackendError
 from decompk.kernels.conv import halo
-from decompk.ops.layout import strides_of
+from decompk.ops.layout import strides_of as layout_strides
 
 NAN = float("nan")
 BEFORE = 64  # values of poison at both ends of a storage
@@ -65,7 +67,7 @@ def strides(layout, shape):
     if layout == "gaps":
         pixel, row = C + 5, (W + 3) * (C + 5)
         return N * H * row, H * row, row, pixel, 1
-    k, n, c, h, w = strides_of(layout, (K, N, C, H, W))
+    k, n, c, h, w = layout_strides(layout, (K, N, C, H, W))
     return k, n, h, w, c
 
 
@@ -363,6 +365,7 @@ def test_every_candidate_is_legal_and_right():
             assert len(set(found)) == len(found)
             assert [halo.why_not(p, c) for c in found] == [None] * len(found)
             assert any(halo.shared_bytes(p, c) <= 166_912 for c in found), "none for an A100"
+            assert all(0 < halo.tensor_rate(p, c, devices.KNOWN[90]) <= 0.6 for c in found)
             assert all(halo.programs(p, c) * c.pixels >= p.K * p.N * p.out_size[0] ** 2 for c in found)
     p = problem(2, 1, 40, 24, 6, 6)
     x, weight = torch.randn(2, 1, 6, 6, 40).bfloat16(), weights(p)
@@ -394,6 +397,9 @@ def test_illegal_problems_and_configs_are_named():
     ):
         reason = halo.why_not(wrong, config)
         assert reason and word in reason, (reason, word)
+    for wrong in (replace(p, C=512, O=2048), replace(p, kernel=(1, 1), stride=(4, 3)), p.of("wgrad")):
+        assert halo.configs(wrong)
+        assert all(halo.why_not(wrong, config) for config in halo.configs(wrong))
 
 
 def test_wrong_tensors_are_refused_by_name():
@@ -452,3 +458,23 @@ def test_nothing_is_built_twice_and_a_missing_compiler_is_named(tmp_path, monkey
     assert build_ext.main() == 1
     assert capsys.readouterr().err == "g++ is not installed: there is none in CUDA_HOME, PATH or /usr/local/cuda.\n"
     assert library.stat().st_mtime_ns == built
+
+
+@pytest.mark.parametrize("layout", ["member", "grouped"])
+def test_the_operator_runs_on_it_where_it_is_asked_for(layout):
+    shape, geometry = (3, 2, 12, 9, 7), ((1, 1), (1, 1))
+    x = torch.empty_strided(shape, layout_strides(layout, shape), dtype=torch.bfloat16).normal_().requires_grad_()
+    weight, bias = (t.bfloat16() for t in (torch.randn(3, 20, 12, 3, 3) / 10, torch.randn(3, 20)))
+    with decompk.backend("emulation"):
+        y = decompk.ops.grouped_conv2d(x, weight, bias, *geometry)
+        (dx,) = torch.autograd.grad(y.square().sum(), x)
+    with decompk.backend("torch"):
+        theirs = decompk.ops.grouped_conv2d(x, weight, bias, *geometry)
+        (their_dx,) = torch.autograd.grad(theirs.square().sum(), x)
+    assert y.stride() == theirs.stride()
+    exact = torch.stack([F.conv2d(*(t.double() for t in one), *geometry) for one in zip(x, weight, bias, strict=True)])
+    error, others = ((t.double() - exact).norm() / exact.norm() for t in (y, theirs))
+    assert error <= 2 * others + 1e-6
+    assert (dx - their_dx).float().norm() <= 0.02 * their_dx.float().norm()
+    with decompk.backend("emulation"), pytest.raises(BackendError, match="bfloat16 and float16"):
+        decompk.ops.grouped_conv2d(x.float(), weight.float(), None, *geometry)

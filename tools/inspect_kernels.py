@@ -151,9 +151,9 @@ def _choices(here: devices.Device, only: str) -> Iterator[tuple[str, Problem, Co
         for dtype in ("bfloat16", "tf32", "float32") if case.model == "resnet32" else ("bfloat16",):
             for layer in layers.layers(case, dtype):
                 for problem in layer.passes():
-                    found = [c.config for c in dispatch.candidates(problem, here) if c.config][:1]
+                    found = [c.config for c in dispatch.candidates(problem, here) if c.backend == "triton"][:1]
                     tuned = dispatch.lookup(problem, here)
-                    for config in found + ([tuned.config] if tuned and tuned.config else []):
+                    for config in found + ([tuned.config] if tuned and tuned.backend == "triton" else []):
                         yield f"{problem.kind} {dtype} {layer.name}", problem, config
 
 

@@ -66,7 +66,10 @@ def thread_values(problem: Problem, config: Config) -> int:
 
 
 def configs(problem: Problem) -> list[Config]:
-    """Candidates from shapes alone: large and small tiles that load least, and one that fits the smallest device."""
+    """Candidates from shapes alone: large and small tiles that load least, and one that fits the smallest device.
+
+    For a problem that this form does not compute at least one, of which `why_not` says why.
+    """
     block_in, block_out = blocks(problem.C, problem.O)
     parts = cdiv(block_out if problem.kind == "fprop" else block_in, WARP_CHANNELS)
 
@@ -80,8 +83,8 @@ def configs(problem: Problem) -> list[Config]:
         return sorted(found, key=lambda c: _loaded_pixels(problem, c) * _tiles(problem, c))
 
     small, large = ([[c for c in of(n) if shared_bytes(problem, c) <= b] for n in (4, 2, 1)] for b in DEVICE_BYTES)
-    fitting = next(found[0] for found in small if found)
-    return list(dict.fromkeys((*large[0][:2], *large[1][:2], fitting)))
+    fitting = next((found[:1] for found in small if found), [])
+    return list(dict.fromkeys((*large[0][:2], *large[1][:2], *fitting))) or of(1)[:1]
 
 
 def programs(problem: Problem, config: Config) -> int:
