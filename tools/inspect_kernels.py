@@ -126,7 +126,7 @@ def inspect(kernel: Kernel, arch: int) -> Report:
 
 
 def shipped(arch: int, only: str = "") -> Iterator[Kernel]:
-    """Every distinct kernel that dispatch answers with on sm_`arch`; `only`: for networks whose title holds this."""
+    """Every distinct kernel that ships for sm_`arch`; `only`: for networks whose title holds this, and batch norms."""
     here = devices.KNOWN[arch]
     seen = set()
     for label, problem, config in _choices(here, only):
@@ -141,7 +141,7 @@ def shipped(arch: int, only: str = "") -> Iterator[Kernel]:
                     yield Kernel(what, launch, _promises(problem, config, launch))
     for label, launch in batch_norm.variants():
         yield Kernel(f"batch norm {label}", launch)
-    for label, launch in block_conv.variants():
+    for label, launch in () if only else block_conv.variants():
         yield Kernel(label, launch, () if " float32 " in label else (TENSOR_CORES,))
 
 
@@ -183,7 +183,7 @@ def _inspect_job(i: int) -> Report:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--arch", default="80,90,100", help="compute capabilities, as in sm_90")
-    parser.add_argument("--only", default="", metavar="TEXT", help="the networks whose title holds this")
+    parser.add_argument("--only", default="", metavar="TEXT", help="the networks whose title holds this, no blocks")
     parser.add_argument("--out", type=Path, help="write the table here, too")
     args = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET") == "1":
