@@ -45,4 +45,4 @@ def test_composed_inference(benchmark, case, how):
     if "channels_last" in how:
         x = x.contiguous(memory_format=torch.channels_last)
     benchmark.group = f"{case}, {images} images, {torch.get_num_threads()} threads"
-    benchmark.pedantic(run, (nets[how], x), rounds=7, warmup_rounds=2)
+    benchmark.pedantic(run, (nets[how], x), rounds=15, warmup_rounds=2)

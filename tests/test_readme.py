@@ -50,6 +50,17 @@ def test_its_timings_are_the_medians_of_the_committed_bench():
     assert f"torch {result['machine_info']['torch'].partition('+')[0]}" in README
 
 
+def test_the_speed_without_zero_blocks_is_that_of_the_committed_bench():
+    result = json.loads((RESULTS / "composed.json").read_text())
+    medians = {b["name"].removeprefix("test_composed_inference"): b["stats"]["median"] for b in result["benchmarks"]}
+    for case in ("ResNet32, K=4", "VGG16, K=4"):
+        hows = ("dense", "dense, channels_last", "members", "layer by layer")
+        one, other, members, layers = (medians[f"[{case}-{how}]"] * 1e3 for how in hows)
+        dense = min(one, other)
+        cells = f"{dense:.0f} ms | {members:.0f} ms | {dense / members:.1f}× | {layers:.0f} ms |"
+        assert re.search(rf"composed {case}, [^|]*\| {re.escape(cells)}", README), cells
+
+
 def test_the_counts_it_gives_are_those_of_the_tables_and_the_survey():
     verdicts = Counter(cell["verdict"] for cell in paper_cells())
     counts = [verdicts[v] for v in ("exact", "exact (truncated)", "close", "unexplained")]
