@@ -69,12 +69,12 @@ class Decision:
 def block_diagonal(net: nn.Module, input_size: Sequence[int] | None = None) -> ZeroSkipping:
     """`net` without its zero blocks: the same outputs, and in training the zeros stay zero.
 
-    A network that is uniformly block-diagonal throughout, as a composed one is, becomes K packed members that share
-    the full input and whose heads are added. It holds *copies* of the
-    parameters, each with a leading dimension K, and of a first fully connected layer only the columns that some
-    spatial window fills. Otherwise every Conv2d and Linear with exact zero blocks, perhaps after a permutation of its
-    channels, becomes a zero-skipping layer and all else stays; the result then *shares* every parameter and buffer
-    with `net`. A dense network comes back as it is. `fast.decisions` lists what was done with each layer, and why.
+    A network that is uniformly block-diagonal throughout, as a composed one is, becomes K packed members that share the
+    full input and whose heads are added. It holds *copies* of the parameters, each with a leading dimension K, and of a
+    first fully connected layer only the columns that some spatial window fills. Otherwise every Conv2d and Linear with
+    exact zero blocks, perhaps after a permutation of its channels, becomes a zero-skipping layer and all else stays;
+    the result then *shares* every parameter and buffer with `net`. A dense network comes back as it is.
+    `fast.decisions` lists what was done with each layer, and why.
 
     `input_size`: (C, *spatial) of one sample, to follow shapes with; without it common sizes are tried. Nothing
     depends on it but whether the network is recognised as a whole. `densify` is the way back. Raises DecompkError
@@ -151,9 +151,9 @@ class Members(ZeroSkipping, Packed):
         if x.device.type != "cpu" or torch.is_grad_enabled() or asked_for("triton") or x.dim() < 3:
             return False
         modules = list(self._inner.modules())
-        layers = [m.weight[0].numel() for m in modules if isinstance(m, nn.modules.conv._ConvNd)]
         if any(isinstance(m, PerMember) for m in modules):
             return False
+        layers = [m.weight[0].numel() for m in modules if isinstance(m, nn.modules.conv._ConvNd)]
         return x.shape[0] // self.K * x[0, 0].numel() // 16 * statistics.median(layers or [0]) > 2**23
 
     def _by_member(self, N: int, leaf: Any) -> Any:
@@ -185,7 +185,7 @@ def _as_members(net: nn.Module, input_size: Sequence[int] | None) -> tuple[Membe
     if max(counts.values(), default=1) < 2:
         return None, "no layer falls into blocks"
     reason = ""
-    for K in _candidates(net, counts):
+    for K in _candidates(counts):
         found = _decomposed(net, K, input_size)
         why = found if isinstance(found, str) else _why_not_members(net, found)
         if why is None:
@@ -197,7 +197,7 @@ def _as_members(net: nn.Module, input_size: Sequence[int] | None) -> tuple[Membe
     return None, reason or "no number of members fits its layers"
 
 
-def _candidates(net: nn.Module, counts: dict[str, int]) -> list[int]:
+def _candidates(counts: dict[str, int]) -> list[int]:
     """Numbers of members worth trying: what most layers fall into, then its divisors."""
     most = Counter(count for count in counts.values() if count > 1).most_common(1)[0][0]
     return [K for K in range(most, 1, -1) if most % K == 0][:6]
@@ -247,11 +247,11 @@ def _members(net: nn.Module, d: Decomposition, counts: dict[str, int]) -> Member
         hold_once(head)
     decisions = []
     for path in counts:
-        twin = fast._inner.get_submodule(path)
-        share = fast._inner.get_submodule(path).weight.numel() / net.get_submodule(path).weight.numel()
+        twin, whole = fast._inner.get_submodule(path), net.get_submodule(path).weight.numel()
+        share = twin.weight.numel() / whole
         what = f"a block of each of {d.K} members" if share < 1 else "every member needs all of it"
         if type(twin) is PackedLinear and WindowedLinear.narrow(twin):
-            share = twin.weight.numel() / net.get_submodule(path).weight.numel()
+            share = twin.weight.numel() / whole
             what += f", {twin.weight.shape[2]} of {twin.in_features} columns"
         decisions.append(Decision(path, "members", share, what))
     fast.decisions = tuple(decisions)

@@ -42,8 +42,12 @@ def backend(name: str) -> Iterator[None]:
     if name not in BACKENDS:
         raise BackendError(f"there is no backend '{name}': choose one of {', '.join(BACKENDS)}.")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    reason = devices.why_not_triton_on(device) if name == "triton" else None
-    if reason := extension.why_not(name) if name in EXTENSION else reason:
+    reason = None
+    if name == "triton":
+        reason = devices.why_not_triton_on(device)
+    elif name in EXTENSION:
+        reason = extension.why_not(name)
+    if reason:
         raise BackendError(f"backend '{name}' cannot run here: {reason}.")
     token = _forced.set(name)
     try:

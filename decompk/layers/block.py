@@ -11,15 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import ops
-from ..ops.block import mask_text
+from ..ops.block import Mask, is_diagonal, mask_text
 from .base import Twin, dotted
 from .conv import PackedConv2d
 from .linear import PackedLinear
 
 LEAST = 8  # channels of a block: what tensor cores and vectors take whole
 OVERHEAD = 8  # channels' worth of work that a block costs beside its own, in the choice of block sizes
-
-Mask = tuple[tuple[bool, ...], ...]
 
 
 @dataclass(frozen=True)
@@ -41,8 +39,7 @@ class Blocks:
     @property
     def uniform(self) -> int:
         """K where the mask is the diagonal of K × K blocks, else 0."""
-        K = len(self.mask)
-        return K if all(list(row) == [r == s for s in range(K)] for r, row in enumerate(self.mask)) else 0
+        return len(self.mask) if is_diagonal(self.mask) else 0
 
     def __str__(self) -> str:
         O, C = len(self.mask), len(self.mask[0])
@@ -56,8 +53,7 @@ def find_blocks(weight: Tensor) -> Blocks | None:
     Equal blocks of at least 8 channels, so large that they cost the least together; if no cut of the channels as they
     stand gives any, one after the permutation that brings channels together that share a weight.
     """
-    filled = (weight.detach() != 0).flatten(2).any(2) if weight.dim() > 2 else weight.detach() != 0
-    filled = filled.cpu()
+    filled = _filled(weight)
     if bool(filled.all()):
         return None
     straight = _best_mask(filled)
@@ -91,8 +87,12 @@ def components(filled: Tensor) -> tuple[Tensor, Tensor]:
 
 def count_components(weight: Tensor) -> int:
     """Into how many parts without a weight between them the outputs of weight (O, C, …) fall."""
-    filled = (weight.detach() != 0).flatten(2).any(2) if weight.dim() > 2 else weight.detach() != 0
-    return int(components(filled.cpu())[0].max()) + 1
+    return int(components(_filled(weight))[0].max()) + 1
+
+
+def _filled(weight: Tensor) -> Tensor:
+    """(O, C) on the CPU: where weight (O, C, …) holds anything but zeros."""
+    return (weight.detach() != 0).view(*weight.shape[:2], -1).any(2).cpu()
 
 
 def _best_mask(filled: Tensor) -> Mask | None:

@@ -6,7 +6,6 @@ A mask of R × S blocks says which are kept. `plan` decides from shapes alone wh
 from __future__ import annotations
 
 import functools
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from math import prod
@@ -19,7 +18,7 @@ from torch import Tensor
 from .. import dispatch
 from ..config import DTYPES, Problem, dtype_name
 from ..errors import BackendError, DecompkError
-from .conv import Pair, arguments, check
+from .conv import Pair, check, check_alike, padded, register_autocast, tell_flop_counter
 from .layout import as_strided_like, sizes
 
 Mask = tuple[tuple[bool, ...], ...]
@@ -56,13 +55,10 @@ def block_conv2d(
         return y.squeeze(0)
     if x.dim() != 4 or weight.dim() != 4:
         raise DecompkError(f"block_conv2d takes x (N, C, H, W) and weight (O, C, kh, kw), not {sizes(x, weight)}.")
-    same, kernel = padding == "same", weight.shape[2:]
-    stride, padding, dilation = arguments(kernel, stride, padding, dilation)
-    if same and (odd := [d * (k - 1) % 2 for d, k in zip(dilation, kernel, strict=True)]) != [0, 0]:
-        x = F.pad(x, (0, odd[1], 0, odd[0]))  # as torch does: the odd one behind
-    _tell_flop_counter()
+    x, *geometry = padded(x, weight.shape[2:], stride, padding, dilation)
+    tell_flop_counter(_register_flops)
     x = x.contiguous(memory_format=torch.channels_last)
-    return torch.ops.decompk.block_conv2d(x, weight, bias, mask, stride, padding, dilation, skipped_gradients)
+    return torch.ops.decompk.block_conv2d(x, weight, bias, mask, *geometry, skipped_gradients)
 
 
 def block_linear(
@@ -77,7 +73,7 @@ def block_linear(
 
     x (..., C), weight (O, C), bias (O) → (..., O); dtypes, block_mask, gradients and errors as in `block_conv2d`.
     """
-    _tell_flop_counter()
+    tell_flop_counter(_register_flops)
     return torch.ops.decompk.block_linear(x, weight, bias, mask_text(block_mask), skipped_gradients)
 
 
@@ -200,7 +196,7 @@ def _plan(text: str, out_channels: int, in_channels: int, backend: str) -> Block
     blocks = out_channels // R, in_channels // S
     kept = sum(map(sum, mask)) / (R * S)
     sets = len(_grouped(mask))
-    if R == S > 1 and all(keep == (r == s) for r, row in enumerate(mask) for s, keep in enumerate(row)):
+    if R > 1 and is_diagonal(mask):
         form, reason = "grouped", f"{R} independent groups"
     elif kept >= DENSE_FROM[backend]:
         form, reason = "dense", "nothing to skip" if kept == 1 else "too little to skip"
@@ -224,6 +220,13 @@ def _check_division(text: str, out_channels: int, in_channels: int) -> None:
 @functools.lru_cache(maxsize=1024)
 def _replaced(found: BlockPlan, form: str, reason: str) -> BlockPlan:
     return replace(found, form=form, reason=reason)
+
+
+def is_diagonal(mask: Mask) -> bool:
+    """Whether each block row keeps the block of its own number alone."""
+    return len(mask) == len(mask[0]) and all(
+        keep == (r == s) for r, row in enumerate(mask) for s, keep in enumerate(row)
+    )
 
 
 def _transposed(mask: Mask) -> Mask:
@@ -407,13 +410,7 @@ def _check(x, weight, bias, mask, stride, padding, dilation) -> tuple[int, ...]:
 
 
 def _check_operands(name: str, x: Tensor, weight: Tensor, bias: Tensor | None, channels: int) -> None:
-    for what, t in (("weight", weight), ("bias", bias)):
-        if t is not None and (t.dtype != x.dtype or not t.is_floating_point()):
-            raise DecompkError(
-                f"{name} needs one floating dtype; x is {x.dtype}, {what} is {t.dtype}: convert one of them."
-            )
-        if t is not None and t.device != x.device:
-            raise DecompkError(f"x is on {x.device} and {what} on {t.device}: move one of them.")
+    check_alike(name, x, weight=weight, bias=bias)
     if channels != weight.shape[1]:
         raise DecompkError(f"x has {channels} channels, and weight {sizes(weight)} takes {weight.shape[1]}.")
     if bias is not None and bias.shape != weight.shape[:1]:
@@ -693,36 +690,13 @@ def _once(ctx, *grads):
     )
 
 
-def _cast(name: str, device: str):
-    """Under autocast: floating arguments in its dtype, then the operator itself."""
-
-    def autocast(x, weight, bias, *arguments):
-        dtype = torch.get_autocast_dtype(device)
-        keep = torch.float64 in (x.dtype, weight.dtype)
-        x, weight, bias = (t if t is None or keep else t.to(dtype) for t in (x, weight, bias))
-        with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))):
-            return getattr(torch.ops.decompk, name)(x, weight, bias, *arguments)
-
-    key = f"Autocast{device.upper()}"
-    return key, autocast
-
-
-_library = torch.library.Library("decompk", "FRAGMENT")
 for _name, _forward, _backward in (
     ("block_conv2d", _conv, _conv_backward),
     ("block_linear", _linear, _linear_backward),
 ):
     _forward.register_autograd(_differentiate(f"{_name}_backward"), setup_context=_keep)
     _backward.register_autograd(_once)
-    for _device in ("cpu", "cuda"):
-        _key, _function = _cast(_name, _device)
-        _library.impl(_name, _function, _key)
-
-
-def _tell_flop_counter() -> None:
-    """Register the formulas with torch's FLOP counter, once that is loaded: it loads triton."""
-    if not torch.compiler.is_compiling() and "torch.utils.flop_counter" in sys.modules:
-        _register_flops()
+    register_autocast(_name)
 
 
 @functools.cache

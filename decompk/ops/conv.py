@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from math import prod
 
@@ -54,12 +54,9 @@ def grouped_conv2d(
         raise DecompkError(
             f"grouped_conv2d takes x (K, N, C, H, W) and weight (K, O, C, kh, kw), not {sizes(x, weight)}."
         )
-    same, kernel = padding == "same", weight.shape[3:]
-    stride, padding, dilation = arguments(kernel, stride, padding, dilation)
-    if same and (odd := [d * (k - 1) % 2 for d, k in zip(dilation, kernel, strict=True)]) != [0, 0]:
-        x = F.pad(x, (0, odd[1], 0, odd[0]))  # as torch does: the odd one behind
-    tell_flop_counter()
-    return torch.ops.decompk.grouped_conv2d(channels_inside(x), weight, bias, stride, padding, dilation)
+    x, *geometry = padded(x, weight.shape[3:], stride, padding, dilation)
+    tell_flop_counter(register_flops)
+    return torch.ops.decompk.grouped_conv2d(channels_inside(x), weight, bias, *geometry)
 
 
 def conv2d(
@@ -103,6 +100,15 @@ def arguments(kernel: Sequence[int], stride, padding, dilation) -> tuple[Pair, P
     return stride, _pair(padding, "padding", 0), dilation
 
 
+def padded(x: Tensor, kernel: Sequence[int], stride, padding, dilation) -> tuple[Tensor, Pair, Pair, Pair]:
+    """x and `arguments`; with "same" padding and an even kernel x has the odd row or column behind, as in torch."""
+    same = padding == "same"
+    stride, padding, dilation = arguments(kernel, stride, padding, dilation)
+    if same and (odd := [d * (k - 1) % 2 for d, k in zip(dilation, kernel, strict=True)]) != [0, 0]:
+        x = F.pad(x, (0, odd[1], 0, odd[0]))
+    return x, stride, padding, dilation
+
+
 def _pair(value, name: str, least: int) -> Pair:
     values = (value, value) if isinstance(value, int) else tuple(value)
     if len(values) == 1:
@@ -129,14 +135,7 @@ def check(x: Tensor, weight: Tensor, bias: Tensor | None, stride, padding, dilat
         raise DecompkError(
             f"grouped_conv2d takes x (K, N, C, H, W) and weight (K, O, C, kh, kw), not {sizes(x, weight)}."
         )
-    tensors = {"x": x, "weight": weight} | ({} if bias is None else {"bias": bias})
-    for name, t in tensors.items():
-        if t.dtype != x.dtype or not t.is_floating_point():
-            raise DecompkError(
-                f"grouped_conv2d needs one floating dtype; x is {x.dtype}, {name} is {t.dtype}: convert one of them."
-            )
-        if t.device != x.device:
-            raise DecompkError(f"x is on {x.device} and {name} on {t.device}: move one of them.")
+    check_alike("grouped_conv2d", x, x=x, weight=weight, bias=bias)
     if x.shape[0] != weight.shape[0] or x.shape[2] != weight.shape[2]:
         raise DecompkError(
             f"x {sizes(x)} has {x.shape[0]} members of {x.shape[2]} channels, weight {sizes(weight)} has "
@@ -158,6 +157,17 @@ def check(x: Tensor, weight: Tensor, bias: Tensor | None, stride, padding, dilat
             f"{x.shape[3]}×{x.shape[4]} pixels with padding {tuple(padding)}."
         )
     return shape
+
+
+def check_alike(operator: str, x: Tensor, /, **operands: Tensor | None) -> None:
+    """Raise DecompkError where an operand is not floating, or not of x's dtype and device."""
+    for name, t in operands.items():
+        if t is not None and (t.dtype != x.dtype or not t.is_floating_point()):
+            raise DecompkError(
+                f"{operator} needs one floating dtype; x is {x.dtype}, {name} is {t.dtype}: convert one of them."
+            )
+        if t is not None and t.device != x.device:
+            raise DecompkError(f"x is on {x.device} and {name} on {t.device}: move one of them.")
 
 
 # ---- the operators --------------------------------------------------------------------------------------------------
@@ -272,34 +282,39 @@ _forward.register_autograd(_differentiate, setup_context=_keep)
 _backward.register_autograd(_once)
 
 
-def _cast(device: str):
-    """Under autocast: floating arguments in its dtype, then the operator itself."""
-
-    def autocast(x, weight, bias, stride, padding, dilation):
-        dtype = torch.get_autocast_dtype(device)
-        keep = torch.float64 in (x.dtype, weight.dtype)
-        x, weight, bias = (t if t is None or keep else t.to(dtype) for t in (x, weight, bias))
-        with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))):
-            return torch.ops.decompk.grouped_conv2d(x, weight, bias, stride, padding, dilation)
-
-    key = f"Autocast{device.upper()}"
-    return key, autocast
-
-
 _library = torch.library.Library("decompk", "FRAGMENT")
-for _device in ("cpu", "cuda"):
-    _key, _function = _cast(_device)
-    _library.impl("grouped_conv2d", _function, _key)
 
 
-def tell_flop_counter() -> None:
-    """Register the operators' formulas with torch's FLOP counter, once that is loaded: it loads triton."""
+def register_autocast(name: str) -> None:
+    """Under autocast: decompk::`name`'s x, weight and bias in its dtype, then the operator itself."""
+
+    def implement(device: str) -> None:
+        key = f"Autocast{device.upper()}"
+
+        def autocast(x, weight, bias, *arguments):
+            dtype = torch.get_autocast_dtype(device)
+            keep = torch.float64 in (x.dtype, weight.dtype)
+            x, weight, bias = (t if t is None or keep else t.to(dtype) for t in (x, weight, bias))
+            with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))):
+                return getattr(torch.ops.decompk, name)(x, weight, bias, *arguments)
+
+        _library.impl(name, autocast, key)
+
+    for device in ("cpu", "cuda"):
+        implement(device)
+
+
+register_autocast("grouped_conv2d")
+
+
+def tell_flop_counter(register: Callable[[], None]) -> None:
+    """`register` operators' formulas with torch's FLOP counter, once that is loaded: it loads triton."""
     if not torch.compiler.is_compiling() and "torch.utils.flop_counter" in sys.modules:
-        _register_flops()
+        register()
 
 
 @functools.cache
-def _register_flops() -> None:
+def register_flops() -> None:
     from torch.utils.flop_counter import register_flop_formula
 
     from ..cost import conv_macs

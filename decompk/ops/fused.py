@@ -14,7 +14,7 @@ from ..config import Epilogue, Prologue
 from ..errors import DecompkError
 from ..partition import Crop
 from . import library
-from .conv import arguments, check, operands, settled, tell_flop_counter
+from .conv import arguments, check, operands, register_flops, settled, tell_flop_counter
 from .layout import as_strided_like, channels_inside, empty_like_layout, empty_weight, layout_of, nhwc, ohwi, sizes
 
 
@@ -73,7 +73,7 @@ def _call(x, weight, bias, stride, padding, dilation, affine, residual, relu, pr
         raise DecompkError(f"x {sizes(x)} and weight {sizes(weight)} are not {wanted} and (K, O, C, kh, kw).")
     stride, padding, dilation = arguments(weight.shape[3:], stride, padding, dilation)
     window = [] if crops is None else _window(crops, x, weight)
-    tell_flop_counter()
+    tell_flop_counter(register_flops)
     x = channels_inside(x.unsqueeze(0) if window else x)
     flags = (relu, *prologue, in_relu, window, moments, stride, padding, dilation)
     return torch.ops.decompk.fused_conv2d(x, weight, bias, *affine, residual, *flags)
