@@ -1,6 +1,6 @@
 """decompk trains K networks for little more than the price of one: decompose, pack, compose."""
 
-from . import losses, models, ops, theory
+from . import losses, models, ops, optim, theory
 from .blockdiag import block_diagonal, densify
 from .decompose import Decomposition, decompose, grouped_subnets
 from .dispatch import backend
@@ -32,6 +32,7 @@ __all__ = [
     "losses",
     "models",
     "ops",
+    "optim",
     "pack",
     "theory",
 ]

@@ -1,0 +1,522 @@
+"""Optimizers of packed networks: K members in one step, each with its own hyperparameters, each free to stop."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.optim.sgd import sgd
+
+from .errors import CheckpointError, DecompkError, PackError
+
+VECTOR = 64  # elements, a multiple of every CPU's vector; torch's fused loops round the tail behind the last otherwise
+
+Number = float | Sequence[float]
+Pair = tuple[float, float]
+Groups = nn.Module | Iterable[dict[str, Any]]
+
+
+class _Stack(NamedTuple):
+    """Views of a parameter (K, …) and its state, cut where the runs begin and end."""
+
+    state: dict[str, Tensor]
+    sizes: list[int]  # members in each part of the stack
+    rows: list[list[tuple]]  # for each run its parts: (index, parameter, *state, step of the first member)
+    steps: list[Tensor]  # the step counts of all active members
+
+
+class _Call(NamedTuple):
+    """One fused call: what of a run lies on one device in one dtype."""
+
+    member: int  # the run's first
+    first: bool  # whether this is the first step
+    parts: list[int]  # of the gradients
+    columns: list[list[Tensor]]  # parameters, each state, steps
+
+
+class _MemberOptimizer(torch.optim.Optimizer):
+    """A torch optimizer whose param group j·K + k holds member k's hyperparameters in the user's group j.
+
+    Every hyperparameter is a plain float there, for any lr_scheduler or hand to change. The stacks themselves are
+    listed in group j·K, their state is (K, …) like them, with a step count (K,).
+    """
+
+    _numbers: tuple[str, ...]  # the hyperparameters that each member has its own of, lr first
+    _flags: tuple[str, ...]  # those that all members share
+    _age: type = float  # what an update depends on of the step count
+
+    def __init__(self, params: Groups, packed: nn.Module | None, numbers: tuple, flags: tuple, capturable: bool):
+        packed = params if packed is None else packed
+        packed = getattr(packed, "_orig_mod", packed)  # torch.compile's wrapper puts its own prefix before the names
+        if not isinstance(getattr(packed, "K", None), int):
+            raise PackError(
+                f"{type(packed).__name__} has no members: give the packed module, or groups of its parameters and "
+                "packed=, the module."
+            )
+        self.packed = packed
+        self._saved: dict[int, dict[str, Tensor]] = {}
+        if isinstance(params, nn.Module):
+            params = [{"params": list(params.parameters())}]
+        defaults = dict(zip((*self._numbers, *self._flags), (*numbers, *flags), strict=True))
+        super().__init__(params, {**defaults, "capturable": capturable, "fused": True})
+        self._forget()
+
+    @property
+    def K(self) -> int:
+        return self.packed.K
+
+    @property
+    def stopped(self) -> tuple[int, ...]:
+        """The members that `stop` has stopped."""
+        return tuple(sorted(self._saved))
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add K groups, one a member, for stacks (K, …) and their hyperparameters, one value or K values each.
+
+        Stacks that require no gradient are left out. Raises PackError, DecompkError.
+        """
+        given = {**self.defaults, **param_group}
+        stacks = given.pop("params")
+        stacks = [stacks] if isinstance(stacks, Tensor) else list(stacks)
+        for p in stacks:
+            self._check(p)
+        members = self._members(given)
+        trained = [p for p in stacks if p.requires_grad]
+        for k, member in enumerate(members):
+            super().add_param_group({**given, **member, "params": trained if k == 0 else []})
+
+    def _check(self, p: Tensor) -> None:
+        if p.shape[:1] != (self.K,):
+            raise PackError(f"{self._name(p)} of {tuple(p.shape)} is not a stack of {self.K} members.")
+        dense = torch.empty_like(p, device="meta").stride() == p.stride()
+        if p.numel() and not (dense and (self.K == 1 or p.stride(0) * self.K == p.numel())):
+            raise PackError(f"{self._name(p)} has strides {p.stride()}: each member's weights must lie in one piece.")
+
+    def _name(self, p: Tensor) -> str:
+        return next((f"'{name}'" for name, own in self.packed.named_parameters() if own is p), "a parameter")
+
+    def _members(self, given: dict[str, Any]) -> list[dict[str, Any]]:
+        for flag in self._flags:
+            if not isinstance(given[flag], bool):
+                raise DecompkError(f"{flag} is one bool for all members, not {given[flag]!r}.")
+        columns = [_per_member(name, given[name], self.K) for name in self._numbers]
+        return [dict(zip(self._numbers, row, strict=True)) for row in zip(*columns, strict=True)]
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step of every member that is not stopped, each by its own hyperparameters; returns the closure's loss.
+
+        Adjacent members with equal hyperparameters and step counts are one run, and a run is one fused call. Each
+        member gets the bits that torch's fused optimizer would give it alone, in the same memory format (for SGD in
+        half precision on a CPU: the plain one). Never waits for a GPU.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if not _capturing():
+            self.prepare()
+        elif not self.defaults["capturable"] or self._division is None:
+            raise DecompkError("a CUDA graph can capture step() with capturable=True, after one step outside it.")
+        for j, how in enumerate(self._division):
+            live = [p for p in self.param_groups[j * self.K]["params"] if p.grad is not None]
+            stacks = [self._stack(p, *how) for p in live]
+            grads = [
+                part for p, stack in zip(live, stacks, strict=True) for part in self._gradient(p).split(stack.sizes)
+            ]
+            steps = [step for stack in stacks for step in stack.steps]
+            if steps:
+                torch._foreach_add_(steps, 1)
+            for call in self._calls(j, live, stacks):
+                i = j * self.K + call.member
+                lr = self._lr[i] if self.defaults["capturable"] else self.param_groups[i]["lr"]
+                self._update(self.param_groups[i], lr, call.first, [grads[n] for n in call.parts], *call.columns)
+            if self._fresh:
+                self._fresh -= {(id(p), k) for p in live for a, b in how[0] for k in range(a, b)}
+        self._put_back()
+        return loss
+
+    @torch.no_grad()
+    def prepare(self) -> Hashable:
+        """Bring learning rates and the division into runs up to date with param_groups; `step` does so itself.
+
+        With capturable=True call it before every replay of a CUDA graph of `step`. What it returns changes whenever
+        that graph must be captured again: other runs, stopped members, constants or storage, but not learning rates.
+        """
+        pointers = [p.data_ptr() for group in self.param_groups for p in group["params"]]
+        if pointers != self._pointers or any(s.state is not self.state.get(p) for p, s in self._stacks.items()):
+            self._pointers, self._storage = pointers, self._storage + 1
+            self._stacks, self._cached = {}, {}
+        names = (*self._numbers, *self._flags)
+        constants = [tuple(group[name] for name in names) for group in self.param_groups]
+        sets = range(0, len(constants), self.K)
+        division = [
+            (self._runs(constants[j : j + self.K]), self._state_names(self.param_groups[j : j + self.K])) for j in sets
+        ]
+        if division != self._division:
+            self._division = division
+            self._stacks, self._cached = {}, {}
+        for j, how in zip(sets, division, strict=True):
+            for p in self.param_groups[j]["params"]:
+                if self.state.get(p):
+                    self._stack(p, *how)
+        if self.defaults["capturable"]:
+            self._upload()
+        runs = [[(a, b, *constants[j + a][1:]) for a, b in runs] for j, (runs, _) in zip(sets, division, strict=True)]
+        return self._storage, tuple(map(tuple, runs))
+
+    def _runs(self, constants: list[tuple]) -> list[tuple[int, int]]:
+        """[a, b) of adjacent active members whose constants and step counts are equal."""
+        kind = list(zip(constants, self._ages, strict=True))
+        runs: list[tuple[int, int]] = []
+        for k in range(self.K):
+            if k in self._saved:
+                continue
+            if runs and runs[-1][1] == k and kind[k] == kind[k - 1]:
+                runs[-1] = (runs[-1][0], k + 1)
+            else:
+                runs.append((k, k + 1))
+        return runs
+
+    def _upload(self) -> None:
+        """Learning rates to the device: the addresses stay, so that a captured graph reads the new values."""
+        rates = [float(group["lr"]) for group in self.param_groups]
+        device = next((p.device for group in self.param_groups for p in group["params"]), torch.device("cpu"))
+        if self._lr is None or self._lr.shape != (len(rates),) or self._lr.device != device:
+            dtype = torch.float64 if device.type == "cpu" else torch.float32  # what torch's fused functions read
+            self._lr, self._rates = torch.empty(len(rates), dtype=dtype, device=device), None
+        if rates != self._rates:
+            self._lr.copy_(torch.tensor(rates, dtype=self._lr.dtype), non_blocking=True)
+            self._rates = rates
+
+    def _stack(self, p: Tensor, runs: list[tuple[int, int]], names: tuple[str, ...]) -> _Stack:
+        """The views of a parameter and its state, which is made or brought into the parameter's layout if need be."""
+        if p in self._stacks:
+            return self._stacks[p]
+        self._check(p)
+        if _capturing():
+            raise DecompkError(f"{self._name(p)} has no state yet: take one step() before capturing one.")
+        state = self.state[p]
+        if not state.keys() >= {"step", *names}:
+            self._fresh |= {(id(p), k) for k in range(self.K)}
+        if "step" not in state:
+            state["step"] = torch.zeros(self.K, dtype=torch.float32, device=p.device)
+        state["step"] = state["step"].to(p.device)
+        for name in names:
+            if name not in state:
+                state[name] = torch.zeros_like(p, memory_format=torch.preserve_format)
+            elif _layout(state[name]) != _layout(p):
+                state[name] = torch.empty_like(p).copy_(state[name])
+        member = p.numel() // self.K
+        cuts = range(self.K + 1)
+        if p.device.type != "cpu" or member % VECTOR == 0:  # else the division into runs would show in the last bits
+            cuts = sorted({0, self.K, *(end for run in runs for end in run)})
+        sizes = [b - a for a, b in pairwise(cuts)]
+        columns = [t.split(sizes) for t in (p.detach(), *(state[name] for name in names))]
+        step = [state["step"][a] for a in cuts[:-1]]
+        parts = list(zip(range(len(sizes)), *columns, step, strict=True))
+        rows = [[part for part, start in zip(parts, cuts[:-1], strict=True) if a <= start < b] for a, b in runs]
+        starts, ends = zip(*runs, strict=True) if runs else ((), ())
+        active = zip(sorted({*starts} - {*ends}), sorted({*ends} - {*starts}), strict=True)
+        self._stacks[p] = _Stack(state, sizes, rows, [state["step"][a:b] for a, b in active])
+        return self._stacks[p]
+
+    def _gradient(self, p: Tensor) -> Tensor:
+        """The gradient in its parameter's layout: the fused functions go through memory, not through indices."""
+        grad = p.grad
+        if grad.layout is not torch.strided:
+            raise DecompkError(f"the gradient of {self._name(p)} is sparse: the packed optimizers take dense ones.")
+        if grad.stride() == p.stride():
+            return grad
+        if all(n == 1 or a == b for n, a, b in zip(p.shape, grad.stride(), p.stride(), strict=True)):
+            return grad.as_strided(p.shape, p.stride())
+        return torch.empty_like(p).copy_(grad)
+
+    def _calls(self, j: int, live: list[Tensor], stacks: list[_Stack]) -> list[_Call]:
+        """The fused calls for the stacks that have a gradient; the same as in the last step, most of the time."""
+        key = [id(p) for p in live]
+        if j in self._cached and self._cached[j][0] == key:
+            return self._cached[j][1]
+        found: dict[tuple, tuple[list, list]] = {}
+        offset = 0
+        for p, stack in zip(live, stacks, strict=True):
+            for (a, _), parts in zip(self._division[j][0], stack.rows, strict=True):
+                indices, rows = found.setdefault((a, (id(p), a) in self._fresh, p.device, p.dtype), ([], []))
+                indices += [offset + part[0] for part in parts]
+                rows += [part[1:] for part in parts]
+            offset += len(stack.sizes)
+        calls = [
+            _Call(a, first, indices, list(map(list, zip(*rows, strict=True))))
+            for (a, first, *_), (indices, rows) in found.items()
+        ]
+        if not any(call.first for call in calls):
+            self._cached[j] = key, calls
+        return calls
+
+    def _state_names(self, groups: list[dict[str, Any]]) -> tuple[str, ...]:
+        """The state of a stack besides its step count."""
+        raise NotImplementedError
+
+    def _update(self, group: dict[str, Any], lr: float | Tensor, first: bool, *columns: list[Tensor]) -> None:
+        """The fused call for a part of one run: its gradients, parameters, state by name, and steps, counting this."""
+        raise NotImplementedError
+
+    def stop(self, k: int) -> None:
+        """From now on no bit of member k's weights, state and running statistics moves, whatever its gradient is.
+
+        Its statistics are its slices of the packed module's buffers (K, …); each `step` puts them back.
+        """
+        self._check_member(k)
+        if k not in self._saved:
+            self._saved[k] = {name: buffer[k].clone() for name, buffer in self._statistics().items()}
+            self._storage += 1
+
+    def resume(self, k: int) -> None:
+        """Member k, as it was when it stopped, moves again, from its own step count. Waits for the device."""
+        self._check_member(k)
+        if k in self._saved:
+            self._put_back()
+            del self._saved[k]
+            self._compare_steps()
+
+    def _check_member(self, k: int) -> None:
+        if k not in range(self.K):
+            raise DecompkError(f"there is no member {k}: members are 0 to {self.K - 1}.")
+
+    def _statistics(self) -> dict[str, Tensor]:
+        return {name: b for name, b in self.packed.named_buffers() if b.shape[:1] == (self.K,)}
+
+    @torch.no_grad()
+    def _put_back(self) -> None:
+        buffers = self._statistics() if self._saved else {}
+        pairs = [(buffers[name][k], t) for k, saved in self._saved.items() for name, t in saved.items()]
+        if pairs:
+            torch._foreach_copy_(*map(list, zip(*pairs, strict=True)))
+
+    def _compare_steps(self) -> None:
+        """Read which members have taken equally many steps: they go on doing so until one of them stops."""
+        counts = {id(p): state["step"].tolist() for p, state in self.state.items() if "step" in state}
+        self._ages = [tuple(self._age(steps[k]) for steps in counts.values()) for k in range(self.K)]
+        self._fresh = {(p, k) for p, steps in counts.items() for k in range(self.K) if steps[k] == 0}
+
+    def _forget(self) -> None:
+        """Drop all that is derived from param_groups and state."""
+        self._stacks: dict[Tensor, _Stack] = {}
+        self._cached: dict[int, tuple[list[int], list[_Call]]] = {}
+        self._pointers = self._division = self._lr = None
+        self._storage = getattr(self, "_storage", 0) + 1
+        self._compare_steps()
+
+    def state_dict(self) -> dict[str, Any]:
+        """torch's, with "stopped": member number → its saved buffers by name."""
+        return {**super().state_dict(), "stopped": {k: dict(saved) for k, saved in self._saved.items()}}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what `state_dict` returned, to the bit; without "stopped" no member is. Raises CheckpointError."""
+        saved_groups, needed = state_dict["param_groups"], {*self._numbers, *self._flags}
+        sizes = [len(group["params"]) for group in self.param_groups]
+        if [len(group["params"]) for group in saved_groups if group.keys() >= needed] != sizes:
+            raise CheckpointError("the checkpoint is of another optimizer, other members or other parameter groups.")
+        ids = [i for group in saved_groups for i in group["params"]]
+        stacks = [p for group in self.param_groups for p in group["params"]]
+        for i, p in zip(ids, stacks, strict=True):
+            for name, t in state_dict["state"].get(i, {}).items():
+                _check_shape(f"{name} of {self._name(p)}", t, p.shape[:1] if name == "step" else p.shape)
+        buffers, stopped = self._statistics(), state_dict.get("stopped", {})
+        for k, saved in stopped.items():
+            self._check_member(k)
+            if saved.keys() != buffers.keys():
+                raise CheckpointError(f"member {k} was stopped with other buffers than this packed module has.")
+            for name, t in saved.items():
+                _check_shape(f"'{name}' of member {k}", t, buffers[name].shape[1:])
+        super().load_state_dict({**state_dict, "state": copy.deepcopy(state_dict["state"])})
+        self._saved = {k: {n: t.to(buffers[n]) for n, t in saved.items()} for k, saved in stopped.items()}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "packed": self.packed, "_saved": self._saved}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._forget()
+
+
+class SGD(_MemberOptimizer):
+    """torch.optim.SGD for each member of a packed module, all in one step.
+
+    params: the packed module, or torch's param groups of its parameters with packed= naming it. lr, momentum,
+    dampening, weight_decay: one number, or a list of K. Raises DecompkError; PackError for parameters that are no
+    stacks.
+    """
+
+    _numbers = ("lr", "momentum", "dampening", "weight_decay")
+    _flags = ("nesterov", "maximize")
+    _age = bool  # only the first step differs from the others
+
+    def __init__(
+        self,
+        params: Groups,
+        lr: Number = 1e-3,
+        momentum: Number = 0.0,
+        dampening: Number = 0.0,
+        weight_decay: Number = 0.0,
+        nesterov: bool = False,
+        *,
+        maximize: bool = False,
+        capturable: bool = False,
+        packed: nn.Module | None = None,
+    ):
+        numbers = (lr, momentum, dampening, weight_decay)
+        super().__init__(params, packed, numbers, (nesterov, maximize), capturable)
+
+    def _members(self, given: dict[str, Any]) -> list[dict[str, Any]]:
+        members = super()._members(given)
+        if given["nesterov"] and any(not m["momentum"] or m["dampening"] for m in members):
+            raise DecompkError("nesterov needs a momentum above 0 and no dampening for every member.")
+        return members
+
+    def _state_names(self, groups: list[dict[str, Any]]) -> tuple[str, ...]:
+        return ("momentum_buffer",) if any(group["momentum"] for group in groups) else ()
+
+    def _update(self, group: dict[str, Any], lr: float | Tensor, first: bool, *columns: list[Tensor]) -> None:
+        grads, params, *state = columns
+        first = first and group["momentum"] != 0
+        if first and _capturing():
+            raise DecompkError("the first step with momentum differs from the others: take it before capturing one.")
+        constants = {name: group[name] for name in (*self._numbers[1:], *self._flags)}
+        buffers = state[0] if group["momentum"] else []
+        if params[0].device.type == "cpu" and params[0].itemsize == 2:  # torch's fused loop skips them: pytorch#191763
+            made = [None] * len(params) if first or not buffers else buffers
+            sgd(params, grads, made, foreach=False, lr=float(lr), **constants)
+            if first:
+                torch._foreach_copy_(buffers, made)
+        else:
+            torch._fused_sgd_(params, grads, buffers, lr=lr, is_first_step=first, **constants)
+
+
+class Adam(_MemberOptimizer):
+    """torch.optim.Adam for each member of a packed module, all in one step.
+
+    params: the packed module, or torch's param groups of its parameters with packed= naming it. lr, eps, weight_decay:
+    one number, or a list of K; betas: one pair, or a list of K. Raises DecompkError; PackError for parameters that are
+    no stacks.
+    """
+
+    _numbers = ("lr", "betas", "eps", "weight_decay")
+    _flags = ("amsgrad", "maximize")
+    _fused = "_fused_adam_"
+
+    def __init__(
+        self,
+        params: Groups,
+        lr: Number = 1e-3,
+        betas: Pair | Sequence[Pair] = (0.9, 0.999),
+        eps: Number = 1e-8,
+        weight_decay: Number = 0.0,
+        amsgrad: bool = False,
+        *,
+        maximize: bool = False,
+        capturable: bool = False,
+        packed: nn.Module | None = None,
+    ):
+        super().__init__(params, packed, (lr, betas, eps, weight_decay), (amsgrad, maximize), capturable)
+
+    def _state_names(self, groups: list[dict[str, Any]]) -> tuple[str, ...]:
+        return ("exp_avg", "exp_avg_sq", *["max_exp_avg_sq"] * any(group["amsgrad"] for group in groups))
+
+    def _update(self, group: dict[str, Any], lr: float | Tensor, first: bool, *columns: list[Tensor]) -> None:
+        grads, params, exp_avgs, exp_avg_sqs, *maxima, steps = columns
+        state = (exp_avgs, exp_avg_sqs, *(maxima or [[]]), steps)
+        constants = {name: group[name] for name in ("eps", "weight_decay", *self._flags)}
+        beta1, beta2 = group["betas"]
+        getattr(torch, self._fused)(params, grads, *state, lr=lr, beta1=beta1, beta2=beta2, **constants)
+
+
+class AdamW(Adam):
+    """torch.optim.AdamW for each member of a packed module: Adam with decoupled weight decay, 0.01 unless given."""
+
+    _fused = "_fused_adamw_"
+
+    def __init__(
+        self,
+        params: Groups,
+        lr: Number = 1e-3,
+        betas: Pair | Sequence[Pair] = (0.9, 0.999),
+        eps: Number = 1e-8,
+        weight_decay: Number = 1e-2,
+        amsgrad: bool = False,
+        *,
+        maximize: bool = False,
+        capturable: bool = False,
+        packed: nn.Module | None = None,
+    ):
+        how = {"amsgrad": amsgrad, "maximize": maximize, "capturable": capturable, "packed": packed}
+        super().__init__(params, lr, betas, eps, weight_decay, **how)
+
+
+@torch.no_grad()
+def clip_grad_norm_(packed: nn.Module, max_norm: Number | Tensor, norm_type: float = 2.0) -> Tensor:
+    """torch.nn.utils.clip_grad_norm_ for each member alone; returns their norms before clipping, (K,), on the device.
+
+    max_norm: one value, K values, or a tensor of () or (K,). A member whose norm is not finite touches no other.
+    Raises DecompkError.
+    """
+    K = packed.K
+    grads = [p.grad for p in packed.parameters() if p.grad is not None]
+    if not isinstance(max_norm, Tensor):
+        limits = _per_member("max_norm", max_norm, K)
+        max_norm = limits[0] if len(set(limits)) == 1 else torch.tensor(limits, dtype=torch.float64)
+    elif max_norm.shape not in ((), (K,)):
+        raise DecompkError(f"max_norm of {tuple(max_norm.shape)} is neither one value nor one for each of {K} members.")
+    if not grads:
+        return torch.zeros(K)
+    rows = [grad.unsqueeze(-1) for grad in grads]  # (K,) has no dimension to reduce
+    norms = torch.stack([torch.linalg.vector_norm(g, norm_type, dim=tuple(range(1, g.dim()))) for g in rows])
+    total = torch.linalg.vector_norm(norms, norm_type, dim=0)
+    if isinstance(max_norm, Tensor):
+        max_norm = max_norm.to(total, non_blocking=True)
+    factors = (max_norm / (total + 1e-6)).clamp(max=1.0)
+    for grad in grads:
+        grad.mul_(factors.view(K, *[1] * (grad.dim() - 1)))
+    return total
+
+
+def _per_member(name: str, value: Any, K: int) -> list[Any]:
+    """K values of the hyperparameter `name`: floats, or pairs of them where it is betas."""
+    several = isinstance(value, list | tuple)
+    if name == "betas":
+        several = several and any(isinstance(v, list | tuple) for v in value)
+    values = list(value) if several else [value] * K
+    if len(values) != K:
+        raise DecompkError(f"{name} has {len(values)} values for {K} members: give one for all, or {K}.")
+    return [_checked(name, v) for v in values]
+
+
+def _checked(name: str, value: Any) -> float | Pair:
+    try:
+        if name == "betas":
+            first, second = map(float, value)
+            if 0 <= first < 1 and 0 <= second < 1:
+                return first, second
+        elif float(value) >= 0:
+            return float(value)
+    except (TypeError, ValueError):
+        pass  # neither numbers nor a pair
+    what = "a pair of numbers from 0 to below 1" if name == "betas" else "a number from 0 on"
+    raise DecompkError(f"{name} {value!r} is not {what}.")
+
+
+def _check_shape(what: str, t: Tensor, shape: torch.Size) -> None:
+    if t.shape != shape:
+        raise CheckpointError(f"{what} is {tuple(t.shape)} in the checkpoint and {tuple(shape)} here.")
+
+
+def _layout(t: Tensor) -> tuple:
+    return t.shape, t.stride(), t.dtype, t.device
+
+
+def _capturing() -> bool:
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
