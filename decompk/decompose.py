@@ -103,17 +103,23 @@ class Decomposition:
         edits = {mode: edited(g, arguments.get(mode, {}), orders.get(mode, {})) for mode, g in graphs.items()}
         return Rewritten(net, edits)
 
-    def subnets(self, seed: int | None = None) -> list[nn.Module]:
-        """K freshly initialised, independent sub-networks.
+    def subnets(self, seed: int | Sequence[int] | None = None) -> list[nn.Module]:
+        """K freshly initialised, independent sub-networks; from one seed in turn, or each from its own of K seeds.
 
         Every leaf draws its own `reset_parameters`; weights are then scaled so that std · √fan_in is the global
         network's, and what is constant there (biases at 0, norms at 1) stays so: the author's initialisation is
         kept whatever its law. With a seed the global random state is left alone.
         """
+        each = isinstance(seed, Sequence)
+        if each and len(seed) != self.K:
+            raise DecompkError(f"{len(seed)} seeds were given for {self.K} sub-networks; give one number, or one each.")
         with torch.random.fork_rng(devices=[], enabled=seed is not None):
-            if seed is not None:
-                torch.manual_seed(seed)
-            return [self._fresh(k) for k in range(self.K)]
+            members = []
+            for k in range(self.K):
+                if each or (seed is not None and k == 0):
+                    torch.manual_seed(seed[k] if each else seed)
+                members.append(self._fresh(k))
+            return members
 
     def _fresh(self, k: int) -> nn.Module:
         (member,) = extract(self.plan, {k: self.member_shell()}, self.model, "sum")
@@ -189,7 +195,7 @@ def grouped_subnets(
     crop_size: int | Sequence[int] | None = None,
     margin: int = 0,
     head: str = "sum",
-    seed: int | None = None,
+    seed: int | Sequence[int] | None = None,
 ) -> Packed:
     """The K fresh sub-networks of `model` as one module that reads the global batch; arguments as in `decompose`.
 

@@ -25,7 +25,7 @@ from .errors import BackendError
 if TYPE_CHECKING:
     from .cost import OpCost
 
-BACKENDS = ("torch", "triton", "cuda", "emulation")
+BACKENDS = ("torch", "loop", "triton", "cuda", "emulation")
 EXTENSION = ("cuda", "emulation")  # the C++ kernels, on a GPU and built for the host
 
 _forced: contextvars.ContextVar[str | None] = contextvars.ContextVar("the backend asked for by name", default=None)
@@ -35,7 +35,9 @@ _forced: contextvars.ContextVar[str | None] = contextvars.ContextVar("the backen
 def backend(name: str) -> Iterator[None]:
     """Run every operation inside on one backend: "torch", "triton" (on a CPU only with TRITON_INTERPRET=1), "cuda".
 
-    "cuda" is the C++ extension, which convolves only (batch norms stay on Triton), "emulation" the same on the CPU.
+    "loop" is torch's own operators, one member after the other: every member computes, to the bit on a CPU, what it
+    would compute alone. "cuda" is the C++ extension, which convolves only (batch norms stay on Triton), "emulation"
+    the same on the CPU.
     Raises BackendError where that backend does not exist here; an operation it cannot run raises it later. Forward and
     backward follow the backend that is in force when each of them runs.
     """
@@ -61,9 +63,14 @@ def asked_for(name: str) -> bool:
     return not torch.compiler.is_compiling() and _forced.get() == name
 
 
+def exact(dtype: torch.dtype) -> bool:
+    """Whether members compute in turn, each what it would compute alone: asked for, or in EXACT dtypes."""
+    return dtype in EXACT or asked_for("loop")
+
+
 def runs_triton(x: Tensor) -> bool:
     """Whether an operation on x that is not a convolution runs on Triton: on a GPU, or where it is asked for."""
-    if _forced.get() == "torch" or str(x.dtype).removeprefix("torch.") not in DTYPES:
+    if _forced.get() in ("torch", "loop") or str(x.dtype).removeprefix("torch.") not in DTYPES:
         return False
     if x.device.type == "cpu" and _forced.get() != "triton":
         return False
@@ -100,6 +107,8 @@ def choose(problem: Problem, device: torch.device) -> Choice:
 
 @functools.lru_cache(maxsize=4096)
 def _choose(problem: Problem, device: torch.device, forced: str | None) -> Choice:
+    if forced == "loop":
+        return Choice("torch", "loop", None, math.nan, "asked for by name")
     if forced in EXTENSION:
         return _extension(problem, device, forced)
     triton = problem.dtype in DTYPES and forced != "torch" and (device.type != "cpu" or forced == "triton")
@@ -286,7 +295,7 @@ def conv_form(
     always one launch.
     """
     # 3×3, loop / grouped: 8→8 at 9², K=16 (0.7 M MAC): 14 / 9; 16→16 at 9², K=16 (3 M): 25 / 27; at 35², K=4: 39 / 56.
-    if dtype in EXACT:
+    if exact(dtype):
         return "loop"
     if cuda:
         return "matmul" if pointwise else "grouped"
@@ -303,8 +312,8 @@ def norm_form(
 ) -> str:
     """How K batch norms run, "loop" or "grouped": `elements` values and `channels` channels a member."""
     # 8 channels at 9², K=16: 3.2 / 2.3; 64 at 9², K=4: 2.2 / 1.8; 64 at 35², K=4: 22 / 35; 4 at 35², K=16: 35 / 16.
-    if dtype in EXACT or cuda:
-        return "loop" if dtype in EXACT else "grouped"
+    if exact(dtype) or cuda:
+        return "loop" if exact(dtype) else "grouped"
     if training:
         return "grouped" if elements < 2**16 or channels < 8 else "loop"
     # Forward alone: 16 channels at 5², K=16: 0.6 / 0.3; 4 at 18², K=16: 2.0 / 2.4; 64 at 9², K=4: 0.47 / 0.58.
@@ -316,6 +325,6 @@ def linear_form(
 ) -> str:
     """How K linear layers run, "loop" or "grouped" as one batched product: the sizes are one member's."""
     # 32→10 on 16 rows, K=16: 1.2 / 0.3; 64→192 on 1024 rows, K=4: 7.3 / 6.7; 512→1000 on 16 rows, K=4: 10 / 25.
-    if dtype in EXACT or cuda:
-        return "loop" if dtype in EXACT else "grouped"
+    if exact(dtype) or cuda:
+        return "loop" if exact(dtype) else "grouped"
     return "loop" if rows < 64 and in_features * out_features >= 2**18 else "grouped"

@@ -222,7 +222,12 @@ def _laid_out(stack: Tensor, memory_format: torch.memory_format) -> Tensor:
     dims = {torch.channels_last: 4, torch.channels_last_3d: 5}.get(memory_format)
     if dims is None:
         return stack.contiguous()
-    return stack.movedim(2, -1).contiguous().movedim(-1, 2) if stack.dim() == 1 + dims else stack
+    if stack.dim() != 1 + dims:
+        return stack
+    stack = stack.movedim(2, -1).contiguous().movedim(-1, 2)
+    strides = list(stack.stride())
+    strides[2] = 1  # with one channel any stride fits, and torch knows the format by this one
+    return stack.as_strided(stack.shape, strides)
 
 
 def _without_insides(module: nn.Module) -> Iterator[nn.Module]:

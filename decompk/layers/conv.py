@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import ops
-from ..dispatch import EXACT, asked_for, conv_form
+from ..dispatch import asked_for, conv_form, exact
 from .base import Twin, member_major, side_by_side
 
 
@@ -28,7 +28,7 @@ class _PackedConv(Twin):
         return self._run(convolve, x)
 
     def _on_kernels(self, x: Tensor) -> bool:
-        """Whether the operator takes this: images but in float64, where K members compute what each alone computes."""
+        """Whether the operator takes this: images, unless members compute in turn what each would compute alone."""
         return False
 
     def _grouped(self, x: Tensor, padding) -> Tensor:
@@ -54,7 +54,7 @@ class PackedConv1d(_PackedConv, nn.Conv1d):
 
     def _on_kernels(self, x: Tensor) -> bool:
         # A CPU's own 1-D convolutions want the samples first and the channels second, as they come.
-        return x.dtype not in EXACT and (x.is_cuda or asked_for("triton"))
+        return not exact(x.dtype) and (x.is_cuda or asked_for("triton"))
 
     def _grouped(self, x: Tensor, padding) -> Tensor:
         x = x.unflatten(0, (self.K, x.shape[0] // self.K)).unsqueeze(3)
@@ -68,7 +68,7 @@ class PackedConv2d(_PackedConv, nn.Conv2d):
     input_dims = 4
 
     def _on_kernels(self, x: Tensor) -> bool:
-        return x.dtype not in EXACT
+        return not exact(x.dtype)
 
 
 class PackedConv3d(_PackedConv, nn.Conv3d):

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import ops
-from ..dispatch import EXACT, asked_for, norm_form
+from ..dispatch import asked_for, exact, norm_form
 from .base import Twin, member_major, side_by_side
 
 
@@ -29,7 +29,7 @@ class _PackedBatchNorm(Twin):
             if self.momentum is None:
                 factors = [1.0 / count for count in self.num_batches_tracked.tolist()]
 
-        if x.dim() == 4 and x.dtype not in EXACT and len(set(factors)) == 1 and (x.is_cuda or asked_for("triton")):
+        if x.dim() == 4 and not exact(x.dtype) and len(set(factors)) == 1 and (x.is_cuda or asked_for("triton")):
             x = x.unflatten(0, (self.K, x.shape[0] // self.K))
             y = ops.batch_norm(x, self.weight, self.bias, mean, var, batch_statistics, factors[0], self.eps)
             return y.flatten(0, 1)

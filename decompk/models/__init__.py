@@ -14,14 +14,15 @@ from typing import Any
 from torch import nn
 
 from ..errors import DecompkError
-from .basic import cifar_resnet32, cifar_resnet56, cifar_resnet110, resnet18x2
+from .basic import cifar_resnet8, cifar_resnet32, cifar_resnet56, cifar_resnet110, resnet18x2
 from .resnet import resnet50, resnet101
-from .vgg import vgg16
+from .vgg import vgg8, vgg16
 from .wide import wrn_16_8
 
 __all__ = [
     "Spec",
     "build",
+    "cifar_resnet8",
     "cifar_resnet32",
     "cifar_resnet56",
     "cifar_resnet110",
@@ -30,6 +31,7 @@ __all__ = [
     "resnet50",
     "resnet101",
     "spec",
+    "vgg8",
     "vgg16",
     "wrn_16_8",
 ]
@@ -51,6 +53,8 @@ MODELS = {
     "resnet101": Spec(resnet101, IMAGE, 1000),
     "resnet50_food101": Spec(partial(resnet50, variant="table3.4"), IMAGE, 101),
     "resnet101_food101": Spec(partial(resnet101, variant="table3.4"), IMAGE, 101),
+    "vgg8": Spec(vgg8, SMALL, 10),
+    "resnet8": Spec(cifar_resnet8, SMALL, 10),
     "resnet32": Spec(cifar_resnet32, SMALL, 10),
     "resnet56": Spec(cifar_resnet56, SMALL, 10),
     "resnet110": Spec(cifar_resnet110, SMALL, 10),

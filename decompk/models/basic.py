@@ -69,6 +69,13 @@ def _cifar(units: int, num_classes: int, input_size: tuple[int, int, int], width
     return BasicResNet(stem, nn.Identity(), (units,) * 3, num_classes, bias=True, norm_projection=False)
 
 
+def cifar_resnet8(
+    num_classes: int = 10, input_size: tuple[int, int, int] = (3, 32, 32), width: int = 24
+) -> BasicResNet:
+    """ResNet8: cifar_resnet32 with one block a stage, for small trials."""
+    return _cifar(1, num_classes, input_size, width)
+
+
 def cifar_resnet32(
     num_classes: int = 10, input_size: tuple[int, int, int] = (3, 32, 32), width: int = 64
 ) -> BasicResNet:
