@@ -1,4 +1,7 @@
-"""The `decompk` command. Exit codes: 0 done, 1 a check failed, 2 the arguments or the input are wrong."""
+"""The `decompk` command.
+
+Exit codes: 0 done, 1 a check failed, 2 the arguments or the input are wrong, 128 + n stopped by signal n.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -24,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return arguments.run(arguments)
     except DecompkError as error:
         print(f"decompk: {error}", file=sys.stderr)
-        return 2
+        return getattr(error, "exit_code", 2)
     except BrokenPipeError:  # the reader of a pipe (head, less) has seen enough
         sys.stderr.close()
         return 0
@@ -53,6 +57,24 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--epochs", type=_epochs, default=(16, 6), help="members,global (default 16,6)")
     demo.add_argument("--seed", type=int, default=0)
     demo.set_defaults(run=_demo)
+
+    train = commands.add_parser("train", help="Algorithm 1 from data to the composed, trained network")
+    train.add_argument(
+        "--data", help="digits (default), FILE.npz, a folder of images, cifar10:ROOT, cifar100:ROOT, food101:ROOT"
+    )
+    train.add_argument("--preset", help="quick, cifar or food101 (default: what fits the data)")
+    train.add_argument("--config", type=Path, help="a recipe in TOML: what it says goes before the preset")
+    train.add_argument("--model", help=f"{', '.join(models.names())}, or module:callable (default: the recipe's)")
+    train.add_argument("--seeds", help="one training for each, such as 0,1,2 (default: the recipe's)")
+    train.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="any value of the recipe: members.epochs=3"
+    )
+    train.add_argument("--out", type=Path, default=Path("train-out"), help="folder for all that is made")
+    train.add_argument("--resume", action="store_true", help="go on where the training in --out was stopped or killed")
+    train.add_argument("--device", help="cpu, cuda or cuda:1 (default: a GPU where there is one)")
+    train.add_argument("--workers", type=int, default=0, help="processes that decode images (default 0)")
+    train.add_argument("--tensorboard", action="store_true", help="write TensorBoard's events, too")
+    train.set_defaults(run=_train)
 
     info = commands.add_parser("info", help="what is available here, and why the rest is not")
     info.set_defaults(run=_info)
@@ -104,6 +126,38 @@ def _demo(arguments: argparse.Namespace) -> int:
 
     run(arguments.out, arguments.epochs, arguments.seed)
     return 0
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    from .train.run import run
+
+    changes = dict(_setting(text) for text in arguments.set)
+    if arguments.model:
+        changes["model"] = arguments.model
+    if arguments.seeds:
+        changes["seeds"] = list(_sizes(arguments.seeds, "--seeds", repeat=1))
+    run(
+        arguments.out,
+        data=arguments.data,
+        preset=arguments.preset,
+        config=arguments.config,
+        changes=changes,
+        resume=arguments.resume,
+        device=arguments.device,
+        workers=arguments.workers,
+        tensorboard=arguments.tensorboard,
+    )
+    return 0
+
+
+def _setting(text: str) -> tuple[str, Any]:
+    """'members.epochs=3' → ("members.epochs", 3)."""
+    from .train.recipe import toml_value
+
+    key, sign, value = text.partition("=")
+    if not sign or not key:
+        raise DecompkError(f"--set {text!r} is not KEY=VALUE, such as members.epochs=3.")
+    return key.strip(), toml_value(value.strip())
 
 
 def _info(arguments: argparse.Namespace) -> int:

@@ -109,7 +109,7 @@ def _digits(seed: int) -> tuple[Images, Images]:
         from sklearn.datasets import load_digits
         from sklearn.model_selection import train_test_split
     except ImportError as error:
-        raise DecompkError("the demo needs scikit-learn for its images: pip install 'decompk[demo]'.") from error
+        raise DecompkError("the demo needs scikit-learn for its images: pip install 'decompk[train]'.") from error
     images, labels = load_digits(return_X_y=True)
     x = torch.from_numpy(images).float().reshape(-1, 1, 8, 8) / 16 - 0.3
     x = F.interpolate(x, size=(SIZE, SIZE), mode="bilinear")
@@ -155,7 +155,7 @@ def _progress(steps: int, name: str) -> Any:
     try:
         from tqdm import tqdm
     except ImportError as error:
-        raise DecompkError("the demo shows its progress with tqdm: pip install 'decompk[demo]'.") from error
+        raise DecompkError("the demo shows its progress with tqdm: pip install 'decompk[train]'.") from error
     return tqdm(total=steps, desc=f"{name:9}", unit="step", mininterval=0.5)
 
 

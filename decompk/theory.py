@@ -98,6 +98,27 @@ def theorem_2_1(d: Decomposition, subnets: Sequence[nn.Module], composed: nn.Mod
     return FeatureCheck(violation, output, tuple(checks))
 
 
+def feature_maps(
+    d: Decomposition, subnets: Sequence[nn.Module], composed: nn.Module, x: torch.Tensor, names: Sequence[str]
+) -> dict[str, list[tuple[torch.Tensor, torch.Tensor, tuple[Span, ...] | str]]]:
+    """What theorem_2_1 compares at the nodes called `names`: for each of them, one triple a member.
+
+    The member's map on its crop; its channels of the composed network's map on the whole of x; the field, a Span for
+    every axis, or the sentence that says why there is none. Networks are run as theorem_2_1 runs them.
+    """
+    graph = d.plan.graphs[False]
+    whole = _features(composed, graph, x, {}, d.plan.reorders[False])
+    maps: dict[str, list] = {name: [] for name in names}
+    for k, (member, crop) in enumerate(zip(subnets, d.split(x), strict=True)):
+        own = _features(member, graph, crop, d.plan.member_args[False], {})
+        fields = _fields(d, graph, k, own, whole)
+        for node in graph.nodes:
+            if node.name in maps:
+                channels = torch.from_numpy(d.plan.channels[False][node.name][k]).to(x.device)
+                maps[node.name].append((own[node], whole[node][:, channels], fields[node]))
+    return maps
+
+
 @dataclass(frozen=True)
 class BoundCheck:
     """What Theorem 2.2 says of N samples; violation ≤ rounding means that it holds.

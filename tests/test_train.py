@@ -1,0 +1,431 @@
+"""Algorithm 1 from data to weights: what it makes, and that a killed run loses nothing."""
+
+import gc
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import decompk
+from decompk import losses, optim, train
+from decompk.cli import main
+from decompk.errors import CheckpointError, DecompkError
+from decompk.train import algorithm, checkpoint
+
+SHORT = {"seeds": [0], "members.epochs": 2, "global.epochs": 1, "random.epochs": 3}
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def digits(tmp_path):
+    """96 + 40 digits of 16×16 as an .npz file."""
+    data = train.open_data("digits", size=16)
+    images = {}
+    for name, split, count in (("train", data.train, 96), ("test", data.test, 40)):
+        images[f"x_{name}"], images[f"y_{name}"] = split.pixels[:count, 0].numpy(), split.labels[:count].numpy()
+    path = tmp_path / "digits.npz"
+    np.savez(path, **images)
+    return str(path)
+
+
+def small(**changes):
+    """A run of under a second: 5 batches an epoch."""
+    return train.load_recipe(
+        "quick",
+        changes={**SHORT, "batch": 20, "log_seconds": 0.0, **{k.replace("__", "."): v for k, v in changes.items()}},
+    )
+
+
+def weights(out, seed=0):
+    return {
+        name: torch.load(out / f"seed{seed}" / f"{name}.pt", weights_only=True)
+        for name in ("members", "composed", "global", "random")
+    }
+
+
+def assert_same_bits(one, other):
+    assert one.keys() == other.keys()
+    for name, state in one.items():
+        for key, value in state.items():
+            assert torch.equal(value, other[name][key]), f"{name}: {key}"
+
+
+def test_a_training_leaves_weights_figures_and_a_summary(digits, tmp_path, capsys):
+    out = tmp_path / "out"
+    pairs = [f"{key}={json.dumps(value)}" for key, value in {**SHORT, "batch": 20, "seeds": [0, 3]}.items()]
+    settings = [part for pair in pairs for part in ("--set", pair)]
+    assert main(["train", "--data", digits, "--preset", "quick", "--out", str(out), *settings]) == 0
+    shown = capsys.readouterr().err
+    assert "GNet-T-trained" in shown and "images/s" in shown
+    result = json.loads((out / "result.json").read_text())
+    assert [run["seed"] for run in result["runs"]] == [0, 3] and result["K"] == 4
+    for run in result["runs"]:
+        assert [len(run[name]["accuracy"]) for name in ("members", "global", "random")] == [2, 1, 3]
+        assert len(run["members"]["accuracy"][-1]) == 4 and run["members"]["images"] == [96, 192]
+    for picture in ("accuracy.png", "times.png", "features.png", "cam.png"):
+        assert (out / picture).read_bytes().startswith(b"\x89PNG"), picture
+        assert picture in (out / "summary.md").read_text()
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert {line["phase"] for line in lines} == {"members", "global", "random"}
+    assert [line["step"] for line in lines if line["seed"] == 3 and line["phase"] == "random" and "epoch" in line] == [
+        5,
+        10,
+        15,
+    ]
+    net = decompk.models.vgg8(input_size=(1, 16, 16))
+    for name in ("composed", "global", "random"):
+        net.load_state_dict(torch.load(out / "seed3" / f"{name}.pt", weights_only=True))
+    assert not (weights(out)["composed"]["features.3.weight"][:4, 4:] != 0).any()
+
+
+def test_members_trained_here_are_those_trained_alone_by_hand(digits, tmp_path):
+    """K = 4 separate trainings, with torch's own optimizer and nothing of ours but the order of the images."""
+    recipe = small(exact=True, augment__flip=True, random=False)
+    train.train(recipe, digits, tmp_path / "out", report=False)
+    data = train.open_data(digits)
+    d = decompk.decompose(algorithm.build_model(recipe, data, 0), data.input_size, 4)
+    found = weights_of_members(tmp_path / "out")
+    for k, member in enumerate(d.subnets([train.data.seed_of(0, k) for k in range(4)])):
+        member.to(memory_format=torch.channels_last)
+        optimizer = torch.optim.Adam(member.parameters(), 3e-3, fused=True)
+        for epoch in range(2):
+            order = train.epoch_order(len(data.train), 20, 0, epoch)
+            for i, (x, y) in enumerate(data.train.batches(order, "cpu")):
+                x = train.normalise(recipe.augment(x, train.data.seed_of(0, 0, epoch, i)), data.mean)
+                optimizer.zero_grad()
+                nn.functional.cross_entropy(member(d.crops[k].cut(x)), y).backward()
+                optimizer.step()
+        for name, value in member.state_dict().items():
+            assert torch.equal(found[name][k], value), f"member {k}: {name}"
+
+
+def weights_of_members(out):
+    return torch.load(out / "seed0" / "members.pt", weights_only=True)
+
+
+@pytest.mark.parametrize("kind", ["SGD", "Adam"])
+def test_two_epochs_of_digits_give_packed_members_the_weights_of_separate_trainings(kind):
+    """Float32: to the bit in the "loop" backend."""
+    data = train.open_data("digits")
+    torch.manual_seed(0)
+    d = decompk.decompose(decompk.models.vgg8(input_size=(1, 32, 32)), data.input_size, 4)
+    members = d.subnets(seed=0)
+    packed = decompk.pack(members, d.crops).to(memory_format=torch.channels_last)
+    together = getattr(optim, kind)(packed, lr=[0.01, 0.02, 0.03, 0.04])
+    alone = []
+    for k, member in enumerate(members):
+        member.to(memory_format=torch.channels_last)
+        alone.append(getattr(torch.optim, kind)(member.parameters(), lr=0.01 * (k + 1), fused=True))
+    with decompk.backend("loop"):
+        for epoch in range(2):
+            for x, y in data.train.batches(train.epoch_order(len(data.train), 64, 0, epoch), "cpu"):
+                x = train.normalise(x, data.mean)
+                together.zero_grad()
+                losses.cross_entropy(packed(x), y).backward()
+                together.step()
+                for member, optimizer, crop in zip(members, alone, d.crops, strict=True):
+                    optimizer.zero_grad()
+                    nn.functional.cross_entropy(member(crop.cut(x)), y).backward()
+                    optimizer.step()
+    for k, member in enumerate(members):
+        for name, value in member.state_dict().items():
+            error = (packed.state_dict()[name][k] - value).double().norm() / value.double().norm()
+            assert error <= 1e-6, f"member {k}: {name} differs by {error:.1e}"
+
+
+KILLS = 20
+LIVES = """
+import os, random, signal, sys, time
+import torch
+torch.set_num_threads(1)
+from decompk import train
+
+data, out, seed = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
+recipe = train.load_recipe("quick", changes=CHANGES)
+chance = random.Random(seed)
+
+def live():
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            sys.stderr = open(os.devnull, "w")
+            train.train(recipe, data, out, resume=True, report=False)
+            code = 0
+        finally:
+            os._exit(code)
+    return child
+
+def position():  # checkpoints written so far, over all phases
+    found = 0
+    for phase, steps in (("members", 10), ("global", 5), ("random", 15)):
+        last = [int(p.stem[5:]) for p in (out / "seed0" / phase).glob("step-*.ckpt")]
+        if not last:
+            return found, phase
+        found += max(last)
+        if max(last) < steps:
+            return found, phase
+    return found, "end"
+
+killed = []
+targets = sorted(chance.randrange(0, 30) for _ in range(KILLS))
+for target in targets:
+    child = live()
+    while position()[0] < target:
+        time.sleep(0.001)
+        done, status = os.waitpid(child, os.WNOHANG)
+        assert not done, f"the training ended by itself ({status})"
+    time.sleep(chance.random() * 0.03)
+    os.kill(child, signal.SIGKILL)
+    _, status = os.waitpid(child, 0)
+    killed.append(position()[1] if os.WIFSIGNALED(status) else "end")
+child = live()
+_, status = os.waitpid(child, 0)
+assert status == 0
+print(",".join(killed))
+"""
+
+
+def test_a_run_killed_at_twenty_moments_ends_in_the_bits_of_one_never_killed(digits, tmp_path):
+    changes = {**SHORT, "batch": 20, "save_steps": 1, "augment.flip": True, "members.plateau": 1, "log_seconds": 0.0}
+    recipe = train.load_recipe("quick", changes=changes)
+    train.train(recipe, digits, tmp_path / "whole", report=False)
+    script = LIVES.replace("CHANGES", repr(changes)).replace("KILLS", str(KILLS))
+    command = [sys.executable, "-c", script, digits, str(tmp_path / "killed"), "7"]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    killed = done.stdout.strip().split(",")
+    assert len(killed) == KILLS and {"members", "global", "random"} <= set(killed), killed
+    assert_same_bits(weights(tmp_path / "whole"), weights(tmp_path / "killed"))
+    whole, pieces = (
+        json.loads((tmp_path / name / "result.json").read_text())["runs"][0] for name in ("whole", "killed")
+    )
+    for phase in ("members", "global", "random"):
+        for run in (whole, pieces):
+            del run[phase]["seconds"]
+    assert whole == pieces
+    lines = {name: (tmp_path / name / "metrics.jsonl").read_text().splitlines() for name in ("whole", "killed")}
+    steps = {name: [(r["phase"], r["step"], "epoch" in r) for r in map(json.loads, lines[name])] for name in lines}
+    assert steps["whole"] == steps["killed"]
+
+
+def test_a_training_can_be_stopped_by_a_signal_and_goes_on_behind_a_checkpoint(digits, tmp_path):
+    out = tmp_path / "out"
+    settings = [
+        f"--set={key}={json.dumps(value)}" for key, value in {**SHORT, "batch": 20, "members.epochs": 999}.items()
+    ]
+    command = [
+        sys.executable,
+        "-m",
+        "decompk",
+        "train",
+        "--data",
+        digits,
+        "--preset",
+        "quick",
+        "--out",
+        str(out),
+        *settings,
+    ]
+    running = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    while not (out / "metrics.jsonl").exists() or not (out / "metrics.jsonl").stat().st_size:
+        assert running.poll() is None, running.stderr.read()
+        time.sleep(0.05)
+    running.send_signal(signal.SIGTERM)
+    _, said = running.communicate(timeout=60)
+    assert running.returncode == 128 + signal.SIGTERM
+    last = said.strip().splitlines()[-1]
+    assert "stopped by SIGTERM in the phase 'members'" in last and "--resume" in last and "Traceback" not in said
+    assert train.checkpoint.Checkpoints(out / "seed0" / "members", {}).files()
+
+
+def test_a_folder_that_holds_a_training_is_neither_overwritten_nor_resumed_as_another(digits, tmp_path):
+    out = tmp_path / "out"
+    train.train(small(random=False), digits, out, report=False)
+    before = weights_of_members(out)
+    with pytest.raises(CheckpointError, match=r"holds a training already: go on with --resume"):
+        train.train(small(random=False), digits, out, report=False)
+    with pytest.raises(CheckpointError, match=r"its members\.epochs is 2, here it is 3; resume with its own settings"):
+        train.train(small(random=False, members__epochs=3), digits, out, resume=True, report=False)
+    data = dict(np.load(digits))
+    np.savez(tmp_path / "other.npz", **{**data, "y_train": data["y_train"][::-1]})
+    with pytest.raises(CheckpointError, match=r"holds another training: its (data|fingerprint) is"):
+        train.train(small(random=False), str(tmp_path / "other.npz"), out, resume=True, report=False)
+    (out / "run.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"run\.json cannot be read"):
+        train.train(small(random=False), digits, out, resume=True, report=False)
+    assert all(torch.equal(before[key], value) for key, value in weights_of_members(out).items())
+
+
+def test_a_bare_resume_reads_recipe_and_data_from_the_folder_and_may_add_seeds(digits, tmp_path):
+    out = tmp_path / "out"
+    train.train(small(random=False), digits, out, report=False)
+    assert main(["train", "--out", str(out), "--resume", "--seeds", "0,1"]) == 0
+    result = json.loads((out / "result.json").read_text())
+    assert [run["seed"] for run in result["runs"]] == [0, 1] and result["runs"][1]["random"] is None
+
+
+def damage(path, how):
+    content = path.read_bytes()
+    if how == "truncated":
+        path.write_bytes(content[: len(content) // 2])
+    elif how == "empty":
+        path.write_bytes(b"")
+    elif how == "flipped bit":
+        middle = len(content) // 2
+        path.write_bytes(content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :])
+    elif how == "foreign":
+        torch.save({"model": nn.Linear(2, 2)}, path)
+    elif how == "another run's":
+        state = checkpoint.load(content[len(checkpoint.MAGIC) :].partition(b"\n")[2])
+        head = json.loads(content[len(checkpoint.MAGIC) :].partition(b"\n")[0])
+        checkpoint.write(path, state, {**head["run"], "members.lr": 1.0})
+    elif how == "code":
+        head = json.loads(content[len(checkpoint.MAGIC) :].partition(b"\n")[0])
+        checkpoint.write(path, {"model": Boom()}, head["run"])
+
+
+class Boom:
+    def __reduce__(self):
+        return (os.system, ("touch boom",))
+
+
+@pytest.mark.parametrize(
+    ("how", "sentence"),
+    [
+        ("truncated", "is truncated"),
+        ("empty", "is empty"),
+        ("flipped bit", "is damaged"),
+        ("foreign", "is no checkpoint of decompk"),
+        ("another run's", "is of another run: its members.lr is 1.0, here it is 0.003"),
+        ("code", "holds more than tensors and plain values"),
+    ],
+)
+def test_a_bad_checkpoint_is_refused_by_name_and_the_one_before_it_used(
+    how, sentence, digits, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    recipe = small(random=False, save_steps=3)
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    train.train(recipe, digits, whole, report=False)
+    monkeypatch.setattr(algorithm._Run, "_global", lambda self, *rest: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        train.train(recipe, digits, out, report=False)
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    (out / "seed0" / "members.ckpt").unlink()
+    newest = max((out / "seed0" / "members").glob("step-*.ckpt"))
+    damage(newest, how)
+    capsys.readouterr()
+    train.train(recipe, digits, out, resume=True, report=False)
+    said = capsys.readouterr().err
+    assert f"checkpoint refused: {newest.name} {sentence}" in said and "going on in epoch 2" in said
+    assert not (tmp_path / "boom").exists()
+    for name in ("members", "composed", "global"):
+        one, other = (torch.load(o / "seed0" / f"{name}.pt", weights_only=True) for o in (whole, out))
+        assert all(torch.equal(one[key], other[key]) for key in one), name
+
+
+def test_with_no_usable_checkpoint_left_nothing_is_thrown_away(digits, tmp_path, monkeypatch):
+    recipe, out = small(random=False, save_steps=3), tmp_path / "out"
+    train.train(recipe, digits, out, report=False)
+    (out / "seed0" / "members.ckpt").unlink()
+    for path in (out / "seed0" / "members").glob("step-*.ckpt"):
+        damage(path, "truncated")
+    files = sorted(path.name for path in (out / "seed0" / "members").iterdir())
+    with pytest.raises(CheckpointError, match=r"no checkpoint in .* can be used: .* is truncated.* is truncated"):
+        train.train(recipe, digits, out, resume=True, report=False)
+    assert sorted(path.name for path in (out / "seed0" / "members").iterdir()) == files
+
+
+def test_a_full_disk_ends_in_one_sentence_and_the_checkpoint_before_stays_whole(digits, tmp_path, monkeypatch, capsys):
+    out, before = tmp_path / "out", os.fsync
+    written = []
+
+    def full(descriptor):
+        written.append(descriptor)
+        if len(written) > 12:
+            raise OSError(28, "No space left on device")
+        before(descriptor)
+
+    monkeypatch.setattr(os, "fsync", full)
+    settings = [f"--set={key}={json.dumps(value)}" for key, value in {**SHORT, "batch": 20, "save_steps": 1}.items()]
+    assert main(["train", "--data", digits, "--preset", "quick", "--out", str(out), *settings]) == 2
+    said = capsys.readouterr().err
+    assert "No space left on device" in said.splitlines()[-1] and "--resume" in said.splitlines()[-1]
+    assert not list(out.rglob("*.part"))
+    kept = train.checkpoint.Checkpoints(out / "seed0" / "members", {}).files()
+    assert kept and all(checkpoint.MAGIC in path.read_bytes()[:40] for path in kept)
+    monkeypatch.undo()
+    assert main(["train", "--out", str(out), "--resume", "--set", "save_steps=0"]) == 0
+
+
+def test_a_loss_that_is_not_finite_names_the_member_and_leaves_the_last_checkpoint(digits, tmp_path):
+    recipe = small(random=False, members__optimizer="sgd", members__lr=[0.01, 0.01, 1e30, 0.01], save_steps=1)
+    with pytest.raises(DecompkError, match=r"(loss of member 2 became (nan|inf)|is no longer finite).*lower its lr"):
+        train.train(recipe, digits, tmp_path / "out", report=False)
+    for path in (tmp_path / "out" / "seed0" / "members").glob("step-*.ckpt"):
+        state = checkpoint.load(path.read_bytes()[len(checkpoint.MAGIC) :].partition(b"\n")[2])
+        assert all(t.isfinite().all() for t in state["model"].values() if t.is_floating_point())
+
+
+def test_one_loader_serves_all_members_so_that_each_file_is_read_once_an_epoch(tmp_path, monkeypatch):
+    image = pytest.importorskip("PIL.Image")
+    for split, count in (("train", 12), ("test", 4)):
+        for label in ("a", "b"):
+            (tmp_path / "data" / split / label).mkdir(parents=True)
+            for i in range(count // 2):
+                pixels = np.random.default_rng(i).integers(0, 255, (16, 16, 3), dtype=np.uint8)
+                image.fromarray(pixels).save(tmp_path / "data" / split / label / f"{i}.png")
+    opened, plain = [], image.open
+    monkeypatch.setattr(image, "open", lambda *arguments: (opened.append(1), plain(*arguments))[1])
+    read = []
+    for parts in (1, 4):
+        recipe = small(random=False, partitions=parts, size=16, global__epochs=0, batch=4)
+        opened.clear()
+        train.train(recipe, str(tmp_path / "data"), tmp_path / f"out{parts}", report=False)
+        read.append(len(opened))
+    assert read[0] == read[1] > 2 * 12
+
+
+def test_a_stopped_member_stands_still_while_the_others_go_on(digits, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        train.Schedule, "observe", lambda self, accuracy: [2] if self.rates(0) and len(accuracy) == 4 else []
+    )
+    result = train.train(small(random=False, members__epochs=4), digits, tmp_path / "out", report=False)
+    losses = np.array(result["runs"][0]["members"]["test_loss"])
+    assert (losses[:, 2] == losses[0, 2]).all()
+    assert all(len(set(losses[:, k])) == 4 for k in (0, 1, 3))
+
+
+def test_a_training_holds_no_more_after_many_steps_than_after_a_few(digits):
+    data = train.open_data(digits)
+    packed = decompk.grouped_subnets(decompk.models.vgg8(input_size=(1, 16, 16)), (1, 16, 16), seed=0)
+    step = train.Step(packed, optim.Adam(packed, lr=1e-3))
+
+    def held():
+        gc.collect()
+        tensors = [t for t in gc.get_objects() if type(t) in (torch.Tensor, nn.Parameter)]
+        return len(tensors), sum(t.numel() for t in tensors)
+
+    counts = []
+    for _ in range(3):
+        for _ in range(10):
+            for x, y in data.train.batches(train.epoch_order(96, 20, 0, 0), "cpu"):
+                step(train.normalise(x, data.mean), y)
+        counts.append(held())
+    assert counts[0] == counts[1] == counts[2]
