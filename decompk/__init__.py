@@ -1,6 +1,6 @@
 """decompk trains K networks for little more than the price of one: decompose, pack, compose."""
 
-from . import losses, models, ops, optim, theory
+from . import losses, models, ops, optim, theory, train
 from .blockdiag import block_diagonal, densify
 from .decompose import Decomposition, decompose, grouped_subnets
 from .dispatch import backend
@@ -35,4 +35,5 @@ __all__ = [
     "optim",
     "pack",
     "theory",
+    "train",
 ]

@@ -369,3 +369,37 @@ def test_the_first_configs_of_the_networks_are_as_exact_as_torch(network_problem
 
 def test_every_other_config_of_the_networks_is_as_exact_as_torch(network_problem):
     check(network_problem, configs(network_problem)[1])
+
+
+# ---- training steps -------------------------------------------------------------------------------------------------
+
+
+def trained_by(packed, batches, **how):
+    """The network after training by `batches`, while a rate changes and a member is stopped, and the sums of it all."""
+    net = copy.deepcopy(packed).to(DEVICE, memory_format=torch.channels_last)
+    graph = how.get("graph", False)
+    optimizer = decompk.optim.Adam(net, lr=[1e-3, 2e-3, 1e-3, 1e-3], capturable=graph)
+    step = decompk.train.Step(net, optimizer, **how)
+    for i, (x, y) in enumerate(batches):
+        if i == 6:
+            optimizer.param_groups[1]["lr"] = 5e-4
+        if i == 9:
+            optimizer.stop(2)
+        step(x, y)
+    assert not step.reasons, step.reasons
+    return net, step.read()
+
+
+@pytest.mark.parametrize("how", [{"graph": True}, {"compile": True}, {"graph": True, "compile": True}], ids=str)
+def test_a_captured_or_compiled_step_trains_as_the_eager_one(how):
+    torch.manual_seed(0)
+    packed = decompk.grouped_subnets(decompk.models.vgg8(input_size=(3, 32, 32)), (3, 32, 32), seed=0)
+    sizes = [16] * 8 + [6] * 6 + [16] * 4
+    batches = [(torch.randn(n, 3, 32, 32, device=DEVICE), torch.randint(10, (n,), device=DEVICE)) for n in sizes]
+    with precision("highest"):
+        eager, sums = trained_by(packed, batches)
+        other, found = trained_by(packed, batches, **how)
+    assert found.images == sums.images == sum(sizes)
+    assert found.loss == pytest.approx(sums.loss, rel=1e-2)
+    for (name, a), b in zip(eager.state_dict().items(), other.state_dict().values(), strict=True):
+        assert (a.double() - b.double()).norm() <= 2e-2 * a.double().norm() + 1e-6, name

@@ -18,6 +18,7 @@ sys.path[:0] = [str(ROOT / "tools")]
 
 import gpu_suite
 import timing
+import train_speed
 import tune
 from layers import CASES, Captured, Case, Layer, fitting_batch, layers, norms, problem, training_step
 
@@ -437,7 +438,8 @@ def test_stages_end_in_files_and_an_exit_code(tmp_path, monkeypatch):
     (tmp_path / "tables" / "h100.json").write_text("{}")
     out = tmp_path / "out"
     assert gpu_suite.main(["--out", str(out), "--minutes", "10"]) == 0
-    assert [Path(command[1]).name for command in ran] == ["gpu_suite.py", "gpu_suite.py", "gpu_suite.py", "tune.py"]
+    names = [Path(command[1]).name for command in ran]
+    assert names == ["gpu_suite.py", "gpu_suite.py", "gpu_suite.py", "train_speed.py", "tune.py"]
     assert {path.name for path in out.iterdir()} == {"bench.json", "bench.md", "h100.json"}
     monkeypatch.setattr(gpu_suite, "test", lambda out, left: False)
     assert gpu_suite.main(["--out", str(out), "--stage", "test", "--minutes", "10"]) == 1
@@ -447,3 +449,28 @@ def test_stages_end_in_files_and_an_exit_code(tmp_path, monkeypatch):
 def test_a_layer_knows_its_passes():
     one = problem("fprop", "bfloat16", (4, 2, 4, 4, 6, 6), (3, 3))
     assert Layer(one, 1, False, (6, 6)).passes() == [one.of(kind) for kind in PASSES]
+
+
+def test_the_speed_of_training_is_measured_of_right_results_only(tmp_path, monkeypatch):
+    case = train_speed.Case("tiny", "vgg8", (1, 16, 16), 4, None, batch=4)
+    monkeypatch.setattr(train_speed, "CPU", (case,))
+    monkeypatch.setattr(
+        train_speed,
+        "HOWS",
+        {
+            "eager": {},
+            "wrong": {"loss": lambda *given: -decompk.losses.cross_entropy(*given)},
+            "graph": {"graph": True},
+        },
+    )
+    monkeypatch.setattr(train_speed, "ROUNDS", 1)
+    whole = train_speed.measure
+    monkeypatch.setattr(train_speed, "measure", lambda *given: whole(*given[:4], 0.0, train_speed.HOWS))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert train_speed.main(["--out", str(tmp_path / "train.json")]) == 1
+    records = {(r["network"], r["how"]): r for r in json.loads((tmp_path / "train.json").read_text())["records"]}
+    for network in ("members", "global"):
+        assert records[network, "eager"]["images_per_s"] > 0
+        assert "loss is off" in records[network, "wrong"]["wrong"]
+        assert "not on a GPU" in records[network, "graph"]["error"]
+    assert "×" in (tmp_path / "train.md").read_text()

@@ -1,10 +1,10 @@
 """All the work for a GPU in one command: what the machine reaches, tests, benches, tuning.
 
-    python tools/gpu_suite.py --out DIR [--stage build|test|bench|tune] [--minutes M] [--only TEXT]
+    python tools/gpu_suite.py --out DIR [--stage build|test|bench|train|tune] [--minutes M] [--only TEXT]
 
 Needs torch, triton and pytest; decompk is taken from the repository. In DIR, whole at any time: environment.json,
-tests.json and tests.log, bench.json and bench.md, tune.json and the tuned table. Exit code 1 if a test failed, a result
-was wrong or a stage broke, 2 without a GPU.
+tests.json and tests.log, bench.json and bench.md, train.json and train.md, tune.json and the tuned table. Exit code 1
+if a test failed, a result was wrong or a stage broke, 2 without a GPU.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ from decompk import cost, dispatch, ops
 from decompk import device as devices
 from decompk.config import Problem
 
-STAGES = {"build": 0.2, "test": 0.45, "bench": 0.6, "tune": 1.0}  # share of the time that is left
+STAGES = {"build": 0.2, "test": 0.45, "bench": 0.5, "train": 0.4, "tune": 1.0}  # share of the time that is left
 KEYS = ("part", "net", "case", "pass", "impl")
 QUIET = 180  # seconds without a record after which a stage hangs
 
@@ -595,10 +595,13 @@ def run(stage: str, out: Path, left: Callable[[], float], only: str) -> bool:
         if stage == "tune":
             tune = [sys.executable, str(ROOT / "tools" / "tune.py"), "--log", str(out / "tune.json"), *minutes]
             return [*tune, "--problems", only] if only else tune
+        if stage == "train":
+            speed = [sys.executable, str(ROOT / "tools" / "train_speed.py"), "--out", str(out / "train.json"), *minutes]
+            return [*speed, "--only", only]
         alone = [sys.executable, str(Path(__file__).resolve()), "--alone", "--out", str(out), "--stage", stage]
         return [*alone, *minutes, "--only", only]
 
-    journal = out / {"build": "environment.json", "bench": "bench.json", "tune": "tune.json"}[stage]
+    journal = out / {"build": "environment.json"}.get(stage, f"{stage}.json")
     good = supervise(command, journal, left)
     known = json.loads(journal.read_text()) if journal.exists() else {}
     if stage == "bench" and known:

@@ -14,7 +14,6 @@ import torch
 from torch import nn
 
 from .. import models
-from ..cost import layers, total
 from ..decompose import Decomposition, decompose
 from ..errors import CheckpointError, DecompkError
 from ..packed import Packed, pack
@@ -273,6 +272,8 @@ def begun(out: Path) -> dict[str, Any]:
 def _result(
     recipe: Recipe, data: Dataset, d: Decomposition, runs: list[dict[str, Any]], ranks: Ranks, command: str
 ) -> dict[str, Any]:
+    from ..cost import layers, total  # which loads triton
+
     forward = {
         "members": d.K * total(layers(d.subnets(0)[0], (data.input_size[0], *d.crops[0].size))).flops(),
         "global": total(layers(d.model, data.input_size)).flops(),

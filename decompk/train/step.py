@@ -33,10 +33,11 @@ class Step:
 
     net: a packed module, whose output is (K, N, classes), or any network of output (N, classes). optimizer: one of
     decompk.optim, or of torch. loss: (logits, target) → scalar; `losses.cross_entropy` of (K, N, classes) by default.
-    precision: "bf16" runs the forward pass under autocast, "float64" expects `net` and images in it. clip: largest norm of each member's gradient, 0 for none.
-    compile: run `net` through torch.compile. graph: on a GPU, capture the whole step in a CUDA graph, one for every
-    shape of batch; the optimizer must be capturable. Where compiling or capturing cannot be done the step runs
-    without, and `reasons` says why. `weight` scales the loss of each call, for a share of a larger batch.
+    precision: "bf16" runs the forward pass under autocast, "float64" expects `net` and images in it. clip: largest norm
+    of each member's gradient, 0 for none. compile: run `net` through torch.compile. graph: on a GPU, capture the whole
+    step in a CUDA graph, one for every shape of batch; the optimizer must be capturable. Where compiling or capturing
+    cannot be done the step runs without, and `reasons` says why. `weight` scales the loss of each call, for a share of
+    a larger batch.
 
     No call waits for the device; `read` does.
     """

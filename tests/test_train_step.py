@@ -1,0 +1,195 @@
+"""One training step as one call: what it computes, and what it says when it cannot be compiled or captured."""
+
+import pytest
+import torch
+from torch import nn
+
+import decompk
+from decompk import losses, optim, train
+from decompk.errors import DecompkError
+from decompk.train import step as steps
+
+
+def packed(seed=0, dtype=torch.float32):
+    torch.manual_seed(0)
+    net = decompk.models.vgg8(input_size=(1, 16, 16), width=8, fc=16).to(dtype)
+    return decompk.grouped_subnets(net, (1, 16, 16), seed=seed)
+
+
+def batches(count, size=6, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(1)
+    return [
+        (torch.randn(size, 1, 16, 16, generator=generator).to(dtype), torch.randint(10, (size,), generator=generator))
+        for _ in range(count)
+    ]
+
+
+def assert_same(one, other):
+    for (name, a), b in zip(one.state_dict().items(), other.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+
+
+@pytest.mark.parametrize("clip", [0.0, 0.5])
+def test_a_step_is_forward_loss_backward_clip_and_optimizer(clip):
+    ours, plain = packed(), packed()
+    step = train.Step(ours, optim.Adam(ours, lr=1e-2), clip=clip)
+    optimizer = optim.Adam(plain, lr=1e-2)
+    found = []
+    for x, y in batches(4):
+        step(x, y)
+        optimizer.zero_grad()
+        logits = plain(x)
+        losses.cross_entropy(logits, y).backward()
+        if clip:
+            optim.clip_grad_norm_(plain, clip)
+        optimizer.step()
+        each = [nn.functional.cross_entropy(member, y).item() for member in logits]
+        found.append((each, (logits.argmax(-1) == y).float().mean(1).mul(100).tolist()))
+    assert_same(ours, plain)
+    sums = step.read()
+    assert sums.images == 24
+    for k in range(4):
+        assert sums.loss[k] == pytest.approx(sum(each[k] for each, _ in found) / 4, rel=1e-6)
+        assert sums.accuracy[k] == pytest.approx(sum(right[k] for _, right in found) / 4)
+    assert step.read() == sums  # reading changes nothing
+    step.reset()
+    assert step.read().images == 0
+
+
+def test_an_ordinary_network_and_optimizer_train_by_the_same_step():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(256, 10))
+    other = nn.Sequential(nn.Flatten(), nn.Linear(256, 10))
+    other.load_state_dict(net.state_dict())
+    step, optimizer = train.Step(net, torch.optim.SGD(net.parameters(), 0.1)), torch.optim.SGD(other.parameters(), 0.1)
+    for x, y in batches(3):
+        step(x, y)
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(other(x), y).backward()
+        optimizer.step()
+    assert torch.allclose(net[1].weight, other[1].weight, rtol=1e-6, atol=1e-8)
+    assert len(step.read().loss) == 1
+
+
+def test_bf16_runs_the_forward_pass_in_it_and_keeps_weights_and_loss_in_float32():
+    net, seen = packed(), []
+    net.classifier.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+    step = train.Step(net, optim.Adam(net, lr=1e-3), precision="bf16")
+    for x, y in batches(2):
+        step(x, y)
+    assert set(seen) == {torch.bfloat16}
+    assert {p.dtype for p in net.parameters()} == {torch.float32}
+    assert all(loss < 4 for loss in step.read().loss)
+    with pytest.raises(DecompkError, match=r"precision 'int8' is none of"):
+        train.Step(net, optim.Adam(net), precision="int8")(*batches(1)[0])
+
+
+def test_sums_carried_over_go_on_as_if_never_read():
+    ours, other = packed(), packed()
+    whole, halves = (train.Step(net, optim.SGD(net, lr=0.01)) for net in (ours, other))
+    data = batches(4)
+    for x, y in data:
+        whole(x, y)
+    for x, y in data[:2]:
+        halves(x, y)
+    resumed = train.Step(other, halves.optimizer)
+    resumed.set_sums(halves.sums())
+    for x, y in data[2:]:
+        resumed(x, y)
+    assert resumed.read() == whole.read()
+
+
+def test_a_compiled_step_trains_as_the_eager_one():
+    ours, plain = packed(), packed()
+    compiled = train.Step(ours, optim.SGD(ours, lr=0.01), compile=True)
+    eager = train.Step(plain, optim.SGD(plain, lr=0.01))
+    for x, y in batches(2):
+        compiled(x, y)
+        eager(x, y)
+    assert not compiled.reasons
+    for (name, a), b in zip(ours.state_dict().items(), plain.state_dict().values(), strict=True):
+        assert torch.allclose(a, b, rtol=1e-3, atol=1e-5), name
+    assert torch.equal(ours.features[1].num_batches_tracked, plain.features[1].num_batches_tracked)
+
+
+def test_where_compiling_fails_the_step_runs_without_says_why_and_has_lost_nothing(monkeypatch):
+    def broken(net):
+        def run(x):
+            net(x)  # moves the statistics before it fails
+            raise RuntimeError("no compiler here.\nmore lines")
+
+        return run
+
+    monkeypatch.setattr(torch, "compile", broken)
+    ours, plain = packed(), packed()
+    step = train.Step(ours, optim.Adam(ours), compile=True)
+    monkeypatch.undo()
+    other = train.Step(plain, optim.Adam(plain))
+    for x, y in batches(2):
+        step(x, y)
+        other(x, y)
+    assert step.reasons == {"compile": "no compile: no compiler here"}
+    assert_same(ours, plain)
+
+
+def test_off_a_gpu_and_with_an_optimizer_that_cannot_be_captured_there_is_no_graph_and_a_reason():
+    net = packed()
+    step = train.Step(net, optim.Adam(net), graph=True)
+    assert not step.graph and step.reasons == {"graph": "no CUDA graph: the network is not on a GPU"}
+
+
+class FakeGraph:
+    made = []
+
+    def __init__(self, step, x, y, weight, version):
+        if FakeGraph.made and FakeGraph.made[-1] == "fail":
+            raise RuntimeError("operation not permitted when stream is capturing")
+        self.step, self.weight, self.version = step, weight, version
+        FakeGraph.made.append((tuple(x.shape), version))
+
+    def replay(self, x, y):
+        self.step._train(x, y, self.weight)
+
+
+@pytest.fixture
+def captured(monkeypatch):
+    """A step that captures, with a stand-in that runs where a graph would be replayed."""
+    FakeGraph.made = []
+    monkeypatch.setattr(steps, "_Graph", FakeGraph)
+    net = packed()
+    step = train.Step(net, optim.Adam(net, lr=1e-2, capturable=True))
+    step.graph = True
+    return step
+
+
+def test_each_shape_is_captured_once_after_eager_steps_and_again_when_members_stop_not_when_rates_change(captured):
+    full, tail = batches(8), batches(8, size=3)
+    for (x, y), (a, b) in zip(full, tail, strict=True):
+        captured(x, y)
+        captured(a, b)
+    assert [shape[0] for shape, _ in FakeGraph.made] == [6, 3]
+    for group in captured.optimizer.param_groups:
+        group["lr"] *= 0.1
+    captured(*full[0])
+    assert len(FakeGraph.made) == 2
+    captured.optimizer.stop(1)
+    captured(*full[0])
+    captured(*tail[0])
+    captured(*full[1])
+    assert [shape[0] for shape, _ in FakeGraph.made] == [6, 3, 6, 3]
+    assert captured.read().images == 8 * 9 + 6 * 3 + 3
+
+
+def test_where_capturing_fails_the_step_goes_on_eagerly_and_says_why(captured):
+    data = batches(6)
+    FakeGraph.made = ["fail"]
+    for x, y in data:
+        captured(x, y)
+    assert not captured.graph
+    assert captured.reasons == {"graph": "no graph: operation not permitted when stream is capturing"}
+    assert captured.read().images == 36
+    other = packed()
+    eager = train.Step(other, optim.Adam(other, lr=1e-2, capturable=True))
+    for x, y in data:
+        eager(x, y)
+    assert_same(captured.net, other)
