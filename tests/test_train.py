@@ -113,6 +113,34 @@ def test_members_trained_here_are_those_trained_alone_by_hand(digits, tmp_path):
             assert torch.equal(found[name][k], value), f"member {k}: {name}"
 
 
+def test_the_demo_is_a_training_by_the_quick_preset_and_is_not_done_twice(tmp_path, capsys, monkeypatch):
+    plain = train.open_data
+    monkeypatch.setattr(algorithm, "open_data", lambda *given: plain("digits", size=16))
+    command = ["demo", "--epochs", "2,1", "--seed", "4", "--out", str(tmp_path / "out")]
+    assert main(command) == 0
+    result = json.loads((tmp_path / "out" / "result.json").read_text())
+    assert [len(result["runs"][0][phase]["epoch"]) for phase in ("members", "global", "random")] == [2, 1, 3]
+    assert result["runs"][0]["seed"] == 4 and "SNet-4" in capsys.readouterr().err
+    assert main(command) == 0
+    assert json.loads((tmp_path / "out" / "result.json").read_text())["runs"] == result["runs"]
+    assert capsys.readouterr().err.count("trained before") == 3
+
+
+def test_theorem_2_2_holds_for_trained_members_that_can_see_whole_images(digits, tmp_path, capsys):
+    recipe = small(random=False, model="resnet8", crop=10)
+    found = train.train(recipe, digits, tmp_path / "out", report=False)["theorem_2_2"]
+    assert found["violation"] < 1e-9 and found["lost"] == 0 and found["loss"] <= found["bound"]
+    assert "Theorem 2.2" in capsys.readouterr().err
+    assert train.train(small(random=False), digits, tmp_path / "other", report=False)["theorem_2_2"] is None
+
+
+def test_an_output_folder_that_cannot_be_made_is_refused(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert main(["demo", "--epochs", "1,1", "--out", str(tmp_path / "file")]) == 2
+    said = capsys.readouterr().err
+    assert "cannot be made" in said and "Traceback" not in said
+
+
 def weights_of_members(out):
     return torch.load(out / "seed0" / "members.pt", weights_only=True)
 
@@ -150,6 +178,7 @@ def test_two_epochs_of_digits_give_packed_members_the_weights_of_separate_traini
 KILLS = 20
 LIVES = """
 import os, random, signal, sys, time
+from pathlib import Path
 import torch
 torch.set_num_threads(1)
 from decompk import train

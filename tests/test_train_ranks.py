@@ -2,8 +2,10 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -28,6 +30,9 @@ SETTINGS = {
 }
 
 
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
 @pytest.fixture(scope="module")
 def digits(tmp_path_factory):
     data = train.open_data("digits", size=16)
@@ -39,13 +44,16 @@ def digits(tmp_path_factory):
     return str(path)
 
 
-def run(digits, out, processes, **changes):
+def command(digits, out, processes, **changes):
     settings = [f"--set={key}={json.dumps(value)}" for key, value in {**SETTINGS, **changes}.items()]
     launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
-    command = [sys.executable, *launch, "-m", "decompk", "train", "--data", digits, "--preset", "quick", "--device=cpu"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command += ["--out", str(out), *settings]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    start = [sys.executable, *launch, "-m", "decompk", "train", "--data", digits, "--preset", "quick", "--device=cpu"]
+    return [*start, "--out", str(out), *settings]
+
+
+def run(digits, out, processes, *more, **changes):
+    whole = [*command(digits, out, processes, **changes), *more]
+    return subprocess.run(whole, capture_output=True, text=True, env=ENVIRONMENT, timeout=300)
 
 
 def weights(out, name):
@@ -87,6 +95,33 @@ def test_processes_together_end_where_one_alone_does(processes, parallel, digits
     for rank in range(1, processes):
         lines = [json.loads(line) for line in (out / f"metrics-rank{rank}.jsonl").read_text().splitlines()]
         assert {line["phase"] for line in lines} >= {"members"}
+
+
+def test_processes_killed_in_the_global_phase_go_on_together(digits, alone, tmp_path):
+    out = tmp_path / "out"
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
+    both = [
+        subprocess.Popen(
+            command(digits, out, 1, save_steps=1),
+            stderr=subprocess.DEVNULL,
+            env={**ENVIRONMENT, **place, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+        )
+        for rank in range(2)
+    ]
+    while len(list((out / "seed0" / "global").glob("step-*.ckpt"))) < 2:
+        assert all(process.poll() is None for process in both)
+        time.sleep(0.002)
+    for process in both:
+        process.kill()
+        process.wait()
+    assert not (out / "seed0" / "random.pt").exists()
+    done = run(digits, out, 2, "--resume", save_steps=1)
+    assert done.returncode == 0, done.stderr
+    assert "members: trained before" in done.stderr and "global: going on in epoch 1" in done.stderr
+    for name in ("members", "composed", "global", "random"):
+        assert_alike(weights(alone, name), weights(out, name), 1e-9)
 
 
 def test_ranks_take_runs_of_members_in_order_and_share_out_the_rest():

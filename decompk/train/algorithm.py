@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import json
 import os
@@ -17,13 +18,16 @@ from .. import models
 from ..decompose import Decomposition, decompose
 from ..errors import CheckpointError, DecompkError
 from ..packed import Packed, pack
+from ..theory import theorem_2_2
+from .augment import normalise
 from .checkpoint import Checkpoints, dump, load, read, write, write_atomically
-from .data import Dataset, open_data, seed_of
+from .data import Dataset, open_data, seed_of, test_order
 from .evaluate import evaluate
 from .log import Log
 from .loop import Curve, Fit
 from .ranks import Ranks
 from .recipe import Recipe
+from .step import prepared
 
 TIMES_FORWARD = 3  # a training step costs about three forward passes
 PICTURED = 64  # test images that the pictures choose from
@@ -60,6 +64,7 @@ def train(
             runs.append(one.run())
         result = _result(recipe, dataset, one.decomposition, runs, ranks, command)
         if ranks.first:
+            result["theorem_2_2"] = _theorem(one, dataset, log)
             write_atomically(out / "result.json", json.dumps(result, indent=1).encode())
         if ranks.first and report:
             _report(result, one, dataset, out, log)
@@ -169,8 +174,9 @@ class _Run:
                 state = read(path, self._identity(name))
             except CheckpointError as error:
                 self.log.say(f"checkpoint refused: {error} The phase's own checkpoints are used.")
-        content = self.ranks.from_rank(0, dump(state))
-        return load(content)
+        if state is not None:
+            self.log.say(f"seed {self.seed} {name}: trained before.")
+        return load(self.ranks.from_rank(0, dump(state)))
 
     def _finish(self, name: str, net: nn.Module, curve: dict[str, Any]) -> None:
         if self.ranks.first:
@@ -316,14 +322,34 @@ def _device_name(ranks: Ranks) -> str:
     return name if ranks.size == 1 else f"{ranks.size} processes, each on {name}"
 
 
+@torch.no_grad()
+def _theorem(last: _Run, data: Dataset, log: Log) -> dict[str, Any] | None:
+    """Theorem 2.2 on test images, where the composed network is the sum of its members on whole images."""
+    if last.K == 1 or last.decomposition.adapted or last.decomposition.notes:
+        return None
+    members, composed = last.packed.cpu().eval().unpack(), last.composed.cpu().eval()
+    logits, sums, labels = [], [], []
+    for x, y in data.test.batches(test_order(len(data.test), 256)[:4], torch.device("cpu")):
+        x = prepared(normalise(x, data.mean), last.recipe.precision)
+        logits.append(torch.stack([member(x) for member in members]).double())
+        sums.append(composed(x).double())
+        labels.append(y.cpu())
+    found = theorem_2_2(torch.cat(logits, 1), torch.cat(labels), torch.cat(sums))
+    log.say(
+        f"Theorem 2.2, members on whole images: {found.all_right} of {sum(map(len, labels))} test images are right for "
+        f"all members, {found.lost} of them wrong when composed; composed loss {found.loss:.1f}, bound (2.19) "
+        f"{found.bound:.1f}."
+    )
+    return dataclasses.asdict(found)
+
+
 def _report(result: dict[str, Any], last: _Run, data: Dataset, out: Path, log: Log) -> None:
     rows = torch.linspace(0, len(data.test) - 1, min(PICTURED, len(data.test))).long()
-    (images, labels) = next(iter(data.test.batches([rows], torch.device("cpu"))))
-    from .augment import normalise
+    images, labels = next(iter(data.test.batches([rows], torch.device("cpu"))))
     from .figures import draw_all
     from .summary import summary, tables
 
-    images = normalise(images, data.mean, scale=images.dtype == torch.uint8)
+    images = normalise(images, data.mean)
     nets = [member.eval() for member in last.packed.cpu().unpack()]
     pictures = draw_all(
         result,
