@@ -7,8 +7,8 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-from decompk import demo
 from decompk.report.paper import paper_cells
+from decompk.train.summary import tables
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -31,13 +31,15 @@ def test_the_report_is_the_commands_output():
     assert not [line for line in lines if line not in output.splitlines()]
 
 
-def test_the_demos_figures_are_those_of_the_committed_run():
-    result = json.loads((RESULTS / "demo.json").read_text())
-    shown = next(text for _, text in BLOCKS if text.startswith("Digits"))
-    expected = demo.table(result).to_text().split("\n\n- ")[0].splitlines()
-    assert shown.splitlines() == expected and len(expected) > 10
+def test_the_trainings_table_is_that_of_the_committed_run():
+    result = json.loads((RESULTS / "quick" / "result.json").read_text())
+    shown = [text for _, text in BLOCKS if text.startswith(result["title"])]
+    expected = [table.to_text().split("\n\n- ")[0].strip() for table in (tables(result)[0], tables(result)[-1])]
+    assert "\n\n".join(expected) == shown[0].strip() and len(expected[0].splitlines()) > 10
     made = result["made_with"]
-    assert f"torch {made['torch']}" in README and f"{made['threads']} threads" in README
+    assert f"torch {made['torch'].partition('+')[0]} on {made['device'].partition(' of')[0]}" in README
+    epoch = {phase: result["flops"][phase] / result["epochs"][phase] for phase in ("members", "global")}
+    assert f"a {epoch['global'] / epoch['members']:.0f}rd of a global epoch's FLOPs" in " ".join(README.split())
 
 
 def test_its_timings_are_the_medians_of_the_committed_bench():

@@ -183,8 +183,10 @@ import torch
 torch.set_num_threads(1)
 from decompk import train
 
-data, out, seed = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
+data, folder, seed = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
 recipe = train.load_recipe("quick", changes=CHANGES)
+train.train(recipe, data, folder / "whole", report=False)  # never killed; and every life below starts warm
+out = folder / "killed"
 chance = random.Random(seed)
 
 def live():
@@ -231,10 +233,8 @@ print(",".join(killed))
 
 def test_a_run_killed_at_twenty_moments_ends_in_the_bits_of_one_never_killed(digits, tmp_path):
     changes = {**SHORT, "batch": 20, "save_steps": 1, "augment.flip": True, "members.plateau": 1, "log_seconds": 0.0}
-    recipe = train.load_recipe("quick", changes=changes)
-    train.train(recipe, digits, tmp_path / "whole", report=False)
     script = LIVES.replace("CHANGES", repr(changes)).replace("KILLS", str(KILLS))
-    command = [sys.executable, "-c", script, digits, str(tmp_path / "killed"), "7"]
+    command = [sys.executable, "-c", script, digits, str(tmp_path), "7"]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
     killed = done.stdout.strip().split(",")

@@ -223,23 +223,24 @@ def _backward(
     grad, x, w = settled(grad), channels_inside(x), ohwi(weight)
     if wanted[2]:
         db = grad.sum((1, 3, 4))
-    if wanted[0]:
-        problem, views = operands("dgrad", x, w, geometry, (dx, grad))
-        choice = dispatch.choose(problem, x.device)
-        if choice.backend == "torch":
-            dx = as_strided_like(library.backward(choice.form, grad, x, weight, *geometry, (True, False))[0], dx)
-        else:
-            from ..kernels import conv
+    chosen = {}
+    for kind, wants, tensors in (("dgrad", wanted[0], (dx, grad)), ("wgrad", wanted[1], (x, grad))):
+        if wants:
+            problem, views = operands(kind, x, w, geometry, tensors)
+            chosen[kind] = problem, views, dispatch.choose(problem, x.device)
+    forms = {kind: choice.form for kind, (_, _, choice) in chosen.items() if choice.backend == "torch"}
+    for form in dict.fromkeys(forms.values()):  # one call for both gradients where both run so
+        asked = forms.get("dgrad") == form, forms.get("wgrad") == form
+        found = library.backward(form, grad, x, weight, *geometry, asked)
+        dx = as_strided_like(found[0], dx) if asked[0] else dx
+        dw = as_strided_like(found[1], dw) if asked[1] else dw
+    for kind in chosen.keys() - forms.keys():
+        from ..kernels import conv
 
+        problem, views, choice = chosen[kind]
+        if kind == "dgrad":
             conv.dgrad(problem, choice.config, views[1], w, views[0])
-    if wanted[1]:
-        problem, views = operands("wgrad", x, w, geometry, (x, grad))
-        choice = dispatch.choose(problem, x.device)
-        if choice.backend == "torch":
-            dw = as_strided_like(library.backward(choice.form, grad, x, weight, *geometry, (False, True))[1], dw)
         else:
-            from ..kernels import conv
-
             conv.wgrad(problem, choice.config, views[1], views[0], dw.movedim(2, -1))
     return dx, dw, db
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import inspect
 import json
-import os
 import platform
 from collections.abc import Sequence
 from pathlib import Path
@@ -318,8 +318,16 @@ def _device_name(ranks: Ranks) -> str:
     if ranks.device.type == "cuda":
         name = torch.cuda.get_device_name(ranks.device)
     else:
-        name = f"{torch.get_num_threads()} threads of {platform.machine()}, {os.cpu_count()} cores"
+        name = f"{torch.get_num_threads()} threads of {_processor()}"
     return name if ranks.size == 1 else f"{ranks.size} processes, each on {name}"
+
+
+def _processor() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
 
 
 @torch.no_grad()
