@@ -300,12 +300,23 @@ def test_a_folder_that_holds_a_training_is_neither_overwritten_nor_resumed_as_an
     assert all(torch.equal(before[key], value) for key, value in weights_of_members(out).items())
 
 
+def test_a_network_whose_code_has_changed_is_not_resumed(digits, tmp_path, monkeypatch):
+    out, recipe = tmp_path / "out", small(random=False)
+    train.train(recipe, digits, out, report=False)
+    wider = decompk.models.vgg8(input_size=(1, 16, 16), width=32)
+    monkeypatch.setattr(algorithm, "build_model", lambda *given: wider)
+    (out / "seed0" / "members.ckpt").unlink()
+    with pytest.raises(CheckpointError, match=r"is of another run: its network is"):
+        train.train(recipe, digits, out, resume=True, report=False)
+
+
 def test_a_bare_resume_reads_recipe_and_data_from_the_folder_and_may_add_seeds(digits, tmp_path):
     out = tmp_path / "out"
     train.train(small(random=False), digits, out, report=False)
     assert main(["train", "--out", str(out), "--resume", "--seeds", "0,1"]) == 0
     result = json.loads((out / "result.json").read_text())
     assert [run["seed"] for run in result["runs"]] == [0, 1] and result["runs"][1]["random"] is None
+    assert json.loads((out / "run.json").read_text())["recipe"]["seeds"] == [0, 1]
 
 
 def damage(path, how):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import inspect
 import json
 import platform
@@ -156,7 +157,9 @@ class _Run:
         return Fit(name, net, self.data, self.recipe, self.seed, self.ranks, checkpoints, self.log, **options)
 
     def _identity(self, phase: str) -> dict[str, Any]:
-        return {**identity(self.recipe, self.data), "seed": self.seed, "phase": phase}
+        tensors = [(name, tuple(tensor.shape)) for name, tensor in self.model.state_dict().items()]
+        network = hashlib.sha256(repr(tensors).encode()).hexdigest()[:16]  # the code of a user's own may have changed
+        return {**identity(self.recipe, self.data), "network": network, "seed": self.seed, "phase": phase}
 
     def _check_parts(self, part: str) -> None:
         """Refuse to start the members anew where another number of processes has begun them."""
@@ -236,7 +239,7 @@ def _claim(out: Path, recipe: Recipe, source: str, data: Dataset, resume: bool, 
     if ranks.first:
         try:
             error = _why_not(out, path, ours, resume)
-            if not error and not path.exists():
+            if not error:
                 content = {"data": source, "recipe": recipe.as_dict(), "identity": ours}
                 write_atomically(path, json.dumps(content, indent=1).encode())
         except DecompkError as raised:

@@ -40,8 +40,11 @@ class Interrupted(DecompkError):
 
 @dataclass
 class Curve:
-    """What a phase came to, epoch by epoch: lists of a number a member; accuracies in %, loss in nats, on test images
-    but for `loss` and `train_accuracy`; `seconds` and `images` of training, added up."""
+    """What a phase came to, epoch by epoch, a number per member: accuracies in %, losses in nats.
+
+    `loss` and `train_accuracy` are of the training images as they were trained on, the others of the test images;
+    `seconds` and `images` of training are added up.
+    """
 
     epoch: list[int] = field(default_factory=list)
     loss: list[list[float]] = field(default_factory=list)
@@ -104,7 +107,6 @@ class Fit:
         self.schedule = Schedule(self.phase, self.members)
         self.curve = Curve()
         self.epoch, self.batch, self.steps, self.seconds, self.images = 0, 0, 0, 0.0, 0
-        self._per_epoch = len(self._order(0))
         self._told: set[str] = set()
 
     def run(self) -> Curve:
@@ -119,7 +121,7 @@ class Fit:
             while self.epoch < self.phase.epochs and len(self._stopped()) < len(self.members):
                 self._one_epoch()
             self._save()
-            if self.ranks.any(bool(self._signal)) if self.shared else self._signal:
+            if self.ranks.any([bool(self._signal)])[0] if self.shared else self._signal:
                 self._interrupt()
         self.log.end()
         return self.curve
@@ -169,29 +171,26 @@ class Fit:
             if what not in self._told:
                 self._told.add(what)
                 self.log.say(f"{self.name}: {reason}.")
-        now = time.monotonic()
-        if now - self._last_read >= self.recipe.log_seconds and not self.shared:
+        read, save, interrupted = self._due()
+        if read:
             sums = self._read()
             self._last_read = time.monotonic()
             self.log.write({**self._where(), "loss": sums.loss, "train_accuracy": sums.accuracy})
             self.log.tell(self.epoch + 1, self.phase.epochs, sums.loss, sums.accuracy, False)
-        self._save_when_due(now)
-
-    def _save_when_due(self, now: float) -> None:
         every = self.recipe.save_steps
-        if every and self.steps % every == 0:
-            self._save()
-        due = bool(self.recipe.save_seconds) and now - self._last_save >= self.recipe.save_seconds
-        if not self.shared:
-            interrupted = bool(self._signal)
-        elif self.steps % TOGETHER == 0:
-            interrupted, due = self.ranks.any(bool(self._signal)), self.ranks.any(due)
-        else:
-            return
-        if due or interrupted:
+        if save or interrupted or (every and self.steps % every == 0):
             self._save()
         if interrupted:
             self._interrupt()
+
+    def _due(self) -> list[bool]:
+        """Whether it is time to read the metrics, to save by the clock, and to stop; the same on ranks that share."""
+        now, recipe = time.monotonic(), self.recipe
+        save = bool(recipe.save_seconds) and now - self._last_save >= recipe.save_seconds
+        flags = [now - self._last_read >= recipe.log_seconds, save, bool(self._signal)]
+        if not self.shared:
+            return flags
+        return self.ranks.any(flags) if self.steps % TOGETHER == 0 else [False] * len(flags)
 
     def _interrupt(self) -> NoReturn:
         number = self._signal[0] if self._signal else signal.SIGTERM

@@ -42,11 +42,11 @@ class Ranks:
             dist.all_reduce(values)
         return values
 
-    def any(self, flag: bool) -> bool:
-        """Whether any rank says so; they all must be asked."""
+    def any(self, flags: list[bool]) -> list[bool]:
+        """For each flag whether any rank raises it; all ranks must ask."""
         if self.size == 1:
-            return flag
-        return bool(self.sum(torch.tensor(float(flag), device=self.device)).item())
+            return flags
+        return (self.sum(torch.tensor(flags, dtype=torch.float32, device=self.device)) > 0).tolist()
 
     def from_rank(self, source: int, content: bytes) -> bytes:
         """Rank `source`'s bytes, on every rank; what the others pass is not looked at."""

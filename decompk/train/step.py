@@ -100,6 +100,7 @@ class Step:
     def set_sums(self, sums: Tensor | None) -> None:
         """Go on from the `sums` of a checkpoint."""
         self._sums = None if sums is None else sums.to(self._device, copy=True)
+        self._graphs.clear()  # they add to the sums that were
 
     def _train(self, x: Tensor, y: Tensor, weight: float) -> None:
         logits = self._gradients(x, y, weight)
