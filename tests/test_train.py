@@ -282,6 +282,17 @@ def test_a_training_can_be_stopped_by_a_signal_and_goes_on_behind_a_checkpoint(d
     assert train.checkpoint.Checkpoints(out / "seed0" / "members", {}).files()
 
 
+def test_a_run_killed_between_a_phases_last_checkpoint_and_its_end_goes_on_there(digits, tmp_path):
+    recipe, out = small(random=False), tmp_path / "out"
+    train.train(recipe, digits, out, report=False)
+    before = {name: torch.load(out / "seed0" / f"{name}.pt", weights_only=True) for name in ("members", "global")}
+    for name in before:
+        (out / "seed0" / f"{name}.ckpt").unlink()
+        (out / "seed0" / f"{name}.pt").unlink()
+    train.train(recipe, digits, out, resume=True, report=False)
+    assert_same_bits(before, {n: torch.load(out / "seed0" / f"{n}.pt", weights_only=True) for n in before})
+
+
 def test_a_folder_that_holds_a_training_is_neither_overwritten_nor_resumed_as_another(digits, tmp_path):
     out = tmp_path / "out"
     train.train(small(random=False), digits, out, report=False)

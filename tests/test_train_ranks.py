@@ -60,6 +60,10 @@ def weights(out, name):
     return torch.load(out / "seed0" / f"{name}.pt", weights_only=True)
 
 
+# Under FSDP weights are contiguous, not channels_last: sums round otherwise, and ties in max-pooling magnify that.
+TOLERANCE = {"ddp": 1e-9, "fsdp": 1e-5}
+
+
 def assert_alike(one, other, tolerance):
     assert one.keys() == other.keys()
     for key, value in one.items():
@@ -83,13 +87,13 @@ def test_processes_together_end_where_one_alone_does(processes, parallel, digits
     for name in ("members", "composed"):
         assert_alike(weights(alone, name), weights(out, name), 0)
     for name in ("global", "random"):
-        assert_alike(weights(alone, name), weights(out, name), 1e-9)
+        assert_alike(weights(alone, name), weights(out, name), TOLERANCE[parallel])
     one, other = (json.loads((o / "result.json").read_text())["runs"][0] for o in (alone, out))
     for phase in ("members", "global", "random"):
         for what in ("accuracy", "images", "lr"):
             assert one[phase][what] == other[phase][what], f"{phase} {what}"
-        assert np.allclose(one[phase]["test_loss"], other[phase]["test_loss"], rtol=1e-9)
-        assert np.allclose(one[phase]["loss"], other[phase]["loss"], rtol=1e-9)
+        assert np.allclose(one[phase]["test_loss"], other[phase]["test_loss"], rtol=TOLERANCE[parallel])
+        assert np.allclose(one[phase]["loss"], other[phase]["loss"], rtol=TOLERANCE[parallel])
     assert done.stderr.count("seed 0 composed, not trained further") == 1
     assert (out / "summary.md").exists()
     for rank in range(1, processes):
@@ -97,14 +101,15 @@ def test_processes_together_end_where_one_alone_does(processes, parallel, digits
         assert {line["phase"] for line in lines} >= {"members"}
 
 
-def test_processes_killed_in_the_global_phase_go_on_together(digits, alone, tmp_path):
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_processes_killed_in_the_global_phase_go_on_together(parallel, digits, alone, tmp_path):
     out = tmp_path / "out"
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
     both = [
         subprocess.Popen(
-            command(digits, out, 1, save_steps=1),
+            command(digits, out, 1, save_steps=1, parallel=parallel),
             stderr=subprocess.DEVNULL,
             env={**ENVIRONMENT, **place, "RANK": str(rank), "LOCAL_RANK": str(rank)},
         )
@@ -117,11 +122,11 @@ def test_processes_killed_in_the_global_phase_go_on_together(digits, alone, tmp_
         process.kill()
         process.wait()
     assert not (out / "seed0" / "random.pt").exists()
-    done = run(digits, out, 2, "--resume", save_steps=1)
+    done = run(digits, out, 2, "--resume", save_steps=1, parallel=parallel)
     assert done.returncode == 0, done.stderr
     assert "members: trained before" in done.stderr and "global: going on in epoch 1" in done.stderr
     for name in ("members", "composed", "global", "random"):
-        assert_alike(weights(alone, name), weights(out, name), 1e-9)
+        assert_alike(weights(alone, name), weights(out, name), TOLERANCE[parallel])
 
 
 def test_ranks_take_runs_of_members_in_order_and_share_out_the_rest():

@@ -115,7 +115,7 @@ class Fit:
         self._resume()
         total = self.phase.epochs * self._images_an_epoch()
         self.log.begin(f"seed {self.seed} {self.name}", total, self.images)
-        self._last_save = self._last_read = time.monotonic()
+        self._last_save = self._last_read = self._mark = time.monotonic()
         exact = backend("loop") if self.recipe.exact else contextlib.nullcontext()
         with exact, _signals() as self._signal:
             while self.epoch < self.phase.epochs and len(self._stopped()) < len(self.members):
@@ -234,10 +234,12 @@ class Fit:
             content = self.ranks.from_rank(0, b"" if state is None else dump(state))
             state = load(content) if content else None
         if state is None:
-            self._mark = time.monotonic()
             return
         self.replicas.load_state(state["model"])
+        rates = [group["lr"] for group in self.optimizer.param_groups]
         self.replicas.load_optimizer_state(self.optimizer, state["optimizer"])
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate  # a captured graph reads it on the device; its value comes with the epoch
         self.schedule.load_state_dict(state["schedule"])
         self.curve = Curve(**state["curve"])
         if not self.shared or self.ranks.first:
