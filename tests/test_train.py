@@ -311,6 +311,14 @@ def test_a_folder_that_holds_a_training_is_neither_overwritten_nor_resumed_as_an
     assert all(torch.equal(before[key], value) for key, value in weights_of_members(out).items())
 
 
+def test_a_start_that_failed_over_its_recipe_leaves_the_folder_free(digits, tmp_path):
+    out = tmp_path / "out"
+    for wrong in ({"members__lr": [1e-3, 2e-3]}, {"crop": 99}, {"model": "nope"}):
+        with pytest.raises(DecompkError, match=r"2 values for 4 members|does not fit|no model is called"):
+            train.train(small(**wrong), digits, out, report=False)
+    train.train(small(random=False), digits, out, report=False)
+
+
 def test_a_network_whose_code_has_changed_is_not_resumed(digits, tmp_path, monkeypatch):
     out, recipe = tmp_path / "out", small(random=False)
     train.train(recipe, digits, out, report=False)

@@ -254,7 +254,7 @@ def _why_not(out: Path, path: Path, ours: dict[str, Any], resume: bool) -> str:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         return f"the folder {out} cannot be made ({error.strerror}); name another with --out."
-    if not path.exists():
+    if not path.exists() or not any(out.glob("seed*/*")):  # nothing is trained yet
         return ""
     if not resume:
         return f"{out} holds a training already: go on with --resume, or name another folder with --out."
