@@ -2,9 +2,11 @@
 
 import copy
 
+import numpy as np
 import torch
 
 from decompk.packed import pack
+from decompk.train import open_data
 
 OUTPUT, GRADIENT, TRAINED = 1e-10, 1e-9, 1e-8  # float64
 
@@ -92,3 +94,12 @@ def assert_packed_equals_separate(members, inputs, steps=5, packed=None, lr=1e-2
                 assert_close(leaf[k], one, TRAINED, f"output of member {k} in eval mode")
                 assert_close(two, leaf[k], OUTPUT, f"output of unpacked member {k}")
     return packed.train()
+
+
+def save_digits(path, train, test):
+    """So many of scikit-learn's digits, 16×16, as the .npz file that `decompk train` takes; returns its name."""
+    data, images = open_data("digits", size=16), {}
+    for name, split, count in (("train", data.train, train), ("test", data.test, test)):
+        images[f"x_{name}"], images[f"y_{name}"] = split.pixels[:count, 0].numpy(), split.labels[:count].numpy()
+    np.savez(path, **images)
+    return str(path)

@@ -11,6 +11,7 @@ import time
 import numpy as np
 import pytest
 import torch
+from helpers import save_digits
 from torch import nn
 
 import decompk
@@ -32,14 +33,7 @@ def _one_thread():
 
 @pytest.fixture
 def digits(tmp_path):
-    """96 + 40 digits of 16×16 as an .npz file."""
-    data = train.open_data("digits", size=16)
-    images = {}
-    for name, split, count in (("train", data.train, 96), ("test", data.test, 40)):
-        images[f"x_{name}"], images[f"y_{name}"] = split.pixels[:count, 0].numpy(), split.labels[:count].numpy()
-    path = tmp_path / "digits.npz"
-    np.savez(path, **images)
-    return str(path)
+    return save_digits(tmp_path / "digits.npz", 96, 40)
 
 
 def small(**changes):

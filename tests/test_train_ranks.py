@@ -10,6 +10,7 @@ import time
 import numpy as np
 import pytest
 import torch
+from helpers import save_digits
 from torch import nn
 
 from decompk import train
@@ -35,13 +36,8 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 @pytest.fixture(scope="module")
 def digits(tmp_path_factory):
-    data = train.open_data("digits", size=16)
-    images = {}
-    for name, split, count in (("train", data.train, 93), ("test", data.test, 41)):  # nothing divides by 2 or 3
-        images[f"x_{name}"], images[f"y_{name}"] = split.pixels[:count, 0].numpy(), split.labels[:count].numpy()
     path = tmp_path_factory.mktemp("data") / "digits.npz"
-    np.savez(path, **images)
-    return str(path)
+    return save_digits(path, 93, 41)  # nothing divides by 2 or 3
 
 
 def command(digits, out, processes, **changes):

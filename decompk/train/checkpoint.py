@@ -51,9 +51,9 @@ def dump(state: Any) -> bytes:
     return buffer.getvalue()
 
 
-def load(content: bytes, device: torch.device | str = "cpu") -> Any:
-    """What `dump` gave, with weights_only: it cannot run code."""
-    return torch.load(io.BytesIO(content), map_location=device, weights_only=True)
+def load(content: bytes) -> Any:
+    """What `dump` gave, on the CPU; with weights_only it cannot run code."""
+    return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
 
 
 def write(path: Path, state: dict[str, Any], run: dict[str, Any]) -> None:
@@ -63,13 +63,13 @@ def write(path: Path, state: dict[str, Any], run: dict[str, Any]) -> None:
     write_atomically(path, MAGIC, json.dumps(head, sort_keys=True).encode(), b"\n", content)
 
 
-def read(path: Path, run: dict[str, Any], device: torch.device | str = "cpu") -> dict[str, Any]:
-    """What `write` wrote. Raises CheckpointError, naming the file, unless it is whole and belongs to `run`."""
-    return parse(path.name, _content(path), run, device)
-
-
-def parse(name: str, content: bytes, run: dict[str, Any], device: torch.device | str = "cpu") -> dict[str, Any]:
-    """`read` of bytes that were already fetched; `name` is what an error calls them."""
+def read(path: Path, run: dict[str, Any]) -> dict[str, Any]:
+    """What `write` wrote, on the CPU. Raises CheckpointError, naming the file, unless it is whole and of `run`."""
+    name = path.name
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"{name} cannot be read ({error.strerror}).") from error
     if not content.startswith(MAGIC):
         what = "is empty" if not content else "is no checkpoint of decompk"
         raise CheckpointError(f"{name} {what}.")
@@ -89,7 +89,7 @@ def parse(name: str, content: bytes, run: dict[str, Any], device: torch.device |
         key = other[0]
         raise CheckpointError(f"{name} is of another run: its {key} is {theirs.get(key)}, here it is {ours.get(key)}.")
     try:
-        return load(payload, device)
+        return load(payload)
     except Exception as error:  # weights_only refuses in many classes
         raise CheckpointError(f"{name} holds more than tensors and plain values, and is not loaded.") from error
 
@@ -139,10 +139,3 @@ class Checkpoints:
                 "phase again."
             )
         return None, []
-
-
-def _content(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise CheckpointError(f"{path.name} cannot be read ({error.strerror}).") from error
