@@ -21,7 +21,7 @@ from ..errors import CheckpointError, DecompkError
 from ..packed import Packed, pack
 from ..theory import theorem_2_2
 from .augment import normalise
-from .checkpoint import Checkpoints, dump, load, read, write, write_atomically
+from .checkpoint import Checkpoints, dump, read, write, write_atomically
 from .data import Dataset, open_data, seed_of, test_order
 from .evaluate import evaluate
 from .log import Log
@@ -129,8 +129,8 @@ class _Run:
             self._check_parts(part)
             fit = self._fit("members", net, part, run, members=mine)
             own = [fit.run().as_dict(), {name: t.cpu() for name, t in net.state_dict().items()}]
-        for content in ranks.from_all(dump(own)):
-            if (found := load(content)) is not None:
+        for found in ranks.from_all(own):
+            if found is not None:
                 curves.append(found[0])
                 states.append(found[1])
         whole.load_state_dict({name: torch.cat([state[name] for state in states]) for name in states[0]})
@@ -179,7 +179,7 @@ class _Run:
                 self.log.say(f"checkpoint refused: {error} The phase's own checkpoints are used.")
         if state is not None:
             self.log.say(f"seed {self.seed} {name}: trained before.")
-        return load(self.ranks.from_rank(0, dump(state)))
+        return self.ranks.from_rank(0, state)
 
     def _finish(self, name: str, net: nn.Module, curve: dict[str, Any]) -> None:
         if self.ranks.first:
@@ -244,7 +244,7 @@ def _claim(out: Path, recipe: Recipe, source: str, data: Dataset, resume: bool, 
                 write_atomically(path, json.dumps(content, indent=1).encode())
         except DecompkError as raised:
             error = str(raised)
-    error = ranks.from_rank(0, error.encode()).decode()
+    error = ranks.from_rank(0, error)
     if error:
         raise CheckpointError(error)
 

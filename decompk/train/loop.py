@@ -18,7 +18,7 @@ from .. import optim
 from ..dispatch import backend
 from ..errors import DecompkError
 from .augment import normalise
-from .checkpoint import Checkpoints, dump, load
+from .checkpoint import Checkpoints
 from .data import Dataset, epoch_order, seed_of
 from .evaluate import evaluate
 from .log import Log
@@ -231,8 +231,7 @@ class Fit:
             for sentence in refused:
                 self.log.say(f"checkpoint refused: {sentence} The one before it is used.")
         if self.shared:
-            content = self.ranks.from_rank(0, b"" if state is None else dump(state))
-            state = load(content) if content else None
+            state = self.ranks.from_rank(0, state)
         if state is None:
             return
         self.replicas.load_state(state["model"])

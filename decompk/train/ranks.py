@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import datetime
 import os
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import DecompkError
+from .checkpoint import dump, load
 
 PATIENCE = datetime.timedelta(days=7)  # a rank may wait that long for another's members
 
@@ -48,24 +50,25 @@ class Ranks:
             return flags
         return (self.sum(torch.tensor(flags, dtype=torch.float32, device=self.device)) > 0).tolist()
 
-    def from_rank(self, source: int, content: bytes) -> bytes:
-        """Rank `source`'s bytes, on every rank; what the others pass is not looked at."""
+    def from_rank(self, source: int, value: Any) -> Any:
+        """Rank `source`'s value (tensors, which come on the CPU, and plain values), on every rank."""
         if self.size == 1:
-            return content
+            return value
         import torch.distributed as dist
 
+        content = dump(value) if self.rank == source else b""
         size = torch.tensor(len(content), device=self.device)
         dist.broadcast(size, source)
         data = torch.empty(int(size), dtype=torch.uint8)
         if self.rank == source:
-            data = torch.frombuffer(bytearray(content), dtype=torch.uint8) if content else data
+            data = torch.frombuffer(bytearray(content), dtype=torch.uint8)
         data = data.to(self.device)
         dist.broadcast(data, source)
-        return data.cpu().numpy().tobytes()
+        return load(data.cpu().numpy().tobytes())
 
-    def from_all(self, content: bytes) -> list[bytes]:
-        """Every rank's bytes, in rank order, on every rank."""
-        return [self.from_rank(rank, content) for rank in range(self.size)]
+    def from_all(self, value: Any) -> list[Any]:
+        """Every rank's value, in rank order, on every rank."""
+        return [self.from_rank(rank, value) for rank in range(self.size)]
 
 
 def start(device: str | None = None) -> Ranks:
