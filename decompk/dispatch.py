@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from . import device as devices
-from . import extension
+from . import extension, measured
 from .config import DTYPES, Config, Problem
 from .device import Device
 from .errors import BackendError
@@ -25,7 +25,7 @@ from .errors import BackendError
 if TYPE_CHECKING:
     from .cost import OpCost
 
-BACKENDS = ("torch", "loop", "triton", "cuda", "emulation")
+BACKENDS = ("torch", "loop", "cpu", "triton", "cuda", "emulation")
 EXTENSION = ("cuda", "emulation")  # the C++ kernels, on a GPU and built for the host
 
 _forced: contextvars.ContextVar[str | None] = contextvars.ContextVar("the backend asked for by name", default=None)
@@ -35,6 +35,7 @@ _forced: contextvars.ContextVar[str | None] = contextvars.ContextVar("the backen
 def backend(name: str) -> Iterator[None]:
     """Run every operation inside on one backend: "torch", "triton" (on a CPU only with TRITON_INTERPRET=1), "cuda".
 
+    "cpu" is the C++ kernels for processors (float32).
     "loop" is torch's own operators, one member after the other: every member computes, to the bit on a CPU, what it
     would compute alone. "cuda" is the C++ extension, which convolves only (batch norms stay on Triton), "emulation"
     the same on the CPU.
@@ -47,6 +48,8 @@ def backend(name: str) -> Iterator[None]:
     reason = None
     if name == "triton":
         reason = devices.why_not_triton_on(device)
+    elif name == "cpu":
+        reason = _why_not_cpu()
     elif name in EXTENSION:
         reason = extension.why_not(name)
     if reason:
@@ -56,6 +59,22 @@ def backend(name: str) -> Iterator[None]:
         yield
     finally:
         _forced.reset(token)
+
+
+def forced() -> str | None:
+    """The backend asked for by name, if one is."""
+    return _forced.get()
+
+
+def _why_not_cpu() -> str | None:
+    from .kernels import cpu
+
+    return cpu.why_not()
+
+
+def runs_on_cpu() -> bool:
+    """Whether the C++ kernels for processors may run: they are built here, and no other backend was asked for."""
+    return _forced.get() in (None, "cpu") and _why_not_cpu() is None
 
 
 def asked_for(name: str) -> bool:
@@ -99,9 +118,14 @@ class Choice:
     cost: OpCost | None = None
 
 
-def choose(problem: Problem, device: torch.device) -> Choice:
-    """The Choice for `problem` on `device`; always answers, or raises BackendError for a backend asked for by name."""
+def choose(problem: Problem, device: torch.device, measure: bool = True) -> Choice:
+    """The Choice for `problem` on `device`; always answers, or raises BackendError for a backend asked for by name.
+
+    On a CPU it may be measured first, unless `measure` is False: see `measured`.
+    """
     deterministic = torch.are_deterministic_algorithms_enabled()
+    if device.type == "cpu" and _forced.get() in (None, "cpu"):
+        return _on_cpu(problem, _forced.get() is not None, measure)
     return _choose(replace(problem, deterministic=deterministic), device, _forced.get())
 
 
@@ -123,6 +147,27 @@ def _choose(problem: Problem, device: torch.device, forced: str | None) -> Choic
     if not found:
         raise BackendError(f"no Triton kernel computes {problem}.")
     return found[0]
+
+
+def _on_cpu(problem: Problem, forced: bool, measure: bool) -> Choice:
+    """The fastest of our own kernels and torch's operators, as measured here; where nothing is, our own."""
+    from .kernels import cpu
+
+    reason = cpu.why_not_conv(problem)
+    if reason and forced:
+        raise BackendError(f"backend 'cpu' cannot run this {problem.kind}: {reason}.")
+    if reason:
+        return _choose(problem, torch.device("cpu"), None)
+    forms = [form for form in cpu.FORMS if cpu.why_not_conv(problem, form) is None]
+    own = [Choice("cpu", form, None, math.nan, "asked for by name" if forced else "") for form in forms]
+    flops = 2 * problem.K * problem.N * math.prod(problem.out_size) * problem.C * problem.O * problem.taps
+    if flops < WORTH:
+        return replace(own[0], reason=own[0].reason or "too small to measure")
+    others = [] if forced else [Choice("torch", form, None, math.nan, "") for form in library_forms(problem)]
+    return measured.choose(problem, [*own, *others], measure)
+
+
+WORTH = 2e6  # FLOPs of all members from which it is worth measuring who is fastest
 
 
 def _extension(problem: Problem, device: torch.device, name: str) -> Choice:

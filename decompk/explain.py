@@ -43,7 +43,7 @@ def _of_problem(problem: Problem, device: torch.device) -> Table:
     from .cost import conv_bytes, conv_flops
     from .report.table import Column, Table
 
-    choice = dispatch.choose(problem, device)
+    choice = dispatch.choose(problem, device, measure=False)
     legal, where = _legal(problem, device)
     others = [c for c in legal if (c.backend, c.form, c.config) != (choice.backend, choice.form, choice.config)]
     columns = [Column(h) for h in ("choice", "config", "predicted\nms", "L2\nMB", "executed\nGFLOP", "why")]
@@ -92,7 +92,7 @@ def _of_module(net: nn.Module, x: Tensor | None, device: torch.device) -> Table:
     for path, problem in calls:
         for kind in PASSES:
             p = problem.of(kind)
-            choice = dispatch.choose(p, device)
+            choice = dispatch.choose(p, device, measure=False)
             if device.type == "cpu" and not dispatch.asked_for("torch"):
                 choice = next(iter(_legal(p, device)[0]), choice)
             sides = (p.K, p.N, f"{p.C}→{p.O}", f"{p.H}×{p.W}", f"{p.kernel[0]}×{p.kernel[1]}/{p.stride[0]}")

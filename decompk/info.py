@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import platform
 
 import torch
 
-from . import extension
+from . import extension, measured
 from .device import why_not_triton_on
+from .kernels import cpu
 from .report.table import Column, Table
 
 
@@ -22,6 +24,7 @@ def info() -> Table:
         ("torch", torch.__version__, f"{torch.get_num_threads()} CPU threads"),
         _device(),
         ("backend torch", "available", "runs every packed layer"),
+        *_cpu(),
         _triton(),
         _extension(),
         _package("fvcore", "the tests cross-check the counts with it", "test"),
@@ -38,6 +41,16 @@ def _device() -> tuple[str, str, str]:
         return ("GPU", "none", why)
     major, minor = torch.cuda.get_device_capability()
     return ("GPU", torch.cuda.get_device_name(), f"sm_{major}{minor}, CUDA {torch.version.cuda}")
+
+
+def _cpu() -> list[tuple[str, str, str]]:
+    reason = cpu.why_not()
+    kept = "" if os.environ.get("DECOMPK_KEEP_MEMORY") == "0" else "; freed memory stays with the process"
+    known = len(measured.entries(measured.path()))
+    return [
+        ("backend cpu", "absent" if reason else "available", reason or f"C++ for float32 on this processor{kept}"),
+        ("choices on this CPU", f"{known} measured", f"{measured.path()}: remove it to have them measured again"),
+    ]
 
 
 def _triton() -> tuple[str, str, str]:

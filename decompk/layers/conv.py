@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..dispatch import asked_for, conv_form, exact
+from ..ops import on_cpu
 from .base import Twin, member_major, side_by_side
 
 
@@ -69,6 +70,12 @@ class PackedConv2d(_PackedConv, nn.Conv2d):
 
     def _on_kernels(self, x: Tensor) -> bool:
         return not exact(x.dtype)
+
+    def _grouped(self, x: Tensor, padding) -> Tensor:
+        if not isinstance(padding, str) and on_cpu.takes(x, self.weight, self.bias) and x.numel():
+            padding = padding if isinstance(padding, tuple) else (padding, padding)
+            return on_cpu.conv2d(x, self.weight, self.bias, self.stride, padding, self.dilation)
+        return super()._grouped(x, padding)
 
 
 class PackedConv3d(_PackedConv, nn.Conv3d):

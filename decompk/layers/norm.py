@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..dispatch import asked_for, exact, norm_form
+from ..ops import on_cpu
 from .base import Twin, member_major, side_by_side
 
 
@@ -17,7 +18,8 @@ class _PackedBatchNorm(Twin):
     def fits(cls, leaf: nn.Module) -> bool:
         return True  # batch statistics need it even without tensors
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, residual: Tensor | None = None, relu: bool = False) -> Tensor:
+        """relu(batch norm(x) + residual), the latter two for `fuse`; the residual is of x's shape."""
         self.check(x)
         self._check_input_dim(x)
         batch_statistics = self.training or (self.running_mean is None and self.running_var is None)
@@ -29,21 +31,35 @@ class _PackedBatchNorm(Twin):
             if self.momentum is None:
                 factors = [1.0 / count for count in self.num_batches_tracked.tolist()]
 
-        if x.dim() == 4 and not exact(x.dtype) and len(set(factors)) == 1 and (x.is_cuda or asked_for("triton")):
-            x = x.unflatten(0, (self.K, x.shape[0] // self.K))
-            y = ops.batch_norm(x, self.weight, self.bias, mean, var, batch_statistics, factors[0], self.eps)
-            return y.flatten(0, 1)
+        vectors = (self.weight, self.bias, mean, var)
+        options = (batch_statistics, factors[0], self.eps)
+        alike = len(set(factors)) == 1 and x.dim() == 4 and not exact(x.dtype)
+        if alike and self._on_cpu(x, residual, batch_statistics, mean, var):
+            return on_cpu.batch_norm(x, *vectors, self.K, *options, residual, relu)
+        if alike and (x.is_cuda or asked_for("triton")):
+            y = ops.batch_norm(x.unflatten(0, (self.K, x.shape[0] // self.K)), *vectors, *options).flatten(0, 1)
+        else:
+            y = self._by_torch(x, *vectors, batch_statistics, factors)
+        y = y if residual is None else y + residual
+        return y.relu() if relu else y
 
+    def _by_torch(self, x: Tensor, weight, bias, mean, var, batch_statistics: bool, factors: list[float]) -> Tensor:
         form = norm_form(x.numel() // self.K, self.num_features, batch_statistics, x.dtype, x.is_cuda)
         if form == "loop" or len(set(factors)) > 1:
 
             def normalise(x, mean, var, weight, bias, factor):
                 return F.batch_norm(x, mean, var, weight, bias, batch_statistics, factor, self.eps)
 
-            return self.each_member(normalise, x, mean, var, self.weight, self.bias, factors)
-        mean, var, weight, bias = (None if t is None else t.flatten() for t in (mean, var, self.weight, self.bias))
+            return self.each_member(normalise, x, mean, var, weight, bias, factors)
+        mean, var, weight, bias = (None if t is None else t.flatten() for t in (mean, var, weight, bias))
         y = F.batch_norm(side_by_side(x, self.K), mean, var, weight, bias, batch_statistics, factors[0], self.eps)
         return member_major(y, self.K)
+
+    def _on_cpu(self, x: Tensor, residual: Tensor | None, training: bool, *statistics: Tensor | None) -> bool:
+        if not on_cpu.takes(x, self.weight, self.bias, residual, *statistics):
+            return False
+        dense = all(t is None or t.is_contiguous() for t in statistics)
+        return dense and x.numel() > (self.K * self.num_features if training else 0)  # one value has no variance
 
 
 class PackedBatchNorm1d(_PackedBatchNorm, nn.BatchNorm1d):

@@ -190,8 +190,8 @@ def _forward(
     x, w = channels_inside(x), ohwi(weight)
     problem, views = operands("fprop", x, w, geometry, (x, y))
     choice = dispatch.choose(problem, x.device)
-    if choice.backend == "torch":
-        return as_strided_like(library.forward(choice.form, x, weight, bias, *geometry), y)
+    if choice.backend in library.BACKENDS:
+        return as_strided_like(library.forward(choice.form, x, weight, bias, *geometry), y).data  # not a view
     from ..kernels import conv
 
     conv.fprop(
@@ -228,7 +228,7 @@ def _backward(
         if wants:
             problem, views = operands(kind, x, w, geometry, tensors)
             chosen[kind] = problem, views, dispatch.choose(problem, x.device)
-    forms = {kind: choice.form for kind, (_, _, choice) in chosen.items() if choice.backend == "torch"}
+    forms = {kind: choice.form for kind, (_, _, choice) in chosen.items() if choice.backend in library.BACKENDS}
     for form in dict.fromkeys(forms.values()):  # one call for both gradients where both run so
         asked = forms.get("dgrad") == form, forms.get("wgrad") == form
         found = library.backward(form, grad, x, weight, *geometry, asked)
@@ -359,7 +359,8 @@ def operands(
     K, N, C, H, W = x.shape
     layouts = {layout_of(t) for t in activations}
     layout = "crops" if crops else layouts.pop() if len(layouts) == 1 else "strided"
-    tf32 = x.dtype == torch.float32 and torch.backends.cudnn.conv.fp32_precision == "tf32"
+    tensor_cores = x.is_cuda or dispatch.asked_for("triton")
+    tf32 = tensor_cores and x.dtype == torch.float32 and torch.backends.cudnn.conv.fp32_precision == "tf32"
     sides = (K, N, C, w.shape[1], H, W, tuple(w.shape[2:4]))
     problem = Problem(kind, dtype_name(x.dtype, tf32), *sides, *geometry, layout)
     views = [nhwc(t) for t in activations]

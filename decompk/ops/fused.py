@@ -126,7 +126,7 @@ def _fused(
     extra = () if residual is None else (residual,)
     problem, views = operands("fprop", members, w, geometry, (x, y, *extra), bool(window))
     choice = dispatch.choose(problem, x.device)
-    if choice.backend == "torch":
+    if choice.backend in library.BACKENDS:
         members = cut(x, window) if window else x
         value, found = library.fused(choice.form, members, weight, *geometry, epilogue, prologue, moments)
         return as_strided_like(value, y), merged.copy_(found) if moments else merged
@@ -218,7 +218,7 @@ def _crop_backward(
     members = _members(image, w.shape[0], window)
     problem, views = operands("wgrad", members, w, geometry, (image, grad), True)
     choice = dispatch.choose(problem, image.device)
-    if choice.backend == "torch":
+    if choice.backend in library.BACKENDS:
         crops = cut(image, window)
         return as_strided_like(library.backward(choice.form, grad, crops, weight, *geometry, (False, True))[1], dw)
     from ..kernels import conv

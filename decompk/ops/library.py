@@ -1,4 +1,7 @@
-"""K convolutions on torch's own operators (cuDNN's on a GPU): in turn, as channel groups, or as one batched product."""
+"""K convolutions by form, on torch's own operators (cuDNN's on a GPU) or, on a CPU, the C++ kernels.
+
+"loop": in turn; "grouped": as channel groups; "matmul": as one batched product; "direct" and "winograd": `kernels.cpu`.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,9 @@ import torch
 from torch import Tensor
 
 from ..config import Epilogue, Prologue
+from ..kernels import cpu
+
+BACKENDS = ("torch", "cpu")  # of a Choice whose form is one of these
 
 Pair = tuple[int, int]
 
@@ -14,6 +20,8 @@ def forward(
     form: str, x: Tensor, weight: Tensor, bias: Tensor | None, stride: Pair, padding: Pair, dilation: Pair
 ) -> Tensor:
     """x (K, N, C, H, W), weight (K, O, C, kh, kw), bias (K, O) → (K, N, O, H', W'), its strides as they come."""
+    if form in cpu.FORMS:
+        return cpu.forward(form, x, weight, bias, stride, padding)
     if form == "matmul":
         x, shape = _rows(x, stride)
         weight = weight.flatten(2).mT
@@ -85,6 +93,8 @@ def backward(
 ) -> tuple[Tensor | None, Tensor | None]:
     """(dx, dweight) as wanted, None for what is not."""
     K, N = x.shape[:2]
+    if form in cpu.FORMS:
+        return cpu.backward(form, grad, x, weight, stride, padding, wanted)
     if form == "matmul":
         rows, _ = _rows(x, stride)
         dy = grad.movedim(2, -1).reshape(K, -1, grad.shape[2])

@@ -1,0 +1,225 @@
+"""Convolutions and batch norms of K members on a CPU: C++ that is compiled here, once, for this very processor."""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import functools
+import hashlib
+import os
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...cache import folder, processor
+from ...config import Problem
+
+Pair = tuple[int, int]
+
+SOURCES = Path(__file__).parent
+FLAGS = (
+    "-std=c++17",
+    "-O3",
+    "-march=native",
+    "-fno-math-errno",
+    "-ffp-contract=fast",
+    "-fPIC",
+    "-fopenmp",
+    "-Wno-psabi",
+)
+COMPILERS = ("c++", "g++", "clang++")
+
+_pointer, _int, _long, _double = ctypes.c_void_p, ctypes.c_int, ctypes.c_long, ctypes.c_double
+_SIGNATURES = {
+    "fprop": [_pointer] * 5,
+    "dgrad": [_pointer] * 4,
+    "wgrad": [_pointer] * 4,
+    "winograd_fprop": [_pointer] * 5,
+    "winograd_dgrad": [_pointer] * 4,
+    "winograd_wgrad": [_pointer] * 4,
+    "batch_norm": [_pointer] * 8 + [_int, _int, _double, _double] + [_long] * 3,
+    "batch_norm_backward": [_pointer] * 4 + [_int, _int] + [_pointer] * 4 + [_long] * 3,
+}
+
+
+@functools.cache
+def why_not() -> str | None:
+    """Why these kernels cannot run here, None where they can: compiles them where that has not been done yet."""
+    if torch.version.hip is not None or os.name != "posix" or os.uname().sysname != "Linux":
+        return "they are built on Linux alone"
+    try:
+        _library()
+    except (OSError, subprocess.SubprocessError) as error:
+        return str(error)
+    return None
+
+
+@functools.cache
+def _library() -> ctypes.CDLL:
+    library = ctypes.CDLL(str(build(folder())))
+    _keep_freed_memory()
+    for name, signature in _SIGNATURES.items():
+        function = getattr(library, name)
+        function.argtypes, function.restype = signature, None
+    return library
+
+
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
+
+
+def _keep_freed_memory() -> None:
+    """Have glibc keep what is freed, as torch does on a GPU, unless DECOMPK_KEEP_MEMORY=0.
+
+    An activation in fresh pages costs ten times what writing to it does: the kernel has to find and clear them.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None and os.environ.get("DECOMPK_KEEP_MEMORY") != "0":
+        for option, value in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, -1), (M_TOP_PAD, 2**26)):
+            mallopt(option, value)
+
+
+def build(into: Path) -> Path:
+    """The shared library in folder `into`, compiled unless it is there. Raises OSError where that cannot be done."""
+    compiler = os.environ.get("CXX") or next(filter(None, map(shutil.which, COMPILERS)), None)
+    if compiler is None:
+        raise FileNotFoundError(f"there is no C++ compiler ({', '.join(COMPILERS)}, or CXX): install one, such as g++")
+    sources = sorted(SOURCES.glob("*.cpp"))
+    contents = hashlib.sha256(repr((compiler, FLAGS, processor())).encode())
+    for source in (*sources, *sorted(SOURCES.glob("*.h"))):
+        contents.update(source.read_bytes())
+    library = into / f"cpu-{contents.hexdigest()[:16]}.so"
+    if library.exists():
+        return library
+    into.mkdir(parents=True, exist_ok=True)
+    with open(into / ".lock", "w") as lock, tempfile.TemporaryDirectory(dir=into) as scratch:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # the second of two processes finds what the first has built
+        if not library.exists():
+            made = Path(scratch) / library.name
+            objects = []
+            for source in sources:
+                objects.append(str(Path(scratch) / source.with_suffix(".o").name))
+                _run([compiler, *FLAGS, "-c", str(source), "-o", objects[-1]])
+            # Linked without -fopenmp: its symbols are then torch's own, and so are its threads.
+            _run([compiler, "-shared", *objects, "-o", str(made)])
+            made.replace(library)
+    return library
+
+
+def _run(command: list[str]) -> None:
+    found = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    if found.returncode:
+        said = next((line for line in found.stderr.splitlines() if "error" in line), found.stderr[-200:]).strip()
+        raise OSError(f"{command[0]} failed: {said}")
+
+
+FORMS = ("direct", "winograd")
+
+
+def why_not_conv(problem: Problem, form: str = "direct") -> str | None:
+    """Why `form` does not compute this convolution, None where it does."""
+    p = problem
+    outputs = p.C if p.kind == "dgrad" else p.O
+    if p.dtype != "float32":
+        return f"it is in {p.dtype}, not float32"
+    if p.layout != "member":
+        return "its activations are not member-major"
+    if p.dilation != (1, 1):
+        return "it is dilated"
+    if outputs % 4:
+        return f"{outputs} channels are no multiple of 4"
+    if form == "winograd" and (p.kernel != (3, 3) or p.stride != (1, 1)):
+        return "it is not 3×3 with stride 1"
+    if form == "winograd" and (p.C % 8 or p.O % 8):
+        return f"{p.C} or {p.O} channels are no multiple of 8"
+    return why_not()
+
+
+@functools.lru_cache(maxsize=4096)
+def _sizes(x: torch.Size, weight: torch.Size, stride: Pair, padding: Pair) -> tuple[ctypes.Array, tuple[int, int]]:
+    """A convolution as the kernels take it, Shape in conv.h, and its output's pixels."""
+    K, N, C, H, W = x
+    _, O, _, *kernel = weight
+    out = [(n + 2 * p - k) // s + 1 for n, k, s, p in zip((H, W), kernel, stride, padding, strict=True)]
+    values = (K, N, C, O, H, W, *kernel, *stride, *padding, *out)
+    return (ctypes.c_long * len(values))(*values), tuple(out)
+
+
+def _nhwc(x: Tensor) -> Tensor:
+    """(K, N, C, H, W) → (K, N, H, W, C) without gaps; copied only where it does not lie so."""
+    return x.movedim(2, -1).contiguous()
+
+
+def _at(t: Tensor | None) -> int | None:
+    return None if t is None else t.data_ptr()
+
+
+def _function(form: str, kind: str) -> Any:
+    return getattr(_library(), kind if form == "direct" else f"{form}_{kind}")
+
+
+def forward(form: str, x: Tensor, weight: Tensor, bias: Tensor | None, stride: Pair, padding: Pair) -> Tensor:
+    """x (K, N, C, H, W), weight (K, O, C, kh, kw), bias (K, O) → (K, N, O, H', W'), member-major."""
+    sizes, out = _sizes(x.shape, weight.shape, stride, padding)
+    y = x.new_empty((*x.shape[:2], *out, weight.shape[1]))
+    x, w, bias = _nhwc(x), _nhwc(weight), None if bias is None else bias.contiguous()
+    _function(form, "fprop")(x.data_ptr(), w.data_ptr(), _at(bias), y.data_ptr(), sizes)
+    return y.movedim(-1, 2)
+
+
+def backward(
+    form: str, grad: Tensor, x: Tensor, weight: Tensor, stride: Pair, padding: Pair, wanted: tuple[bool, bool]
+) -> tuple[Tensor | None, Tensor | None]:
+    """(dx, dweight) as wanted, None for what is not; dx member-major, dweight OHWI."""
+    sizes, _ = _sizes(x.shape, weight.shape, stride, padding)
+    dy, x, w = map(_nhwc, (grad, x, weight))
+    dx, dw = (torch.empty_like(t) if wants else None for t, wants in zip((x, w), wanted, strict=True))
+    if dx is not None:
+        _function(form, "dgrad")(dy.data_ptr(), w.data_ptr(), dx.data_ptr(), sizes)
+    if dw is not None:
+        _function(form, "wgrad")(x.data_ptr(), dy.data_ptr(), dw.data_ptr(), sizes)
+    return tuple(None if t is None else t.movedim(-1, 2) for t in (dx, dw))
+
+
+def batch_norm(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    residual: Tensor | None,
+    y: Tensor,
+    saved: Tensor,
+    training: bool,
+    relu: bool,
+    momentum: float,
+    eps: float,
+) -> None:
+    """y as `ops.batch_norm` defines it; x, residual, y NHWC without gaps, the rest (K, C). Fills saved (4, K, C)."""
+    K, C = saved.shape[1:]
+    tensors = map(_at, (x, weight, bias, running_mean, running_var, residual, y, saved))
+    _library().batch_norm(*tensors, training, relu, momentum, eps, K, x.numel() // (K * C), C)
+
+
+def batch_norm_backward(
+    dy: Tensor,
+    x: Tensor,
+    y: Tensor | None,
+    saved: Tensor,
+    training: bool,
+    relu: bool,
+    dx: Tensor,
+    dweight: Tensor,
+    dbias: Tensor,
+    g: Tensor | None,
+) -> None:
+    """dx, dweight, dbias and, if it is given, g: dy as the ReLU lets it pass. y: given where a residual was added."""
+    K, C = saved.shape[1:]
+    before = map(_at, (dy, x, y, saved))
+    _library().batch_norm_backward(
+        *before, training, relu, *map(_at, (dx, dweight, dbias, g)), K, x.numel() // (K * C), C
+    )

@@ -1,0 +1,196 @@
+// What the convolutions share: shapes, how work is cut, windows of images, and the two products that fill registers.
+#pragma once
+
+#include <algorithm>
+#include <vector>
+
+#include "vectors.h"
+
+namespace {
+
+struct Shape {
+  int K, N, C, O, H, W, kh, kw, stride_h, stride_w, pad_h, pad_w, rows, columns;  // rows, columns: of y
+
+  explicit Shape(const Long* sizes) {
+    for (int* field : {&K, &N, &C, &O, &H, &W, &kh, &kw, &stride_h, &stride_w, &pad_h, &pad_w, &rows, &columns})
+      *field = int(*sizes++);
+  }
+};
+
+// dst pixel (h · step_h + h0, w · step_w + w0) = Σ over taps of src pixel (h · stride_h + tap − pad_h, …) · weight
+struct Job {
+  const float* src;
+  int H, W, C;
+  float* dst;
+  int dst_H, dst_W, O, step_h, step_w, h0, w0;
+  int rows, columns;  // how many pixels of dst
+  int taps_h, taps_w, stride_h, stride_w, pad_h, pad_w;
+};
+
+inline Job forward_job(const Shape& s, const float* x, float* y) {
+  return {x, s.H, s.W, s.C, y, s.rows, s.columns, s.O, 1, 1, 0, 0, s.rows, s.columns,
+          s.kh, s.kw, s.stride_h, s.stride_w, s.pad_h, s.pad_w};
+}
+
+struct Unit {  // some images of a member, or some rows of one
+  int k, n, images, row, rows;
+};
+
+// Units of about `target` pixels, the same number for every member.
+inline std::vector<Unit> units_of(int K, int N, int rows, int columns, int target) {
+  std::vector<Unit> units;
+  int pixels = std::max(1, rows * columns);
+  int images = std::max(1, target / pixels);
+  int count = std::max(1, (pixels + target / 2) / target), band = std::max(1, (rows + count - 1) / count);
+  for (int k = 0; k < K; ++k)
+    for (int n = 0; n < N; n += images)
+      for (int row = 0; row < rows; row += images > 1 ? rows : band)
+        units.push_back({k, n, std::min(images, N - n), row, std::min(images > 1 ? rows : band, rows - row)});
+  return units;
+}
+
+// Into how many parts a member's units are cut for wgrad, each with sums of its own: never by the number of threads.
+inline int parts_of(const Shape& s, int units) {
+  Long pixels = Long(s.N) * s.rows * s.columns;
+  return int(std::clamp(std::min(pixels / 512, 32L / s.K), 1L, Long(std::max(1, units))));
+}
+
+// `tall` rows of `wide` pixels of every image from (top, left) on, with zeros outside of it, without gaps.
+inline const float* window(const float* image, int images, int H, int W, int C, Long top, Long left, Long tall, Long wide) {
+  float* buffer = scratch<float, WINDOW>(images * tall * wide * C + 32);  // vectors may read behind the last row
+  float* to = buffer;
+  Long begin = std::min(std::max(-left, 0L), wide), end = std::max(std::min(W - left, wide), begin);
+  for (int i = 0; i < images; ++i)
+    for (Long h = top; h < top + tall; ++h, to += wide * C) {
+      bool empty = h < 0 || h >= H;
+      Long from = empty ? wide : begin, until = empty ? wide : end;
+      std::fill(to, to + from * C, 0.f);
+      if (from < until) {
+        const float* row = image + ((i * Long(H) + h) * W + left + from) * C;
+        std::copy(row, row + (until - from) * C, to + from * C);
+      }
+      std::fill(to + until * C, to + wide * C, 0.f);
+    }
+  return buffer;
+}
+
+// As many sums as registers hold: 6 pixels of 16 outputs, or 8 of 8 or 4.
+constexpr int PIXELS = 6, NARROW = 8;
+
+inline int width_of(int left) { return left >= 16 ? 16 : left >= 8 ? 8 : 4; }
+inline size_t filled_up(size_t count, int outputs) {  // whole tiles of either kind
+  size_t each = outputs % 16 ? PIXELS * NARROW / 2 : PIXELS;
+  return (count + each - 1) / each * each;
+}
+
+// The pixels of a unit: where the input of each starts and where its output is; `step` leads to the next tap row.
+// Behind the `count` ones the last is repeated: what is computed twice is written twice.
+struct Pixels {
+  const float** in;
+  float** out;
+  Long step;
+  size_t count;
+
+  Pixels(const Job& j, const Unit& u, int N) : count(size_t(u.images) * u.rows * j.columns) {
+    Long tall = Long(u.rows - 1) * j.stride_h + j.taps_h, wide = Long(j.columns - 1) * j.stride_w + j.taps_w;
+    Long top = Long(u.row) * j.stride_h - j.pad_h, left = -j.pad_w;
+    bool inside = top >= 0 && top + tall <= j.H && left >= 0 && left + wide <= j.W;
+    bool in_place = inside && j.C % 8 == 0;  // else the last vector would reach behind the image
+    step = (in_place ? Long(j.W) : wide) * j.C;
+    Long image_step = (in_place ? Long(j.H) : tall) * step;
+    const float* image = j.src + (Long(u.k) * N + u.n) * j.H * j.W * j.C;
+    const float* start = in_place ? image + top * step + left * j.C
+                                  : window(image, u.images, j.H, j.W, j.C, top, left, tall, wide);
+    float* result = j.dst + ((Long(u.k) * N + u.n) * j.dst_H + j.h0) * j.dst_W * j.O + j.w0 * j.O;
+    size_t full = filled_up(count, j.O), p = 0;
+    in = scratch<const float*, IN_ROWS>(full), out = scratch<float*, OUT_ROWS>(full);
+    for (int i = 0; i < u.images; ++i)
+      for (int h = 0; h < u.rows; ++h)
+        for (int w = 0; w < j.columns; ++w, ++p) {
+          in[p] = start + i * image_step + h * j.stride_h * step + w * j.stride_w * j.C;
+          out[p] = result + ((Long(i) * j.dst_H + Long(u.row + h) * j.step_h) * j.dst_W + Long(w) * j.step_w) * j.O;
+        }
+    for (; p < full; ++p) in[p] = in[p - 1], out[p] = out[p - 1];
+  }
+};
+
+// out[p][…] = start + Σ_row Σ_l in[p][row · step + l] · weight[row][l][…], for P pixels and V vectors of outputs
+template <typename vec, int P, int V>
+inline void tile(const float* const* in, Long from, Long step, int rows, int length, const float* weight,
+                 const float* start, float* const* out, Long to) {
+  constexpr int lanes = sizeof(vec) / sizeof(float);
+  vec sum[P][V];
+#pragma GCC unroll 16
+  for (int v = 0; v < V; ++v) {
+    vec first = start ? load<vec>(start + v * lanes) : vec{};
+#pragma GCC unroll 16
+    for (int p = 0; p < P; ++p) sum[p][v] = first;
+  }
+  for (int row = 0; row < rows; ++row) {
+    const float* at[P];
+#pragma GCC unroll 16
+    for (int p = 0; p < P; ++p) at[p] = in[p] + from + row * step;
+    for (int l = 0; l < length; ++l, weight += V * lanes) {
+      vec w[V];
+#pragma GCC unroll 16
+      for (int v = 0; v < V; ++v) w[v] = load<vec>(weight + v * lanes);
+#pragma GCC unroll 16
+      for (int p = 0; p < P; ++p) {
+        vec value = at[p][l] - vec{};
+#pragma GCC unroll 16
+        for (int v = 0; v < V; ++v) sum[p][v] += value * w[v];
+      }
+    }
+  }
+#pragma GCC unroll 16
+  for (int p = 0; p < P; ++p)
+#pragma GCC unroll 16
+    for (int v = 0; v < V; ++v) store(out[p] + to + v * lanes, sum[p][v]);
+}
+
+// `tile` for all of `count` pixels, which are followed by enough more, and `width` outputs: 16, 8 or 4.
+inline void tiles(const float* const* in, Long from, Long step, int rows, int length, const float* weight,
+                  const float* start, float* const* out, Long to, size_t count, int width) {
+  auto one = width == 16 ? tile<vec8, PIXELS, 2> : width == 8 ? tile<vec8, NARROW, 1> : tile<vec4, NARROW, 1>;
+  for (size_t p = 0, each = width == 16 ? PIXELS : NARROW; p < count; p += each)
+    one(in + p, from, step, rows, length, weight, start, out + p, to);
+}
+
+// dw[i][l] += Σ over pixels of dy[o + i] · x[offset + l], for 4 outputs and V vectors of a kernel row, `length` of it
+template <int V>
+inline void outer(const float* const* x, Long from, const float* const* dy, Long o, size_t count, float* dw, Long row,
+                  int length) {
+  vec8 sum[4][V] = {};
+  for (size_t p = 0; p < count; ++p) {
+    const float *in = x[p] + from, *g = dy[p] + o;
+    vec8 value[V];
+#pragma GCC unroll 16
+    for (int v = 0; v < V; ++v) value[v] = load<vec8>(in + v * 8);
+#pragma GCC unroll 16
+    for (int i = 0; i < 4; ++i) {
+      vec8 each = g[i] - vec8{};
+#pragma GCC unroll 16
+      for (int v = 0; v < V; ++v) sum[i][v] += each * value[v];
+    }
+  }
+  for (int i = 0; i < 4; ++i)
+#pragma GCC unroll 16
+    for (int v = 0; v < V; ++v) {
+      float* to = dw + i * row + v * 8;
+      if (length >= (v + 1) * 8) store(to, load<vec8>(to) + sum[i][v]);
+      else
+        for (int l = 0; l < length - v * 8; ++l) to[l] += sum[i][v][l];
+    }
+}
+
+// `outer` for every output and all of a kernel row: dw[o][l], `row` floats from output to output.
+inline void outers(const float* const* x, Long from, const float* const* dy, Long o, size_t count, float* dw, Long row,
+                   int length, int outputs) {
+  for (int l = 0; l < length; l += 24)
+    for (int i = 0; i < outputs; i += 4) {
+      auto add = length - l > 16 ? outer<3> : length - l > 8 ? outer<2> : outer<1>;
+      add(x, from + l, dy, o + i, count, dw + i * row + l, row, std::min(24, length - l));
+    }
+}
+
+}  // namespace

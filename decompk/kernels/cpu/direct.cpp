@@ -1,0 +1,115 @@
+// Convolutions of K members on a CPU: fprop, dgrad, wgrad in float32; x (K, N, H, W, C), w (K, O, kh, kw, C).
+//
+// A row of the kernel, kw taps times C channels, lies in memory as the same row of any pixel's surroundings does. So a
+// convolution is a sum over kernel rows of plain products whose operands are read where they lie. Where the padding
+// comes in, a few rows of the image are copied, with zeros around them, into a buffer that stays in cache.
+#include "conv.h"
+
+namespace {
+
+// weights: of every member [outputs in blocks of 16, 8 or 4][taps][C][block]
+void run(const Job& j, int K, int N, const float* weights, const float* bias) {
+  Long taps = Long(j.taps_h) * j.taps_w * j.C;
+  auto units = units_of(K, N, j.rows, j.columns, 240);
+#pragma omp parallel for schedule(dynamic)
+  for (size_t i = 0; i < units.size(); ++i) {
+    const Unit& u = units[i];
+    Pixels p(j, u, N);
+    const float* weight = weights + u.k * taps * j.O;
+    for (int o = 0, width; o < j.O; o += width, weight += taps * width) {
+      width = width_of(j.O - o);
+      const float* start = bias ? bias + Long(u.k) * j.O + o : nullptr;
+      tiles(p.in, 0, p.step, j.taps_h, j.taps_w * j.C, weight, start, p.out, o, p.count, width);
+    }
+  }
+}
+
+// Every member's weights in blocks of outputs; element(k, output, tap row, tap column, input).
+template <typename F>
+const float* packed(int K, int O, int taps_h, int taps_w, int C, F element) {
+  Long taps = Long(taps_h) * taps_w * C;
+  float* weights = scratch<float, WEIGHTS>(K * O * taps);
+  std::vector<int> firsts;
+  for (int o = 0; o < O; o += width_of(O - o)) firsts.push_back(o);
+#pragma omp parallel for collapse(2)
+  for (int k = 0; k < K; ++k)
+    for (size_t block = 0; block < firsts.size(); ++block) {
+      int first = firsts[block], width = width_of(O - first);
+      float* to = weights + (Long(k) * O + first) * taps;
+      for (int r = 0; r < taps_h; ++r)
+        for (int t = 0; t < taps_w; ++t)
+          for (int c = 0; c < C; ++c)
+            for (int i = 0; i < width; ++i) *to++ = element(k, first + i, r, t, c);
+    }
+  return weights;
+}
+
+}  // namespace
+
+extern "C" {
+
+// y (K, N, H', W', O) of x and w, bias (K, O) or null. O is a multiple of 4. sizes: as Shape has them.
+void fprop(const float* x, const float* w, const float* bias, float* y, const Long* sizes) {
+  Shape s(sizes);
+  auto weights = packed(s.K, s.O, s.kh, s.kw, s.C, [&](int k, int o, int r, int t, int c) {
+    return w[((((Long(k) * s.O + o) * s.kh + r) * s.kw) + t) * s.C + c];
+  });
+  run(forward_job(s, x, y), s.K, s.N, weights, bias);
+}
+
+// dx of dy and w. C is a multiple of 4. Every phase of the stride is a convolution of its own, without zeros.
+void dgrad(const float* dy, const float* w, float* dx, const Long* sizes) {
+  Shape s(sizes);
+  for (int a = 0; a < s.stride_h; ++a)
+    for (int b = 0; b < s.stride_w; ++b) {
+      int first_h = (a + s.pad_h) % s.stride_h, first_w = (b + s.pad_w) % s.stride_w;  // the first tap that lands here
+      int taps_h = first_h < s.kh ? (s.kh - first_h - 1) / s.stride_h + 1 : 0;
+      int taps_w = first_w < s.kw ? (s.kw - first_w - 1) / s.stride_w + 1 : 0;
+      int rows = (s.H - a + s.stride_h - 1) / s.stride_h, columns = (s.W - b + s.stride_w - 1) / s.stride_w;
+      if (rows <= 0 || columns <= 0) continue;
+      if (!taps_h || !taps_w) taps_h = taps_w = 0;  // nothing lands here: zeros
+      auto weights = packed(s.K, s.C, taps_h, taps_w, s.O, [&](int k, int c, int r, int t, int o) {
+        int row = first_h + (taps_h - 1 - r) * s.stride_h, column = first_w + (taps_w - 1 - t) * s.stride_w;
+        return w[((((Long(k) * s.O + o) * s.kh + row) * s.kw) + column) * s.C + c];
+      });
+      int pad_h = taps_h - 1 - (a + s.pad_h - first_h) / s.stride_h;
+      int pad_w = taps_w - 1 - (b + s.pad_w - first_w) / s.stride_w;
+      run({dy, s.rows, s.columns, s.O, dx, s.H, s.W, s.C, s.stride_h, s.stride_w, a, b, rows, columns,
+           taps_h, taps_w, 1, 1, pad_h, pad_w},
+          s.K, s.N, weights, nullptr);
+    }
+}
+
+// dw of x and dy. O is a multiple of 4. How the sums are cut does not depend on the number of threads.
+void wgrad(const float* x, const float* dy, float* dw, const Long* sizes) {
+  Shape s(sizes);
+  Job j = forward_job(s, x, const_cast<float*>(dy));
+  int length = s.kw * s.C, target = std::clamp(8192 / (s.C + s.O), 32, 160);  // what a unit reads stays in L1
+  Long size = Long(s.O) * s.kh * length;
+  auto units = units_of(s.K, s.N, s.rows, s.columns, target);
+  int of_member = int(units.size() / s.K), parts = parts_of(s, of_member);
+  float* sums = scratch<float, SUMS>(s.K * parts * size);
+#pragma omp parallel
+  {
+#pragma omp for schedule(dynamic) collapse(2)
+    for (int k = 0; k < s.K; ++k)
+      for (int part = 0; part < parts; ++part) {
+        float* sum = sums + (k * parts + part) * size;
+        std::fill(sum, sum + size, 0.f);
+        for (int i = of_member * part / parts; i < of_member * (part + 1) / parts; ++i) {
+          Pixels p(j, units[k * of_member + i], s.N);
+          for (int r = 0; r < s.kh; ++r)
+            outers(p.in, r * p.step, p.out, 0, p.count, sum + r * length, Long(s.kh) * length, length, s.O);
+        }
+      }
+#pragma omp for collapse(2)
+    for (int k = 0; k < s.K; ++k)
+      for (Long i = 0; i < size; ++i) {
+        float sum = 0;
+        for (int part = 0; part < parts; ++part) sum += sums[(k * parts + part) * size + i];
+        dw[k * size + i] = sum;
+      }
+  }
+}
+
+}  // extern "C"

@@ -1,0 +1,308 @@
+"""The C++ kernels for CPUs, how packed layers reach them, and the choices measured between them and torch's."""
+
+import copy
+import ctypes
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import decompk
+from decompk import dispatch, measured, ops
+from decompk.config import PASSES, Problem
+from decompk.errors import BackendError, DecompkError
+from decompk.kernels import cpu
+from decompk.ops import library, on_cpu
+
+if reason := cpu.why_not():
+    pytest.skip(f"no C++ kernels: {reason}", allow_module_level=True)
+
+# K, N, C, O, H, W, kernel, stride, padding
+SHAPES = {
+    "3×3": (2, 3, 8, 16, 7, 9, (3, 3), (1, 1), (1, 1)),
+    "images": (3, 2, 3, 20, 13, 10, (7, 7), (2, 2), (3, 3)),
+    "one channel": (2, 2, 1, 4, 6, 6, (3, 3), (1, 1), (1, 1)),
+    "few channels": (5, 2, 4, 4, 8, 9, (3, 3), (1, 1), (1, 1)),
+    "12 and 28": (2, 2, 12, 28, 5, 5, (3, 3), (1, 1), (1, 1)),
+    "24 and 40, no padding": (2, 2, 24, 40, 6, 5, (3, 3), (1, 1), (0, 0)),
+    "padding 2": (2, 2, 8, 8, 6, 6, (3, 3), (1, 1), (2, 2)),
+    "padding 3": (2, 2, 8, 8, 4, 4, (3, 3), (1, 1), (3, 3)),
+    "one pixel": (4, 3, 16, 8, 1, 1, (3, 3), (1, 1), (1, 1)),
+    "many pixels": (1, 2, 8, 16, 40, 37, (3, 3), (1, 1), (1, 1)),
+    "many channels": (1, 2, 128, 144, 5, 4, (3, 3), (1, 1), (1, 1)),
+    "1×1": (3, 2, 16, 8, 5, 6, (1, 1), (1, 1), (0, 0)),
+    "1×1, padded": (2, 2, 8, 8, 4, 4, (1, 1), (1, 1), (1, 1)),
+    "1×1, strided": (2, 2, 12, 8, 7, 8, (1, 1), (2, 2), (0, 0)),
+    "strided": (2, 3, 8, 12, 9, 8, (3, 3), (2, 2), (1, 1)),
+    "strides 3 and 1": (2, 2, 4, 8, 10, 9, (2, 3), (3, 1), (0, 2)),
+    "stride above kernel": (2, 2, 4, 4, 9, 9, (2, 2), (3, 3), (0, 0)),
+    "5×5": (2, 2, 4, 8, 6, 5, (5, 5), (1, 1), (2, 2)),
+}
+
+
+def distance(found, reference):
+    return ((found - reference).norm() / reference.norm()).item()
+
+
+def every_case():
+    for name, shape in SHAPES.items():
+        for kind in PASSES:
+            problem = Problem(kind, "float32", *shape)
+            for form in cpu.FORMS:
+                if cpu.why_not_conv(problem, form) is None:
+                    yield pytest.param(problem, form, id=f"{name}-{kind}-{form}")
+
+
+def by(form, p, x, weight, dy):
+    if p.kind == "fprop":
+        return library.forward(form, x, weight, None, p.stride, p.padding, p.dilation)
+    wanted = p.kind == "dgrad", p.kind == "wgrad"
+    return library.backward(form, dy, x, weight, p.stride, p.padding, p.dilation, wanted)[wanted.index(True)]
+
+
+@pytest.mark.parametrize("problem, form", list(every_case()))
+def test_a_convolution_is_as_exact_as_torchs(problem, form):
+    p = problem
+    x, weight = torch.randn(p.K, p.N, p.C, p.H, p.W), torch.randn(p.K, p.O, p.C, *p.kernel) / (p.C * p.taps) ** 0.5
+    dy = torch.randn(p.K, p.N, p.O, *p.out_size)
+    reference = by("loop", p, x.double(), weight.double(), dy.double())
+    torchs = by("loop", p, x, weight, dy)
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        found = by(form, p, x, weight, dy)
+        torch.set_num_threads(1)
+        assert found.shape == reference.shape
+        assert distance(found, reference) <= 2 * distance(torchs, reference) + 1e-6
+        assert (found - reference).abs().max() <= 2 * (torchs - reference).abs().max() + 1e-6 * reference.abs().max()
+    assert torch.equal(by(form, p, x, weight, dy), found), "the sums must not depend on the number of threads"
+
+
+def test_a_bias_is_added_and_strided_tensors_are_taken():
+    x = torch.randn(3, 2, 20, 7, 6)[:, :, ::2][:, :, :8]  # no stride as the kernels need them
+    weight, bias = torch.randn(3, 8, 8, 3, 3), torch.randn(8, 3).mT
+    for form in cpu.FORMS:
+        found = library.forward(form, x, weight, bias, (1, 1), (1, 1), (1, 1))
+        expected = library.forward("loop", x, weight, bias, (1, 1), (1, 1), (1, 1))
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("relu", [True, False])
+@pytest.mark.parametrize("added", [True, False])
+@pytest.mark.parametrize("channels, pixels", [(4, 9), (8, 40), (12, 5), (10, 7), (96, 3), (1, 30)])
+def test_batch_norm_with_what_follows_is_right(training, relu, added, channels, pixels):
+    K, N = 3, 5
+    x = torch.randn(K * N, channels, pixels, pixels) * 2 + 7
+    vectors = [torch.rand(K, channels) + 0.5, torch.randn(K, channels), torch.randn(K, channels) + 7]
+    vectors.append(torch.rand(K, channels) + 1)
+    residual = torch.randn_like(x) if added else None
+    dy = torch.randn_like(x)
+
+    def run(dtype):
+        weight, bias, mean, var = (t.clone().to(dtype) for t in vectors)
+        leaves = [t.to(dtype).requires_grad_() for t in (x, weight, bias, *([residual] if added else []))]
+        options = (training, 0.2, 1e-5, leaves[3] if added else None, relu)
+        if dtype == torch.float64:
+            x5 = leaves[0].unflatten(0, (K, N))
+            more = None if not added else leaves[3].unflatten(0, (K, N))
+            y = ops.batch_norm(x5, *leaves[1:3], mean, var, *options[:3], more, relu).flatten(0, 1)
+        else:
+            y = on_cpu.batch_norm(leaves[0], *leaves[1:3], mean, var, K, *options)
+        return [y.detach(), *torch.autograd.grad(y, leaves, dy.to(dtype)), mean, var]
+
+    for found, reference in zip(run(torch.float32), run(torch.float64), strict=True):
+        assert distance(found, reference) <= 2e-5  # a value at the ReLU's edge may fall on its other side
+
+
+def test_large_means_do_not_cancel():
+    x = torch.randn(2 * 8, 16, 30, 30) + 3000
+    y = on_cpu.batch_norm(x, None, None, None, None, 2, True, 0.1, 1e-5)
+    reference, torchs = (F.batch_norm(t, None, None, training=True) for t in (x[:8].double(), x[:8]))
+    assert distance(y[:8], reference) <= 2 * distance(torchs, reference) + 1e-6
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8)
+        self.conv2, self.bn2 = nn.Conv2d(8, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
+        self.conv3, self.fc = nn.Conv2d(8, 16, 1, 2), nn.Linear(16, 5)
+
+    def forward(self, x):
+        x = F.relu(self.bn1(self.conv1(x)))
+        x = F.relu(self.bn2(self.conv2(x)) + x)
+        return self.fc(F.relu_(self.conv3(x)).mean((2, 3)))
+
+
+def trained(net, x, y):
+    decompk.losses.cross_entropy(net(x), y).backward()
+    return [p.grad.clone() for p in net.parameters()] + [b.clone() for b in net.buffers()]
+
+
+def test_a_packed_network_reaches_them_and_equals_its_members(monkeypatch):
+    members = [Net() for _ in range(3)]
+    x, y = torch.randn(3, 4, 3, 12, 10), torch.randint(5, (4,))
+    reference = trained(decompk.pack(copy.deepcopy(members)).double(), x.double(), y)
+    called = []
+    for name in ("forward", "backward", "batch_norm", "batch_norm_backward"):
+        function = getattr(cpu, name)
+        monkeypatch.setattr(cpu, name, lambda *a, f=function, n=name: called.append(n) or f(*a))
+    for make in (lambda net: net, decompk.fuse):
+        called.clear()
+        for found, expected in zip(trained(make(decompk.pack(members)), x, y), reference, strict=True):
+            torch.testing.assert_close(found.double(), expected.double(), rtol=1e-4, atol=1e-5)
+        assert [called.count(n) for n in ("forward", "backward", "batch_norm", "batch_norm_backward")] == [3, 3, 2, 2]
+
+
+@pytest.mark.parametrize("name", ["torch", "loop"])
+def test_other_backends_do_not_reach_them(name, monkeypatch):
+    monkeypatch.setattr(cpu, "forward", None)
+    monkeypatch.setattr(cpu, "batch_norm", None)
+    with decompk.backend(name):
+        trained(decompk.pack([Net(), Net()]), torch.randn(4, 3, 8, 8), torch.randint(5, (4,)))
+
+
+def test_who_watches_sees_the_operators():
+    packed, x = decompk.pack([Net(), Net()]), torch.randn(4, 3, 8, 8)
+    with FlopCounterMode(display=False) as counter:
+        packed(x).sum().backward()
+    counted = counter.get_flop_counts()["Global"]
+    assert counted[torch.ops.decompk.grouped_conv2d] > 0
+    with torch.autocast("cpu", torch.bfloat16):
+        assert packed(x).dtype == torch.bfloat16
+
+
+def test_gradients_only_where_they_are_wanted():
+    packed = decompk.pack([Net(), Net()])
+    packed.conv1.weight.requires_grad_(False)
+    packed.bn1.bias.requires_grad_(False)
+    x = torch.randn(2, 4, 3, 8, 8, requires_grad=True)
+    packed(x).sum().backward()
+    assert x.grad is not None and packed.conv1.bias.grad is not None
+    assert packed.conv1.weight.grad is None and packed.bn1.bias.grad is None
+    packed.requires_grad_(False)
+    assert not packed(x.detach()).requires_grad
+
+
+def test_asked_for_by_name_it_runs_or_says_why_not():
+    x, weight = torch.randn(2, 3, 8, 5, 5), torch.randn(2, 6, 8, 3, 3)
+    with decompk.backend("cpu"):
+        assert ops.grouped_conv2d(x, weight[:, :4]).shape == (2, 3, 4, 3, 3)
+        with pytest.raises(BackendError, match="6 channels are no multiple of 4"):
+            ops.grouped_conv2d(x, weight)
+        with pytest.raises(BackendError, match="dilated"):
+            ops.grouped_conv2d(x, weight[:, :4], dilation=2)
+        with pytest.raises(BackendError, match="bfloat16"):
+            ops.grouped_conv2d(x.bfloat16(), weight.bfloat16())
+    assert ops.grouped_conv2d(x, weight).shape == (2, 3, 6, 3, 3)  # torch's own take what it does not
+
+
+def test_the_second_derivative_is_refused():
+    packed = decompk.pack([Net(), Net()])
+    x = torch.randn(2, 2, 3, 8, 8, requires_grad=True)
+    (grad,) = torch.autograd.grad(packed(x).sum(), x, create_graph=True)
+    with pytest.raises((DecompkError, RuntimeError), match="once_differentiable|second derivative"):
+        grad.sum().backward()
+
+
+# ---- measured choices -----------------------------------------------------------------------------------------------
+
+LAYER = Problem("fprop", "float32", 4, 4, 16, 16, 12, 12, (3, 3), (1, 1), (1, 1))
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("DECOMPK_CACHE", str(tmp_path))
+    monkeypatch.setenv("DECOMPK_MEASURE", "1")
+    return tmp_path
+
+
+def choose():
+    return dispatch.choose(LAYER, torch.device("cpu"))
+
+
+def test_a_choice_is_measured_once_kept_and_read_again(cache, monkeypatch):
+    first = choose()
+    known = json.loads(measured.path().read_text())[dispatch.key_of(LAYER)]
+    assert set(known) == {"direct", "winograd", "loop", "grouped"} and all(ms > 0 for ms in known.values())
+    assert measured.path().parent == cache and first.reason.startswith("measured here")
+    monkeypatch.setattr(measured, "time_each", None)  # would raise
+    again = choose()
+    assert again.form == first.form and again.ms == pytest.approx(first.ms, rel=0.01)
+    measured.path().unlink()
+    with pytest.raises(TypeError):
+        choose()
+
+
+def test_the_fastest_wins_and_torchs_by_a_margin(cache):
+    def told(**ms):
+        measured.path().write_text(json.dumps({dispatch.key_of(LAYER): ms}))
+        os.utime(measured.path(), ns=(told.time, told.time))
+        told.time += 10**9
+        return choose()
+
+    told.time = 10**18
+    assert told(direct=2.0, winograd=1.0, loop=0.98, grouped=3.0).form == "winograd"
+    assert told(direct=0.7, winograd=1.0, loop=0.98, grouped=3.0).form == "direct"
+    found = told(direct=2.0, winograd=1.0, loop=0.98, grouped=0.5)
+    assert (found.backend, found.form, found.ms) == ("torch", "grouped", 0.5)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1]", '{"x": {}}'])
+def test_a_damaged_table_is_measured_again(cache, text):
+    measured.path().write_text(text)
+    assert choose().reason.startswith("measured here")
+    assert dispatch.key_of(LAYER) in json.loads(measured.path().read_text())
+
+
+def test_nothing_is_measured_where_it_may_not_be(cache, monkeypatch):
+    monkeypatch.setenv("DECOMPK_MEASURE", "0")
+    assert choose().form == "direct" and not list(cache.iterdir())
+    monkeypatch.setenv("DECOMPK_MEASURE", "1")
+    assert dispatch.choose(LAYER, torch.device("cpu"), measure=False).reason == "not measured"
+    assert not list(cache.iterdir())
+
+
+# ---- building -------------------------------------------------------------------------------------------------------
+
+
+def test_a_machine_without_a_compiler_trains_on_torchs_operators(tmp_path):
+    script = (
+        "import torch, decompk\n"
+        "from decompk.kernels import cpu\n"
+        "print(cpu.why_not())\n"
+        "packed = decompk.pack([torch.nn.Conv2d(3, 8, 3), torch.nn.Conv2d(3, 8, 3)])\n"
+        "packed(torch.randn(2, 3, 8, 8)).sum().backward()\n"
+        "try:\n"
+        "    decompk.backend('cpu').__enter__()\n"
+        "except decompk.DecompkError as error:\n"
+        "    print(error)\n"
+    )
+    environment = {**os.environ, "PATH": "", "DECOMPK_CACHE": str(tmp_path)}
+    environment.pop("CXX", None)
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("there is no C++ compiler") == 2
+
+
+def test_a_compiler_that_fails_is_quoted(tmp_path, monkeypatch):
+    monkeypatch.setenv("CXX", sys.executable)
+    with pytest.raises(OSError, match="failed"):
+        cpu.build(tmp_path)
+    assert not list(tmp_path.glob("*.so"))
+
+
+def test_it_is_built_once_and_again_for_another_processor(tmp_path, monkeypatch):
+    first = cpu.build(tmp_path)
+    monkeypatch.setattr(cpu, "_run", None)  # would raise
+    assert cpu.build(tmp_path) == first
+    assert hasattr(ctypes.CDLL(str(first)), "winograd_wgrad")
+    monkeypatch.setattr(cpu, "processor", lambda: ("another", ""))
+    with pytest.raises(TypeError):
+        cpu.build(tmp_path)
