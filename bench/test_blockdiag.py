@@ -1,48 +1,71 @@
 """Inference of a composed network: dense, as torch runs it, and without its zero blocks, whole or layer by layer."""
 
-import functools
+import copy
+from functools import partial
 
 import pytest
 import torch
+from contestants import CL, Setting
+from race import CLOCK, Contestant, Race, Spec, Work, race
+from torch import nn
 
 import decompk
-from decompk import models
-from decompk.blockdiag import Layerwise, _layer_by_layer
+from decompk import cost, models
+from decompk.blockdiag import Layerwise, ZeroSkipping, _layer_by_layer
 
 CASES = {"ResNet32, K=4": ("resnet32", 32), "VGG16, K=4": ("vgg16", 4)}  # network, images
+SIDES = {"dense": "peer", "dense, channels_last": "peer", "members": "ours", "layer by layer": "ours"}
 
 
-@functools.cache
-def contestants(name):
-    """The composed network in the two memory formats, and its zero-skipping forms."""
-    torch.manual_seed(0)
-    size = models.spec(name).input_size
-    d = decompk.decompose(models.build(name), size, 4)
-    dense, other = (d.compose(d.subnets(seed=0)).eval() for _ in range(2))
-    by_layer = _layer_by_layer(dense, "")
-    assert isinstance(by_layer, Layerwise)
-    return {
-        "dense": dense,
-        "dense, channels_last": other.to(memory_format=torch.channels_last),
-        "members": decompk.block_diagonal(dense, size),
-        "layer by layer": by_layer,
-    }
+def specs(setting: Setting, full: bool, compiled: bool) -> list[Spec]:
+    return [
+        Spec("composed", case, SIDES, partial(run, name, images, setting), {"network": name, "K": 4, "batch": images})
+        for case, (name, images) in CASES.items()
+    ]
 
 
 @torch.no_grad()
-def run(net, x):
-    return net(x)
+def run(name: str, images: int, setting: Setting) -> Race:
+    torch.manual_seed(0)
+    size = models.spec(name).input_size
+    d = decompk.decompose(models.build(name), size, 4)
+    dense = d.compose(d.subnets(seed=0)).eval()
+    by_layer = _layer_by_layer(dense, "")
+    assert isinstance(by_layer, Layerwise)
+    nets = {
+        "dense": dense,
+        "dense, channels_last": copy.deepcopy(dense).to(memory_format=CL),
+        "members": decompk.block_diagonal(dense, size),
+        "layer by layer": by_layer,
+    }
+    x = torch.randn(images, *size).to(setting.device)
+    exact = copy.deepcopy(dense).to(setting.device, torch.float64)(x.double())
+
+    def contestant(how: str) -> Contestant:
+        net = nets[how].to(setting.device)
+        mine = x.contiguous(memory_format=CL) if "channels_last" in how else x
+
+        @torch.no_grad()
+        def forward() -> torch.Tensor:
+            with setting.autocast():
+                return net(mine)
+
+        return Contestant(forward, lambda y: {"output": y.unsqueeze(0)}, work(dense, net, size, images))
+
+    builds = {how: partial(contestant, how) for how in nets}
+    return race(builds, {"output": exact.unsqueeze(0)}, tuple(nets)[:2], rounds=5, most=4.0)
 
 
-@pytest.mark.parametrize("how", ["dense", "dense, channels_last", "members", "layer by layer"])
-@pytest.mark.parametrize("case", CASES)
-def test_composed_inference(benchmark, case, how):
-    name, images = CASES[case]
-    nets = contestants(name)
-    torch.manual_seed(1)
-    x = torch.randn(images, *models.spec(name).input_size)
-    torch.testing.assert_close(run(nets[how], x[:2]), run(nets["dense"], x[:2]), rtol=1e-3, atol=1e-3)
-    if "channels_last" in how:
-        x = x.contiguous(memory_format=torch.channels_last)
-    benchmark.group = f"{case}, {images} images, {torch.get_num_threads()} threads"
-    benchmark.pedantic(run, (nets[how], x), rounds=15, warmup_rounds=2)
+def work(dense: nn.Module, net: nn.Module, size: tuple[int, ...], images: int) -> Work:
+    """Of a forward pass; without the zeros among the weights where `net` skips them."""
+    whole = cost.total(cost.layers(dense, size))
+    if not isinstance(net, ZeroSkipping):
+        return Work(whole.forward_bytes(4, images), images * whole.flops())
+    weights = sum(int(parameter.count_nonzero()) for parameter in dense.parameters())
+    macs = net.skipped(size).objects()[-1]["done"]
+    return Work(4 * (images * whole.forward_samples + weights), 2 * images * macs)
+
+
+@pytest.mark.benchmark(timer=CLOCK)
+def test_composed_inference(entry):
+    entry()

@@ -121,7 +121,7 @@ def test_batch_norm_with_what_follows_is_right(training, relu, added, channels, 
 
 
 def test_large_means_do_not_cancel():
-    x = torch.randn(2 * 8, 16, 30, 30) + 3000
+    x = (torch.randn(2 * 8, 16, 30, 30) + 3000).contiguous(memory_format=torch.channels_last)
     y = on_cpu.batch_norm(x, None, None, None, None, 2, True, 0.1, 1e-5)
     reference, torchs = (F.batch_norm(t, None, None, training=True) for t in (x[:8].double(), x[:8]))
     assert distance(y[:8], reference) <= 2 * distance(torchs, reference) + 1e-6

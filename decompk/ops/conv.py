@@ -11,6 +11,7 @@ from math import prod
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from .. import dispatch
 from ..config import DTYPES, Epilogue, Problem, dtype_name
@@ -310,8 +311,13 @@ register_autocast("grouped_conv2d")
 
 def tell_flop_counter(register: Callable[[], None]) -> None:
     """`register` operators' formulas with torch's FLOP counter, once that is loaded: it loads triton."""
-    if not torch.compiler.is_compiling() and "torch.utils.flop_counter" in sys.modules:
-        register()
+    if torch.compiler.is_compiling() or "torch.utils.flop_counter" not in sys.modules:
+        return
+    register()
+    for mode in _get_current_dispatch_mode_stack():  # a counter under way copied the formulas when it was made
+        if hasattr(mode, "counter"):
+            registry = sys.modules["torch.utils.flop_counter"].flop_registry
+            mode.counter.flop_registry.update({op: f for op, f in registry.items() if "decompk" in str(op)})
 
 
 @functools.cache

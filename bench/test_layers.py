@@ -1,0 +1,48 @@
+"""Every distinct convolution of the papers' members, forward and backward, all K members at once."""
+
+from functools import partial
+
+import pytest
+from contestants import Case, Setting
+from convolutions import CONVOLUTIONS, Operands, reference
+from layers import Layer, layers
+from race import CLOCK, Race, Spec, race
+
+CASES = (
+    Case("resnet50", 4, 140),
+    Case("resnet50", (2, 4), 96),
+    Case("resnet50", 16, 70, margin=24),
+    Case("vgg16", 4, 112),
+    Case("resnet32", 4, 16),
+)
+SLACK = {"output": 1e-5, "gradient": 1e-5}  # float32 sums of a few thousand products
+LEAST, MOST = 2e-3, 0.5  # seconds of a round, and of a contestant's rounds
+
+
+def specs(setting: Setting, full: bool, compiled: bool) -> list[Spec]:
+    batch = 64 if setting.gpu else 16
+    sides = {name: "ours" if name == "ours" else "peer" for name in CONVOLUTIONS}
+    return [
+        Spec(
+            "layers",
+            f"{case.title}, {layer.name}, {batch} images",
+            sides,
+            partial(run, layer, setting),
+            {"network": case.title, "layer": layer.name, "count": layer.count, "K": case.K, "batch": batch},
+        )
+        for case in CASES
+        for layer in layers(case, str(setting.dtype).removeprefix("torch."), batch)
+        if layer.problem.layout == "member"
+    ]
+
+
+def run(layer: Layer, setting: Setting) -> Race:
+    operands = Operands.random(layer, setting)
+    contestants = {name: partial(build, operands) for name, build in CONVOLUTIONS.items()}
+    own = ("members in turn, channels_last",)
+    return race(contestants, reference(operands), own, SLACK, rounds=5, least=LEAST, most=MOST)
+
+
+@pytest.mark.benchmark(timer=CLOCK)
+def test_layer(entry):
+    entry()

@@ -1,0 +1,43 @@
+"""One training step, forward, loss and backward, of K members: decompk beside everybody else who can take it."""
+
+from functools import partial
+
+import pytest
+from contestants import OWN, Case, Setting, builds, job, members_alone, side, who_trains
+from race import CLOCK, Race, Spec, race
+
+CASES = (
+    Case("resnet50", 4, 140),
+    Case("resnet50", (2, 4), 96),
+    Case("resnet50", 16, 70, margin=24),
+    Case("vgg16", 4, 112),
+    Case("resnet32", 4, 16),
+    Case("resnet32", 4, 20),
+)
+DEEP = (Case("resnet110", 4, 16), Case("resnet110", 4, 20))
+ROUNDS = 5
+LEAST, MOST = 0.05, 4.0  # seconds of a round, and of a contestant's rounds
+
+
+def specs(setting: Setting, full: bool, compiled: bool) -> list[Spec]:
+    batches = (16, 64) if full else (64,) if setting.gpu else (16,)
+    cases = CASES + (DEEP if full or setting.gpu else ())
+    return [spec(case, batch, setting, compiled) for case in cases for batch in batches]
+
+
+def spec(case: Case, batch: int, setting: Setting, compiled: bool) -> Spec:
+    names = who_trains(setting, compiled, case in DEEP)
+    facts = {"network": case.model, "K": case.K, "batch": batch}
+    sides = {name: side(name) for name in names}
+    return Spec("training", f"{case.title}, {batch} images", sides, partial(run, case, batch, setting, names), facts)
+
+
+def run(case: Case, batch: int, setting: Setting, names: list[str]) -> Race:
+    step = job(case, batch, setting)
+    own = [name for name in OWN if name in names]
+    return race(builds(step, names), members_alone(step), own, typical=True, rounds=ROUNDS, least=LEAST, most=MOST)
+
+
+@pytest.mark.benchmark(timer=CLOCK)
+def test_training_step(entry):
+    entry()
