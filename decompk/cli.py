@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from . import models
-from .decompose import decompose
+from .decompose import Decomposition, decompose
 from .errors import DecompkError
 from .report.table import FORMATS
 
@@ -39,18 +39,19 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="command")
 
     report = commands.add_parser("report", help="what a decomposition saves, layer by layer, beside the paper's ratios")
-    report.add_argument("--model", default="resnet50", help=f"{', '.join(models.names())}, or module:callable")
-    report.add_argument(
-        "--partitions", default="4", help="a square number, or rows and columns such as 2x4 (default 4)"
-    )
-    report.add_argument("--input", help="pixels: 224, or 224x160 (default: what the model is meant for)")
-    report.add_argument("--channels", type=int, default=3, help="input channels of your own model (default 3)")
-    report.add_argument("--crop", help="pixels of a crop, 140 or 140x96 (default: no overlap)")
-    report.add_argument("--margin", type=int, default=0, help="pixels cut off every border first (default 0)")
+    _add_decomposition(report)
     report.add_argument(
         "--paper", action="store_true", help="every analytic table of the papers: printed, ours, verdict"
     )
     report.set_defaults(run=_report)
+
+    check = commands.add_parser("check", help="that analysis held against measurement here: exit code 1 if it fails")
+    _add_decomposition(check)
+    check.add_argument("--batch", type=int, default=4, help="samples of a training step (default 4)")
+    check.add_argument("--time", action=argparse.BooleanOptionalAction, default=True, help="also time it (default)")
+    check.add_argument("--plot", type=Path, metavar="FILE.png", help="draw every layer under the device's roofs")
+    check.add_argument("--trace", type=Path, metavar="FILE.json", help="a Chrome trace of one packed training step")
+    check.set_defaults(run=_check)
 
     demo = commands.add_parser("demo", help="Algorithm 1 on real digits, from start to figures: two minutes")
     demo.add_argument("--out", type=Path, default=Path("demo-out"), help="folder for all that is made")
@@ -76,19 +77,33 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--tensorboard", action="store_true", help="write TensorBoard's events, too")
     train.set_defaults(run=_train)
 
+    bench = commands.add_parser("bench-report", help="results of `pytest bench --benchmark-only` as a page with plots")
+    bench.add_argument("results", nargs="+", type=Path, metavar="FILE_OR_DIR", help="or every bench.json below")
+    bench.add_argument("--out", type=Path, default=Path("bench/results/README.md"), help="the page; pictures beside it")
+    bench.add_argument("--readme", type=Path, help="a file whose part between the bench marks is written anew")
+    bench.set_defaults(run=_bench_report)
+
     info = commands.add_parser("info", help="what is available here, and why the rest is not")
     info.set_defaults(run=_info)
-    for command in (report, info):
+    for command in (report, check, info):
         command.add_argument("--format", choices=FORMATS, default="table")
     return parser
 
 
-def _report(arguments: argparse.Namespace) -> int:
-    if arguments.paper:
-        from .report.paper import paper_report
+def _add_decomposition(command: argparse.ArgumentParser) -> None:
+    """The arguments that _decomposition reads."""
+    command.add_argument("--model", default="resnet50", help=f"{', '.join(models.names())}, or module:callable")
+    command.add_argument(
+        "--partitions", default="4", help="a square number, or rows and columns such as 2x4 (default 4)"
+    )
+    command.add_argument("--input", help="pixels: 224, or 224x160 (default: what the model is meant for)")
+    command.add_argument("--channels", type=int, default=3, help="input channels of your own model (default 3)")
+    command.add_argument("--crop", help="pixels of a crop, 140 or 140x96 (default: no overlap)")
+    command.add_argument("--margin", type=int, default=0, help="pixels cut off every border first (default 0)")
 
-        print(paper_report(arguments.format).rstrip("\n"))
-        return 0
+
+def _decomposition(arguments: argparse.Namespace, device: str) -> Decomposition:
+    """The decomposition that the arguments name, a registered model on `device`, your own on the CPU."""
     if ":" in arguments.model:
         size = (arguments.channels, *_sizes(arguments.input or "224", "--input", repeat=2))
         with torch.device("cpu"):
@@ -97,13 +112,41 @@ def _report(arguments: argparse.Namespace) -> int:
         known = models.spec(arguments.model)
         size = (known.input_size[0], *_sizes(arguments.input, "--input", 2)) if arguments.input else known.input_size
         takes_size = "input_size" in inspect.signature(known.factory).parameters
-        with torch.device("meta"):  # only shapes matter here
+        with torch.device(device):
             model = models.build(arguments.model, **({"input_size": size} if takes_size else {}))
     parts = _sizes(arguments.partitions, "--partitions", repeat=1)
     crop = _sizes(arguments.crop, "--crop", repeat=len(size) - 1) if arguments.crop else None
-    d = decompose(model, size, parts[0] if len(parts) == 1 else parts, crop, arguments.margin)
+    return decompose(model, size, parts[0] if len(parts) == 1 else parts, crop, arguments.margin)
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    if arguments.paper:
+        from .report.paper import paper_report
+
+        print(paper_report(arguments.format).rstrip("\n"))
+        return 0
+    d = _decomposition(arguments, "meta")  # only shapes matter here
     print(d.report().render(arguments.format).rstrip("\n"))
     return 0
+
+
+def _check(arguments: argparse.Namespace) -> int:
+    """0 where every claim holds, 1 where one fails. The files are written in either case."""
+    from .profile import draw_roofline, measure, write_trace
+
+    for option, path in (("--plot", arguments.plot), ("--trace", arguments.trace)):
+        if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
+            raise DecompkError(f"{option} {str(path)!r} is no file in a folder that exists.")
+    if arguments.plot and not arguments.time:
+        raise DecompkError("--plot draws times: leave out --no-time.")
+    d = _decomposition(arguments, "cpu")
+    profile = measure(d, arguments.batch, time=arguments.time, progress=True)
+    if arguments.plot:
+        draw_roofline(profile, arguments.plot)
+    if arguments.trace:
+        write_trace(d, arguments.trace, arguments.batch)
+    print(profile.render(arguments.format).rstrip("\n"))
+    return 1 if profile.failed else 0
 
 
 def _sizes(text: str, option: str, repeat: int) -> tuple[int, ...]:
@@ -163,6 +206,16 @@ def _setting(text: str) -> tuple[str, Any]:
     if not sign or not key:
         raise DecompkError(f"--set {text!r} is not KEY=VALUE, such as members.epochs=3.")
     return key.strip(), toml_value(value.strip())
+
+
+def _bench_report(arguments: argparse.Namespace) -> int:
+    from .report.bench import fill_readme, read, write_page
+
+    runs = read(arguments.results)
+    print(*write_page(runs, arguments.out), sep="\n")
+    if arguments.readme:
+        fill_readme(runs, arguments.readme, arguments.out)
+    return 0
 
 
 def _info(arguments: argparse.Namespace) -> int:

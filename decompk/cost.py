@@ -73,6 +73,14 @@ def pass_bytes(inputs: int, weights: int, outputs: int, element_size: int = 4) -
     return element_size * (inputs + weights + outputs)
 
 
+def adam_bytes(params: int, tensors: int, element_size: int = 4) -> int:
+    """State of Adam: two moments for each parameter, and a float32 step count for each of `tensors` tensors.
+
+    A packed optimizer holds one step count for each tensor of each member, so K members cost K times one.
+    """
+    return 2 * element_size * params + 4 * tensors
+
+
 @dataclass(frozen=True)
 class OpCost:
     """One pass of a grouped convolution with one config: what it has to do, and what that config does."""
@@ -141,12 +149,18 @@ class Cost:
     elementwise_flops: int = 0  # norms, activations, pooling, adds and everything else without MACs
     join_flops: int = 0  # the part of it that is residual adds and pooling
     params: int = 0
+    param_tensors: int = 0  # weights, biases, …: how many tensors the parameters are
     statistics: int = 0  # running means and variances
     activations: int = 0  # output elements
     forward_samples: int = 0  # elements moved for every sample
     forward_weights: int = 0  # elements moved once a batch
     backward_samples: int = 0
     backward_weights: int = 0
+    saved_samples: int = 0  # elements that autograd keeps for every sample, each tensor once
+    saved_vectors: int = 0  # elements kept once a batch: a batch norm's mean and deviation
+    saved_indices: int = 0  # int64, for every sample: which pixel a max-pool took
+    saved_masks: int = 0  # what dropout drew, for every sample
+    saved_image: int = 0  # the network's input, where something keeps it; not among saved_samples
 
     def flops(self, convention: str = "2mac") -> int:
         """Forward FLOPs under one of CONVENTIONS."""
@@ -164,6 +178,19 @@ class Cost:
     def backward_bytes(self, element_size: int = 4, batch: int = 1) -> int:
         """Compulsory bytes of the backward pass of `batch` samples."""
         return element_size * (batch * self.backward_samples + self.backward_weights)
+
+    def saved_bytes(self, element_size: int = 4, batch: int = 1, mask_size: int | None = None) -> int:
+        """Bytes that autograd keeps from the forward to the backward pass, without parameters, buffers and the image.
+
+        `mask_size`: bytes of one drawn number of dropout; by default a whole element, as on a CPU. A GPU keeps 1.
+        """
+        masks = self.saved_masks * (element_size if mask_size is None else mask_size)
+        samples = element_size * self.saved_samples + 8 * self.saved_indices + masks
+        return batch * samples + element_size * self.saved_vectors
+
+    def image_bytes(self, element_size: int = 4, batch: int = 1) -> int:
+        """Bytes of the input that autograd keeps."""
+        return element_size * batch * self.saved_image
 
     def figures(self, element_size: int = 4, batch: int = 1) -> dict[str, int]:
         """Every figure by name: FLOPs, MACs and activations of one sample, bytes of a batch."""
@@ -202,13 +229,29 @@ CONVENTIONS: dict[str, Callable[[Cost], int]] = {
 
 
 @dataclass(frozen=True)
+class Saved:
+    """One tensor that autograd keeps: its kind, its elements for one sample (for "vector" once a batch), its shape.
+
+    `kind`: "sample", "vector", "index" or "mask"; see the fields saved_… of Cost. `shape` is (channels, *spatial) as
+    it was made: a later view of the same memory does not change it.
+    """
+
+    kind: str
+    elements: int
+    shape: Shape
+
+
+SAVED_KINDS = ("sample", "vector", "index", "mask")
+
+
+@dataclass(frozen=True)
 class LayerCost(Cost):
     """One node that computes. Shapes are those of one sample.
 
     `name`: the module's path, or the graph's name of a functional operation; a module's second call ends in "#2".
     `kind`: conv, conv_transpose, linear, matmul, norm, activation, pool, add, mul, cat, copy (moves data), other.
     `role`: one of ROLES, or "grouped conv", "last conv", "only fc" (first and last at once), "other".
-    Parameters used twice are counted at their first use.
+    Parameters used twice are counted at their first use; `saved` lists what autograd keeps, at the first that does.
     """
 
     name: str = ""
@@ -218,6 +261,7 @@ class LayerCost(Cost):
     out_shape: Shape = ()
     kernel: Shape = ()
     groups: int = 1
+    saved: tuple[Saved, ...] = ()
 
     @property
     def in_shape(self) -> Shape:
@@ -253,6 +297,16 @@ NORMS = ("native_layer_norm", "native_group_norm", "_fused_rms_norm")
 ACTIVATIONS = ("hardswish", "_prelu_kernel", "glu", "_softmax", "_log_softmax", "_safe_softmax")  # not tagged pointwise
 REDUCTIONS = ("mean", "sum", "amax", "amin", "max", "min", "var", "var_mean", "std", "linalg_vector_norm", "cumsum")
 POINTWISE = {"add": "add", "sub": "add", "rsub": "add", "mul": "mul", "div": "mul"}
+# What autograd keeps (torch's derivatives.yaml); every other operation keeps its first operand.
+PRODUCTS = ("mul", *MATMULS)  # each operand, where a gradient flows to the other
+KEEP_RESULT = ("relu", "sigmoid", "tanh", "exp", "expm1", "sqrt", "rsqrt", "reciprocal", "_softmax", "_log_softmax")
+KEEP_STATISTICS = (*NORMS, "batch_norm", "max_pool")  # the operand and what else is returned: moments, indices
+KEEP_ALL = ("amax", "amin", "linalg_vector_norm", "std", "minimum", "maximum", "gather", "_prelu_kernel")
+KEEP_INDEX = {"index_select": 2, "index": 1, "embedding": 1, "where": 0}  # where the index stands
+KEEP_NOTHING = (
+    *("add", "sub", "rsub", "neg", "mean", "sum", "cumsum", "constant_pad_nd", "fill", "zero", "copy", "max", "min"),
+    *(name for name in MOVES if name not in ("index", "index_select", "gather", "embedding")),
+)
 # A node of several operations is named after the first of these among them.
 KINDS = ("conv", "conv_transpose", "matmul", "norm", "pool", "cat", "mul", "add", "activation", "other", "copy")
 
@@ -269,6 +323,19 @@ class _Work:
     saves_input: bool = False  # the backward pass reads the input again
     kernel: Shape = ()
     groups: int = 1
+    saved: list[Saved] = field(default_factory=list)
+    image: int = 0  # elements of the network's input that are saved
+
+
+@dataclass
+class _Memory:
+    """What is known of one piece of memory, whichever views of it there are."""
+
+    storage: torch.UntypedStorage  # held, or another tensor would get its identity
+    shape: Shape
+    kind: str  # as of Saved; "image" is the network's input, "own" a parameter or buffer
+    learned: bool  # a gradient flows to it
+    saved: bool = False
 
 
 class _Recorder(TorchDispatchMode):
@@ -278,13 +345,55 @@ class _Recorder(TorchDispatchMode):
         super().__init__()
         self.work = _Work()
         self.known: dict[Any, Any] = {}
+        self.memory: dict[int, _Memory] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         out = self._call(func, args, kwargs or {})
         name = func.overloadpacket.__name__
+        learned = self._follow(name, args, out)
         if not func.is_view and name not in FREE:
             _record(self.work, name, func, args, kwargs or {}, out)
+            if learned:
+                for tensor in _kept(name.rstrip("_"), args, out, self._learned):
+                    self._save(tensor)
+            if learned and name == "max_pool1d":  # where no gradient is wanted torch leaves out the indices
+                self.work.saved.append(Saved("index", out.numel() // BATCH, tuple(out.shape[1:])))
         return out
+
+    def meet(self, tensor: torch.Tensor, kind: str, learned: bool = False) -> _Memory:
+        """What is known of a tensor's memory; `kind` and `learned` where it is new."""
+        storage = tensor.untyped_storage()
+        return self.memory.setdefault(storage._cdata, _Memory(storage, tuple(tensor.shape), kind, learned))
+
+    def _learned(self, tensor: torch.Tensor) -> bool:
+        return self.meet(tensor, "vector").learned
+
+    def _follow(self, name: str, args: tuple, out: Any) -> bool:
+        """Note of what kind the results are; whether a gradient flows to them."""
+        operands = [self.meet(t, "vector") for t in _tensors(args)]
+        learned = any(m.learned for m in operands) and not name.startswith(("empty", "zeros", "ones", "full", "new"))
+        sampled = any(m.kind not in ("vector", "own") for m in operands)
+        for i, tensor in enumerate(_tensors(out)):
+            kind = "sample" if sampled and not (i and "batch_norm" in name) else "vector"
+            known = self.meet(tensor, kind if tensor.is_floating_point() else "index")
+            known.learned |= learned
+            if name == "bernoulli_":
+                known.kind = "mask"
+        return learned
+
+    def _save(self, tensor: torch.Tensor) -> None:
+        known = self.meet(tensor, "vector")
+        size = 8 if known.kind == "index" else tensor.element_size()
+        elements = known.storage.nbytes() // size
+        if known.saved or known.kind == "own" or not elements:
+            return
+        known.saved = True
+        if known.kind == "image":
+            self.work.image += elements // BATCH
+        elif known.kind == "vector":
+            self.work.saved.append(Saved("vector", elements, known.shape))
+        else:
+            self.work.saved.append(Saved(known.kind, elements // BATCH, known.shape[1:]))
 
     def _call(self, func: Any, args: tuple, kwargs: dict) -> Any:
         """func's result; the second time, from memory: torch infers shapes in Python, a hundred times slower."""
@@ -339,8 +448,7 @@ def _record(work: _Work, name: str, func: Any, args: tuple, kwargs: dict, out: A
         work.mac_outputs += outputs
         kind = "matmul"
     elif "batch_norm" in name or name in NORMS:
-        running = name == "native_batch_norm" and not args[5]
-        work.elementwise += norm_flops(args[0].numel(), statistics=not running)
+        work.elementwise += norm_flops(args[0].numel(), statistics=not _normalises_by_running(name, args))
         work.saves_input = True
         kind = "norm"
     elif "pool" in name or _pools_globally(name, args):
@@ -362,6 +470,35 @@ def _record(work: _Work, name: str, func: Any, args: tuple, kwargs: dict, out: A
         work.elementwise += outputs
         work.saves_input |= kind != "add"
     work.kinds.add(kind)
+
+
+def _kept(name: str, args: tuple, out: Any, learned: Callable[[torch.Tensor], bool]) -> Iterator[torch.Tensor]:
+    """What autograd keeps of one operation whose result a gradient flows to; its name without a trailing "_"."""
+    operands, results = list(_tensors(args)), list(_tensors(out))
+    if name in PRODUCTS:
+        left, *right = operands[MATMULS.get(name, 0) :][:2]
+        yield from (t for t, other in ((left, right), *((r, [left]) for r in right)) if any(map(learned, other)))
+    elif name == "convolution":
+        yield from operands[:2]
+    elif name == "div":
+        yield from operands if learned(operands[-1]) else operands[1:]
+    elif name in KEEP_INDEX:
+        yield from _tensors(args[KEEP_INDEX[name]])
+    elif name in KEEP_RESULT:
+        yield results[0]
+    elif any(word in name for word in KEEP_STATISTICS):
+        yield operands[0]
+        if not _normalises_by_running(name, args):
+            yield from results[1:3]
+    elif name in KEEP_ALL or name.startswith("_scaled_dot_product"):
+        yield from (*operands, *results[:2])
+    elif not name.startswith(KEEP_NOTHING):
+        yield from operands[:1]
+
+
+def _normalises_by_running(name: str, args: tuple) -> bool:
+    """Whether a batch norm takes its running statistics."""
+    return name == "native_batch_norm" and not args[5]
 
 
 def _pools_globally(name: str, args: tuple) -> bool:
@@ -419,6 +556,8 @@ class _Walker(MetaInterpreter):
         self.recorder.work = work = _Work()
         value = super().run_node(node)
         own: dict[int, torch.Tensor] = {}
+        if node.op == "placeholder" and isinstance(value, torch.Tensor):
+            self.recorder.meet(value, "image")
         if node.op == "get_attr":
             own = {id(tensor): tensor for tensor in _tensors(self.fetch_attr(node.target))}
         elif node.op == "call_module":
@@ -444,8 +583,16 @@ class _Walker(MetaInterpreter):
         leaf = self.fetch_attr(target)
         if not all(tensor.is_meta for tensor in (*leaf.parameters(), *leaf.buffers())):
             leaf = on_meta(leaf)
+        for tensor in (*leaf.parameters(), *leaf.buffers()):
+            self.recorder.meet(tensor, "own", tensor.requires_grad)
         with self.recorder:
             return leaf(*args, **kwargs)
+
+    def get_attr(self, target: str, args: tuple, kwargs: dict) -> Any:
+        value = super().get_attr(target, args, kwargs)
+        if isinstance(value, torch.Tensor):
+            self.recorder.meet(value, "own", self.fetch_attr(target).requires_grad)
+        return value
 
     def call_function(self, target: Any, args: tuple, kwargs: dict) -> Any:
         with self.recorder:
@@ -531,6 +678,7 @@ def _entry(name: str, node: fx.Node, walker: _Walker, final: bool, counted: set[
         backward_samples = outputs + saved + sum(map(walker.elements, differentiable))
         backward_weights = 2 * weights
     new = [tensor for key, tensor in known.own.items() if key not in counted]
+    saved = {kind: sum(s.elements for s in work.saved if s.kind == kind) for kind in SAVED_KINDS}
     return LayerCost(
         macs=work.macs // samples,
         mac_outputs=work.mac_outputs // samples,
@@ -540,6 +688,7 @@ def _entry(name: str, node: fx.Node, walker: _Walker, final: bool, counted: set[
         elementwise_flops=elementwise,
         join_flops=elementwise if kind in ("add", "pool") else 0,
         params=sum(t.numel() for t in new if isinstance(t, nn.Parameter)),
+        param_tensors=sum(isinstance(t, nn.Parameter) for t in new),
         statistics=sum(
             t.numel() for t in new if kind == "norm" and t.is_floating_point() and not isinstance(t, nn.Parameter)
         ),
@@ -548,6 +697,11 @@ def _entry(name: str, node: fx.Node, walker: _Walker, final: bool, counted: set[
         forward_weights=weights,
         backward_samples=backward_samples,
         backward_weights=backward_weights,
+        saved_samples=saved["sample"],
+        saved_vectors=saved["vector"],
+        saved_indices=saved["index"],
+        saved_masks=saved["mask"],
+        saved_image=work.image,
         name=name,
         kind=kind,
         role=_role(node, kind, walker, final),
@@ -555,6 +709,7 @@ def _entry(name: str, node: fx.Node, walker: _Walker, final: bool, counted: set[
         out_shape=walker.shape(node),
         kernel=work.kernel,
         groups=work.groups,
+        saved=tuple(work.saved),
     )
 
 
