@@ -153,6 +153,8 @@ def _on_cpu(problem: Problem, forced: bool, measure: bool) -> Choice:
     """The fastest of our own kernels and torch's operators, as measured here; where nothing is, our own."""
     from .kernels import cpu
 
+    if problem.dtype == "tf32":  # a GPU's way to multiply float32
+        problem = replace(problem, dtype="float32")
     reason = cpu.why_not_conv(problem)
     if reason and forced:
         raise BackendError(f"backend 'cpu' cannot run this {problem.kind}: {reason}.")

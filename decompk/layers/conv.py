@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..dispatch import asked_for, conv_form, exact
-from ..ops import on_cpu
+from ..ops import library, on_cpu
 from .base import Twin, member_major, side_by_side
 
 
@@ -24,6 +24,8 @@ class _PackedConv(Twin):
             return self._grouped(x, padding)
 
         def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> Tensor:
+            if library.overruns(x, weight, self.stride):
+                x, weight = x.contiguous(), weight.contiguous()
             return self.function(x, weight, bias, self.stride, padding, self.dilation, groups)
 
         return self._run(convolve, x)

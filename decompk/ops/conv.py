@@ -365,8 +365,7 @@ def operands(
     K, N, C, H, W = x.shape
     layouts = {layout_of(t) for t in activations}
     layout = "crops" if crops else layouts.pop() if len(layouts) == 1 else "strided"
-    tensor_cores = x.is_cuda or dispatch.asked_for("triton")
-    tf32 = tensor_cores and x.dtype == torch.float32 and torch.backends.cudnn.conv.fp32_precision == "tf32"
+    tf32 = x.dtype == torch.float32 and torch.backends.cudnn.conv.fp32_precision == "tf32"
     sides = (K, N, C, w.shape[1], H, W, tuple(w.shape[2:4]))
     problem = Problem(kind, dtype_name(x.dtype, tf32), *sides, *geometry, layout)
     views = [nhwc(t) for t in activations]
