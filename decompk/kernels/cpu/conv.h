@@ -83,6 +83,46 @@ inline size_t filled_up(size_t count, int outputs) {  // whole tiles of either k
   return (count + each - 1) / each * each;
 }
 
+// Every member's weights in blocks of 16, 8 or 4 outputs, [block][taps][inputs][block's outputs]; `taps` counts both
+// middle ones. fill(k, first output, how many, to) writes a block.
+template <Place place, typename Fill>
+const float* in_blocks(int K, int O, Long taps, Fill fill) {
+  float* weights = scratch<float, place>(K * O * taps);
+  std::vector<int> firsts;
+  for (int o = 0; o < O; o += width_of(O - o)) firsts.push_back(o);
+#pragma omp parallel for collapse(2)
+  for (int k = 0; k < K; ++k)
+    for (size_t block = 0; block < firsts.size(); ++block) {
+      int first = firsts[block];
+      fill(k, first, width_of(O - first), weights + (Long(k) * O + first) * taps);
+    }
+  return weights;
+}
+
+// For fprop: outputs are O, and w (K, O, kh, kw, C) is turned over.
+template <Place place>
+const float* forward_blocks(const Shape& s, const float* w) {
+  Long taps = Long(s.kh) * s.kw * s.C;
+  return in_blocks<place>(s.K, s.O, taps, [=](int k, int first, int width, float* to) {
+    const float* from = w + (Long(k) * s.O + first) * taps;
+    for (Long tap = 0; tap < taps; ++tap)
+      for (int i = 0; i < width; ++i) *to++ = from[i * taps + tap];
+  });
+}
+
+// For dgrad: outputs are C; of every tap from (row, column) on, in steps of the stride, the last one first.
+template <Place place>
+const float* backward_blocks(const Shape& s, const float* w, int row, int column, int taps_h, int taps_w) {
+  return in_blocks<place>(s.K, s.C, Long(taps_h) * taps_w * s.O, [=](int k, int first, int width, float* to) {
+    for (int r = taps_h - 1; r >= 0; --r)
+      for (int t = taps_w - 1; t >= 0; --t)
+        for (int o = 0; o < s.O; ++o, to += width) {
+          Long tap = (Long(row) + r * s.stride_h) * s.kw + column + t * s.stride_w;
+          std::copy_n(w + ((Long(k) * s.O + o) * s.kh * s.kw + tap) * s.C + first, width, to);
+        }
+  });
+}
+
 // The pixels of a unit: where the input of each starts and where its output is; `step` leads to the next tap row.
 // Behind the `count` ones the last is repeated: what is computed twice is written twice.
 struct Pixels {

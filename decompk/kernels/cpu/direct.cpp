@@ -24,26 +24,6 @@ void run(const Job& j, int K, int N, const float* weights, const float* bias) {
   }
 }
 
-// Every member's weights in blocks of outputs; element(k, output, tap row, tap column, input).
-template <typename F>
-const float* packed(int K, int O, int taps_h, int taps_w, int C, F element) {
-  Long taps = Long(taps_h) * taps_w * C;
-  float* weights = scratch<float, WEIGHTS>(K * O * taps);
-  std::vector<int> firsts;
-  for (int o = 0; o < O; o += width_of(O - o)) firsts.push_back(o);
-#pragma omp parallel for collapse(2)
-  for (int k = 0; k < K; ++k)
-    for (size_t block = 0; block < firsts.size(); ++block) {
-      int first = firsts[block], width = width_of(O - first);
-      float* to = weights + (Long(k) * O + first) * taps;
-      for (int r = 0; r < taps_h; ++r)
-        for (int t = 0; t < taps_w; ++t)
-          for (int c = 0; c < C; ++c)
-            for (int i = 0; i < width; ++i) *to++ = element(k, first + i, r, t, c);
-    }
-  return weights;
-}
-
 }  // namespace
 
 extern "C" {
@@ -51,10 +31,7 @@ extern "C" {
 // y (K, N, H', W', O) of x and w, bias (K, O) or null. O is a multiple of 4. sizes: as Shape has them.
 void fprop(const float* x, const float* w, const float* bias, float* y, const Long* sizes) {
   Shape s(sizes);
-  auto weights = packed(s.K, s.O, s.kh, s.kw, s.C, [&](int k, int o, int r, int t, int c) {
-    return w[((((Long(k) * s.O + o) * s.kh + r) * s.kw) + t) * s.C + c];
-  });
-  run(forward_job(s, x, y), s.K, s.N, weights, bias);
+  run(forward_job(s, x, y), s.K, s.N, forward_blocks<WEIGHTS>(s, w), bias);
 }
 
 // dx of dy and w. C is a multiple of 4. Every phase of the stride is a convolution of its own, without zeros.
@@ -68,10 +45,7 @@ void dgrad(const float* dy, const float* w, float* dx, const Long* sizes) {
       int rows = (s.H - a + s.stride_h - 1) / s.stride_h, columns = (s.W - b + s.stride_w - 1) / s.stride_w;
       if (rows <= 0 || columns <= 0) continue;
       if (!taps_h || !taps_w) taps_h = taps_w = 0;  // nothing lands here: zeros
-      auto weights = packed(s.K, s.C, taps_h, taps_w, s.O, [&](int k, int c, int r, int t, int o) {
-        int row = first_h + (taps_h - 1 - r) * s.stride_h, column = first_w + (taps_w - 1 - t) * s.stride_w;
-        return w[((((Long(k) * s.O + o) * s.kh + row) * s.kw) + column) * s.C + c];
-      });
+      auto weights = backward_blocks<WEIGHTS>(s, w, first_h, first_w, taps_h, taps_w);
       int pad_h = taps_h - 1 - (a + s.pad_h - first_h) / s.stride_h;
       int pad_w = taps_w - 1 - (b + s.pad_w - first_w) / s.stride_w;
       run({dy, s.rows, s.columns, s.O, dx, s.H, s.W, s.C, s.stride_h, s.stride_w, a, b, rows, columns,

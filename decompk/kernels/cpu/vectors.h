@@ -20,7 +20,7 @@ inline void store(float* to, vec value) {
   std::memcpy(to, &value, sizeof value);
 }
 
-enum Place { WEIGHTS, SUMS, WINDOW, INPUTS, OUTPUTS, IN_ROWS, OUT_ROWS, MEANS, SQUARES, SLOPES, OFFSETS };
+enum Place { WEIGHTS, BLOCKS, SUMS, WINDOW, INPUTS, OUTPUTS, IN_ROWS, OUT_ROWS };
 
 // `count` values at one place of the calling thread's own, kept from call to call: fresh pages cost more than most layers.
 template <typename T, Place place>

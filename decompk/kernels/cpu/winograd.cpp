@@ -131,25 +131,27 @@ struct Tiles : Shapes {
 
 int target_of(int channels) { return std::clamp(6144 / channels, 24, 96); }  // tiles: both buffers stay in L2
 
-// U of every member: [F][outputs in blocks of 16 or 8][C][block]; element(k, output, input, row, column).
-template <typename Element>
-const float* frequencies(int K, int O, int C, Element element) {
+// U of every member, [F][outputs in blocks][C][block]; of 3×3 weights [outputs in blocks][3][3][C][block].
+const float* frequencies(int K, int O, int C, const float* blocks) {
   float* weights = scratch<float, WEIGHTS>(size_t(K) * F * O * C);
 #pragma omp parallel for collapse(2)
   for (int k = 0; k < K; ++k)
-    for (int o = 0; o < O; ++o) {
+    for (int o = 0; o < O; o += 8) {
       int first = o / 16 * 16, width = width_of(O - first);
-      for (int c = 0; c < C; ++c) {
-        float half[4][3];
+      if (o > first && width > 8) continue;  // a part of the block before
+      Long size = Long(C) * width;
+      const float* from = blocks + (Long(k) * O + first) * 9 * C;
+      for (Long i = 0; i < size; i += 8) {
+        vec8 g[3][3], half[4][3];
+        for (int t = 0; t < 9; ++t) g[t / 3][t % 3] = load<vec8>(from + t * size + i);
         for (int b = 0; b < 3; ++b) {
-          float g0 = element(k, o, c, 0, b), g1 = element(k, o, c, 1, b), g2 = element(k, o, c, 2, b);
-          half[0][b] = g0, half[1][b] = (g0 + g1 + g2) / 2, half[2][b] = (g0 - g1 + g2) / 2, half[3][b] = g2;
+          vec8 sum = g[0][b] + g[2][b];
+          half[0][b] = g[0][b], half[1][b] = (sum + g[1][b]) * 0.5f, half[2][b] = (sum - g[1][b]) * 0.5f, half[3][b] = g[2][b];
         }
         for (int a = 0; a < 4; ++a) {
-          const float* g = half[a];
-          float row[4] = {g[0], (g[0] + g[1] + g[2]) / 2, (g[0] - g[1] + g[2]) / 2, g[2]};
-          for (int b = 0; b < 4; ++b)
-            weights[((size_t(k) * F + a * 4 + b) * O + first) * C + c * width + o - first] = row[b];
+          vec8 sum = half[a][0] + half[a][2];
+          vec8 row[4] = {half[a][0], (sum + half[a][1]) * 0.5f, (sum - half[a][1]) * 0.5f, half[a][2]};
+          for (int b = 0; b < 4; ++b) store(weights + ((Long(k) * F + a * 4 + b) * O + first) * C + i, row[b]);
         }
       }
     }
@@ -178,17 +180,13 @@ extern "C" {
 
 void winograd_fprop(const float* x, const float* w, const float* bias, float* y, const Long* sizes) {
   Shape s(sizes);
-  auto weights = frequencies(s.K, s.O, s.C, [&](int k, int o, int c, int r, int t) {
-    return w[((((Long(k) * s.O + o) * 3 + r) * 3) + t) * s.C + c];
-  });
+  auto weights = frequencies(s.K, s.O, s.C, forward_blocks<BLOCKS>(s, w));
   run(x, s.K, {s.N, s.H, s.W, s.C, s.O, s.rows, s.columns, s.pad_h, s.pad_w}, weights, bias, y);
 }
 
 void winograd_dgrad(const float* dy, const float* w, float* dx, const Long* sizes) {
   Shape s(sizes);
-  auto weights = frequencies(s.K, s.C, s.O, [&](int k, int c, int o, int r, int t) {
-    return w[((((Long(k) * s.O + o) * 3 + 2 - r) * 3) + 2 - t) * s.C + c];
-  });
+  auto weights = frequencies(s.K, s.C, s.O, backward_blocks<BLOCKS>(s, w, 0, 0, 3, 3));
   run(dy, s.K, {s.N, s.rows, s.columns, s.O, s.C, s.H, s.W, 2 - s.pad_h, 2 - s.pad_w}, weights, nullptr, dx);
 }
 
