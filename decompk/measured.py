@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import functools
 import json
 import os
@@ -76,6 +75,8 @@ def _read(file: Path, changed: int) -> dict[str, dict[str, float]]:
 
 def _keep(file: Path, key: str, times: dict[str, float]) -> None:
     """Add an entry; a cache that cannot be written is measured again next time."""
+    import fcntl  # of Unix alone, as our kernels are
+
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         with open(file.with_suffix(".lock"), "w") as lock:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import fcntl
 import functools
 import hashlib
 import os
@@ -95,6 +94,8 @@ def build(into: Path) -> Path:
     library = into / f"cpu-{contents.hexdigest()[:16]}.so"
     if library.exists():
         return library
+    import fcntl  # of Unix alone
+
     into.mkdir(parents=True, exist_ok=True)
     with open(into / ".lock", "w") as lock, tempfile.TemporaryDirectory(dir=into) as scratch:
         fcntl.flock(lock, fcntl.LOCK_EX)  # the second of two processes finds what the first has built
