@@ -1,11 +1,9 @@
 """How the gain grows with the number of members, and what the batch does to it."""
 
-from functools import partial
-
 import pytest
-from contestants import Case, Setting, side
+from contestants import Case, Setting
 from race import CLOCK, Spec
-from test_training import run
+from test_training import spec
 
 PARTS = {1: 1, 2: (1, 2), 4: 4, 8: (2, 4), 16: 16, 32: (4, 8), 64: 64}  # K: rows and columns of crops without overlap
 SMALL = {"model": "resnet8", "width": 64}  # wide enough for 64 members
@@ -25,12 +23,6 @@ def specs(setting: Setting, full: bool, compiled: bool) -> list[Spec]:
         ),
         *(spec("batch", Case("resnet32", 4, 16), batch, setting, names) for batch in BATCHES),
     ]
-
-
-def spec(what: str, case: Case, batch: int, setting: Setting, names: list[str]) -> Spec:
-    sides = {name: side(name) for name in names}
-    facts = {"network": case.model, "K": case.K, "batch": batch}
-    return Spec(what, f"{case.title}, {batch} images", sides, partial(run, case, batch, setting, names), facts)
 
 
 @pytest.mark.benchmark(timer=CLOCK)

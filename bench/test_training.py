@@ -22,14 +22,17 @@ LEAST, MOST = 0.05, 4.0  # seconds of a round, and of a contestant's rounds
 def specs(setting: Setting, full: bool, compiled: bool) -> list[Spec]:
     batches = (16, 64) if full else (64,) if setting.gpu else (16,)
     cases = CASES + (DEEP if full or setting.gpu else ())
-    return [spec(case, batch, setting, compiled) for case in cases for batch in batches]
+    return [
+        spec("training", case, batch, setting, who_trains(setting, compiled, case in DEEP))
+        for case in cases
+        for batch in batches
+    ]
 
 
-def spec(case: Case, batch: int, setting: Setting, compiled: bool) -> Spec:
-    names = who_trains(setting, compiled, case in DEEP)
+def spec(part: str, case: Case, batch: int, setting: Setting, names: list[str]) -> Spec:
     facts = {"network": case.model, "K": case.K, "batch": batch}
     sides = {name: side(name) for name in names}
-    return Spec("training", f"{case.title}, {batch} images", sides, partial(run, case, batch, setting, names), facts)
+    return Spec(part, f"{case.title}, {batch} images", sides, partial(run, case, batch, setting, names), facts)
 
 
 def run(case: Case, batch: int, setting: Setting, names: list[str]) -> Race:

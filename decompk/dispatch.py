@@ -7,7 +7,6 @@ import contextvars
 import functools
 import json
 import math
-import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -18,9 +17,11 @@ from torch import Tensor
 
 from . import device as devices
 from . import extension, measured
+from .cache import slug
 from .config import DTYPES, Config, Problem
 from .device import Device
 from .errors import BackendError
+from .kernels import cpu
 
 if TYPE_CHECKING:
     from .cost import OpCost
@@ -49,7 +50,7 @@ def backend(name: str) -> Iterator[None]:
     if name == "triton":
         reason = devices.why_not_triton_on(device)
     elif name == "cpu":
-        reason = _why_not_cpu()
+        reason = cpu.why_not()
     elif name in EXTENSION:
         reason = extension.why_not(name)
     if reason:
@@ -66,15 +67,9 @@ def forced() -> str | None:
     return _forced.get()
 
 
-def _why_not_cpu() -> str | None:
-    from .kernels import cpu
-
-    return cpu.why_not()
-
-
 def runs_on_cpu() -> bool:
     """Whether the C++ kernels for processors may run: they are built here, and no other backend was asked for."""
-    return _forced.get() in (None, "cpu") and _why_not_cpu() is None
+    return _forced.get() in (None, "cpu") and cpu.why_not() is None
 
 
 def asked_for(name: str) -> bool:
@@ -151,8 +146,6 @@ def _choose(problem: Problem, device: torch.device, forced: str | None) -> Choic
 
 def _on_cpu(problem: Problem, forced: bool, measure: bool) -> Choice:
     """The fastest of our own kernels and torch's operators, as measured here; where nothing is, our own."""
-    from .kernels import cpu
-
     if problem.dtype == "tf32":  # a GPU's way to multiply float32
         problem = replace(problem, dtype="float32")
     reason = cpu.why_not_conv(problem)
@@ -275,7 +268,7 @@ TABLES = Path(__file__).parent / "configs"
 
 def table_path(device: Device) -> Path:
     """Where `tools/tune.py` writes what it measured on `device`."""
-    return TABLES / (re.sub(r"[^a-z0-9]+", "-", device.name.lower()).strip("-") + ".json")
+    return TABLES / f"{slug(device.name)}.json"
 
 
 def key_of(problem: Problem) -> str:

@@ -438,12 +438,8 @@ def _layer(
     shift (K, O) of a norm by its running statistics. relu: a module, or the name of a function of torch.
     """
     known = _unchanged(conv, PackedConv2d) and _unchanged(norm, PackedBatchNorm2d) and _unchanged(relu, nn.ReLU)
-    if known and norm is not None and on_cpu.takes(x) and _is_map(residual):
-        y = conv(x if crops is None else torch.cat([crop.cut(x) for crop in crops]))
-        if residual is None or residual.shape == y.shape:
-            return norm(y, residual, relu is not None)
-        return _after(norm(y), residual, add_in_place, relu)
-    call = _call(x, crops, conv) if known else None
+    joins = known and norm is not None and on_cpu.takes(x)  # the norm itself takes what follows it
+    call = _call(x, crops, conv) if known and not joins else None
     shape = None if call is None else _shape(call, crops)
     if shape is not None and (residual is None or _fits(residual, call[0], shape)):
         added = None if residual is None else residual.unflatten(0, shape[:2])
@@ -461,15 +457,10 @@ def _layer(
         y = ops.conv2d_moments(*call, crops=crops, moments=False)[0].flatten(0, 1)
     else:
         y = conv(torch.cat([crop.cut(x) for crop in crops]))
-    return _after(y if norm is None else norm(y), residual, add_in_place, relu)
-
-
-def _is_map(residual: Any) -> bool:
-    return residual is None or isinstance(residual, Tensor)
-
-
-def _after(y: Tensor, residual: Any, add_in_place: bool, relu: nn.Module | str | None) -> Tensor:
-    """relu(y + residual) as the network's own code does it."""
+    if joins and (residual is None or (isinstance(residual, Tensor) and residual.shape == y.shape)):
+        return norm(y, residual, relu is not None)
+    if norm is not None:
+        y = norm(y)
     if add_in_place:
         y += residual
     elif residual is not None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import os
 import platform
 
 import torch
@@ -45,7 +44,7 @@ def _device() -> tuple[str, str, str]:
 
 def _cpu() -> list[tuple[str, str, str]]:
     reason = cpu.why_not()
-    kept = "" if os.environ.get("DECOMPK_KEEP_MEMORY") == "0" else "; freed memory stays with the process"
+    kept = "; freed memory stays with the process" if cpu.keeps_memory() else ""
     known = len(measured.entries(measured.path()))
     return [
         ("backend cpu", "absent" if reason else "available", reason or f"C++ for float32 on this processor{kept}"),

@@ -230,11 +230,8 @@ def _backward(
             problem, views = operands(kind, x, w, geometry, tensors)
             chosen[kind] = problem, views, dispatch.choose(problem, x.device)
     forms = {kind: choice.form for kind, (_, _, choice) in chosen.items() if choice.backend in library.BACKENDS}
-    for form in dict.fromkeys(forms.values()):  # one call for both gradients where both run so
-        asked = forms.get("dgrad") == form, forms.get("wgrad") == form
-        found = library.backward(form, grad, x, weight, *geometry, asked)
-        dx = as_strided_like(found[0], dx) if asked[0] else dx
-        dw = as_strided_like(found[1], dw) if asked[1] else dw
+    found = library.backward_by_forms((forms.get("dgrad"), forms.get("wgrad")), grad, x, weight, *geometry)
+    dx, dw = (out if t is None else as_strided_like(t, out) for t, out in zip(found, (dx, dw), strict=True))
     for kind in chosen.keys() - forms.keys():
         from ..kernels import conv
 

@@ -129,6 +129,24 @@ def backward(
     )
 
 
+def backward_by_forms(
+    forms: tuple[str | None, str | None],
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
+) -> tuple[Tensor | None, Tensor | None]:
+    """(dx, dweight), each by its own form, None for what has none; one call for both where both run so."""
+    dx = dw = None
+    for form in dict.fromkeys(form for form in forms if form):
+        wanted = forms[0] == form, forms[1] == form
+        found = backward(form, grad, x, weight, stride, padding, dilation, wanted)
+        dx, dw = (new if wants else old for old, new, wants in zip((dx, dw), found, wanted, strict=True))
+    return dx, dw
+
+
 def overruns(x: Tensor, weight: Tensor, stride: Sequence[int]) -> bool:
     """Whether torch's wgrad would write past its memory unless all is contiguous: oneDNN's in torch 2.13, on a CPU."""
     pointwise = prod(weight.shape[2:]) == 1 and max(stride) > 1

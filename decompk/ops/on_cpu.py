@@ -16,8 +16,8 @@ from .. import dispatch
 from ..config import PASSES, Problem
 from ..kernels import cpu
 from . import library
+from .library import Pair
 
-Pair = tuple[int, int]
 Geometry = tuple[Pair, Pair, Pair]  # stride, padding, dilation
 _PLAIN = (Tensor, nn.Parameter)
 
@@ -88,13 +88,10 @@ class _Conv(torch.autograd.Function):
         dy = channels_last(dy)
         x5, dy5 = (t.unflatten(0, (plan.K, -1)) for t in (x, dy))
         needs = ctx.needs_input_grad
-        forms = [plan.form(kind) if wants else None for kind, wants in zip(PASSES[1:], needs, strict=False)]
-        dx = dw = db = None
-        for form in {*forms} - {None}:  # one call for both gradients where both run so
-            asked = forms[0] == form, forms[1] == form
-            found = library.backward(form, dy5, x5, weight, *ctx.geometry, asked)
-            dx = channels_last(found[0].flatten(0, 1)) if asked[0] else dx
-            dw = found[1] if asked[1] else dw
+        forms = tuple(plan.form(kind) if wants else None for kind, wants in zip(PASSES[1:], needs, strict=False))
+        dx, dw = library.backward_by_forms(forms, dy5, x5, weight, *ctx.geometry)
+        dx = None if dx is None else channels_last(dx.flatten(0, 1))
+        db = None
         if ctx.has_bias and needs[2]:
             db = dy.permute(0, 2, 3, 1).reshape(plan.K, -1, dy.shape[1]).sum(1)
         return dx, dw, db, None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -87,12 +86,6 @@ def fastest(work: Callable[[], object], device: torch.device, times: int = 4) ->
     """Seconds of the fastest of `times` runs after one that is not counted: a roof is what can be reached."""
     work()
     return min(seconds_of(work, device)[0] for _ in range(times))
-
-
-def median(work: Callable[[], object], device: torch.device, times: int = 3) -> float:
-    """Median seconds of `times` runs after one that is not counted."""
-    work()
-    return statistics.median(seconds_of(work, device)[0] for _ in range(times))
 
 
 def seconds_of(work: Callable[[], object], device: torch.device) -> tuple[float, object]:

@@ -9,6 +9,7 @@ import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import geometric_mean
 from typing import Any
 
 from ..cache import slug
@@ -81,10 +82,6 @@ class Ratio:
 def faster(ours: Entry, other: Entry) -> Ratio:
     """How often `ours` runs while `other` runs once; both were timed in turns, so rounds are compared one by one."""
     return Ratio.of([b / a for a, b in zip(ours.seconds, other.seconds, strict=False)])
-
-
-def geometric_mean(values: Iterable[float]) -> float:
-    return statistics.geometric_mean(values)
 
 
 @dataclass(frozen=True)

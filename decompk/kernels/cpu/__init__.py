@@ -71,13 +71,18 @@ def _library() -> ctypes.CDLL:
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
 
 
+def keeps_memory() -> bool:
+    """Whether freed memory stays with the process: unless DECOMPK_KEEP_MEMORY=0."""
+    return os.environ.get("DECOMPK_KEEP_MEMORY") != "0"
+
+
 def _keep_freed_memory() -> None:
-    """Have glibc keep what is freed, as torch does on a GPU, unless DECOMPK_KEEP_MEMORY=0.
+    """Have glibc keep what is freed, as torch does on a GPU.
 
     An activation in fresh pages costs ten times what writing to it does: the kernel has to find and clear them.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None and os.environ.get("DECOMPK_KEEP_MEMORY") != "0":
+    if mallopt is not None and keeps_memory():
         for option, value in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, -1), (M_TOP_PAD, 2**26)):
             mallopt(option, value)
 

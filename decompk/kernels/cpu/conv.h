@@ -55,6 +55,21 @@ inline int parts_of(const Shape& s, int units) {
   return int(std::clamp(std::min(pixels / 512, 32L / s.K), 1L, Long(std::max(1, units))));
 }
 
+// Sums of `size` floats, [member][part], over a member's units: add(unit, sum) adds one.
+template <typename Add>
+const float* sums_of(int K, const std::vector<Unit>& units, int parts, Long size, Add add) {
+  float* sums = scratch<float, SUMS>(K * parts * size);
+  int of_member = int(units.size() / K);
+#pragma omp parallel for schedule(dynamic) collapse(2)
+  for (int k = 0; k < K; ++k)
+    for (int part = 0; part < parts; ++part) {
+      float* sum = sums + (k * parts + part) * size;
+      std::fill(sum, sum + size, 0.f);
+      for (int i = of_member * part / parts; i < of_member * (part + 1) / parts; ++i) add(units[k * of_member + i], sum);
+    }
+  return sums;
+}
+
 // `tall` rows of `wide` pixels of every image from (top, left) on, with zeros outside of it, without gaps.
 inline const float* window(const float* image, int images, int H, int W, int C, Long top, Long left, Long tall, Long wide) {
   float* buffer = scratch<float, WINDOW>(images * tall * wide * C + 32);  // vectors may read behind the last row

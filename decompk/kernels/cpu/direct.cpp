@@ -61,29 +61,19 @@ void wgrad(const float* x, const float* dy, float* dw, const Long* sizes) {
   int length = s.kw * s.C, target = std::clamp(8192 / (s.C + s.O), 32, 160);  // what a unit reads stays in L1
   Long size = Long(s.O) * s.kh * length;
   auto units = units_of(s.K, s.N, s.rows, s.columns, target);
-  int of_member = int(units.size() / s.K), parts = parts_of(s, of_member);
-  float* sums = scratch<float, SUMS>(s.K * parts * size);
-#pragma omp parallel
-  {
-#pragma omp for schedule(dynamic) collapse(2)
-    for (int k = 0; k < s.K; ++k)
-      for (int part = 0; part < parts; ++part) {
-        float* sum = sums + (k * parts + part) * size;
-        std::fill(sum, sum + size, 0.f);
-        for (int i = of_member * part / parts; i < of_member * (part + 1) / parts; ++i) {
-          Pixels p(j, units[k * of_member + i], s.N);
-          for (int r = 0; r < s.kh; ++r)
-            outers(p.in, r * p.step, p.out, 0, p.count, sum + r * length, Long(s.kh) * length, length, s.O);
-        }
-      }
-#pragma omp for collapse(2)
-    for (int k = 0; k < s.K; ++k)
-      for (Long i = 0; i < size; ++i) {
-        float sum = 0;
-        for (int part = 0; part < parts; ++part) sum += sums[(k * parts + part) * size + i];
-        dw[k * size + i] = sum;
-      }
-  }
+  int parts = parts_of(s, int(units.size() / s.K));
+  const float* sums = sums_of(s.K, units, parts, size, [&](const Unit& u, float* sum) {
+    Pixels p(j, u, s.N);
+    for (int r = 0; r < s.kh; ++r)
+      outers(p.in, r * p.step, p.out, 0, p.count, sum + r * length, Long(s.kh) * length, length, s.O);
+  });
+#pragma omp parallel for collapse(2)
+  for (int k = 0; k < s.K; ++k)
+    for (Long i = 0; i < size; ++i) {
+      float sum = 0;
+      for (int part = 0; part < parts; ++part) sum += sums[(k * parts + part) * size + i];
+      dw[k * size + i] = sum;
+    }
 }
 
 }  // extern "C"

@@ -194,44 +194,34 @@ void winograd_wgrad(const float* x, const float* dy, float* dw, const Long* size
   Shape s(sizes);
   Shapes shapes{s.N, s.H, s.W, s.C, s.O, s.rows, s.columns, s.pad_h, s.pad_w};
   auto units = units_of(s.K, s.N, shapes.rows(), shapes.columns(), target_of(s.C + s.O));
-  int of_member = int(units.size() / s.K), parts = parts_of(s, of_member);
+  int parts = parts_of(s, int(units.size() / s.K));
   Long each = Long(s.O) * s.C, size = F * each;
-  float* sums = scratch<float, SUMS>(s.K * parts * size);
-#pragma omp parallel
-  {
-#pragma omp for schedule(dynamic) collapse(2)
-    for (int k = 0; k < s.K; ++k)
-      for (int part = 0; part < parts; ++part) {
-        float* sum = sums + (k * parts + part) * size;
-        std::fill(sum, sum + size, 0.f);
-        for (int i = of_member * part / parts; i < of_member * (part + 1) / parts; ++i) {
-          Tiles t(shapes, units[k * of_member + i]);
-          t.read(x);
-          t.read_gradient(dy);
-          for (int f = 0; f < F; ++f)
-            outers(t.in_rows, f * t.full * s.C, t.out_rows, f * t.full * s.O, t.count, sum + f * each, s.C, s.C, s.O);
+  const float* sums = sums_of(s.K, units, parts, size, [&](const Unit& u, float* sum) {
+    Tiles t(shapes, u);
+    t.read(x);
+    t.read_gradient(dy);
+    for (int f = 0; f < F; ++f)
+      outers(t.in_rows, f * t.full * s.C, t.out_rows, f * t.full * s.O, t.count, sum + f * each, s.C, s.C, s.O);
+  });
+#pragma omp parallel for collapse(2)
+  for (int k = 0; k < s.K; ++k)
+    for (int o = 0; o < s.O; ++o)
+      for (int c = 0; c < s.C; ++c) {
+        float u[4][4] = {}, half[3][4];
+        for (int part = 0; part < parts; ++part)
+          for (int f = 0; f < F; ++f) u[f / 4][f % 4] += sums[(k * parts + part) * size + (Long(f) * s.O + o) * s.C + c];
+        for (int b = 0; b < 4; ++b) {
+          float sum = (u[1][b] + u[2][b]) / 2, difference = (u[1][b] - u[2][b]) / 2;
+          half[0][b] = u[0][b] + sum, half[1][b] = difference, half[2][b] = sum + u[3][b];
+        }
+        float* to = dw + (Long(k) * s.O + o) * 9 * s.C + c;
+        for (int a = 0; a < 3; ++a) {
+          const float* g = half[a];
+          to[(a * 3) * s.C] = g[0] + (g[1] + g[2]) / 2;
+          to[(a * 3 + 1) * s.C] = (g[1] - g[2]) / 2;
+          to[(a * 3 + 2) * s.C] = (g[1] + g[2]) / 2 + g[3];
         }
       }
-#pragma omp for collapse(2)
-    for (int k = 0; k < s.K; ++k)
-      for (int o = 0; o < s.O; ++o)
-        for (int c = 0; c < s.C; ++c) {
-          float u[4][4] = {}, half[3][4];
-          for (int part = 0; part < parts; ++part)
-            for (int f = 0; f < F; ++f) u[f / 4][f % 4] += sums[(k * parts + part) * size + (Long(f) * s.O + o) * s.C + c];
-          for (int b = 0; b < 4; ++b) {
-            float sum = (u[1][b] + u[2][b]) / 2, difference = (u[1][b] - u[2][b]) / 2;
-            half[0][b] = u[0][b] + sum, half[1][b] = difference, half[2][b] = sum + u[3][b];
-          }
-          float* to = dw + (Long(k) * s.O + o) * 9 * s.C + c;
-          for (int a = 0; a < 3; ++a) {
-            const float* g = half[a];
-            to[(a * 3) * s.C] = g[0] + (g[1] + g[2]) / 2;
-            to[(a * 3 + 1) * s.C] = (g[1] - g[2]) / 2;
-            to[(a * 3 + 2) * s.C] = (g[1] + g[2]) / 2 + g[3];
-          }
-        }
-  }
 }
 
 }  // extern "C"
