@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from .. import dispatch
 from ..config import DTYPES, Epilogue, Problem, dtype_name
 from ..errors import DecompkError
-from . import library
+from . import library, on_cpu
 from .layout import (
     aligned,
     as_strided_like,
@@ -56,6 +56,8 @@ def grouped_conv2d(
             f"grouped_conv2d takes x (K, N, C, H, W) and weight (K, O, C, kh, kw), not {sizes(x, weight)}."
         )
     x, *geometry = padded(x, weight.shape[3:], stride, padding, dilation)
+    if on_cpu.takes(x, weight, bias) and layout_of(x) == "member" and prod(check(x, weight, bias, *geometry)):
+        return on_cpu.conv2d(x.flatten(0, 1), weight, bias, *geometry).unflatten(0, x.shape[:2])
     tell_flop_counter(register_flops)
     return torch.ops.decompk.grouped_conv2d(channels_inside(x), weight, bias, *geometry)
 

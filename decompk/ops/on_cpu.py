@@ -81,13 +81,17 @@ class _Conv(torch.autograd.Function):
         return channels_last(y.flatten(0, 1)).data  # torch lets nobody write into a view that comes out of here
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         plan = ctx.plan
         dy = channels_last(dy)
         x5, dy5 = (t.unflatten(0, (plan.K, -1)) for t in (x, dy))
         needs = ctx.needs_input_grad
+        if torch.is_grad_enabled():  # a graph of this backward is wanted: the operator's, which says that it ends here
+            wanted = [*needs[:2], ctx.has_bias and needs[2]]
+            found = torch.ops.decompk.grouped_conv2d_backward(dy5, x5, weight, *ctx.geometry, wanted)
+            dx, dw, db = (g if w else None for g, w in zip(found, wanted, strict=True))
+            return None if dx is None else dx.flatten(0, 1), dw, db, None
         forms = tuple(plan.form(kind) if wants else None for kind, wants in zip(PASSES[1:], needs, strict=False))
         dx, dw = library.backward_by_forms(forms, dy5, x5, weight, *ctx.geometry)
         dx = None if dx is None else channels_last(dx.flatten(0, 1))
