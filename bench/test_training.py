@@ -16,7 +16,7 @@ CASES = (
 )
 DEEP = (Case("resnet110", 4, 16), Case("resnet110", 4, 20))
 ROUNDS = 5
-LEAST, MOST = 0.05, 4.0  # seconds of a round, and of a contestant's rounds
+LEAST, MOST = 0.05, 2.5  # seconds of a round, and of a contestant's rounds
 
 
 def specs(setting: Setting, full: bool, compiled: bool) -> list[Spec]:
