@@ -110,7 +110,7 @@ def job(case: Case, batch: int, setting: Setting) -> Job:
             module.p = 0.0
     images, labels = torch.randn(batch, *d.input_size), torch.randint(10, (batch,))
     size = 2 if setting.dtype == torch.bfloat16 else 4
-    one = training_work(d.member_shell(), (d.input_size[0], *d.crops[0].size), batch, size)
+    one = training_work(d.member_shell(), d.member_size, batch, size)
     return Job(
         setting,
         d.model.to(setting.device).train(),
@@ -160,7 +160,7 @@ def train(job: Job, net: nn.Module, forward: Callable[[], Tensor], captured: boo
 
 def packed(job: Job, fused: bool = False, compiled: bool = False, captured: bool = False) -> Contestant:
     """Ours: one module, which also cuts the crops; the others get theirs cut before the race."""
-    net = decompk.pack(job.members, job.crops).train()
+    net = decompk.pack(job.members, job.crops, input_dims=job.images.dim()).train()
     net = decompk.fuse(net) if fused else net
     call = torch.compile(net, dynamic=False) if compiled else net
     return train(job, net, lambda: call(job.images), captured)

@@ -22,8 +22,9 @@ from torch import fx, nn
 from torch.fx.node import map_aggregate, map_arg
 
 from .errors import DecompkError, PartitionError, UnsupportedOperation
-from .graph import dtype_of, on_meta, trace, where, windows
-from .partition import Crop, by
+from .graph import MetaInterpreter, dtype_of, on_meta, trace, where, windows
+from .ops.recurrent import GATES
+from .partition import Crop, Part, by, owners
 from .roles import (
     FACTS,
     FUNCTIONAL_LAYERS,
@@ -56,6 +57,7 @@ class Leaf:
     window: Window | None = None
     groups: int = 1
     member_groups: int = 1
+    hidden: list[list[np.ndarray]] = field(default_factory=list)  # of a recurrent layer: by depth and direction
 
 
 # One tensor of the state dict: per member, one index array for each of its leading axes (they broadcast).
@@ -73,14 +75,16 @@ class Plan:
     attributes: dict[str, dict[str, Any]] = field(default_factory=dict)  # module → attribute → member's value
     member_args: dict[bool, dict[str, tuple]] = field(default_factory=dict)  # mode → node → (args, kwargs)
     reorders: dict[bool, dict[str, np.ndarray]] = field(default_factory=dict)  # mode → node → channel order
+    assemblies: dict[bool, dict[str, tuple]] = field(default_factory=dict)  # mode → head's node → a box of each member
     graphs: dict[bool, fx.Graph] = field(default_factory=dict)
     channels: dict[bool, dict[str, np.ndarray | None]] = field(default_factory=dict)  # node → (K, c) of axis 1
+    features: dict[bool, dict[str, np.ndarray]] = field(default_factory=dict)  # node → (K, f) of the last axis
     notes: list[str] = field(default_factory=list)  # why composed(x) is not exactly the sum of the members
     noted: set[str] = field(default_factory=set)  # the nodes that the notes are about
     adapted: list[str] = field(default_factory=list)  # first FC layers whose window follows the crop
 
 
-def analyse(model: nn.Module, input_size: tuple[int, ...], crops: Sequence[Crop], head: str) -> Plan:
+def analyse(model: nn.Module, input_size: tuple[int, ...], crops: Sequence[Part], head: str) -> Plan:
     """Divide `model` among len(crops) members. Raises UnsupportedOperation or PartitionError; changes nothing."""
     return _Pass(model, input_size, crops, head).run()
 
@@ -102,7 +106,7 @@ _PLAIN_FORWARDS = {
 
 
 class _Pass:
-    def __init__(self, model: nn.Module, input_size: tuple[int, ...], crops: Sequence[Crop], head: str):
+    def __init__(self, model: nn.Module, input_size: tuple[int, ...], crops: Sequence[Part], head: str):
         self.model, self.input_size, self.crops, self.head = model, input_size, crops, head
         self.K = len(crops)
         self.modules = dict(model.named_modules(remove_duplicate=False))
@@ -120,10 +124,26 @@ class _Pass:
         self._refuse_tied_parameters()
         graphs = {mode: trace(self.model, mode) for mode in (True, False)}
         self.plan.graphs = graphs
-        self.heads = set() if self.head == "concat" else set().union(*(heads(self.model, g) for g in graphs.values()))
+        self.extent = self.input_size[-len(self.crops[0].size) :]
+        self.vectors = len(self.extent) == 1 and (
+            len(self.input_size) == 1 or any(_reads_features(self.modules, g) for g in graphs.values())
+        )
+        self.assembles = self.head == "concat" and not self.vectors and self._returns_maps(graphs[False])
+        divides_outputs = self.head == "concat" and not self.assembles
+        self.heads = set() if divides_outputs else set().union(*(heads(self.model, g) for g in graphs.values()))
+        self.owner: np.ndarray | None = None
+        if self.vectors:
+            self.owner = owners(self.crops, self.extent, "every feature of an input vector needs one member")
+        elif self.assembles:
+            owners(self.crops, self.extent, "every part of an auto-encoder's output is one member's")
+        elif not all(isinstance(crop, Crop) for crop in self.crops):
+            raise PartitionError(
+                f"{type(self.model).__name__} reads neighbours, not single features: give crops, not index sets."
+            )
         values = {}
         for self.mode, graph in graphs.items():
             self.plan.member_args[self.mode] = {}
+            self.plan.assemblies[self.mode] = {}
             self.env: dict[fx.Node, Any] = {}
             for node in graph.nodes:
                 self.node = node
@@ -142,8 +162,10 @@ class _Pass:
     def _visit(self, node: fx.Node) -> Any:
         if node.op == "placeholder":
             full = torch.empty((2, *self.input_size), device="meta", dtype=dtype_of(self.model))
-            part = full.new_empty((2, self.input_size[0], *self.crops[0].size))
-            return T(full, part, SHARED, (Fraction(1),) * len(self.crops[0].size))
+            part = full.new_empty((2, *self.input_size[: -len(self.extent)], *self.crops[0].size))
+            if self.vectors:
+                return self.wrap(full, part, Split(self.given_features(), (full.dim() - 1,)))
+            return T(full, part, SHARED, (Fraction(1),) * len(self.extent))
         args, kwargs = map_arg((node.args, node.kwargs), lambda n: self.env[n])
         if node.op == "output":
             return self._output(args[0])
@@ -164,6 +186,21 @@ class _Pass:
                 if isinstance(t.role, Split) and not t.role.axes:
                     self.refuse(f"it rearranges parameter '{t.role.bare}', which does not have one value per channel")
         return rule(self, name, args, kwargs)
+
+    def _returns_maps(self, graph: fx.Graph) -> bool:
+        """Whether what the network returns has the input's spatial axes."""
+        values = MetaInterpreter(self.model, graph, self.input_size).run_all()
+        output = next(value for node, value in values.items() if node.op == "output")
+        found: list[torch.Tensor] = []
+        map_aggregate(output, lambda value: found.append(value) if isinstance(value, torch.Tensor) else None)
+        return any(t.dim() == 1 + len(self.input_size) for t in found)
+
+    def given_features(self) -> np.ndarray:
+        """The strands of an input vector, whose owners the crops say; the same in both modes."""
+        if not hasattr(self, "_features"):
+            self._features = self.strands.new(self.owner.size)
+            self.strands.give(self._features, self.owner)
+        return self._features
 
     def refuse(self, what: str, remedy: str = "run it whole, or pack copies of the network with decompk.pack") -> Any:
         raise UnsupportedOperation(f"{where(self.node)}: {what}, so its channels cannot be divided; {remedy}.")
@@ -329,10 +366,12 @@ class _Pass:
                     "the network returns divided channels, not the output of a last layer",
                     'ask for decompose(..., head="concat")',
                 )
-            if t.role is SHARED:
+            if t.role is SHARED and not self.assembles:
                 self.note("the network returns what every member holds whole: the composed network returns it once")
             if isinstance(t.role, Split) and (len(t.role.axes) != 1 or t.role.window):
                 self.refuse("the network's output mixes channels with other axes")
+            if isinstance(t.role, Split) and self.vectors and len(t.role.ids) == len(self.given_features()):
+                self.strands.tie(t.role.ids, self.given_features())  # output k is the reconstruction of input k
         return value
 
     def _refuse_tied_parameters(self) -> None:
@@ -464,7 +503,10 @@ class _Pass:
             if groups > 1:
                 self.refuse("a grouped convolution reads the image, whose channels are never divided")
             if not conv:
-                self.refuse("a linear layer reads the input; a first layer must be a convolution")
+                self.refuse(
+                    "a linear layer reads an image",
+                    "flatten the images yourself and decompose for vectors, input_size=(features,)",
+                )
         else:
             role = self._activation(x)
             if role.axes != (axis,) or (conv and role.window):
@@ -472,7 +514,8 @@ class _Pass:
             leaf.inputs, leaf.window = role.ids, role.window
             attributes[into] = x.part.shape[axis]
             if conv and covers(windows(module, x.full.dim() - 2), x):  # a fully connected layer in disguise
-                leaf.window = Window(tuple(x.full.shape[2:]), tuple(x.part.shape[2:]), x.scale)
+                full, part = tuple(x.full.shape[2:]), tuple(x.part.shape[2:])
+                leaf.window = Window(tuple(range(len(full))), full, part, x.scale)
                 attributes["kernel_size"] = leaf.window.part
         if head and groups > 1:
             self.refuse("the last layer is a grouped convolution, whose members' outputs cannot add up")
@@ -518,7 +561,63 @@ class _Pass:
         scale = x.scale
         if leaf.kind == "conv":
             scale = self.scaled(x, windows(module, x.full.dim() - 2) if leaf.window is None else None, full, part)
+        if head and self.assembles:
+            self.plan.assemblies[self.mode][self.node.name] = self._boxes(full, part, scale)
+            role = SHARED  # as the image is: each member holds all channels of its own crop
         return self.wrap(full, part, role, scale)
+
+    def _boxes(self, full: torch.Tensor, part: torch.Tensor, scale: tuple) -> tuple:
+        """Where in a last layer's output each member's lies: (start, stop) for each axis, by member."""
+        boxes = []
+        whole, own = tuple(full.shape[2:]), tuple(part.shape[2:])
+        for crop in self.crops:
+            starts = [s and Fraction(start) / s for start, s in zip(crop.start, scale, strict=False)]
+            sizes = [s and Fraction(size) / s for size, s in zip(crop.size, scale, strict=False)]
+            wholes = [s and Fraction(size) / s for size, s in zip(self.extent, scale, strict=False)]
+            known = len(whole) == len(starts) and None not in starts and all(s.denominator == 1 for s in starts)
+            if not known or tuple(sizes) != own or tuple(wholes) != whole:
+                raise PartitionError(
+                    f"{where(self.node)}: its output of {by(whole)} for {by(self.extent)} pixels, and {by(own)} for a "
+                    f"crop of {by(crop.size)}, cannot be put together from the members'; give the layers padding that "
+                    "keeps these sizes in proportion."
+                )
+            boxes.append(tuple((int(s), int(s) + size) for s, size in zip(starts, own, strict=True)))
+        return tuple(boxes)
+
+    def recurrent(self, target: str, module: nn.RNNBase, args: tuple, kwargs: dict) -> Any:
+        """nn.RNN, nn.GRU and nn.LSTM (2.27): U, W and every gate share one division of the hidden state."""
+        x, H = args[0], module.hidden_size
+        if module.proj_size:
+            self.refuse("its hidden state is projected", "leave proj_size out")
+        if any(value is not None for value in (*args[1:], *kwargs.values())):
+            self.refuse("it is given its first states", "leave them out: they begin at zero")
+        if not isinstance(x, T) or x.full.dim() != 3:
+            self.refuse("it does not read a padded batch of sequences")
+        role = self._activation(x)
+        if role.axes != (2,) or role.window:
+            self.refuse("it does not read the divided axis as its features")
+        if H % self.K:
+            raise PartitionError(
+                f"{where(self.node)}: a hidden state of {H} cannot be divided into {self.K} equal parts; "
+                f"choose a number of partitions that divides {H}."
+            )
+        directions = 1 + module.bidirectional
+        attributes = {"input_size": x.part.shape[2], "hidden_size": H // self.K}
+        leaf = self.leaves.get(target)
+        if leaf is None:
+            hidden = [[self.strands.new(H) for _ in range(directions)] for _ in range(module.num_layers)]
+            leaf = self.leaves[target] = Leaf("recurrent", attributes, role.ids, hidden=hidden)
+            self.plan.attributes[target] = attributes
+        self.strands.tie(leaf.inputs, role.ids)
+        shapes = {}
+        for name, tensor in module.named_parameters():
+            rows, *columns = tensor.shape
+            into = attributes["input_size"] if name in ("weight_ih_l0", "weight_ih_l0_reverse") else None
+            shapes[name] = (rows // self.K, *(into or c // self.K for c in columns))
+        full, part = on_meta(module)(x.full), narrow(module, attributes, shapes)(x.part)
+        outputs = Split(np.concatenate(leaf.hidden[-1]), (2,))
+        states = Split(np.stack([ids for layer in leaf.hidden for ids in layer]), (0, 2))
+        return self.wrap(full[0], part[0], outputs), self.wrap(full[1], part[1], states)
 
     def _groups_whole(self, leaf: Leaf, owner: np.ndarray) -> bool:
         """Every group of every member lies inside one global group, on both sides."""
@@ -630,11 +729,16 @@ class _Pass:
             places = [np.ix_(*(index if a == axis else np.zeros(1, np.int64) for a in dims)) for index in own(ids)]
             self.plan.places[name] = tuple(places)
         for mode, env in values.items():
-            self.plan.channels[mode] = {}
+            self.plan.channels[mode], self.plan.features[mode] = {}, {}
             for node, value in env.items():
-                if isinstance(value, T) and isinstance(value.role, Split) and value.role.axes == (1,):
-                    role = value.role
-                    self.plan.channels[mode][node.name] = None if role.window else np.stack(own(role.ids))
+                if not isinstance(value, T) or not isinstance(value.role, Split) or len(value.role.axes) != 1:
+                    continue
+                role, (axis,) = value.role, value.role.axes
+                found = None if role.window else np.stack(own(role.ids))
+                if axis == 1:
+                    self.plan.channels[mode][node.name] = found
+                if axis == value.full.dim() - 1 and found is not None:
+                    self.plan.features[mode][node.name] = found
             self.plan.reorders[mode] = {}
         for mode, node, source, cut, out_ids in self.shuffles:
             order = self._order(owner, source, cut, out_ids)
@@ -657,6 +761,9 @@ class _Pass:
         if leaf.kind == "norm":
             for name, _ in _vectors(module):
                 places[f"{target}.{name}"] = tuple((index,) for index in own(leaf.inputs))
+            return
+        if leaf.kind == "recurrent":
+            places.update(_recurrent_places(target, module, leaf, own))
             return
         weight, bias = self.tensor_names.get(target, (f"{target}.weight", f"{target}.bias"))
         conv = leaf.kind == "conv"
@@ -690,11 +797,31 @@ class _Pass:
         spots = []
         if window is None:
             return spots
-        for axis, (full, part, scale) in enumerate(zip(window.full, window.part, window.scale, strict=True)):
+        for axis, full, part, scale in zip(window.axes, window.full, window.part, window.scale, strict=True):
             pixels = scale if scale is not None else Fraction(self.input_size[1 + axis], full)
             start = min(math.ceil(Fraction(crop.start[axis]) / pixels), full - part) if full != part else 0
             spots.append(start + np.arange(part))
         return spots
+
+
+def _recurrent_places(
+    target: str, module: nn.RNNBase, leaf: Leaf, own: Callable[[np.ndarray], list[np.ndarray]]
+) -> dict[str, Place]:
+    """Where each member's part of U (weight_ih), W (weight_hh) and their biases lies, gate after gate."""
+    places: dict[str, Place] = {}
+    first = module.hidden_size * np.arange(GATES[module.mode])[:, None]  # row of each gate
+    for depth, layer in enumerate(leaf.hidden):
+        inputs = own(np.concatenate(leaf.hidden[depth - 1]) if depth else leaf.inputs)
+        for ids, direction in zip(layer, ("", "_reverse"), strict=False):
+            hidden = own(ids)
+            rows = [(first + index).reshape(-1) for index in hidden]
+            end = f"l{depth}{direction}"
+            for name, columns in (("weight_ih", inputs), ("weight_hh", hidden)):
+                blocks = zip(rows, columns, strict=True)
+                places[f"{target}.{name}_{end}"] = tuple((r[:, None], c[None, :]) for r, c in blocks)
+            for name in ("bias_ih", "bias_hh") if module.bias else ():
+                places[f"{target}.{name}_{end}"] = tuple((r,) for r in rows)
+    return places
 
 
 def _block(rows: np.ndarray, columns: np.ndarray, column_count: int, leaf: Leaf) -> tuple[np.ndarray, np.ndarray]:
@@ -761,6 +888,8 @@ def heads(model: nn.Module, graph: fx.Graph) -> set[str]:
                 continue
             seen.add(source)
             name = operation_name(source)
+            if source.op == "call_module" and isinstance(modules[source.target], nn.RNNBase):
+                continue
             if source.op == "call_module" and isinstance(modules[source.target], LAYERS):
                 found.add(source.target)
             elif name in FUNCTIONAL_LAYERS:
@@ -772,6 +901,24 @@ def heads(model: nn.Module, graph: fx.Graph) -> set[str]:
             ):  # a size leads back to a tensor without carrying its values
                 pending.append(source)
     return found
+
+
+def _reads_features(modules: dict[str, nn.Module], graph: fx.Graph) -> bool:
+    """Whether the first layers with parameters read the last axis as features: linear and recurrent ones."""
+    pending = [node for node in graph.nodes if node.op == "placeholder"]
+    seen: set[fx.Node] = set()
+    while pending:
+        node = pending.pop()
+        for user in node.users:
+            if user in seen:
+                continue
+            seen.add(user)
+            module = modules.get(user.target) if user.op == "call_module" else None
+            if isinstance(module, nn.RNNBase | nn.Linear):
+                return True
+            if module is None or not any(True for _ in module.parameters()):
+                pending.append(user)
+    return False
 
 
 def _first_line(error: Exception) -> str:

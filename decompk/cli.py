@@ -20,6 +20,8 @@ from .decompose import Decomposition, decompose
 from .errors import DecompkError
 from .report.table import FORMATS
 
+NETWORKS = ("cnn", "fc", "regression", "autoencoder", "recurrent", "signal", "volume")  # the latter: demos.DEMOS
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; a user's mistake ends in one sentence on stderr."""
@@ -54,6 +56,12 @@ def _parser() -> argparse.ArgumentParser:
     check.set_defaults(run=_check)
 
     demo = commands.add_parser("demo", help="Algorithm 1 on real digits, from start to figures: two minutes")
+    demo.add_argument(
+        "--network",
+        choices=NETWORKS,
+        default=NETWORKS[0],
+        help="cnn (default), or another kind of section 2.4 on data that fits it: half a minute each",
+    )
     demo.add_argument("--out", type=Path, default=Path("demo-out"), help="folder for all that is made")
     demo.add_argument("--epochs", type=_epochs, help="members,global (default: those of the preset quick)")
     demo.add_argument("--seed", type=int, default=0)
@@ -98,14 +106,20 @@ def _add_decomposition(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument("--input", help="pixels: 224, or 224x160 (default: what the model is meant for)")
     command.add_argument("--channels", type=int, default=3, help="input channels of your own model (default 3)")
+    command.add_argument(
+        "--size", help="the whole input of your own model: 64 (a vector), 8x12 (a sequence), 1x20x20x20 (a volume)"
+    )
     command.add_argument("--crop", help="pixels of a crop, 140 or 140x96 (default: no overlap)")
     command.add_argument("--margin", type=int, default=0, help="pixels cut off every border first (default 0)")
 
 
 def _decomposition(arguments: argparse.Namespace, device: str) -> Decomposition:
     """The decomposition that the arguments name, a registered model on `device`, your own on the CPU."""
+    if arguments.size and (":" not in arguments.model or arguments.input):
+        raise DecompkError("--size is for a model of your own, in place of --input and --channels.")
     if ":" in arguments.model:
         size = (arguments.channels, *_sizes(arguments.input or "224", "--input", repeat=2))
+        size = _sizes(arguments.size, "--size", repeat=1) if arguments.size else size
         with torch.device("cpu"):
             model = models.build(arguments.model)
     else:
@@ -115,7 +129,7 @@ def _decomposition(arguments: argparse.Namespace, device: str) -> Decomposition:
         with torch.device(device):
             model = models.build(arguments.model, **({"input_size": size} if takes_size else {}))
     parts = _sizes(arguments.partitions, "--partitions", repeat=1)
-    crop = _sizes(arguments.crop, "--crop", repeat=len(size) - 1) if arguments.crop else None
+    crop = _sizes(arguments.crop, "--crop", repeat=len(size[1:] or size)) if arguments.crop else None
     return decompose(model, size, parts[0] if len(parts) == 1 else parts, crop, arguments.margin)
 
 
@@ -165,7 +179,14 @@ def _epochs(text: str) -> tuple[int, int]:
 
 
 def _demo(arguments: argparse.Namespace) -> int:
-    """`train` with the preset quick and one seed; what is there already is not trained again."""
+    """`train` with the preset quick and one seed; what is there already is not trained again. Or another network."""
+    if arguments.network != NETWORKS[0]:
+        from . import demos
+
+        result = demos.run(arguments.network, arguments.out, arguments.seed, arguments.epochs)
+        print(result.table.render().rstrip("\n"))
+        print(f"The figure, the weights and this table: {arguments.out}/{arguments.network}*")
+        return 1 if result.failed else 0
     from .train.run import run
 
     changes: dict[str, Any] = {"seeds": [arguments.seed]}

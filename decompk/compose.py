@@ -46,14 +46,14 @@ def compose(plan: Plan, shell: nn.Module, members: Sequence[nn.Module], head: st
             if name in plan.places:
                 scale = 1 / K if head == "mean" and name in plan.head_weights else 1
                 shape = list(empty.shape)
-                apart = head == "concat" and name in plan.head_weights
-                if apart:
-                    shape[0] *= K
+                apart = output_axis(shell, name) if head == "concat" and name in plan.head_weights else None
+                if apart is not None:
+                    shape[apart] *= K
                 whole = parts[0].new_zeros(shape)
                 for k, (place, part) in enumerate(zip(plan.places[name], parts, strict=True)):
                     index = [torch.from_numpy(i) for i in place]
-                    if apart:
-                        index[0] = index[0] + k * empty.shape[0]
+                    if apart is not None:
+                        index[apart] = index[apart] + k * empty.shape[apart]
                     whole[tuple(index)] = part if scale == 1 else part * scale
             elif name in plan.summed:
                 whole = torch.cat(parts) if head == "concat" else _sum(parts)
@@ -64,16 +64,54 @@ def compose(plan: Plan, shell: nn.Module, members: Sequence[nn.Module], head: st
             values[name] = whole
     put(shell, values)
     if head == "concat":
-        for name in plan.head_weights:
-            layer = shell.get_submodule(name.rpartition(".")[0])
-            for attribute in ("out_channels", "out_features"):
-                if hasattr(layer, attribute):
-                    setattr(layer, attribute, getattr(layer, attribute) * K)
+        widen(plan, shell)
     return shell
 
 
-def extract(plan: Plan, shells: dict[int, nn.Module], model: nn.Module, head: str) -> list[nn.Module]:
+def output_axis(net: nn.Module, weight: str) -> int:
+    """Along which axis of a layer's weight its outputs lie: a transposed convolution holds its inputs first."""
+    return 1 if getattr(net.get_submodule(weight.rpartition(".")[0]), "transposed", False) else 0
+
+
+def widen(plan: Plan, net: nn.Module) -> None:
+    """Let the last layers say that they have the outputs of all members beside each other."""
+    for name in plan.head_weights:
+        layer = net.get_submodule(name.rpartition(".")[0])
+        for attribute in ("out_channels", "out_features"):
+            if hasattr(layer, attribute):
+                setattr(layer, attribute, getattr(layer, attribute) * plan.members)
+
+
+def apart_shell(plan: Plan, shell: nn.Module) -> nn.Module:
+    """`shell`, on the meta device, with last layers as compose(head="concat") makes them."""
+    values = {}
+    for name, tensor in tensors(shell).items():
+        if name in plan.head_weights or name in plan.summed:
+            axis = output_axis(shell, name) if name in plan.head_weights else 0
+            values[name] = tensor.new_empty([n * plan.members if a == axis else n for a, n in enumerate(tensor.shape)])
+    put(shell, values)
+    return shell
+
+
+def assemble(x: torch.Tensor, boxes: Sequence[Sequence[tuple[int, int]]]) -> torch.Tensor:
+    """The outputs of K members, each on the whole of its map, put together: member k's inside box k (N, K·C, *spatial).
+
+    boxes: (start, stop) per axis, for each member; together they fill the map. → (N, C, *spatial)
+    """
+    members = x.unflatten(1, (len(boxes), -1)).unbind(1)
+    whole = torch.empty_like(members[0])
+    for member, box in zip(members, boxes, strict=True):
+        place = (slice(None), slice(None), *(slice(*ends) for ends in box))
+        whole[place] = member[place]
+    return whole
+
+
+def extract(
+    plan: Plan, shells: dict[int, nn.Module], model: nn.Module, head: str, apart: bool = False
+) -> list[nn.Module]:
     """Fill one shell per member (by its number) with the diagonal blocks of `model`: the inverse of compose.
+
+    apart: the members' outputs lie side by side in `model`, as compose(head="concat") puts them.
 
     head="mean" undoes (2.22), to the bit where K is a power of two. A head's bias, which composition adds
     up, comes back as 1/K each; the last member takes what rounding left over,
@@ -86,6 +124,8 @@ def extract(plan: Plan, shells: dict[int, nn.Module], model: nn.Module, head: st
             values: dict[str, torch.Tensor] = {}
             for name in tensors(shell):
                 value = whole[name].detach()
+                if apart and (name in plan.head_weights or name in plan.summed):
+                    value = value.chunk(K, output_axis(model, name) if name in plan.head_weights else 0)[k]
                 if name in plan.places:
                     part = value[tuple(torch.from_numpy(i) for i in plan.places[name][k])]
                     if head == "mean" and name in plan.head_weights:

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from .channels import Plan, analyse
-from .compose import check_head, check_members, compose, extract, put, tensors
+from .compose import apart_shell, assemble, check_head, check_members, compose, extract, put, tensors
 from .errors import DecompkError, PartitionError
 from .graph import on_meta
 from .packed import Packed, pack
-from .partition import Crop, Partitions, by, make_crops
-from .shell import Rewritten, edited
+from .partition import Part, Partitions, by, make_crops
+from .shell import Buffer, Rewritten, edited
 
 if TYPE_CHECKING:
     from .report.decomposition import Report
@@ -30,10 +30,13 @@ def decompose(
 ) -> Decomposition:
     """Cut `model` along its width into K sub-networks, and its input into K crops (paper 2.1).
 
-    model: any torch.fx-traceable CNN; it is not changed. input_size: (C, *spatial) of one sample.
-    partitions: a square number (4 → a 2×2 grid), the parts per axis, or a list of equal Crops. crop_size: pixels per
-    axis; None cuts without overlap, H // n each. margin: border to cut off first. head: "concat" also divides the
-    network's outputs (auto-encoders); otherwise every member has all outputs of the last layer.
+    model: any torch.fx-traceable network; it is not changed. input_size of one sample: (C, *spatial) of images, signals
+    and volumes, whose pixels are divided; (D,) of vectors and (T, D) of sequences that a linear or recurrent layer
+    reads, whose features are. partitions: a square number (4 → a 2×2 grid; any number of one axis, a cube of three),
+    the parts per axis, a list of equal Crops, or of index sets for features, which must be divided exactly. crop_size:
+    pixels per axis; None cuts without overlap, H // n each. margin: border to cut off first. head: "concat" is for
+    auto-encoders: output k is member k's reconstruction of input k, so neither may overlap; otherwise every member has
+    all outputs of the last layer.
 
     Every layer keeps depth, kernel and stride and gets 1/K of the channels; the first keeps all its inputs, the last
     all its outputs. Raises PartitionError (widths that do not divide, crops that do not fit) and UnsupportedOperation
@@ -43,13 +46,16 @@ def decompose(
         raise DecompkError(f"decompose needs an nn.Module, not {type(model).__name__}.")
     if isinstance(input_size, int):
         raise PartitionError(
-            f"input_size {input_size} must be (channels, *spatial), such as (3, {input_size}, {input_size})."
+            f"input_size {input_size} must be (channels, *spatial), such as (3, {input_size}, {input_size}), or "
+            f"({input_size},) for vectors."
         )
     size = tuple(int(n) for n in input_size)
-    if not 2 <= len(size) <= 4 or min(size) < 1:
-        raise PartitionError(f"input_size {size} must be (channels, *spatial) with one to three spatial axes.")
+    if not 1 <= len(size) <= 4 or min(size) < 1:
+        raise PartitionError(
+            f"input_size {size} must be (channels, *spatial) with one to three spatial axes, or (features,)."
+        )
     check_head(head, split_outputs=False)
-    crops = make_crops(size[1:], partitions, crop_size, margin)
+    crops = make_crops(size[1:] or size, partitions, crop_size, margin)
     return Decomposition(model, size, crops, "concat" if head == "concat" else "sum")
 
 
@@ -62,7 +68,7 @@ class Decomposition:
     with any, members run on their crops only.
     """
 
-    def __init__(self, model: nn.Module, input_size: tuple[int, ...], crops: tuple[Crop, ...], head: str):
+    def __init__(self, model: nn.Module, input_size: tuple[int, ...], crops: tuple[Part, ...], head: str):
         self.model = model
         self.input_size = input_size
         self.crops = crops
@@ -71,11 +77,12 @@ class Decomposition:
         self.notes: list[str] = self.plan.notes
         self.adapted: list[str] = self.plan.adapted
         self._split_outputs = head == "concat"
+        self._assembles = any(self.plan.assemblies.values())
         if not self.plan.places:
             raise PartitionError(f"{type(model).__name__} has no layer whose channels could be divided.")
 
     def split(self, x: torch.Tensor) -> list[torch.Tensor]:
-        """(N, C, *spatial) → K views (N, C, *crop); nothing is copied."""
+        """(N, C, *spatial) → K views (N, C, *crop), (N, …, D) → K times (N, …, D / K); only index sets copy."""
         if x.dim() != 1 + len(self.input_size) or tuple(x.shape[1:]) != self.input_size:
             raise PartitionError(f"an input of shape {tuple(x.shape)} is not a batch of {self.input_size} samples.")
         return [crop.cut(x) for crop in self.crops]
@@ -94,13 +101,21 @@ class Decomposition:
                 shape = torch.broadcast_shapes(*(i.shape for i in place)) + tensor.shape[len(place) :]
                 values[name] = tensor.new_empty(shape)
         put(net, values)
-        return self._rewritten(net, self.plan.member_args, {})
+        return self._rewritten(net, self.plan.member_args)
 
-    def _rewritten(self, net: nn.Module, arguments: dict, orders: dict) -> nn.Module:
-        if not any(arguments.values()) and not any(orders.values()):
+    @property
+    def member_size(self) -> tuple[int, ...]:
+        """The size of one sample of a member's input: `input_size` with the crop's axes."""
+        size = self.crops[0].size
+        return (*self.input_size[: -len(size)], *size)
+
+    def _rewritten(self, net: nn.Module, arguments: dict, behind: dict | None = None) -> nn.Module:
+        """`net` with other arguments for some nodes of its graph, and with calls behind others."""
+        behind = behind or {}
+        if not any(arguments.values()) and not any(behind.values()):
             return net
         graphs = self.plan.graphs
-        edits = {mode: edited(g, arguments.get(mode, {}), orders.get(mode, {})) for mode, g in graphs.items()}
+        edits = {mode: edited(g, arguments.get(mode, {}), behind.get(mode, {})) for mode, g in graphs.items()}
         return Rewritten(net, edits)
 
     def subnets(self, seed: int | Sequence[int] | None = None) -> list[nn.Module]:
@@ -151,8 +166,11 @@ class Decomposition:
         check_head(head, self._split_outputs and head != "sum")
         if head == "concat" and not self._split_outputs:
             raise DecompkError("only a network decomposed with head='concat' can be extracted so; use 'sum' or 'mean'.")
-        check_members(on_meta(self.model), [model], 1, "network")
-        return extract(self.plan, {k: self.member_shell() for k in range(self.K)}, model, head)
+        apart = self._assembles and isinstance(model, Rewritten)
+        shell = on_meta(self.model)
+        check_members(apart_shell(self.plan, shell) if apart else shell, [model], 1, "network")
+        shells = {k: self.member_shell() for k in range(self.K)}
+        return extract(self.plan, shells, model, "concat" if self._assembles else head, apart)
 
     def compose(self, subnets: Sequence[nn.Module], head: str = "sum") -> nn.Module:
         """The global network of K sub-networks (2.11)–(2.14): block-diagonal, zero between members.
@@ -165,17 +183,19 @@ class Decomposition:
         check_head(head, self._split_outputs)
         check_members(self.member_shell(), subnets, self.K)
         net = on_meta(self.model)
-        orders: dict[bool, dict[str, str]] = {}
+        behind: dict[bool, dict[str, tuple[Callable, tuple]]] = {}
         buffers: dict[str, Any] = {}
         for mode, reorders in self.plan.reorders.items():
-            orders[mode] = {node: f"_order_{'train' if mode else 'eval'}_{node}" for node in reorders}
-            buffers |= {orders[mode][node]: order for node, order in reorders.items()}
-        net = compose(self.plan, net, subnets, "sum" if self._split_outputs else head)
+            names = {node: f"_order_{'train' if mode else 'eval'}_{node}" for node in reorders}
+            buffers |= {names[node]: order for node, order in reorders.items()}
+            behind[mode] = {node: (torch.index_select, (1, Buffer(name))) for node, name in names.items()}
+            behind[mode] |= {node: (assemble, (boxes,)) for node, boxes in self.plan.assemblies[mode].items()}
+        net = compose(self.plan, net, subnets, "sum" if self._split_outputs and not self._assembles else head)
         device = next(subnets[0].parameters()).device
         for name, order in buffers.items():
             net.register_buffer(name, torch.from_numpy(order).to(device), persistent=False)
         net.train(subnets[0].training)
-        return self._rewritten(net, {}, orders)
+        return self._rewritten(net, {}, behind)
 
     def report(self) -> Report:
         """The cost of the global network, one member and all K, layer by layer (paper 2.1.2)."""
@@ -199,10 +219,11 @@ def grouped_subnets(
 ) -> Packed:
     """The K fresh sub-networks of `model` as one module that reads the global batch; arguments as in `decompose`.
 
-    packed(x): (N, C, *spatial) → (K, N, classes); packed.compose() gives the global network back.
+    packed(x): (N, *input_size) → (K, N, classes); packed.compose() gives the global network back.
     """
     decomposition = decompose(model, input_size, partitions, crop_size, margin, head)
-    packed = pack(decomposition.subnets(seed), crops=decomposition.crops)
+    dims = 1 + len(decomposition.input_size)
+    packed = pack(decomposition.subnets(seed), crops=decomposition.crops, input_dims=dims)
     packed.decomposition = decomposition
     return packed
 

@@ -43,3 +43,30 @@ def cross_entropy(
     else:
         counts = (weight[target.reshape(K, -1).clamp(0, classes - 1)] * counted).sum(1)
     return (sums / counts).sum()
+
+
+def mse(predictions: Tensor, target: Tensor) -> Tensor:
+    """Σ_k of the member's mean squared error: its gradient on member k is that of F.mse_loss on it alone. A scalar.
+
+    predictions (K, N, …); target (N, …), shared by all members, or (K, N, …), such as the crops that auto-encoders
+    reconstruct. Raises PackError.
+    """
+    return _mean_of_each((predictions - _for_each(predictions, target)).square())
+
+
+def l1(predictions: Tensor, target: Tensor) -> Tensor:
+    """Σ_k of the member's mean absolute error; arguments and errors as in `mse`."""
+    return _mean_of_each((predictions - _for_each(predictions, target)).abs())
+
+
+def _for_each(predictions: Tensor, target: Tensor) -> Tensor:
+    if target.shape not in (predictions.shape, predictions.shape[1:]):
+        raise PackError(
+            f"a target of {tuple(target.shape)} does not fit predictions of {tuple(predictions.shape)}: give "
+            f"{tuple(predictions.shape[1:])}, shared by all members, or {tuple(predictions.shape)}."
+        )
+    return target
+
+
+def _mean_of_each(errors: Tensor) -> Tensor:
+    return errors.sum() / (errors.numel() // errors.shape[0])

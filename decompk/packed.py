@@ -18,13 +18,13 @@ from .layers.forward_code import read_forward
 from .layers.nest import tree_map
 from .layers.per_member import PerMember, description, member_of, per_member_kind
 from .layers.plan import input_dims_of, plan
-from .partition import Crop, by
+from .partition import Part, by
 from .shell import Shell
 
 
 def pack(
     members: Sequence[nn.Module],
-    crops: Sequence[Crop] | None = None,
+    crops: Sequence[Part] | None = None,
     *,
     input_dims: int | None = None,
     member_by_member: Collection[str] = (),
@@ -47,7 +47,7 @@ def pack(
             raise PackError(f"{len(crops)} crops do not fit {K} members; give each member its crop.")
         if any(crop.size != crops[0].size for crop in crops):
             raise PartitionError(f"crops of unequal size {sorted({c.size for c in crops})} cannot be packed.")
-        input_dims = 2 + len(crops[0].size)
+        input_dims = input_dims or 2 + len(crops[0].size)
     twins, whole = plan(first, member_by_member)
 
     stacks = _stack_tensors(members, {path for path, kind in twins.items() if kind.input_dims == 4})
@@ -77,7 +77,7 @@ class Packed(Shell):
 
     decomposition: Any = None
 
-    def __init__(self, net: nn.Module, K: int, crops: tuple[Crop, ...] | None, input_dims: int | None):
+    def __init__(self, net: nn.Module, K: int, crops: tuple[Part, ...] | None, input_dims: int | None):
         super().__init__(net)
         vars(self).update(K=K, crops=crops, input_dims=input_dims)
 
@@ -119,9 +119,10 @@ class Packed(Shell):
                 "the number of dimensions of one member's batch."
             )
         if self.crops:
-            spatial, size = shape[-len(self.crops[0].size) :], self.crops[0].size
+            size = self.crops[0].size
+            spatial = shape[-len(size) :]
             if x.dim() == dims:
-                self._check_image(shape[2:])
+                self._check_image(spatial)
             elif x.dim() == dims + 1 and spatial != size:
                 raise PartitionError(f"an input of {shape} is not cut into crops of {by(size)} pixels.")
         if x.dim() == dims or (x.dim() == dims + 1 and x.shape[0] == self.K):
@@ -136,15 +137,14 @@ class Packed(Shell):
         )
 
     def _check_image(self, spatial: tuple[int, ...]) -> None:
-        whole = getattr(self.decomposition, "input_size", (None, *spatial))[1:]
+        whole = getattr(self.decomposition, "input_size", spatial)[-len(spatial) :]
         if tuple(whole) != spatial:
             raise PartitionError(
                 f"an image of {by(spatial)} pixels does not fit this packed module, which was "
                 f"decomposed for {by(whole)}; resize it."
             )
         for crop in self.crops:
-            ends = [start + size for start, size in zip(crop.start, crop.size, strict=True)]
-            if any(end > pixels for end, pixels in zip(ends, spatial, strict=True)):
+            if any(stop > pixels for stop, pixels in zip(crop.stop, spatial, strict=True)):
                 raise PartitionError(f"{crop} does not fit an image of {by(spatial)} pixels.")
 
     def _cut(self, x: Tensor) -> Tensor:

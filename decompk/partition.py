@@ -6,7 +6,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
+from typing import Any
 
+import numpy as np
 import torch
 
 from .errors import PartitionError
@@ -52,6 +54,16 @@ class Crop:
     def width(self) -> int:
         return self.size[-1]
 
+    @property
+    def stop(self) -> tuple[int, ...]:
+        """Per axis, the first position behind the crop."""
+        return tuple(start + size for start, size in zip(self.start, self.size, strict=True))
+
+    @property
+    def positions(self) -> tuple[np.ndarray, ...]:
+        """Which positions of each axis the crop holds."""
+        return tuple(start + np.arange(size) for start, size in zip(self.start, self.size, strict=True))
+
     def cut(self, x: torch.Tensor) -> torch.Tensor:
         """The crop of `x` (..., *spatial) as a view: no copy."""
         for axis, (start, size) in enumerate(zip(self.start, self.size, strict=True), start=x.dim() - len(self.size)):
@@ -62,7 +74,47 @@ class Crop:
         return f"Crop({', '.join(map(str, self.start + self.size))})"
 
 
-Partitions = int | Sequence[int] | Sequence[Crop]
+@dataclass(frozen=True)
+class Indices:
+    """The features of an input vector that one member sees, in ascending order: a crop without neighbourhoods.
+
+    `Indices([0, 2, 5])` takes any sequence of integers. For the last axis of vectors (N, D) and sequences (N, T, D).
+    """
+
+    indices: tuple[int, ...]
+
+    def __init__(self, indices: Sequence[int]):
+        numbers = sorted(int(i) for i in indices)
+        if not numbers or numbers[0] < 0 or len(set(numbers)) < len(numbers):
+            raise PartitionError(f"{_brief(numbers)} is no set of features: give different numbers from 0 on.")
+        object.__setattr__(self, "indices", tuple(numbers))
+
+    @property
+    def start(self) -> tuple[int, ...]:
+        return (self.indices[0],)
+
+    @property
+    def size(self) -> tuple[int, ...]:
+        return (len(self.indices),)
+
+    @property
+    def stop(self) -> tuple[int, ...]:
+        return (self.indices[-1] + 1,)
+
+    @property
+    def positions(self) -> tuple[np.ndarray, ...]:
+        return (np.array(self.indices),)
+
+    def cut(self, x: torch.Tensor) -> torch.Tensor:
+        """These features of `x` (..., D), as a copy."""
+        return x.index_select(-1, torch.tensor(self.indices, device=x.device))
+
+    def __repr__(self) -> str:
+        return f"Indices({_brief(self.indices)})"
+
+
+Part = Crop | Indices
+Partitions = int | Sequence[int] | Sequence[Crop] | Sequence[Indices] | Sequence[Sequence[int]]
 
 
 def make_crops(
@@ -70,10 +122,11 @@ def make_crops(
     partitions: Partitions,
     crop_size: int | Sequence[int] | None = None,
     margin: int = 0,
-) -> tuple[Crop, ...]:
+) -> tuple[Part, ...]:
     """The crops of an input of `spatial` size (pixels per axis), in row-major order of the grid.
 
-    `partitions` is a square number n·n (a cube in 3-D, any number in 1-D), the parts per axis, or a list of crops.
+    `partitions` is a square number n·n (a cube in 3-D, any number in 1-D), the parts per axis, a list of crops, or, of
+    one axis, a list of index sets.
     `margin` pixels are cut off every border first. Without `crop_size` each crop is ⌊size/n⌋ wide (2.8), so the
     last size mod n pixels of an axis are seen by nobody; with it, crops are spread evenly from border to border
     and overlap where crop_size · n exceeds the size. Raises PartitionError.
@@ -81,10 +134,10 @@ def make_crops(
     axes = len(spatial)
     if isinstance(partitions, bool) or not isinstance(partitions, (int, Sequence)):
         raise PartitionError(f"partitions {partitions!r} must be a number, the parts per axis, or a list of crops.")
-    if not isinstance(partitions, int) and any(isinstance(p, Crop) for p in partitions):
+    if not isinstance(partitions, int) and any(not isinstance(p, int) for p in partitions):
         if crop_size is not None or margin:
             raise PartitionError("crop_size and margin only shape a grid; a list of crops already fixes both.")
-        return _checked(tuple(partitions), spatial)
+        return _checked(tuple(p if isinstance(p, Crop | Indices) else _index_set(p) for p in partitions), spatial)
 
     parts = _parts_per_axis(partitions, axes)
     names = _AXIS_NAMES[axes]
@@ -128,20 +181,56 @@ def _parts_per_axis(partitions: int | Sequence[int], axes: int) -> tuple[int, ..
     return parts
 
 
-def _checked(crops: tuple[Crop, ...], spatial: tuple[int, ...]) -> tuple[Crop, ...]:
-    if not all(isinstance(crop, Crop) for crop in crops):
-        raise PartitionError("partitions must be a number, the parts per axis, or a list of decompk.Crop only.")
+def _index_set(part: Any) -> Indices:
+    try:
+        return Indices(part)
+    except (TypeError, ValueError):
+        raise PartitionError(
+            f"partitions hold {part!r}: give a number, the parts per axis, or a list of crops or of index sets."
+        ) from None
+
+
+def _checked(crops: tuple[Part, ...], spatial: tuple[int, ...]) -> tuple[Part, ...]:
+    if len({type(crop) for crop in crops}) > 1:
+        raise PartitionError("partitions mix crops and index sets: give one kind.")
     for crop in crops:
         if len(crop.size) != len(spatial):
             raise PartitionError(f"{crop} has {len(crop.size)} axes; the input has {len(spatial)}.")
-        for start, size, whole in zip(crop.start, crop.size, spatial, strict=True):
-            if start < 0 or size < 1 or start + size > whole:
+        for size, start, stop, whole in zip(crop.size, crop.start, crop.stop, spatial, strict=True):
+            if start < 0 or size < 1 or stop > whole:
                 raise PartitionError(f"{crop} reaches outside an input of {by(spatial)} pixels; move or shrink it.")
         if crop.size != crops[0].size:
             raise PartitionError(
                 f"{crop} and {crops[0]} differ in size; a packed network needs equal crops (overlap them instead)."
             )
     return crops
+
+
+def owners(crops: Sequence[Part], spatial: tuple[int, ...], why: str) -> np.ndarray:
+    """Which crop each position of the input belongs to. Raises PartitionError, ending in `why`, unless it is just one.
+
+    → integers of shape `spatial`.
+    """
+    owner = np.full(spatial, -1)
+    for k, crop in enumerate(crops):
+        place = np.ix_(*crop.positions)
+        taken = owner[place]
+        if (taken >= 0).any():
+            other, at = crops[taken.max()], [int(p.min()) for p in np.nonzero(taken >= 0)]
+            where = by([int(axis[i]) for axis, i in zip(crop.positions, at, strict=True)])
+            raise PartitionError(f"{other} and {crop} overlap (at {where}), but {why}.")
+        owner[place] = k
+    if (owner < 0).any():
+        first = by([int(axis[0]) for axis in np.nonzero(owner < 0)])
+        raise PartitionError(
+            f"{int((owner < 0).sum())} of {owner.size} inputs belong to no member (the first at {first}), but {why}."
+        )
+    return owner
+
+
+def _brief(numbers: Sequence[int]) -> str:
+    shown = ", ".join(map(str, numbers[:6]))
+    return f"[{shown}, … {len(numbers)} in all]" if len(numbers) > 6 else f"[{shown}]"
 
 
 def by(sizes: Sequence[int]) -> str:

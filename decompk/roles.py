@@ -26,8 +26,12 @@ PARTIAL = Role("partial")  # every member holds all channels of a summand of the
 
 @dataclass(frozen=True, eq=False)
 class Window:
-    """The spatial extent that a flatten put behind every channel, globally and in a member; None is unknown scale."""
+    """The spatial extent that a flatten put behind every channel, globally and in a member; None is unknown scale.
 
+    axes: which of the input's axes these are; those of one position leave no trace in a flatten.
+    """
+
+    axes: tuple[int, ...]
     full: tuple[int, ...]
     part: tuple[int, ...]
     scale: tuple[Fraction | None, ...]

@@ -306,7 +306,7 @@ class _Regrouping:
         scale = tuple(self.x.scale[a - 2] if self.x.scale and a in spatial else None for a in space)
         if any(own > whole for own, whole in zip(part, full, strict=True)):
             self.p.refuse(f"a member's map of {by(part)} is larger than the global one of {by(full)}")
-        return Window(full, part, scale)
+        return Window(tuple(a - 2 for a in space), full, part, scale)
 
 
 def _matched(before: tuple[int, ...], after: tuple[int, ...]) -> list[tuple[list[int], list[int]]]:
@@ -639,6 +639,7 @@ _PADS = (
 
 MODULE_RULES: list[tuple[Any, Callable]] = [
     ((nn.modules.conv._ConvNd, nn.Linear), lambda p, *a: p.layer(*a)),
+    ((nn.RNNBase,), lambda p, *a: p.recurrent(*a)),
     (
         (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.PReLU),
         lambda p, *a: p.norm(*a),

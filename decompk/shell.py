@@ -6,6 +6,7 @@ import importlib
 import inspect
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -59,10 +60,18 @@ class Rewritten(Shell):
         self._code = {mode: _compiled(*source) for mode, source in self._source.items()}
 
 
-def edited(graph: fx.Graph, arguments: dict[str, tuple], orders: dict[str, str]) -> fx.Graph:
-    """A copy of `graph` with other arguments for some nodes and, behind others, a channel order read from a buffer.
+@dataclass(frozen=True)
+class Buffer:
+    """An argument that is read from the network's buffer of this name."""
 
-    `arguments`: node name → (args, kwargs) in terms of the old graph's nodes. `orders`: node name → buffer name.
+    name: str
+
+
+def edited(graph: fx.Graph, arguments: dict[str, tuple], behind: dict[str, tuple[Callable, tuple]]) -> fx.Graph:
+    """A copy of `graph` with other arguments for some nodes and calls behind others.
+
+    `arguments`: node name → (args, kwargs) in terms of the old graph's nodes. `behind`: node name → (function, further
+    arguments: plain values or a Buffer), called with the node's value.
     """
     copy = fx.Graph()
     twin: dict[fx.Node, fx.Node] = {}
@@ -70,9 +79,10 @@ def edited(graph: fx.Graph, arguments: dict[str, tuple], orders: dict[str, str])
         twin[node] = copy.node_copy(node, twin.__getitem__)
         if node.name in arguments:
             twin[node].args, twin[node].kwargs = map_arg(arguments[node.name], twin.__getitem__)
-        if node.name in orders:
-            order = copy.get_attr(orders[node.name])
-            twin[node] = copy.call_function(torch.index_select, (twin[node], 1, order))
+        if node.name in behind:
+            function, further = behind[node.name]
+            further = tuple(copy.get_attr(a.name) if isinstance(a, Buffer) else a for a in further)
+            twin[node] = copy.call_function(function, (twin[node], *further))
     return copy
 
 

@@ -22,6 +22,7 @@ class Strands:
     def __init__(self) -> None:
         self._parent = np.zeros(0, dtype=np.int64)
         self._required: list[tuple[np.ndarray, Callable[[], str]]] = []
+        self._given: list[tuple[np.ndarray, np.ndarray]] = []
 
     def new(self, count: int) -> np.ndarray:
         """`count` strands that nothing ties yet."""
@@ -49,6 +50,10 @@ class Strands:
                 y = int(self._parent[y])
             self._parent[max(x, y)] = min(x, y)
 
+    def give(self, ids: np.ndarray, owner: np.ndarray) -> None:
+        """Strand ids[i] belongs to member owner[i]: the input's own division."""
+        self._given.append((ids.reshape(-1), owner.reshape(-1)))
+
     def require(self, ids: np.ndarray, where: Callable[[], str]) -> None:
         """The tensor at `where` holds these strands in this order: each member must own 1/K of them."""
         self._required.append((ids, where))
@@ -72,14 +77,43 @@ class Strands:
 
         heads = np.setdiff1d(ids, linked[ids])
         owner = np.full(len(self._parent), -1)
+        known = self._known()
         for head in heads.tolist():
             atom = [head]
             while linked[atom[-1]] != end:
                 atom.append(int(linked[atom[-1]]))
+            if (known[atom] >= 0).all():
+                owner[atom] = known[atom]
+                continue
             if len(atom) % members:
                 raise PartitionError(self._why_not(atom, arrays, members))
             owner[atom] = np.repeat(np.arange(members), len(atom) // members)
+        if self._given:
+            self._check_even(owner, arrays, members)
         return owner[self.roots(np.arange(len(self._parent)))] if len(self._parent) else owner
+
+    def _known(self) -> np.ndarray:
+        """The owner of every strand that the input's division gives one, else -1."""
+        known = np.full(len(self._parent), -1)
+        for ids, owner in self._given:
+            roots = self.roots(ids)
+            known[roots] = owner
+            if (known[roots] != owner).any():
+                raise PartitionError(
+                    "features of different members are added to each other: divide the input so that what is added "
+                    "has one owner."
+                )
+        return known
+
+    def _check_even(self, owner: np.ndarray, arrays: list[np.ndarray], members: int) -> None:
+        """Every tensor must hold as many strands of one member as of any other."""
+        for ids, (_, where) in zip(arrays, self._required, strict=True):
+            counts = np.bincount(owner[ids], minlength=members)
+            if counts.min() != counts.max():
+                raise PartitionError(
+                    f"of the {len(ids)} features at {where()}, the input's division gives the members between "
+                    f"{counts.min()} and {counts.max()}; choose index sets that share them equally."
+                )
 
     def _why_not(self, atom: list[int], arrays: list[np.ndarray], members: int) -> str:
         holding = [i for i, ids in enumerate(arrays) if atom[0] in ids]

@@ -1,18 +1,26 @@
-"""Theorems 2.1 and 2.2 as checks on real networks: each returns the largest violation it finds."""
+"""The paper's theorems and bounds as checks on real networks: each returns the largest violation it finds.
+
+Theorems 2.1 and 2.2 for classifiers; what becomes of them in regression (2.22 ff.), auto-encoders and recurrent
+networks (2.29).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import fx, nn
 from torch.fx.node import map_arg
 from torch.nn import functional as F
 
+from .compose import assemble
 from .decompose import Decomposition
+from .errors import DecompkError
 from .graph import Window, in_mode, windows
 from .roles import module_key, operation_name
 from .rules import ELEMENTWISE_FUNCTIONS, ELEMENTWISE_MODULES
@@ -51,51 +59,133 @@ class LayerCheck:
 
 @dataclass(frozen=True)
 class FeatureCheck:
-    """violation: the largest |composed − member| over all layers' fields. output: |composed(x) − Σ_k member_k|, or
-    None where some member's last layer lies outside its field (padding, global pooling)."""
+    """violation: the largest |composed − member| over all layers' fields, and of the output. output: |composed(x) −
+    Σ_k member_k|, of the mean for head="mean", and |D_Ωk(composed(x)) − member_k| for "concat"; None where some
+    member's last layer lies outside its field (padding, global pooling)."""
 
     violation: float
     output: float | None
     layers: tuple[LayerCheck, ...]
 
 
-def theorem_2_1(d: Decomposition, subnets: Sequence[nn.Module], composed: nn.Module, x: torch.Tensor) -> FeatureCheck:
+def theorem_2_1(
+    d: Decomposition, subnets: Sequence[nn.Module], composed: nn.Module, x: torch.Tensor, head: str = "sum"
+) -> FeatureCheck:
     """(2.15), (2.16): on every layer's activation field, block k of the composed network equals sub-network k.
 
-    x: (N, C, *spatial), the global batch. Networks are run in eval mode and left in the mode they had. The field of a
-    layer is what depends on the crop alone: it shrinks with every window that reaches past a cut edge, and is empty
-    where a stride does not divide the crop's start or an operation looks at the whole map.
+    x: (N, *input_size), the global batch. head: as the networks were composed; "mean" is (2.22), "concat" the
+    auto-encoder's D_Ωk(x̂) = x̂_k. Recurrent layers are compared at every depth, direction and time step (2.29).
+    Networks are run in eval mode and left in the mode they had. The field of a layer is what depends on the crop alone:
+    it shrinks with every window that reaches past a cut edge, and is empty where a stride does not divide the crop's
+    start or an operation looks at the whole map. What is divided by features has no edges, and its field is all of it.
     """
-    graph = d.plan.graphs[False]
+    graph, places = d.plan.graphs[False], _blocks(d)
     crops = d.split(x)
-    whole = _features(composed, graph, x, {}, d.plan.reorders[False])
+    whole = _features(composed, graph, x, {}, _edits(d))
     checks, outputs, exact = [], [], True
     heads = next(node for node in graph.nodes if node.op == "output").all_input_nodes
+    apart = head == "concat" or bool(d.plan.assemblies[False])
     for k, (member, crop) in enumerate(zip(subnets, crops, strict=True)):
         own = _features(member, graph, crop, d.plan.member_args[False], {})
         fields = _fields(d, graph, k, own, whole)
         for node in graph.nodes:
-            channels = d.plan.channels[False].get(node.name)
-            if node.op in ("placeholder", "get_attr", "output") or channels is None or node not in fields:
+            if _is_recurrent(node, member):
+                checks += _every_step(d, node, k, member, composed, own, whole)
+            if node.op in ("placeholder", "get_attr", "output") or node.name not in places or node not in fields:
                 continue
             found = fields[node]
             if isinstance(found, str):
                 checks.append(LayerCheck(node.name, k, None, found, 0.0))
                 continue
-            block = whole[node][:, torch.from_numpy(channels[k]).to(x.device)]
-            mine = own[node]
+            block, mine = places[node.name](whole[node], k), own[node]
             for axis, span in enumerate(found, start=2):
                 block = block.narrow(axis, span.low + int(span.offset), span.high - span.low)
                 mine = mine.narrow(axis, span.low, span.high - span.low)
             violation = (block - mine).abs().max().item() if block.numel() else 0.0
             checks.append(LayerCheck(node.name, k, tuple((s.low, s.high) for s in found), "", violation))
-        exact &= all(fields.get(h, "") == () for h in heads)
-        outputs.append([own[h] for h in heads])
+        exact &= all(_is_whole(fields.get(h, "")) if apart else fields.get(h, "") == () for h in heads)
+        parts = [_part(places, fields[h], h, whole[h], k) if apart and exact else 0 for h in heads]
+        outputs.append([own[h] - part for h, part in zip(heads, parts, strict=True)])
     output = None
-    if exact:
-        output = max((whole[h] - sum(o[i] for o in outputs)).abs().max().item() for i, h in enumerate(heads))
+    if exact and apart:
+        output = max(error.abs().max().item() for errors in outputs for error in errors)
+    elif exact:
+        scale = 1 / d.K if head == "mean" else 1
+        output = max((whole[h] - scale * sum(o[i] for o in outputs)).abs().max().item() for i, h in enumerate(heads))
     violation = max([check.violation for check in checks] + ([output] if output is not None else []), default=0.0)
     return FeatureCheck(violation, output, tuple(checks))
+
+
+def _is_whole(field: _Field) -> bool:
+    return not isinstance(field, str) and all((s.low, s.high) == (0, s.size) for s in field)
+
+
+def _part(places: dict, field: tuple[Span, ...], node: fx.Node, whole: torch.Tensor, k: int) -> torch.Tensor:
+    """What of the composed network's output is member k's."""
+    part = places[node.name](whole, k) if node.name in places else whole
+    for axis, span in enumerate(field, start=2):
+        part = part.narrow(axis, int(span.offset), span.size)
+    return part
+
+
+def _blocks(d: Decomposition) -> dict[str, Callable[[torch.Tensor, int], torch.Tensor]]:
+    """By node: from the composed network's value and k, what has member k's channels or features."""
+
+    def along(axis: int, index: np.ndarray) -> Callable[[torch.Tensor, int], torch.Tensor]:
+        return lambda value, k: value.index_select(axis, torch.from_numpy(index[k]).to(value.device))
+
+    plan = d.plan
+    found = {name: along(-1, index) for name, index in plan.features[False].items()}
+    found |= {name: along(1, index) for name, index in plan.channels[False].items() if index is not None}
+    return found | {name: lambda value, k: value for name in plan.assemblies[False]}
+
+
+def _edits(d: Decomposition) -> dict[str, Callable[[torch.Tensor], torch.Tensor]]:
+    """What the composed network does behind a node of its graph, by name."""
+
+    def reordered(order: np.ndarray) -> Callable[[torch.Tensor], torch.Tensor]:
+        return lambda value: value.index_select(1, torch.from_numpy(order).to(value.device))
+
+    found = {name: reordered(order) for name, order in d.plan.reorders[False].items()}
+    return found | {name: partial(assemble, boxes=boxes) for name, boxes in d.plan.assemblies[False].items()}
+
+
+def _is_recurrent(node: fx.Node, net: nn.Module) -> bool:
+    return node.op == "call_module" and isinstance(net.get_submodule(node.target), nn.RNNBase)
+
+
+def _every_step(
+    d: Decomposition, node: fx.Node, k: int, member: nn.Module, composed: nn.Module, own: dict, whole: dict
+) -> list[LayerCheck]:
+    """(2.29) for one recurrent module: the hidden states of all time steps, at every depth and in both directions."""
+    source = node.all_input_nodes[0]
+    mine = _hidden_states(member.get_submodule(node.target), own[source])
+    theirs = _hidden_states(composed.get_submodule(node.target), whole[source])
+    checks = []
+    for name, states in mine.items():
+        rows = d.plan.places[f"{node.target}.weight_hh_{name}"][k][1].reshape(-1)  # W's columns are the hidden state
+        block = theirs[name][..., torch.from_numpy(rows).to(states.device)]
+        checks.append(LayerCheck(f"{node.name}.{name}", k, (), "", (block - states).abs().max().item()))
+    return checks
+
+
+@torch.no_grad()
+def _hidden_states(rnn: nn.RNNBase, x: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The hidden states at every step of each layer of `rnn`, "l0", "l0_reverse", …; each is run as a layer alone."""
+    kind, options = type(rnn), {"nonlinearity": rnn.nonlinearity} if isinstance(rnn, nn.RNN) else {}
+    found = {}
+    for depth in range(rnn.num_layers):
+        outputs = []
+        for end in ("", "_reverse")[: 1 + rnn.bidirectional]:
+            alone = kind(x.shape[-1], rnn.hidden_size, bias=rnn.bias, batch_first=rnn.batch_first, **options).to(x)
+            for name, parameter in alone.named_parameters():
+                parameter.copy_(getattr(rnn, name.replace("_l0", f"_l{depth}{end}")))
+            time = 1 if rnn.batch_first else 0
+            states = alone(x.flip(time) if end else x)[0]
+            outputs.append(states.flip(time) if end else states)
+            found[f"l{depth}{end}"] = outputs[-1]
+        x = torch.cat(outputs, -1)
+    return found
 
 
 def feature_maps(
@@ -107,7 +197,7 @@ def feature_maps(
     every axis, or the sentence that says why there is none. Networks are run as theorem_2_1 runs them.
     """
     graph = d.plan.graphs[False]
-    whole = _features(composed, graph, x, {}, d.plan.reorders[False])
+    whole = _features(composed, graph, x, {}, _edits(d))
     maps: dict[str, list] = {name: [] for name in names}
     for k, (member, crop) in enumerate(zip(subnets, d.split(x), strict=True)):
         own = _features(member, graph, crop, d.plan.member_args[False], {})
@@ -160,25 +250,67 @@ def theorem_2_2(logits: torch.Tensor, target: torch.Tensor, composed: torch.Tens
     return BoundCheck(int(agreed.sum()), lost, loss.sum().item(), bound.sum().item(), max(0.0, *excess))
 
 
+@dataclass(frozen=True)
+class Bound:
+    """Both sides of an inequality, means over the samples; violation ≤ rounding means that it holds for each."""
+
+    loss: float
+    bound: float
+    violation: float
+
+    @staticmethod
+    def of(losses: torch.Tensor, bounds: torch.Tensor) -> Bound:
+        return Bound(losses.mean().item(), bounds.mean().item(), max(0.0, (losses - bounds).max().item()))
+
+
+def regression_bound(
+    outputs: torch.Tensor, target: torch.Tensor, composed: torch.Tensor | None = None, loss: str = "mse"
+) -> Bound:
+    """(2.23) ff.: what K regressors' mean gets wrong is at most what they get wrong on average.
+
+    outputs: (K, N, …), the members'. target: (N, …). composed: (N, …), the composed network's outputs; by (2.22) that
+    is the mean over members, the default. loss: "mse", ‖·‖² of a sample, or "mae", ‖·‖₁.
+    """
+    composed = outputs.mean(0) if composed is None else composed
+    return Bound.of(_distance(composed, target, loss), _distance(outputs, target.expand_as(outputs), loss, 2).mean(0))
+
+
+def reconstruction_bound(
+    d: Decomposition, outputs: Sequence[torch.Tensor], x: torch.Tensor, composed: torch.Tensor
+) -> Bound:
+    """‖x − x̂‖ ≤ Σ_k ‖D_Ωk(x) − x̂_k‖: an auto-encoder's error is at most the sum of its members'. Norms are Euclidean.
+
+    outputs: what each of the K members makes of its part of x (N, *input_size). composed: x̂ (N, *input_size).
+    """
+    members = zip(outputs, d.split(x), strict=True)
+    return Bound.of(_distance(composed, x, "l2"), sum(_distance(output, part, "l2") for output, part in members))
+
+
+def _distance(a: torch.Tensor, b: torch.Tensor, norm: str, kept: int = 1) -> torch.Tensor:
+    """‖a − b‖ of each sample; the first `kept` axes stay. "mse" is the square of "l2"."""
+    away = (a - b).flatten(kept) if a.dim() > kept else (a - b).unsqueeze(-1)
+    if norm not in ("mse", "mae", "l2"):
+        raise DecompkError(f"loss={norm!r} is unknown; choose 'mse' or 'mae'.")
+    return away.abs().sum(-1) if norm == "mae" else away.norm(dim=-1) ** (2 if norm == "mse" else 1)
+
+
 class _Features(fx.Interpreter):
     """Runs the analysed graph on a network and keeps every value; applies the plan's edits on the way."""
 
-    def __init__(self, net: nn.Module, graph: fx.Graph, arguments: dict, orders: dict):
+    def __init__(self, net: nn.Module, graph: fx.Graph, arguments: dict, behind: dict):
         super().__init__(net, garbage_collect_values=False, graph=graph)
-        self._arguments, self._orders = arguments, orders
+        self._arguments, self._behind = arguments, behind
 
     def run_node(self, node: fx.Node) -> Any:
         args, kwargs = self.fetch_args_kwargs_from_env(node)
         if node.name in self._arguments:
             args, kwargs = map_arg(self._arguments[node.name], self.env.__getitem__)
         value = getattr(self, node.op)(node.target, args, kwargs)
-        if node.name in self._orders:
-            value = value.index_select(1, torch.from_numpy(self._orders[node.name]).to(value.device))
-        return value
+        return self._behind[node.name](value) if node.name in self._behind else value
 
 
-def _features(net: nn.Module, graph: fx.Graph, x: torch.Tensor, arguments: dict, orders: dict) -> dict[fx.Node, Any]:
-    interpreter = _Features(net, graph, arguments, orders)
+def _features(net: nn.Module, graph: fx.Graph, x: torch.Tensor, arguments: dict, behind: dict) -> dict[fx.Node, Any]:
+    interpreter = _Features(net, graph, arguments, behind)
     with in_mode(net, training=False), torch.no_grad():
         interpreter.run(x)
     return interpreter.env
@@ -193,6 +325,9 @@ def _fields(d: Decomposition, graph: fx.Graph, k: int, own: dict, whole: dict) -
     modules = dict(d.model.named_modules(remove_duplicate=False))
     for node in graph.nodes:
         if not isinstance(own.get(node), (torch.Tensor, tuple)) or node.op == "output":
+            continue
+        if node.op == "placeholder" and node.name in d.plan.features[False]:
+            fields[node] = ()
             continue
         if node.op == "placeholder":
             sizes = zip(d.crops[k].start, d.crops[k].size, d.input_size[1:], strict=True)

@@ -177,7 +177,8 @@ def test_concatenated_heads_put_the_members_outputs_side_by_side():
 
 
 def test_a_network_may_be_divided_to_its_very_outputs():
-    net = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 12, 3, padding=1)).double()
+    layers = nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 12, 3, padding=1)
+    net = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten()).double()
     d = decompk.decompose(net, (3, 8, 8), 4, head="concat")
     subnets = d.subnets(seed=0)
     x = torch.randn(2, 3, 8, 8, dtype=torch.float64)
@@ -195,6 +196,15 @@ def test_the_first_fc_layer_lies_where_its_crop_is():
         columns = [0, 1, 2] if k % 2 == 0 else [4, 5, 6]
         block = net[3].weight[k].reshape(4, 7, 7)[k][rows][:, columns]
         assert torch.equal(member[3].weight[0].reshape(3, 3), block)
+
+
+def test_the_first_fc_layer_of_a_map_one_position_high_lies_where_its_crop_is():
+    net = nn.Sequential(nn.Conv2d(1, 4, 1), nn.MaxPool2d((8, 1)), nn.Flatten(), nn.Linear(4 * 16, 4), nn.Linear(4, 2))
+    d = decompk.decompose(net.double(), (1, 8, 16), (1, 4))
+    members = d.subnets(seed=0)
+    x = torch.randn(2, 1, 8, 16, dtype=torch.float64)
+    total = sum(member(part) for member, part in zip(members, d.split(x), strict=True))
+    torch.testing.assert_close(d.compose(members)(x), total, rtol=0, atol=1e-12)
 
 
 def test_splitting_a_batch_copies_nothing():

@@ -8,6 +8,7 @@ from helpers import assert_packed_equals_separate
 from torch import nn
 
 from decompk import dispatch
+from decompk.errors import PackError
 from decompk.layers import TWINS, conv, linear, norm
 from decompk.layers.base import member_major, side_by_side
 from decompk.layers.per_member import PerMember
@@ -219,23 +220,64 @@ def test_a_subclass_that_changes_nothing_has_its_bases_twin():
 
 
 class Recurrent(nn.Module):
-    def __init__(self, kind):
+    def __init__(self, kind, **options):
         super().__init__()
-        self.rnn = kind(3, 4, batch_first=True, num_layers=2, bidirectional=True)
+        self.rnn = kind(3, 4, batch_first=True, **{"num_layers": 2, "bidirectional": True, **options})
         self.pair = kind is nn.LSTM
-        self.head = nn.Linear(8, 2)
+        self.head = nn.LazyLinear(2)
+        self(torch.zeros(1, 1, 3))
 
     def forward(self, x):
-        start = x.new_full((4, x.shape[0], 4), 0.1)
-        y, state = self.rnn(x, (start, start) if self.pair else start)
+        lanes = self.rnn.num_layers * (1 + self.rnn.bidirectional)
+        start = x.new_full((lanes, x.shape[0], self.rnn.proj_size or 4), 0.1)
+        y, state = self.rnn(x, (start, x.new_full((lanes, x.shape[0], 4), 0.2)) if self.pair else start)
         return self.head(y), state[0][-1] if self.pair else state[-1]
 
 
+@pytest.mark.parametrize("options", [{}, {"bidirectional": False}, {"num_layers": 1, "bias": False}], ids=str)
 @pytest.mark.parametrize("kind", [nn.RNN, nn.LSTM, nn.GRU])
-def test_recurrent_layers_split_hidden_states_by_sample(kind):
-    packed = check(lambda: Recurrent(kind), N, 5, 3)
-    assert isinstance(packed.rnn, PerMember)
+def test_recurrent_layers_of_all_members_advance_together(kind, options):
+    packed = check(lambda: Recurrent(kind, **options), N, 5, 3)
+    assert "member by member" not in packed.describe()
     assert packed.rnn.hidden_size == 4  # what a caller may read of it
+    assert isinstance(packed.unpack()[0].rnn, kind) and "Packed" not in type(packed.unpack()[0].rnn).__name__
+
+
+def test_one_loop_over_time_runs_all_members():
+    packed = pack([Recurrent(nn.GRU, num_layers=1, bidirectional=True) for _ in range(6)])
+    with torch.profiler.profile() as seen:
+        packed(torch.zeros(N, 9, 3))
+    products = {
+        e.key: e.count for e in seen.key_averages() if e.key in ("aten::baddbmm", "aten::baddbmm_", "aten::bmm")
+    }
+    assert sum(products.values()) <= 2 * 9 + 4  # two a step, and the inputs' of both directions; not once a member
+
+
+def test_recurrent_layers_without_a_twin_split_hidden_states_by_sample():
+    packed = check(lambda: Recurrent(nn.LSTM, proj_size=2), N, 5, 3)
+    assert isinstance(packed.rnn, PerMember)
+    assert packed.rnn.hidden_size == 4
+
+
+def test_recurrent_layers_compute_in_bfloat16_under_autocast_and_drop_out_between_layers():
+    packed = pack([Recurrent(nn.GRU, dropout=0.5) for _ in range(3)]).train()
+    x = torch.randn(N, 5, 3)
+    assert not torch.equal(packed(x)[0], packed(x)[0])
+    exact = packed.eval()(x)[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        y, _ = packed(x)
+    assert y.dtype == torch.bfloat16
+    torch.testing.assert_close(y.float(), exact, rtol=0, atol=0.05)
+    y.sum().backward()
+    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in packed.parameters())
+
+
+def test_recurrent_layers_take_padded_batches_only():
+    packed = pack([nn.GRU(3, 4, batch_first=True) for _ in range(2)])
+    with pytest.raises(PackError, match="padded batch"):
+        packed(torch.zeros(N, 0, 3))
+    with pytest.raises(PackError, match="neither one batch of 3 dimensions"):
+        packed(torch.zeros(N, 3))
 
 
 class AsksForItsKind(nn.Module):

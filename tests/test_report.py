@@ -48,7 +48,13 @@ def decomposition(name, K=4, pixels=64, crop=None, member=None, notes=(), **opti
         model = models.build(name, input_size=size, **options)
         member = models.build(name, **({"input_size": (3, *crops[0].size)} | member))
     return SimpleNamespace(
-        model=model, input_size=size, crops=crops, K=K, notes=list(notes), member_shell=lambda: member
+        model=model,
+        input_size=size,
+        member_size=(3, *crops[0].size),
+        crops=crops,
+        K=K,
+        notes=list(notes),
+        member_shell=lambda: member,
     )
 
 
@@ -160,10 +166,8 @@ def test_an_adapted_first_fc_keeps_its_crops_kernel_in_the_composed_network():
 
 def test_the_divided_last_layer_of_an_auto_encoder_is_held_to_the_ratio_of_any_other():
     net, member = (nn.Sequential(nn.Linear(n, n // 2), nn.ReLU(), nn.Linear(n // 2, n)) for n in (16, 4))
-    stand_in = SimpleNamespace(
-        model=net, input_size=(1, 16), crops=make_crops((16,), 4), K=4, notes=[], member_shell=lambda: member
-    )
-    sides = report(stand_in).layers["2"]
+    sizes = {"input_size": (1, 16), "member_size": (1, 4), "crops": make_crops((16,), 4)}
+    sides = report(SimpleNamespace(model=net, K=4, notes=[], member_shell=lambda: member, **sizes)).layers["2"]
     assert sides["ratio"]["macs"] == sides["paper"]["macs"] == 1 / 16
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from . import conv, linear, norm
+from . import conv, linear, norm, recurrent
 from .base import Twin
 
 TWINS: dict[type[nn.Module], type[Twin]] = {
@@ -17,6 +17,9 @@ TWINS: dict[type[nn.Module], type[Twin]] = {
     nn.Linear: linear.PackedLinear,
     nn.Embedding: linear.PackedEmbedding,
     nn.PReLU: linear.PackedPReLU,
+    nn.RNN: recurrent.PackedRNN,
+    nn.GRU: recurrent.PackedGRU,
+    nn.LSTM: recurrent.PackedLSTM,
     nn.BatchNorm1d: norm.PackedBatchNorm1d,
     nn.BatchNorm2d: norm.PackedBatchNorm2d,
     nn.BatchNorm3d: norm.PackedBatchNorm3d,

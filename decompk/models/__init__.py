@@ -15,24 +15,33 @@ from torch import nn
 
 from ..errors import DecompkError
 from .basic import cifar_resnet8, cifar_resnet32, cifar_resnet56, cifar_resnet110, resnet18x2
+from .kinds import Elman, ElmanBlock, Recurrent, autoencoder, conv_autoencoder, mlp, signal_cnn, volume_cnn
 from .resnet import resnet50, resnet101
 from .vgg import vgg8, vgg16
 from .wide import wrn_16_8
 
 __all__ = [
+    "Elman",
+    "ElmanBlock",
+    "Recurrent",
     "Spec",
+    "autoencoder",
     "build",
     "cifar_resnet8",
     "cifar_resnet32",
     "cifar_resnet56",
     "cifar_resnet110",
+    "conv_autoencoder",
+    "mlp",
     "names",
     "resnet18x2",
     "resnet50",
     "resnet101",
+    "signal_cnn",
     "spec",
     "vgg8",
     "vgg16",
+    "volume_cnn",
     "wrn_16_8",
 ]
 

@@ -88,7 +88,7 @@ def build(d: Decomposition, batch: int, device: torch.device, dtype: torch.dtype
     subnets = [net.to(device, dtype).train() for net in d.subnets(SEED)]
     packed = pack(subnets, d.crops)
     of_whole = tuple(layers(whole, d.input_size, training=True))
-    of_member = tuple(layers(subnets[0], (d.input_size[0], *d.crops[0].size), training=True))
+    of_member = tuple(layers(subnets[0], d.member_size, training=True))
     x = torch.randn((batch, *d.input_size), device=device, dtype=dtype)
     crops = torch.stack(d.split(x))
 

@@ -21,6 +21,7 @@ PARTS = {  # of the bench, in the page's order
     "training": "training steps",
     "K": "training steps by number of members",
     "batch": "training steps by batch",
+    "recurrent": "training steps of recurrent networks",
     "layers": "convolutions",
     "composed": "inference of composed networks",
 }
@@ -327,7 +328,7 @@ def write_page(runs: Sequence[Run], out: Path) -> list[Path]:
             return f"![{alt}]({path.name})\n"
 
         text += [f"## {run.device}\n", run.made_with() + "\n", summary(run.entries).to_markdown()]
-        for part in ("training", "K", "batch", "composed"):
+        for part in ("training", "K", "batch", "recurrent", "composed"):
             if standings(run.entries, part):
                 text.append(peers(run.entries, part).to_markdown())
         if standings(run.entries, "training"):

@@ -284,7 +284,7 @@ def _result(
     from ..cost import layers, total  # which loads triton
 
     forward = {
-        "members": d.K * total(layers(d.subnets(0)[0], (data.input_size[0], *d.crops[0].size))).flops(),
+        "members": d.K * total(layers(d.subnets(0)[0], d.member_size)).flops(),
         "global": total(layers(d.model, data.input_size)).flops(),
     }
     forward["random"] = forward["global"]

@@ -1,0 +1,60 @@
+"""A training step of K recurrent networks: one batched product a time step, beside torch's layers in turn."""
+
+from functools import partial
+
+import pytest
+import torch
+from contestants import NCHW, TRAINING, Job, Setting, in_turn, members_alone, on_threads, side, training_work
+from race import CLOCK, Race, Spec, Work, race
+from torch import nn
+
+import decompk
+from decompk import models
+
+STEPS, CLASSES, MEMBER = 28, 10, 64  # time steps, classes, and a member's hidden state
+CASES = {  # name: options of models.Recurrent, K
+    "GRU": ({}, 8),
+    "LSTM": ({"kind": "LSTM"}, 8),
+    "RNN": ({"kind": "RNN"}, 8),
+    "GRU, 2 layers, bidirectional": ({"num_layers": 2, "bidirectional": True}, 4),
+}
+CONTESTANTS = {
+    **{name: TRAINING[name] for name in ("ours", "members in turn")},
+    "members on threads": partial(in_turn, format=NCHW, spread=on_threads),
+}
+
+
+def specs(setting: Setting, full: bool, compiled: bool) -> list[Spec]:
+    return [
+        Spec(
+            "recurrent",
+            f"{name}, K={K}, hidden {MEMBER}, {STEPS} steps, {batch} sequences",
+            {name: side(name) for name in CONTESTANTS},
+            partial(run, options, K, batch, setting),
+            {"network": name, "K": K, "batch": batch},
+        )
+        for name, (options, K) in CASES.items()
+        for batch in ((16, 64) if full else (16,))
+    ]
+
+
+def run(options: dict, K: int, batch: int, setting: Setting) -> Race:
+    torch.manual_seed(0)
+    size = (STEPS, K * 8)
+    d = decompk.decompose(models.Recurrent(size[1], CLASSES, K * MEMBER, **options), size, K)
+    x, y = torch.randn(batch, *size), torch.randint(CLASSES, (batch,))
+    one, whole = (_work(net, s, batch) for net, s in ((d.member_shell(), d.member_size), (d.model, size)))
+    members: list[nn.Module] = [member.to(setting.device) for member in d.subnets(seed=0)]
+    work = Work(K * one.bytes, K * one.flops)
+    step = Job(setting, d.model, members, d.crops, x.to(setting.device), y.to(setting.device), work, whole)
+    contestants = {name: partial(build, step) for name, build in CONTESTANTS.items()}
+    return race(contestants, members_alone(step), ("members in turn",), rounds=7, least=0.05, most=4.0)
+
+
+def _work(net: nn.Module, size: tuple[int, ...], batch: int) -> Work:
+    return training_work(net.to("meta"), size, batch, 4)
+
+
+@pytest.mark.benchmark(timer=CLOCK)
+def test_recurrent_training_step(entry):
+    entry()

@@ -1,0 +1,105 @@
+"""Recurrent layers of K members: every layer's recurrences, all members and both directions, in one loop over time."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..errors import PackError
+from ..ops.recurrent import recurrence
+from .base import Twin
+
+
+class _PackedRecurrent(Twin):
+    """x (K·N, T, I) → (K·N, T, D·H) and the last states (L·D, K·N, H), with D directions and L layers.
+
+    Weights (K, G·H, ·) under torch's names, in its order of gates.
+    """
+
+    input_dims = 3
+
+    @classmethod
+    def fits(cls, leaf: nn.RNNBase) -> bool:
+        return leaf.batch_first and not leaf.proj_size
+
+    def flatten_parameters(self) -> None:
+        """Nothing: what cuDNN would lay out anew are the weights of one network."""
+
+    def forward(self, x: Tensor, hx: Any = None) -> tuple[Tensor, Any]:
+        if not isinstance(x, Tensor) or x.dim() != 3 or not x.shape[1]:
+            raise PackError(f"'{self.path}' takes a padded batch (samples, steps, features) in a packed module.")
+        self.check(x)
+        self.check_forward_args(x, hx, None) if hx is not None else None
+        lstm = self.mode == "LSTM"
+        directions = 1 + self.bidirectional
+        K, N, H = self.K, x.shape[0] // self.K, self.hidden_size
+        start = (None, None) if hx is None else hx if lstm else (hx, None)
+        h, c = (None if s is None else _by_layer(s, self.num_layers, directions, K) for s in start)
+        if h is None:
+            h = x.new_zeros(self.num_layers, directions * K, N, H)
+            c = h if lstm else None
+
+        y = x.unflatten(0, (K, N)).permute(2, 0, 1, 3)  # (T, K, N, I)
+        last_h, last_c = [], []
+        for layer in range(self.num_layers):
+            if layer and self.dropout:
+                y = F.dropout(y, self.dropout, self.training)
+            lanes = [self._gates(y, layer, reverse) for reverse in range(directions)]
+            gates, weight, bias = map(_cat, zip(*lanes, strict=True), (1, 0, 0))
+            states, cell = recurrence(self.mode, gates, h[layer], c[layer] if lstm else None, weight, bias)
+            last_h.append(states[-1])
+            last_c.append(cell)
+            forward, *backward = states.split(K, 1)
+            y = torch.cat([forward, backward[0].flip(0)], -1) if backward else forward
+        y = y.permute(1, 2, 0, 3).flatten(0, 1)
+        h = _by_sample(last_h, directions)
+        return y, (h, _by_sample(last_c, directions)) if lstm else h
+
+    def _gates(self, y: Tensor, layer: int, reverse: int) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The input's share of every gate (T, K, N, G·H), W, and a GRU's bias beside it; in `reverse` time."""
+        names = [f"{name}_l{layer}{'_reverse' * reverse}" for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")]
+        into, across, *biases = (getattr(self, name) if self.bias or i < 2 else None for i, name in enumerate(names))
+        y = y.flip(0) if reverse else y
+        T, K, N = y.shape[:3]
+        rows = y.transpose(0, 1).reshape(K, T * N, -1)
+        inner = None
+        if self.bias:
+            shift, own = biases
+            if self.mode == "GRU":  # the reset gate scales the new gate's W h together with its bias
+                H = self.hidden_size
+                shift, inner = shift + F.pad(own[:, : 2 * H], (0, H)), own[:, 2 * H :]
+            else:
+                shift = shift + own
+            gates = torch.baddbmm(shift.unsqueeze(1), rows, into.mT)
+        else:
+            gates = torch.bmm(rows, into.mT)
+        return gates.unflatten(1, (T, N)).transpose(0, 1), across, inner
+
+
+class PackedRNN(_PackedRecurrent, nn.RNN):
+    pass
+
+
+class PackedGRU(_PackedRecurrent, nn.GRU):
+    pass
+
+
+class PackedLSTM(_PackedRecurrent, nn.LSTM):
+    pass
+
+
+def _by_layer(states: Tensor, layers: int, directions: int, K: int) -> Tensor:
+    """(L·D, K·N, H) → (L, D·K, N, H): a layer's lanes, those of the first direction first."""
+    return states.unflatten(0, (layers, directions)).unflatten(2, (K, -1)).flatten(1, 2)
+
+
+def _by_sample(states: list[Tensor], directions: int) -> Tensor:
+    """L of (D·K, N, H) → (L·D, K·N, H)."""
+    return torch.stack(states).unflatten(1, (directions, -1)).flatten(2, 3).flatten(0, 1)
+
+
+def _cat(parts: tuple[Tensor | None, ...], axis: int) -> Tensor | None:
+    return parts[0] if len(parts) == 1 or parts[0] is None else torch.cat(parts, axis)
