@@ -1,5 +1,6 @@
 """A training step of K recurrent networks: one batched product a time step, beside torch's layers in turn."""
 
+import copy
 from functools import partial
 
 import pytest
@@ -52,7 +53,7 @@ def run(options: dict, K: int, batch: int, setting: Setting) -> Race:
 
 
 def _work(net: nn.Module, size: tuple[int, ...], batch: int) -> Work:
-    return training_work(net.to("meta"), size, batch, 4)
+    return training_work(copy.deepcopy(net), size, batch, 4)
 
 
 @pytest.mark.benchmark(timer=CLOCK)

@@ -19,9 +19,9 @@ from .table import Column, Table, decimals
 PAPER_SECONDS = {1: 2723, 4: 1347, 8: 987, 16: 1277}  # Table 3.4, ResNet50 on one GPU: ten epochs of all K members
 PARTS = {  # of the bench, in the page's order
     "training": "training steps",
-    "K": "training steps by number of members",
+    "K": "training steps by K",
     "batch": "training steps by batch",
-    "recurrent": "training steps of recurrent networks",
+    "recurrent": "recurrent training steps",
     "layers": "convolutions",
     "composed": "inference of composed networks",
 }
