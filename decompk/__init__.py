@@ -8,7 +8,7 @@ from .errors import BackendError, CheckpointError, DecompkError, PackError, Part
 from .explain import explain
 from .fuse import fuse
 from .packed import Packed, pack
-from .partition import Crop
+from .partition import Crop, Indices
 
 __version__ = "0.1.0"
 
@@ -18,6 +18,7 @@ __all__ = [
     "Crop",
     "DecompkError",
     "Decomposition",
+    "Indices",
     "PackError",
     "Packed",
     "PartitionError",

@@ -9,7 +9,7 @@ from torch import nn
 
 from decompk import dispatch
 from decompk.errors import PackError
-from decompk.layers import TWINS, conv, linear, norm
+from decompk.layers import TWINS, conv, linear, norm, recurrent
 from decompk.layers.base import member_major, side_by_side
 from decompk.layers.per_member import PerMember
 from decompk.packed import pack
@@ -236,7 +236,9 @@ class Recurrent(nn.Module):
 
 @pytest.mark.parametrize("options", [{}, {"bidirectional": False}, {"num_layers": 1, "bias": False}], ids=str)
 @pytest.mark.parametrize("kind", [nn.RNN, nn.LSTM, nn.GRU])
-def test_recurrent_layers_of_all_members_advance_together(kind, options):
+@pytest.mark.parametrize("form", ["loop", "together"])
+def test_recurrent_layers_train_alike_in_every_form(form, kind, options, monkeypatch):
+    monkeypatch.setattr(recurrent, "recurrent_form", lambda *_: form)
     packed = check(lambda: Recurrent(kind, **options), N, 5, 3)
     assert "member by member" not in packed.describe()
     assert packed.rnn.hidden_size == 4  # what a caller may read of it
@@ -259,8 +261,9 @@ def test_recurrent_layers_without_a_twin_split_hidden_states_by_sample():
     assert packed.rnn.hidden_size == 4
 
 
-def test_recurrent_layers_compute_in_bfloat16_under_autocast_and_drop_out_between_layers():
-    packed = pack([Recurrent(nn.GRU, dropout=0.5) for _ in range(3)]).train()
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
+def test_recurrent_layers_compute_in_bfloat16_under_autocast_and_drop_out_between_layers(kind):
+    packed = pack([Recurrent(kind, dropout=0.5) for _ in range(3)]).train()
     x = torch.randn(N, 5, 3)
     assert not torch.equal(packed(x)[0], packed(x)[0])
     exact = packed.eval()(x)[0]

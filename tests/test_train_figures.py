@@ -317,5 +317,5 @@ def test_matplotlib_is_loaded_only_to_draw_and_missed_by_name(tmp_path, monkeypa
     code = "import sys, decompk.train.figures; sys.exit('matplotlib' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(DecompkError, match=r"pip install 'decompk\[train\]'"):
+    with pytest.raises(DecompkError, match=r"pip install 'decompk\[plot\]'"):
         figures.draw_times(made_result(), tmp_path / "times.png")

@@ -10,12 +10,12 @@ import torch
 from torch import nn
 
 from ..decompose import Decomposition
-from ..errors import DecompkError
+from ..report.figure import BLACK, BLUE, GRAY, GREEN, ORANGE, PINK, RED, SKY, YELLOW, new_figure
 from .data import Samples
 from .kinds import Demo
 
-COLORS = ("#56B4E9", "#E69F00", "#009E73", "#CC79A7", "#0072B2", "#D55E00", "#F0E442", "#999999")  # Okabe and Ito's
-ROWS = {"composed": "#009E73", "composed, trained": "#007D5A", "from random weights": "#D55E00"}
+COLORS = (SKY, ORANGE, BLUE, PINK, YELLOW, GRAY, BLACK, "#882255")  # of the members
+ROWS = {"composed": GREEN, "composed, trained": "#00664B", "from random weights": RED}
 
 
 def draw(
@@ -29,11 +29,7 @@ def draw(
     path: Path,
 ) -> None:
     """A PNG: on the left the test score of each row, on the right samples with the members' parts in their colours."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise DecompkError("the figure is drawn with matplotlib: pip install 'decompk[train]'.") from error
-    figure = Figure((11, 4.2), dpi=110, layout="constrained")
+    figure = new_figure(11, 4.2)
     left, right = figure.subfigures(1, 2, width_ratios=(5, 6))
     _scores(left.subplots(), demo, rows, d.K)
     {"regression": _scatter, "autoencoder": _reconstructions}.get(name, _parts)(right, d, samples, composed, trained)

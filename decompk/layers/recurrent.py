@@ -1,4 +1,4 @@
-"""Recurrent layers of K members: every layer's recurrences, all members and both directions, in one loop over time."""
+"""Recurrent layers of K members: all members and both directions in one loop over time, or torch's own in turn."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..dispatch import recurrent_form
 from ..errors import PackError
-from ..ops.recurrent import recurrence
-from .base import Twin
+from ..ops.recurrent import prepared, recurrence
+from .base import Twin, split
 
 
 class _PackedRecurrent(Twin):
@@ -33,9 +34,11 @@ class _PackedRecurrent(Twin):
             raise PackError(f"'{self.path}' takes a padded batch (samples, steps, features) in a packed module.")
         self.check(x)
         self.check_forward_args(x, hx, None) if hx is not None else None
+        K, N, H = self.K, x.shape[0] // self.K, self.hidden_size
+        if recurrent_form(self.mode, K, x.dtype, x.is_cuda) == "loop":
+            return self._in_turn(x, hx)
         lstm = self.mode == "LSTM"
         directions = 1 + self.bidirectional
-        K, N, H = self.K, x.shape[0] // self.K, self.hidden_size
         start = (None, None) if hx is None else hx if lstm else (hx, None)
         h, c = (None if s is None else _by_layer(s, self.num_layers, directions, K) for s in start)
         if h is None:
@@ -58,10 +61,26 @@ class _PackedRecurrent(Twin):
         h = _by_sample(last_h, directions)
         return y, (h, _by_sample(last_c, directions)) if lstm else h
 
+    def _in_turn(self, x: Tensor, hx: Any) -> tuple[Tensor, Any]:
+        """Torch's own layer, one member after the other: to the bit what each computes alone."""
+        function = getattr(torch, self.mode.lower())
+        pair = self.mode == "LSTM"
+        if hx is None:
+            shape = self.num_layers * (1 + self.bidirectional), x.shape[0], self.hidden_size
+            hx = (x.new_zeros(shape),) * 2 if pair else x.new_zeros(shape)
+        states = zip(*(s.chunk(self.K, 1) for s in hx), strict=True) if pair else hx.chunk(self.K, 1)
+        weights = zip(*(getattr(self, name).unbind(0) for name in self._flat_weights_names), strict=True)
+        options = (self.bias, self.num_layers, self.dropout, self.training, self.bidirectional, True)
+        members = zip(split(x, self.K), states, weights, strict=True)
+        y, *last = zip(*(function(part, state, own, *options) for part, state, own in members), strict=True)
+        last = tuple(torch.cat(parts, 1) for parts in last)
+        return torch.cat(y), last if pair else last[0]
+
     def _gates(self, y: Tensor, layer: int, reverse: int) -> tuple[Tensor, Tensor, Tensor | None]:
         """The input's share of every gate (T, K, N, G·H), W, and a GRU's bias beside it; in `reverse` time."""
         names = [f"{name}_l{layer}{'_reverse' * reverse}" for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")]
         into, across, *biases = (getattr(self, name) if self.bias or i < 2 else None for i, name in enumerate(names))
+        into, across = (prepared(self.mode, weight) for weight in (into, across))
         y = y.flip(0) if reverse else y
         T, K, N = y.shape[:3]
         rows = y.transpose(0, 1).reshape(K, T * N, -1)
@@ -72,7 +91,7 @@ class _PackedRecurrent(Twin):
                 H = self.hidden_size
                 shift, inner = shift + F.pad(own[:, : 2 * H], (0, H)), own[:, 2 * H :]
             else:
-                shift = shift + own
+                shift = prepared(self.mode, shift + own)
             gates = torch.baddbmm(shift.unsqueeze(1), rows, into.mT)
         else:
             gates = torch.bmm(rows, into.mT)

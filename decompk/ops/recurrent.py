@@ -16,14 +16,28 @@ from torch.autograd.function import once_differentiable
 GATES = {"RNN_TANH": 1, "RNN_RELU": 1, "GRU": 3, "LSTM": 4}  # in nn.RNNBase's names, each of H rows
 
 
+def prepared(mode: str, rows: Tensor) -> Tensor:
+    """A weight (P, G·H, ·) or bias (P, G·H) as `recurrence` takes it: an LSTM's cell gate doubled.
+
+    tanh(a) = 2 σ(2a) − 1: with it one σ over contiguous memory serves all four gates.
+    """
+    if mode != "LSTM":
+        return rows
+    H = rows.shape[1] // 4
+    factor = torch.ones(4 * H, dtype=rows.dtype, device=rows.device)
+    factor[2 * H : 3 * H] = 2
+    return rows * factor.view(-1, *(1,) * (rows.dim() - 2))
+
+
 def recurrence(
     mode: str, gates: Tensor, h: Tensor, c: Tensor | None, weight: Tensor, bias: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
     """One layer's recurrence (2.27) of P lanes over T steps.
 
     mode: "RNN_TANH", "RNN_RELU", "GRU" or "LSTM". gates: (T, P, N, G·H), the input's share U x + b of every gate, in
-    torch's order of gates. h, and for an LSTM c: (P, N, H), the states before the first step. weight: (P, G·H, H), W of
-    every gate. bias: (P, H), of a GRU's new gate beside W, where its reset gate scales both; None without biases.
+    torch's order of gates; U, b and W are `prepared`. h, and for an LSTM c: (P, N, H), the states before the first
+    step. weight: (P, G·H, H), W of every gate. bias: (P, H), of a GRU's new gate beside W, where its reset gate scales
+    both; None without biases.
     Computed in the dtype of `gates`, also under autocast. Returns the hidden states of all steps (T, P, N, H) and an
     LSTM's last c (P, N, H). Differentiable once.
     """
@@ -45,10 +59,9 @@ class _Recurrence(torch.autograd.Function):
             opened, cells, squashed = gates.new_empty(gates.shape), torch.empty_like(states), torch.empty_like(states)
             last = c
             for t in range(T):
-                g = torch.baddbmm(gates[t], before, across, out=opened[t])
+                g = torch.baddbmm(gates[t], before, across, out=opened[t]).sigmoid_()
                 i, f, n, o = g.split(H, -1)
-                g[..., : 2 * H].sigmoid_(), n.tanh_(), o.sigmoid_()
-                last = torch.mul(f, last, out=cells[t]).addcmul_(i, n)
+                last = torch.mul(f, last, out=cells[t]).sub_(i).addcmul_(i, n, value=2)
                 before = torch.mul(o, torch.tanh(last, out=squashed[t]), out=states[t])
             saved = opened, cells, squashed, c
             last = last.clone()
@@ -90,11 +103,12 @@ class _Recurrence(torch.autograd.Function):
             for t in reversed(range(T)):
                 dh += dstates[t]
                 (i, f, n, o), (di, df, dn, do) = opened[t].split(H, -1), dgates[t].split(H, -1)
-                dc += torch.ops.aten.tanh_backward(dh * o, squashed[t])
-                do.copy_(torch.ops.aten.sigmoid_backward(dh * squashed[t], o))
-                di.copy_(torch.ops.aten.sigmoid_backward(dc * n, i))
-                df.copy_(torch.ops.aten.sigmoid_backward(dc * (cells[t - 1] if t else c), f))
-                dn.copy_(torch.ops.aten.tanh_backward(dc * i, n))
+                dc += _through_tanh(dh * o, squashed[t])
+                torch.mul(dc, i, out=dn).mul_(2)
+                torch.mul(dc, n, out=di).mul_(2).sub_(dc)
+                torch.mul(dc, cells[t - 1] if t else c, out=df)
+                torch.mul(dh, squashed[t], out=do)
+                _through_sigmoid(dgates[t], opened[t], out=dgates[t])
                 dc *= f
                 dh = torch.bmm(dgates[t], weight)
         elif ctx.mode == "GRU":
@@ -104,19 +118,20 @@ class _Recurrence(torch.autograd.Function):
                 before = states[t - 1] if t else h
                 dh += dstates[t]
                 r, z, n = opened[t].split(H, -1)
-                dn = torch.ops.aten.tanh_backward(dh - dh * z, n)
-                dz = torch.ops.aten.sigmoid_backward(dh * (before - n), z)
-                dr = torch.ops.aten.sigmoid_backward(dn * inner[t], r)
-                torch.cat((dr, dz, dn), -1, out=dgates[t])
-                torch.cat((dr, dz, dn * r), -1, out=across[t])
-                dh = torch.baddbmm(dh * z, across[t], weight)
+                kept = dh * z
+                dr, dz, dn = dgates[t].split(H, -1)
+                _through_tanh(dh - kept, n, out=dn)
+                _through_sigmoid(dh * (before - n), z, out=dz)
+                _through_sigmoid(dn * inner[t], r, out=dr)
+                torch.cat((dgates[t][..., : 2 * H], dn * r), -1, out=across[t])
+                dh = kept.baddbmm_(across[t], weight)
             if ctx.needs_input_grad[5]:
                 dbias = across[..., 2 * H :].sum((0, 2))
         else:
-            undo = torch.ops.aten.tanh_backward if ctx.mode == "RNN_TANH" else _relu_backward
+            through = _through_tanh if ctx.mode == "RNN_TANH" else _through_relu
             for t in reversed(range(T)):
                 dh += dstates[t]
-                dgates[t].copy_(undo(dh, states[t]))
+                through(dh, states[t], out=dgates[t])
                 dh = torch.bmm(dgates[t], weight)
         dweight = None
         if ctx.needs_input_grad[4]:
@@ -129,5 +144,18 @@ class _Recurrence(torch.autograd.Function):
         return None, dgates, dh, dc, dweight, dbias
 
 
-def _relu_backward(grad: Tensor, y: Tensor) -> Tensor:
-    return grad * (y > 0)
+def _through_tanh(grad: Tensor, y: Tensor, out: Tensor | None = None) -> Tensor:
+    """grad · (1 − y²)"""
+    if out is None:
+        return torch.ops.aten.tanh_backward.default(grad, y)
+    return torch.ops.aten.tanh_backward.grad_input(grad, y, grad_input=out)
+
+
+def _through_sigmoid(grad: Tensor, y: Tensor, out: Tensor) -> Tensor:
+    """grad · y (1 − y)"""
+    return torch.ops.aten.sigmoid_backward.grad_input(grad, y, grad_input=out)
+
+
+def _through_relu(grad: Tensor, y: Tensor, out: Tensor) -> Tensor:
+    """grad where y > 0"""
+    return torch.mul(grad, y > 0, out=out)

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import DecompkError
+from ..report.figure import GREEN, RED, new_figure
 from .profile import Profile
 
-COLORS = {"global": "#009E73", "packed": "#D55E00"}  # Okabe and Ito's, for the colour-blind
+COLORS = {"global": GREEN, "packed": RED}
 NAMED = ("first fc", "fc", "last fc")  # roles of the layers that are named: few, and far from the others
 
 
@@ -21,11 +22,7 @@ def draw_roofline(p: Profile, path: Path | str) -> None:
     points = {side: [(n, r, s) for n, r, s in _layers(p, side) if s.rate] for side in COLORS}
     if p.roofs is None or not all(points.values()):
         raise DecompkError("a roofline needs layers that are modules, and their times: measure with time=True.")
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise DecompkError("the roofline is drawn with matplotlib: pip install 'decompk[plot]'.") from error
-    figure = Figure((9, 5.6), dpi=110, layout="constrained")
+    figure = new_figure(9, 5.6)
     axes = figure.subplots()
     axes.set(xscale="log", yscale="log", xlabel="FLOP per byte of compulsory traffic", ylabel="GFLOP/s")
     drawn = [s for found in points.values() for _, _, s in found]

@@ -14,6 +14,7 @@ from typing import Any
 
 from ..cache import slug
 from ..errors import DecompkError
+from .figure import BLACK, BLUE, GREEN, ORANGE, PINK, RED, SKY, YELLOW, new_figure
 from .table import Column, Table, decimals
 
 PAPER_SECONDS = {1: 2723, 4: 1347, 8: 987, 16: 1277}  # Table 3.4, ResNet50 on one GPU: ten epochs of all K members
@@ -26,7 +27,7 @@ PARTS = {  # of the bench, in the page's order
     "composed": "inference of composed networks",
 }
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
-COLORS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#F0E442", "#000000")  # Okabe and Ito's
+COLORS = (BLUE, ORANGE, GREEN, RED, PINK, SKY, YELLOW, BLACK)
 
 # ---- what was measured ----------------------------------------------------------------------------------------------
 
@@ -363,14 +364,6 @@ def fill_readme(runs: Sequence[Run], readme: Path, page: Path) -> None:
 # ---- plots ----------------------------------------------------------------------------------------------------------
 
 
-def _figure(width: float, height: float) -> Any:
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise DecompkError("the plots are drawn with matplotlib: pip install 'decompk[plot]'.") from error
-    return Figure((width, height), dpi=110, layout="constrained")
-
-
 def _ratio_scale(axis: Any) -> None:
     """Logarithmic, with plain numbers."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
@@ -384,7 +377,7 @@ def draw_peers(run: Run, path: Path) -> None:
     """Time of each peer over ours: a row for every training case, a marker for every peer, quartiles as bars."""
     found = [race for race in races(run.entries, "training") if _fastest(race, "ours")]
     names = list(dict.fromkeys(e.contestant for race in found for e in race if e.side == "peer"))
-    figure = _figure(10, 1.4 + 0.55 * len(found))
+    figure = new_figure(10, 1.4 + 0.55 * len(found))
     axes = figure.subplots()
     for i, name in enumerate(names):
         at, ratios = [], []
@@ -410,7 +403,7 @@ def draw_peers(run: Run, path: Path) -> None:
 
 def draw_gains(run: Run, path: Path) -> None:
     """Global network over all K members against K, with the paper's Table 3.4 and the limits of memory."""
-    figure = _figure(8, 5)
+    figure = new_figure(8, 5)
     axes = figure.subplots()
     found = gains(run.entries)
     lines = list(dict.fromkeys((g.ours.network, g.ours.batch) for g in found))
@@ -444,7 +437,7 @@ def draw_layers(run: Run, path: Path) -> None:
     found = standings(run.entries, "layers")
     networks = list(dict.fromkeys(s.ours.network for s in found))
     columns = min(3, len(networks))
-    figure = _figure(4.2 * columns, 0.6 + 2.6 * math.ceil(len(networks) / columns))
+    figure = new_figure(4.2 * columns, 0.6 + 2.6 * math.ceil(len(networks) / columns))
     panels = figure.subplots(math.ceil(len(networks) / columns), columns, sharey=True, squeeze=False).flatten()
     for axes, network in zip(panels, networks, strict=False):
         mine = [s for s in found if s.ours.network == network]

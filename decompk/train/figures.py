@@ -16,12 +16,13 @@ from torch.overrides import TorchFunctionMode
 from ..decompose import Decomposition
 from ..errors import DecompkError
 from ..partition import by
+from ..report.figure import GREEN, RED, SKY, new_figure
 from ..roles import operation_name
 from ..rules import ELEMENTWISE_FUNCTIONS, ELEMENTWISE_MODULES
 from ..theory import feature_maps
 from .summary import curve, has
 
-COLORS = {"members": "#56B4E9", "global": "#009E73", "random": "#D55E00"}  # Okabe and Ito's, for the colour-blind
+COLORS = {"members": SKY, "global": GREEN, "random": RED}
 LAYERS, CHANNELS, DRAWN_MEMBERS, DRAWN_IMAGES = 3, 6, 4, 4
 TILE, GAP = 72, 4  # pixels of a feature map's longer side as drawn, and between two maps
 
@@ -56,15 +57,6 @@ def draw_all(
     return [*draws]
 
 
-def _figure(width: float, height: float) -> Any:
-    """A figure of its own, in inches: pyplot and the backend the user chose stay out of it."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise DecompkError("the figures are drawn with matplotlib: pip install 'decompk[train]'.") from error
-    return Figure((width, height), dpi=110, layout="constrained")
-
-
 def _band(axes: Any, x: np.ndarray, y: np.ndarray, phase: str, **style: Any) -> None:
     """y (seeds, points): the mean as a line over the mean of x, and from the least to the most as a band."""
     axes.plot(x.mean(0), y.mean(0), color=COLORS[phase], **style)
@@ -83,7 +75,7 @@ def draw_accuracy(result: dict[str, Any], path: Path) -> None:
     if all(run["composed"]["top5"] is not None for run in result["runs"]):
         keys["top5"] = "top-5 test accuracy (%)"
     seeds = len(result["runs"])
-    figure = _figure(13, 0.5 + 3.7 * len(keys))
+    figure = new_figure(13, 0.5 + 3.7 * len(keys))
     panels = figure.subplots(len(keys), 2, sharex="col", sharey="row", squeeze=False)
     for row, (key, label) in zip(panels, keys.items(), strict=True):
         for axes, unit in zip(row, ("epoch", "seconds"), strict=True):
@@ -135,7 +127,7 @@ def draw_times(result: dict[str, Any], path: Path) -> None:
     epochs = {phase: np.array([len(run[phase]["epoch"]) for run in result["runs"]]) for phase in whole}
     tens = {phase: 10 * whole[phase] / epochs[phase] for phase in whole}
     either = "random" if "random" in whole else "global"
-    figure = _figure(10, 4.4)
+    figure = new_figure(10, 4.4)
     panels, legend = figure.subplots(1, 2), {}
     for axes, title, seconds, stacks in (
         (panels[0], "10 epochs", tens, [[either], ["members"]]),
@@ -250,7 +242,7 @@ def draw_features(
     """
     panels = feature_panels(decomposition, subnets, composed, images[:samples])
     rows = [(n, k) for n in range(min(samples, len(images))) for k in _spread(len(subnets), DRAWN_MEMBERS)]
-    figure = _figure(9, len(panels) * (0.9 + 0.65 * len(rows)) + 0.5)
+    figure = new_figure(9, len(panels) * (0.9 + 0.65 * len(rows)) + 0.5)
     figure.get_layout_engine().set(h_pad=0.12)
     grid = figure.subplots(len(panels), 2, squeeze=False)
     for line, panel in zip(grid, panels, strict=True):
@@ -391,7 +383,7 @@ def draw_cam(
     for name, net in (("GNet-T", composed), ("GNet-T-trained", trained)):
         seen.append((name, (0, 0, height, width), class_activation(net, images, labels)))
 
-    figure = _figure(1.55 * (1 + len(seen)) + 0.8, 1.75 * len(rows) + 0.7)
+    figure = new_figure(1.55 * (1 + len(seen)) + 0.8, 1.75 * len(rows) + 0.7)
     grid = figure.subplots(len(rows), 1 + len(seen), squeeze=False)
     offset = torch.zeros(images.shape[1]) if mean is None else torch.as_tensor(mean).cpu()
     for i, line in enumerate(grid):
