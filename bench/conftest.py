@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import functools
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -102,7 +103,9 @@ def pytest_benchmark_update_machine_info(config, machine_info):
 
 def pytest_benchmark_update_json(config, benchmarks, output_json):
     asked = [str(argument) for argument in config.invocation_params.args]
-    output_json["command"] = " ".join(["pytest", *(a for a in asked if not a.startswith("--benchmark-json"))])
+    for at in [i for i, argument in enumerate(asked) if argument.startswith("--benchmark-json")]:
+        asked[at : at + 1 if "=" in asked[at] else at + 2] = []  # where the file lies is nobody's business
+    output_json["command"] = shlex.join(["pytest", *asked])
     output_json["commit_info"] = {"id": output_json["commit_info"].get("id")}
     output_json["left_out"] = LEFT_OUT
     for benchmark in output_json["benchmarks"]:

@@ -133,11 +133,13 @@ def race(
             found.wrong[name] = ", ".join(bad)
             del runs[name]
 
-    plans = {name: _plan(run, rounds, least, most) for name, run in runs.items()}
-    found.seconds = {name: [] for name in runs}
-    names = list(runs)
     gc.collect()
-    for turn in range(rounds):
+    once = {name: max(_seconds(run, 1), 1e-6) for name, run in runs.items()}
+    plans = {name: _plan(seconds, rounds, least, most) for name, seconds in once.items()}
+    first = 1 if all(count == 1 for _, count in plans.values()) else 0  # these were a round already
+    found.seconds = {name: [once[name]] * first for name in runs}
+    names = list(runs)
+    for turn in range(first, rounds):
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
             taking_part, count = plans[name]
             if turn < taking_part:
@@ -145,9 +147,8 @@ def race(
     return found
 
 
-def _plan(run: Callable[[], Any], rounds: int, least: float, most: float) -> tuple[int, int]:
-    """(rounds to take part in, runs a round)."""
-    once = max(_seconds(run, 1), 1e-6)
+def _plan(once: float, rounds: int, least: float, most: float) -> tuple[int, int]:
+    """(rounds to take part in, runs a round) of who takes `once` seconds for one run."""
     count = max(1, math.ceil(least / once))
     return max(min(3, rounds), min(rounds, int(min(most / (count * once), rounds)))), count
 

@@ -16,7 +16,7 @@ CASES = (
     Case("resnet32", 4, 16),
 )
 SLACK = {"output": 1e-5, "gradient": 1e-5}  # float32 sums of a few thousand products
-LEAST, MOST = 2e-3, 0.5  # seconds of a round, and of a contestant's rounds
+LEAST, MOST = 2e-3, 0.2  # seconds of a round, and of a contestant's rounds
 
 
 def specs(setting: Setting, full: bool, compiled: bool) -> list[Spec]:

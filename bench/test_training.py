@@ -29,16 +29,16 @@ def specs(setting: Setting, full: bool, compiled: bool) -> list[Spec]:
     ]
 
 
-def spec(part: str, case: Case, batch: int, setting: Setting, names: list[str]) -> Spec:
+def spec(part: str, case: Case, batch: int, setting: Setting, names: list[str], most: float = MOST) -> Spec:
     facts = {"network": case.model, "K": case.K, "batch": batch}
     sides = {name: side(name) for name in names}
-    return Spec(part, f"{case.title}, {batch} images", sides, partial(run, case, batch, setting, names), facts)
+    return Spec(part, f"{case.title}, {batch} images", sides, partial(run, case, batch, setting, names, most), facts)
 
 
-def run(case: Case, batch: int, setting: Setting, names: list[str]) -> Race:
+def run(case: Case, batch: int, setting: Setting, names: list[str], most: float) -> Race:
     step = job(case, batch, setting)
     own = [name for name in OWN if name in names]
-    return race(builds(step, names), members_alone(step), own, typical=True, rounds=ROUNDS, least=LEAST, most=MOST)
+    return race(builds(step, names), members_alone(step), own, typical=True, rounds=ROUNDS, least=LEAST, most=most)
 
 
 @pytest.mark.benchmark(timer=CLOCK)

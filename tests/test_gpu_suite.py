@@ -4,6 +4,7 @@
 import contextlib
 import json
 import math
+import subprocess
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -432,6 +433,7 @@ def test_stages_end_in_files_and_an_exit_code(tmp_path, monkeypatch):
 
     monkeypatch.setattr(gpu_suite, "supervise", supervise)
     monkeypatch.setattr(gpu_suite, "test", lambda out, left: True)
+    monkeypatch.setattr(gpu_suite, "race", lambda out, left, only: True)
     monkeypatch.setattr(dispatch, "TABLES", tmp_path / "tables")
     monkeypatch.setattr(devices, "of", lambda device: devices.KNOWN[90])
     (tmp_path / "tables").mkdir()
@@ -444,6 +446,25 @@ def test_stages_end_in_files_and_an_exit_code(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu_suite, "test", lambda out, left: False)
     assert gpu_suite.main(["--out", str(out), "--stage", "test", "--minutes", "10"]) == 1
     assert gpu_suite.main(["--out", str(out), "--minutes", "0.1"]) == 0
+
+
+def test_the_races_are_those_of_the_bench_and_what_is_done_stays_when_time_is_up(tmp_path, monkeypatch, capsys):
+    files = {path.name for path in (gpu_suite.ROOT / "bench").glob("test_*")}
+    assert {f"test_{name}.py" for name in gpu_suite.RACES} == files
+    ran = []
+
+    def run(command, timeout, **_):
+        ran.append(Path(command[3]).stem)
+        if len(ran) == 3:
+            raise subprocess.TimeoutExpired(command, timeout)
+        return subprocess.CompletedProcess(command, {1: 0, 2: gpu_suite.NOTHING_CHOSEN}.get(len(ran), 1))
+
+    monkeypatch.setattr(subprocess, "run", run)
+    assert gpu_suite.race(tmp_path, lambda: 9.0, "")
+    assert ran == ["test_training", "test_recurrent", "test_layers"] and "stopped for time" in capsys.readouterr().out
+    assert not gpu_suite.race(tmp_path, lambda: 9.0, "")  # a wrong result: pytest's exit code is 1
+    monkeypatch.setattr(gpu_suite.importlib.util, "find_spec", lambda name: None)
+    assert not gpu_suite.race(tmp_path, lambda: 9.0, "") and "decompk[bench]" in capsys.readouterr().out
 
 
 def test_a_layer_knows_its_passes():

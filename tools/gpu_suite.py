@@ -1,9 +1,10 @@
 """All the work for a GPU in one command: what the machine reaches, tests, benches, tuning.
 
-    python tools/gpu_suite.py --out DIR [--stage build|test|bench|train|tune] [--minutes M] [--only TEXT]
+    python tools/gpu_suite.py --out DIR [--stage build|test|bench|train|race|tune] [--minutes M] [--only TEXT]
 
 Needs torch, triton and pytest; decompk is taken from the repository. In DIR, whole at any time: environment.json,
-tests.json and tests.log, bench.json and bench.md, train.json and train.md, tune.json and the tuned table. Exit code 1
+tests.json and tests.log, bench.json and bench.md, train.json and train.md, race/*.json (`pytest bench`, which needs
+pytest-benchmark; for `decompk bench-report`), tune.json and the tuned table. Exit code 1
 if a test failed, a result was wrong or a stage broke, 2 without a GPU.
 """
 
@@ -74,8 +75,11 @@ from decompk import cost, dispatch, ops
 from decompk import device as devices
 from decompk.config import Problem
 
-STAGES = {"build": 0.2, "test": 0.45, "bench": 0.5, "train": 0.4, "tune": 1.0}  # share of the time that is left
+# Each one's share of the time that is left.
+STAGES = {"build": 0.2, "test": 0.45, "bench": 0.5, "train": 0.4, "race": 0.6, "tune": 1.0}
+RACES = ("training", "recurrent", "layers", "sweeps", "blockdiag")  # of bench/, the most wanted first
 KEYS = ("part", "net", "case", "pass", "impl")
+NOTHING_CHOSEN = 5  # pytest's exit code where -k leaves no test
 QUIET = 180  # seconds without a record after which a stage hangs
 
 # ---- build: what this machine is and reaches ------------------------------------------------------------------------
@@ -547,6 +551,28 @@ def sanitize(tool: str, journal: Journal, log: IO[str], left: Callable[[], float
     return code != FOUND
 
 
+# ---- race: the bench that everybody runs ----------------------------------------------------------------------------
+
+
+def race(out: Path, left: Callable[[], float], only: str) -> bool:
+    """`pytest bench --benchmark-only`, file by file, so that what is done stays when the time is up."""
+    if importlib.util.find_spec("pytest_benchmark") is None:
+        print("pytest-benchmark is missing: pip install 'decompk[bench]'", flush=True)
+        return False
+    folder, good = out / "race", True
+    folder.mkdir(exist_ok=True)
+    for name in RACES:
+        command = [sys.executable, "-m", "pytest", str(ROOT / "bench" / f"test_{name}.py"), "--benchmark-only", "-q"]
+        command += [f"--benchmark-json={folder / f'{name}.json'}", *(["-k", only] if only else [])]
+        try:
+            code = subprocess.run(command, cwd=ROOT, env=environment(), timeout=max(left(), 1)).returncode
+        except subprocess.TimeoutExpired:
+            print(f"stopped for time in {name}", flush=True)
+            return good
+        good &= code in (0, NOTHING_CHOSEN)
+    return good
+
+
 # ---- running stages -------------------------------------------------------------------------------------------------
 
 
@@ -587,6 +613,8 @@ def run(stage: str, out: Path, left: Callable[[], float], only: str) -> bool:
     """One stage, in processes of its own; False if something failed."""
     if stage == "test":
         return test(out, left)
+    if stage == "race":
+        return race(out, left, only)
     if stage == "bench" and not (out / "environment.json").exists():
         run("build", out, left, only)
 
