@@ -308,7 +308,8 @@ This page is written by `decompk bench-report`; nothing in it is typed by hand. 
 turns, in the same minutes, and only after their outputs and gradients were compared with those of the members alone in
 float64. A ratio is the median of the ratios of the rounds, with their quartiles; above 1 decompk is faster. "Ours" and
 "best peer" are the fastest of each side. "% of roof": the time in which the machine could move the compulsory bytes
-or compute the useful FLOPs, whichever takes longer, by the measured time.
+or compute the useful FLOPs, whichever takes longer, by the measured time; it may pass 100, as Winograd's convolutions
+multiply less than is counted, and a machine that is shared may have been slower when its roof was measured.
 """
 
 
@@ -445,8 +446,9 @@ def draw_layers(run: Run, path: Path) -> None:
             percent = [getattr(s, side).roof_percent or 0 for s in mine]
             line = axes.plot(range(1, len(mine) + 1), percent, color=color, marker=marker, linestyle="", label=label)
             line[0].set_markersize(5)
-        axes.set(title=network, ylim=(0, None), xlabel="distinct convolution, in order")
+        axes.set(title=network, xlabel="distinct convolution, in order")
         axes.grid(alpha=0.3)
+    panels[0].set_ylim(bottom=0)  # of all panels, when all is drawn
     for axes in panels[len(networks) :]:
         axes.set_visible(False)
     for axes in panels[::columns]:
