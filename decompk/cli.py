@@ -60,7 +60,7 @@ def _parser() -> argparse.ArgumentParser:
         "--network",
         choices=NETWORKS,
         default=NETWORKS[0],
-        help="cnn (default), or another kind of section 2.4 on data that fits it: half a minute each",
+        help="cnn (default), or another kind of section 2.4 on data that fits it: ten seconds to two minutes",
     )
     demo.add_argument("--out", type=Path, default=Path("demo-out"), help="folder for all that is made")
     demo.add_argument("--epochs", type=_epochs, help="members,global (default: those of the preset quick)")

@@ -10,11 +10,11 @@ import torch
 from torch import nn
 
 from ..decompose import Decomposition
-from ..report.figure import BLACK, BLUE, GRAY, GREEN, ORANGE, PINK, RED, SKY, YELLOW, new_figure
+from ..report.figure import BLUE, GRAY, GREEN, ORANGE, PINK, RED, SKY, YELLOW, new_figure
 from .data import Samples
 from .kinds import Demo
 
-COLORS = (SKY, ORANGE, BLUE, PINK, YELLOW, GRAY, BLACK, "#882255")  # of the members
+COLORS = (SKY, ORANGE, BLUE, PINK, YELLOW, GRAY, "#44AA99", "#882255")  # of the members
 ROWS = {"composed": GREEN, "composed, trained": "#00664B", "from random weights": RED}
 
 
@@ -97,15 +97,31 @@ def _wave(axes: Any, d: Decomposition, x: torch.Tensor) -> None:
 
 
 def _image(axes: Any, d: Decomposition, x: torch.Tensor) -> None:
-    """A digit as a vector or as a sequence of rows, or the middle slice of a volume; tinted by member."""
-    owner = np.full(x.shape[-len(d.crops[0].size) :], -1)
-    for k, crop in enumerate(d.crops):
-        owner[np.ix_(*crop.positions)] = k
-    picture = x.reshape(8, 8) if x.numel() == 64 else x[0, x.shape[1] // 2]
-    if owner.ndim == 3:
-        owner = owner[len(owner) // 2]
-    owner = np.broadcast_to(owner if owner.size < picture.numel() else owner.reshape(picture.shape), picture.shape)
-    tint = np.array([[int(c[i : i + 2], 16) / 255 for i in (1, 3, 5)] for c in COLORS])[owner % len(COLORS)]
-    shade = ((picture - picture.min()) / (picture.max() - picture.min())).numpy()[..., None]
-    axes.imshow(np.broadcast_to(tint, (*shade.shape[:2], 3)) * (0.25 + 0.75 * shade), interpolation="nearest")
+    """A digit, written as a vector or as a sequence of rows, tinted by member; or a volume's middle slice."""
     axes.set(xticks=[], yticks=[])
+    if len(d.crops[0].size) == 3:
+        _slice(axes, d, x[0].numpy())
+        return
+    owner = np.empty(x.shape[-1], dtype=int)
+    for k, part in enumerate(d.crops):
+        owner[part.positions[0]] = k
+    picture = x.reshape(8, 8).numpy()
+    owner = np.broadcast_to(owner if owner.size == 8 else owner.reshape(8, 8), (8, 8))
+    tint = np.array([[int(c[i : i + 2], 16) / 255 for i in (1, 3, 5)] for c in COLORS])[owner % len(COLORS)]
+    axes.imshow(tint * (0.25 + 0.75 * picture[..., None]), interpolation="nearest")
+
+
+def _slice(axes: Any, d: Decomposition, volume: np.ndarray) -> None:
+    """The middle slice in gray, around it the members' crops, those behind each other one inside the other."""
+    from matplotlib.patches import Rectangle
+
+    middle = len(volume) // 2
+    axes.imshow(volume[middle], cmap="gray", interpolation="nearest")
+    behind: dict[tuple[int, ...], int] = {}
+    for k, crop in enumerate(d.crops):
+        if crop.start[0] <= middle < crop.stop[0]:
+            (top, left), (height, width) = crop.start[1:], crop.size[1:]
+            inside = 0.8 * behind.setdefault((top, left), 0)
+            behind[top, left] += 1
+            corner, size = (left - 0.5 + inside, top - 0.5 + inside), (width - 2 * inside, height - 2 * inside)
+            axes.add_patch(Rectangle(corner, *size, fill=False, lw=2, edgecolor=COLORS[k % len(COLORS)]))

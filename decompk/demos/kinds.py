@@ -94,7 +94,7 @@ DEMOS = {
     ),
     "volume": Demo(
         "a 3-D convolutional network on noisy bodies; each member sees an overlapping eighth of the volume",
-        partial(data.volumes, size=28),
+        partial(data.volumes, 800, size=28),
         partial(models.volume_cnn, 1, 5, 16, (28, 28, 28)),
         8,
         crop_size=20,

@@ -84,8 +84,8 @@ def run(name: str, out: Path, seed: int = 0, epochs: tuple[int, int] | None = No
     columns = [Column("network"), Column("epochs"), score, Column("training\nseconds", decimals(1))]
     notes = [
         _describe(check),
-        f"The composed network's loss is bounded by its members': {bound.loss:.4f} ≤ {bound.bound:.4f}; no sample is "
-        f"above its bound by more than {bound.violation:.0e}.",
+        f"The composed network's loss is bounded by its members': {bound.loss:.4f} ≤ {bound.bound:.4f}; the largest "
+        f"excess of a sample over its own bound is {bound.violation:.1g}.",
     ]
     table = Table(f"{name}: {demo.what}", columns, rows, notes)
     (out / f"{name}.md").write_text(table.to_markdown(), encoding="utf-8")
