@@ -89,6 +89,49 @@ def analyse(model: nn.Module, input_size: tuple[int, ...], crops: Sequence[Part]
     return _Pass(model, input_size, crops, head).run()
 
 
+@dataclass(frozen=True, eq=False)
+class Followed:
+    """Whose channels every tensor of an undivided network holds, as strands.
+
+    layers: convolution or linear layer → (inputs, None for the image; outputs; columns a channel of a linear layer has
+    behind a flatten). vectors: name of a tensor with one value a channel → strands. outer: those of what the network
+    reads as features and of what it returns, whose order others rely on. roots: strands → one of those that are the
+    same.
+    """
+
+    layers: dict[str, tuple[np.ndarray | None, np.ndarray, int]]
+    vectors: dict[str, np.ndarray]
+    outer: np.ndarray
+    roots: Callable[[np.ndarray], np.ndarray]
+
+
+def analyse_whole(model: nn.Module, input_size: tuple[int, ...]) -> Followed:
+    """Follow the channels of `model` without dividing them. Raises UnsupportedOperation; changes nothing."""
+    size = input_size[1:] or input_size
+    followed = _Pass(model, input_size, (Crop(*(0,) * len(size), *size),), "sum")
+    followed.run()
+    if followed.shuffles:
+        raise UnsupportedOperation(
+            f"{where(followed.shuffles[0][1])}: it shuffles channels, whose order would then have to stay as it is."
+        )
+    layers, vectors = {}, {name: ids for name, (_, ids) in followed.bare.items()}
+    outer = [followed.given_features()] if followed.vectors else []
+    for target, leaf in followed.leaves.items():
+        module = followed.modules[target]
+        if leaf.kind == "norm":
+            vectors |= {f"{target}.{name}": leaf.inputs for name, _ in _vectors(module)}
+        elif leaf.kind in ("conv", "linear") and leaf.groups == 1:
+            outputs = leaf.outputs
+            if outputs is None:  # a last layer
+                outputs = followed.strands.new(_sides(module)[1])
+                outer.append(outputs)
+            flat = leaf.window is not None and leaf.kind == "linear"
+            layers[target] = leaf.inputs, outputs, math.prod(leaf.window.full) if flat else 1
+            if module.bias is not None:
+                vectors[f"{target}.bias"] = outputs
+    return Followed(layers, vectors, np.concatenate([np.zeros(0, np.int64), *outer]), followed.strands.roots)
+
+
 LAYERS = (nn.modules.conv._ConvNd, nn.Linear)
 SIDES = {True: ("in_channels", "out_channels"), False: ("in_features", "out_features")}  # convolution or linear
 _PLAIN_FORWARDS = {

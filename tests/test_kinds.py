@@ -173,6 +173,21 @@ def test_the_composed_network_is_its_trained_members(name):
         assert theory.theorem_2_1(d, members, composed, x, kind.head).violation > 1e-6
 
 
+@pytest.mark.parametrize("name", KINDS)
+def test_reports_fusion_and_zero_skipping_take_every_kind(name):
+    kind, d, x = made(name)
+    members = d.subnets(seed=0)
+    ratio = d.report().totals["ratio"]
+    assert 0 < ratio["macs"] <= 1 / d.K and 0 < ratio["params"] < 1
+    assert type(d.model).__name__ in str(d.report())
+    composed = d.compose(members, kind.head)
+    fast = decompk.block_diagonal(composed, kind.size)
+    packed = decompk.pack(members, d.crops, input_dims=x.dim())
+    with torch.no_grad():
+        torch.testing.assert_close(fast(x), composed(x), rtol=0, atol=1e-12)
+        torch.testing.assert_close(decompk.fuse(packed)(x), packed(x), rtol=0, atol=1e-12)
+
+
 def test_recurrent_states_are_compared_at_every_depth_and_direction():
     _, d, x = made("gru")
     members = d.subnets(seed=0)

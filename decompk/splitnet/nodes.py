@@ -1,0 +1,65 @@
+"""Which channels of different layers are one node: what produces it, normalises it and reads it, shortcuts included."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from torch import nn
+
+from ..channels import analyse_whole
+from ..errors import DecompkError
+
+
+@dataclass(frozen=True, eq=False)
+class Side:
+    """The inputs or outputs of a layer: a node for every channel, each `repeat` times in the weight (a flatten)."""
+
+    nodes: np.ndarray
+    repeat: int = 1
+
+    @property
+    def of_each(self) -> np.ndarray:
+        """A node for every row or column of the weight."""
+        return np.repeat(self.nodes, self.repeat)
+
+
+@dataclass(frozen=True, eq=False)
+class Sides:
+    """What a convolution or linear layer reads, None for the image, and gives."""
+
+    inputs: Side | None
+    outputs: Side
+
+
+class Nodes:
+    """The nodes of `net`, numbered from 0: channels that meet in an addition or a norm, or only move, are one.
+
+    layers: module path → Sides of every convolution and linear layer without groups. vectors: tensor name → nodes of
+    the norms', biases and other tensors with one value a channel. count: how many nodes there are. outer: the nodes of
+    what the network reads as features and returns, whose order is not ours to change. Raises UnsupportedOperation where
+    the network cannot be followed.
+    """
+
+    def __init__(self, net: nn.Module, input_size: Sequence[int]):
+        found = analyse_whole(net, tuple(input_size))
+        sides = [ids for inputs, outputs, _ in found.layers.values() for ids in (inputs, outputs) if ids is not None]
+        known = np.unique(found.roots(np.concatenate([*sides, *found.vectors.values(), found.outer])))
+
+        def numbered(ids: np.ndarray) -> np.ndarray:
+            return np.searchsorted(known, found.roots(ids))
+
+        self.count = len(known)
+        self.layers = {
+            path: Sides(None if inputs is None else Side(numbered(inputs), repeat), Side(numbered(outputs)))
+            for path, (inputs, outputs, repeat) in found.layers.items()
+        }
+        self.vectors = {name: numbered(ids) for name, ids in found.vectors.items()}
+        self.outer = numbered(found.outer)
+
+    def sides(self, path: str) -> Sides:
+        """The Sides of a layer. Raises DecompkError for what is none."""
+        if path not in self.layers:
+            raise DecompkError(f"'{path}' is no convolution or linear layer that could be split: give a layer's path.")
+        return self.layers[path]
