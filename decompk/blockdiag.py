@@ -302,6 +302,8 @@ def _skippable(module: nn.Module) -> tuple[Blocks | None, str]:
         return None, f"padding_mode={module.padding_mode!r}"
     if bool((module.weight.detach() != 0).all()):
         return None, "it holds no zeros"
+    if not bool(module.weight.detach().any()):
+        return None, "it holds nothing but zeros"
     blocks = find_blocks(module.weight)
     if blocks is None:
         return None, f"its zeros fill no block of {LEAST} channels or more"

@@ -85,6 +85,13 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--tensorboard", action="store_true", help="write TensorBoard's events, too")
     train.set_defaults(run=_train)
 
+    split = commands.add_parser("split", help="SplitNet on real digits: learn groups of channels, split, fine-tune")
+    split.add_argument("--out", type=Path, default=Path("split-out"), help="folder for all that is made; a run goes on")
+    split.add_argument("--seeds", default="0,1,2", help="one training of every variant for each (default 0,1,2)")
+    split.add_argument("--width", type=int, default=2, help="filters of the first stage; WRN-16-8 has 16 (default 2)")
+    split.add_argument("--epochs", help="whole, learning groups, fine-tuning (default 6,8,6)")
+    split.set_defaults(run=_split)
+
     bench = commands.add_parser("bench-report", help="results of `pytest bench --benchmark-only` as a page with plots")
     bench.add_argument("results", nargs="+", type=Path, metavar="FILE_OR_DIR", help="or every bench.json below")
     bench.add_argument("--out", type=Path, default=Path("bench/results/README.md"), help="the page; pictures beside it")
@@ -216,6 +223,18 @@ def _train(arguments: argparse.Namespace) -> int:
         workers=arguments.workers,
         tensorboard=arguments.tensorboard,
     )
+    return 0
+
+
+def _split(arguments: argparse.Namespace) -> int:
+    from .splitnet.run import Settings, run
+
+    epochs = _sizes(arguments.epochs, "--epochs", repeat=3) if arguments.epochs else Settings.epochs
+    if len(epochs) != 3 or min(epochs) < 1 or arguments.width < 1:
+        raise DecompkError("--epochs are three positive numbers such as 6,8,6, and --width is one.")
+    table = run(arguments.out, _sizes(arguments.seeds, "--seeds", 1), Settings(arguments.width, epochs))
+    print(table.render().rstrip("\n"))
+    print(f"Weights, result.json and this table: {arguments.out}")
     return 0
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import json
 
 import numpy as np
 import pytest
@@ -9,11 +10,12 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from decompk import models, splitnet
+from decompk import block_diagonal, models, splitnet
+from decompk.cli import main
 from decompk.errors import DecompkError, UnsupportedOperation
-from decompk.splitnet import Assignment, Gammas, Nodes, ReducedGradient, learn, reduced_gradient, split
+from decompk.splitnet import Assignment, Gammas, Nodes, ReducedGradient, learn, reduced_gradient, run
 from decompk.splitnet.simplex import largest_step
-from decompk.splitnet.split import grouped_order, permuted
+from decompk.splitnet.split import grouped_order, permuted, split
 
 # ---- the simplex ----------------------------------------------------------------------------------------------------
 
@@ -121,8 +123,8 @@ def test_what_cannot_be_followed_or_split_is_refused():
         ({"conv9": 2}, {}, "no convolution or linear layer"),
         ({"conv1": 2}, {}, "reads the image"),
         ({"fc": 1}, {}, "two groups or more"),
-        ({"layers.0.0.conv2": 2, "conv1": 3}, {"whole_inputs": ["conv1"]}, "shares nodes with a layer"),
-        ({"layers.2.0.conv1": 2, "layers.2.0.conv2": 3}, {}, "give it a multiple"),
+        ({"layers.0.0.conv2": 2, "conv1": 3}, {"whole_inputs": ["conv1"]}, "through a shortcut"),
+        ({"layers.2.0.conv1": 2, "layers.2.0.conv2": 3}, {}, "a multiple or a divisor"),
         ({"fc": 2}, {"whole_inputs": ["conv1"]}, "not to be split"),
         ({"fc": 2}, {"parametrisation": "sparsemax"}, "unknown"),
     ):
@@ -243,11 +245,8 @@ def test_a_split_network_is_the_masked_one_on_the_block_engine(case):
     assert all(torch.equal(before[name], value) for name, value in net.state_dict().items())
     for path, count in groups.items():
         mask = result.masks[f"{path}.weight"]
-        assert mask.double().mean().item() == pytest.approx(
-            1.0 if path in whole else 1 / assignment_share(assignment, path)
-        )
+        assert mask.double().mean().item() == pytest.approx(1.0 if path in whole else 1 / count)
         assert not result.dense.get_submodule(path).weight[~mask].any()
-        assert count == assignment.groups[path]
     fast = result.fast((3, 32, 32))
     assert any(decision.form != "dense" for decision in fast.decisions)
     assert (fast(x) - result.dense(x)).abs().max() < 1e-10
@@ -261,7 +260,48 @@ def test_a_split_network_is_the_masked_one_on_the_block_engine(case):
         assert (mine[name].grad * result.masks.get(name, 1) - expected).abs().max() < 1e-10 * (1 + expected.abs().max())
 
 
-def assignment_share(assignment, path):
-    """Into how many parts the layer's inputs fall for one of its groups."""
-    inputs = assignment.nodes.sides(path).inputs
-    return float(assignment.level[inputs.nodes].max())
+# ---- the command ----------------------------------------------------------------------------------------------------
+
+
+def test_the_command_trains_every_variant_and_goes_on_where_it_was(tmp_path, capsys, monkeypatch):
+    out = tmp_path / "out"
+    command = ["split", "--out", str(out), "--width", "1", "--epochs", "1,1,1"]
+    assert main([*command, "--seeds", "0"]) == 0
+    first = capsys.readouterr().out
+    assert all(name in first for name in ("dense", *run.SPLITS)) and "better with" in first
+    known = json.loads((out / "result.json").read_text())["runs"]
+    assert set(known) == {f"{name} 0" for name in ("dense", *run.SPLITS)}
+    assert known["FC 0"]["params"] < known["dense 0"]["params"] and known["FC 0"]["flops"] < known["dense 0"]["flops"]
+    assert known["Random 0"]["fuzzy"] == 0.0 and known["Random 0"]["settled"] is None
+    state = torch.load(out / "random-seed0.pt", weights_only=True)
+    assert (state["layer3.1.conv1.weight"] == 0).float().mean().item() == 0.5
+
+    monkeypatch.setattr(run, "_pretrained", lambda *_: pytest.fail("it is there already"))
+    assert main([*command, "--seeds", "0"]) == 0
+    assert capsys.readouterr().out == first
+    assert main([*command[:-1], "2,1,1", "--seeds", "0"]) == 2
+    assert "other settings" in capsys.readouterr().err
+    for wrong in (["--epochs", "1,1"], ["--epochs", "0,1,1"], ["--width", "0"]):
+        assert main(["split", "--out", str(tmp_path / "new"), *wrong]) == 2
+
+
+def test_a_random_split_of_the_paper_keeps_what_its_table_says():
+    """Table 1, at the paper's width; `decompk report --paper` has it to the digit."""
+    with torch.device("meta"):
+        net = models.wrn_16_8(100)
+    nodes = Nodes(net, (3, 32, 32))
+    for name, printed in (("FC", 0.35), ("Shallow", 32.54), ("Deep", 46.39), ("Hierarchical", 62.58)):
+        assignment = Assignment(nodes, run.SPLITS[name])
+        run.deal(assignment, 0)
+        whole = sum(p.numel() for p in net.parameters())
+        kept = split(models.wrn_16_8(100), assignment).masks
+        zeros = sum(int((~mask).sum()) for mask in kept.values())
+        assert 100 * zeros / whole == pytest.approx(printed, abs=0.3)  # of all parameters; the norms' count here, too
+
+
+def test_a_layer_of_zeros_alone_stays_as_it_is():
+    net = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
+    nn.init.zeros_(net[2].weight)
+    fast = block_diagonal(net)
+    assert [d.reason for d in fast.decisions if d.path == "2"] == ["it holds nothing but zeros"]
+    assert torch.equal(fast(torch.ones(2, 8)), net(torch.ones(2, 8)))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from .. import losses, theory
 from ..decompose import Decomposition, decompose
 from ..errors import DecompkError
 from ..packed import Packed, pack
+from ..progress import bar
 from ..report.table import Column, Table, decimals
 from ..train.data import epoch_order
 from .data import Samples
@@ -102,7 +102,7 @@ def _train(net: nn.Module, demo: Demo, d: Decomposition, samples: Samples, epoch
     together = isinstance(net, Packed)
     net.train()
     begin = time.perf_counter()
-    for epoch in _bar(range(epochs), what):
+    for epoch in bar(range(epochs), what):
         for batch in epoch_order(len(samples.x_train), BATCH, seed, epoch):
             x, y = samples.x_train[batch], samples.y_train[batch]
             optimizer.zero_grad()
@@ -112,15 +112,6 @@ def _train(net: nn.Module, demo: Demo, d: Decomposition, samples: Samples, epoch
                 loss(net(x)[None], y).backward()
             optimizer.step()
     return time.perf_counter() - begin
-
-
-def _bar(rounds: range, what: str) -> Any:
-    """`rounds` with tqdm's bar on stderr where that is a terminal and tqdm is there."""
-    try:
-        from tqdm import tqdm
-    except ImportError:
-        return rounds
-    return tqdm(rounds, desc=what, unit="epoch", file=sys.stderr, disable=not sys.stderr.isatty(), leave=False)
 
 
 def _targets(demo: Demo, d: Decomposition, y: Tensor) -> list[Tensor]:

@@ -19,9 +19,10 @@ class Assignment(nn.Module):
     """Which group each node of the layers to split belongs to, as numbers ≥ 0 that sum to 1 over the groups.
 
     groups: path of a layer to split → into how many. A node's assignment is one for all layers that touch it: q of a
-    layer is p of the next, and both ends of a shortcut agree. A layer of more groups than the one before (hierarchical)
-    has each of its groups inside one of those, its number of groups a multiple. whole_inputs: layers whose groups all
-    read everything, as the first of a split behind a shared trunk. parametrisation: "softmax" of free parameters, or
+    layer is p of the next, and both ends of a shortcut agree. Where layers of different numbers of groups meet
+    (hierarchical), the one is a multiple of the other, and groups lie inside each other: a layer of fewer groups
+    branches, what each of its groups gives being dealt out to subgroups. whole_inputs: layers whose groups all read
+    everything, as the first of a split behind a shared trunk. parametrisation: "softmax" of free parameters, or
     "simplex": the numbers themselves, to be trained by ReducedGradient. `spread` is how far they start from equal.
     level: (count,), out of how many groups each node has one; 0 for nodes in none.
     Raises DecompkError where a layer is unknown, reads the image, or the numbers of groups do not fit.
@@ -48,20 +49,13 @@ class Assignment(nn.Module):
         self.whole_inputs = frozenset(whole_inputs)
         self.level = np.zeros(nodes.count, dtype=int)
         for path, count in groups.items():
-            self._give(path, nodes.sides(path).outputs.nodes, count)
-        for path, count in groups.items():
-            inputs = nodes.sides(path).inputs
+            found = nodes.sides(path)
+            self._give(path, found.outputs.nodes, count)
             if path in self.whole_inputs:
                 continue
-            if inputs is None:
+            if found.inputs is None:
                 raise DecompkError(f"'{path}' reads the image, which all groups share: name it in whole_inputs.")
-            self._give(path, inputs.nodes[self.level[inputs.nodes] == 0], count)
-            for level in np.unique(self.level[inputs.nodes]):
-                if count % level:
-                    raise DecompkError(
-                        f"'{path}' in {count} groups reads nodes in {level}: a layer's groups lie inside those of the "
-                        "layer before, so give it a multiple."
-                    )
+            self._give(path, found.inputs.nodes, count)
         self._column = np.zeros(nodes.count, dtype=int)
         generator = torch.Generator().manual_seed(seed)
         self.levels = sorted(set(self.level[self.level > 0].tolist()))
@@ -74,13 +68,14 @@ class Assignment(nn.Module):
             self.register_parameter(f"of_{level}", nn.Parameter(values))
 
     def _give(self, path: str, mine: np.ndarray, count: int) -> None:
-        other = self.level[mine][(self.level[mine] > 0) & (self.level[mine] != count)]
-        if len(other):
-            raise DecompkError(
-                f"'{path}' is to have {count} groups, but shares nodes with a layer of {other[0]} (a shortcut ties "
-                "both its ends): give them one number."
-            )
-        self.level[mine] = count
+        """Nodes that a layer of `count` groups touches have as many, or more where another layer has more."""
+        for level in np.unique(self.level[mine]):
+            if level and max(level, count) % min(level, count):
+                raise DecompkError(
+                    f"'{path}' is to have {count} groups and touches nodes in {level}, through a shortcut or as the "
+                    "next layer: groups lie inside each other, so give it a multiple or a divisor."
+                )
+        self.level[mine] = np.maximum(self.level[mine], count)
 
     def soft(self, level: int) -> Tensor:
         """(level, n): the assignments of all nodes in that many groups."""
@@ -88,15 +83,16 @@ class Assignment(nn.Module):
         return values.softmax(0) if self.parametrisation == "softmax" else values
 
     def _of(self, nodes: np.ndarray, count: int) -> Tensor:
-        """(count, len(nodes)); a coarser group's number stands for each of its subgroups."""
-        soft, rows = {}, []
+        """(count, len(nodes)): a coarser group's number stands for each of its subgroups, finer groups' add up."""
+        rows, order = [], []
         for level in np.unique(self.level[nodes]).tolist():
-            soft[level] = self.soft(level).repeat_interleave(count // level, 0)
-        for level, whole in soft.items():
             at = np.nonzero(self.level[nodes] == level)[0]
-            rows.append((at, whole[:, torch.from_numpy(self._column[nodes[at]])]))
-        order = torch.from_numpy(np.argsort(np.concatenate([at for at, _ in rows]), kind="stable"))
-        return torch.cat([values for _, values in rows], 1)[:, order]
+            values = self.soft(level)[:, torch.from_numpy(self._column[nodes[at]])]
+            if level > count:
+                values = values.unflatten(0, (count, -1)).sum(1)
+            rows.append(values.repeat_interleave(count // min(level, count), 0))
+            order.append(at)
+        return torch.cat(rows, 1)[:, torch.from_numpy(np.argsort(np.concatenate(order)))]
 
     def sides(self, path: str) -> tuple[Tensor | None, Tensor]:
         """p (G, inputs), None where every group reads everything, and q (G, outputs) of a layer's weight."""
@@ -115,6 +111,14 @@ class Assignment(nn.Module):
                 total = total + disjoint * overlap(p) + balance * imbalance(p)
             total = total + disjoint * overlap(q) + balance * imbalance(q)
         return total
+
+    @torch.no_grad()
+    def put(self, level: int, nodes: np.ndarray, owner: np.ndarray) -> None:
+        """Make the assignments of `nodes`, which have `level` groups, hard: node nodes[i] to group owner[i]."""
+        values = torch.nn.functional.one_hot(torch.from_numpy(owner), level).T.float()
+        if self.parametrisation == "softmax":
+            values = 50 * values  # e⁻⁵⁰ is left for the others
+        getattr(self, f"of_{level}")[:, torch.from_numpy(self._column[nodes])] = values
 
     @torch.no_grad()
     def hard(self) -> np.ndarray:

@@ -47,14 +47,14 @@ def split(net: nn.Module, assignment: Assignment) -> Split:
     order = grouped_order(nodes, owner)
     out = permuted(net, nodes, order)
     masks = {}
-    for path, count in assignment.groups.items():
+    for path in assignment.groups:
         found, weight = nodes.sides(path), out.get_submodule(path).weight
-        rows = owner[order[found.outputs.nodes]]
         inside = np.ones(weight.shape[:2], dtype=bool)
         if path not in assignment.whole_inputs:
-            columns = order[found.inputs.of_each]
-            subgroups = count // assignment.level[columns]  # of this layer in each group of the columns' layer
-            inside = rows[:, None] // subgroups == owner[columns]
+            rows, columns = order[found.outputs.nodes][:, None], order[found.inputs.of_each][None]
+            levels = assignment.level[rows], assignment.level[columns]
+            common = np.minimum(*levels)  # groups of the coarser of the two, in which both have a place
+            inside = owner[rows] * common // levels[0] == owner[columns] * common // levels[1]
         mask = torch.from_numpy(inside).to(weight.device).view(*inside.shape, *(1,) * (weight.dim() - 2))
         with torch.no_grad():
             weight.mul_(mask)
