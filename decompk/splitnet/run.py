@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import cost, models
+from ..cache import processor
 from ..errors import DecompkError
 from ..progress import bar
 from ..report.table import Column, Table, decimals
@@ -73,6 +74,9 @@ def run(out: Path, seeds: tuple[int, ...] = (0, 1, 2), settings: Settings | None
             known = before
     except OSError as error:
         raise DecompkError(f"{str(out)!r} cannot be used as a folder ({error.strerror}).") from error
+    known.setdefault(
+        "made_with", {"torch": torch.__version__, "device": processor()[0], "threads": torch.get_num_threads()}
+    )
     data = open_data("digits", settings.pixels)
     for seed in seeds:
         trained = None
@@ -84,7 +88,8 @@ def run(out: Path, seeds: tuple[int, ...] = (0, 1, 2), settings: Settings | None
             torch.save(net.state_dict(), out / f"{name.lower()}-seed{seed}.pt")
             known["runs"][f"{name} {seed}"] = found
             write_atomically(file, json.dumps(known, indent=1).encode())
-    table = summary(known["runs"], seeds, settings)
+    write_atomically(file, json.dumps(known, indent=1).encode())
+    table = summary(known["runs"], seeds, settings, known["made_with"])
     (out / "summary.md").write_text(table.to_markdown(), encoding="utf-8")
     return table
 
@@ -165,7 +170,9 @@ def _cost(net: nn.Module, size: tuple[int, ...], masks: dict[str, Tensor]) -> di
     return {"params": sum(p.numel() for p in net.parameters()) - zeros, "flops": flops}
 
 
-def summary(runs: dict[str, dict[str, Any]], seeds: tuple[int, ...], settings: Settings) -> Table:
+def summary(
+    runs: dict[str, dict[str, Any]], seeds: tuple[int, ...], settings: Settings, made_with: dict[str, Any]
+) -> Table:
     """A row for each network: mean and standard deviation over the seeds."""
     whole = [runs[f"{DENSE} {seed}"] for seed in seeds]
     rows: list[list[Any]] = []
@@ -189,6 +196,7 @@ def summary(runs: dict[str, dict[str, Any]], seeds: tuple[int, ...], settings: S
         f"Learned groups (Deep) against random ones of the same layers: better with {better} seeds of {len(seeds)}, "
         f"equal with {equal}.",
         "fuzzy: nodes that belonged to several groups by more than 0.1 when they were split.",
+        f"Made by `decompk split`, torch {made_with['torch']} on {made_with['threads']} threads of {made_with['device']}.",
     ]
     one, two = decimals(1), decimals(2)
     columns = [
