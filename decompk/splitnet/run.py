@@ -196,7 +196,7 @@ def summary(
         f"Learned groups (Deep) against random ones of the same layers: better with {better} seeds of {len(seeds)}, "
         f"equal with {equal}.",
         "fuzzy: nodes that belonged to several groups by more than 0.1 when they were split.",
-        f"Made by `decompk split`, torch {made_with['torch']} on {made_with['threads']} threads of {made_with['device']}.",
+        "Made by `decompk split`, torch {torch} on {threads} threads of {device}.".format(**made_with),
     ]
     one, two = decimals(1), decimals(2)
     columns = [
