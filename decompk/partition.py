@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -107,10 +108,16 @@ class Indices:
 
     def cut(self, x: torch.Tensor) -> torch.Tensor:
         """These features of `x` (..., D), as a copy."""
-        return x.index_select(-1, torch.tensor(self.indices, device=x.device))
+        return x.index_select(-1, _index(self.indices, x.device))
 
     def __repr__(self) -> str:
         return f"Indices({_brief(self.indices)})"
+
+
+@functools.lru_cache(maxsize=1024)
+def _index(indices: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    """The indices on the device: copied there once, as no CUDA graph could."""
+    return torch.tensor(indices, device=device)
 
 
 Part = Crop | Indices

@@ -45,6 +45,25 @@ def own_model(tmp_path, monkeypatch):
     sys.modules.pop("mine_decompk", None)
 
 
+@pytest.mark.parametrize(
+    ("network", "size", "parts", "said"),
+    [
+        ("mlp(64, 10)", "64", "4", "Sequential at 64 in 4 members at 16"),
+        ("Recurrent(8, 3, 16)", "5x8", "2", "Recurrent at 8 in 2 members at 4"),
+        ("signal_cnn()", "1x128", "4", "Sequential at 128 in 4 members at 32"),
+        ("volume_cnn(size=(36, 36, 36))", "1x36x36x36", "8", "Sequential at 36×36×36 in 8 members at 18×18×18"),
+    ],
+)
+def test_report_takes_vectors_sequences_signals_and_volumes(capsys, tmp_path, monkeypatch, network, size, parts, said):
+    name = "mine_" + "".join(c for c in network if c.isalnum())
+    (tmp_path / f"{name}.py").write_text(f"from decompk import models\n\ndef make():\n    return models.{network}\n")
+    monkeypatch.chdir(tmp_path)
+    code, out, _ = run(capsys, "report", "--model", f"{name}:make", "--size", size, "--partitions", parts)
+    assert code == 0 and said in out
+    code, _, err = run(capsys, "report", "--model", "vgg16", "--size", size)
+    assert code == 2 and "--size is for a model of your own" in err
+
+
 def test_report_compares_global_and_member_with_the_paper(capsys):
     code, out, _ = run(capsys, "report", "--model", "vgg16", "--partitions", "4")
     assert code == 0

@@ -33,7 +33,8 @@ class _PackedRecurrent(Twin):
         if not isinstance(x, Tensor) or x.dim() != 3 or not x.shape[1]:
             raise PackError(f"'{self.path}' takes a padded batch (samples, steps, features) in a packed module.")
         self.check(x)
-        self.check_forward_args(x, hx, None) if hx is not None else None
+        if hx is not None:
+            self.check_forward_args(x, hx, None)
         K, N, H = self.K, x.shape[0] // self.K, self.hidden_size
         if recurrent_form(self.mode, K, x.dtype, x.is_cuda) == "loop":
             return self._in_turn(x, hx)

@@ -118,7 +118,8 @@ class Assignment(nn.Module):
         values = torch.nn.functional.one_hot(torch.from_numpy(owner), level).T.float()
         if self.parametrisation == "softmax":
             values = 50 * values  # e⁻⁵⁰ is left for the others
-        getattr(self, f"of_{level}")[:, torch.from_numpy(self._column[nodes])] = values
+        whole = getattr(self, f"of_{level}")
+        whole[:, torch.from_numpy(self._column[nodes])] = values.to(whole.device)
 
     @torch.no_grad()
     def hard(self) -> np.ndarray:
@@ -126,7 +127,7 @@ class Assignment(nn.Module):
         owner = np.full(self.nodes.count, -1)
         for level in self.levels:
             mine = self.level == level
-            owner[mine] = self.soft(level).argmax(0).numpy()[self._column[mine]]
+            owner[mine] = self.soft(level).argmax(0).cpu().numpy()[self._column[mine]]
         return owner
 
     @torch.no_grad()
