@@ -119,13 +119,13 @@ def job(case: Case, batch: int, setting: Setting) -> Job:
         images.to(setting.device),
         labels.to(setting.device),
         Work(d.K * one.bytes, d.K * one.flops),
-        training_work(copy.deepcopy(d.model).to("meta"), d.input_size, batch, size),
+        training_work(d.model, d.input_size, batch, size),
     )
 
 
 def training_work(net: nn.Module, size: tuple[int, ...], batch: int, element_size: int) -> Work:
     """Of forward and backward pass of `batch` samples of `size` (C, H, W)."""
-    whole = cost.total(cost.layers(net.to("meta"), size, training=True))
+    whole = cost.total(cost.layers(net, size, training=True))
     moved = whole.forward_bytes(element_size, batch) + whole.backward_bytes(element_size, batch)
     return Work(moved, batch * (whole.flops() + whole.backward_flops))
 

@@ -1,6 +1,5 @@
 """A training step of K recurrent networks: one batched product a time step, beside torch's layers in turn."""
 
-import copy
 from functools import partial
 
 import pytest
@@ -44,16 +43,12 @@ def run(options: dict, K: int, batch: int, setting: Setting) -> Race:
     size = (STEPS, K * 8)
     d = decompk.decompose(models.Recurrent(size[1], CLASSES, K * MEMBER, **options), size, K)
     x, y = torch.randn(batch, *size), torch.randint(CLASSES, (batch,))
-    one, whole = (_work(net, s, batch) for net, s in ((d.member_shell(), d.member_size), (d.model, size)))
+    one, whole = (training_work(*of, batch, 4) for of in ((d.member_shell(), d.member_size), (d.model, size)))
     members: list[nn.Module] = [member.to(setting.device) for member in d.subnets(seed=0)]
     work = Work(K * one.bytes, K * one.flops)
     step = Job(setting, d.model, members, d.crops, x.to(setting.device), y.to(setting.device), work, whole)
     contestants = {name: partial(build, step) for name, build in CONTESTANTS.items()}
     return race(contestants, members_alone(step), ("members in turn",), rounds=7, least=0.05, most=4.0)
-
-
-def _work(net: nn.Module, size: tuple[int, ...], batch: int) -> Work:
-    return training_work(copy.deepcopy(net), size, batch, 4)
 
 
 @pytest.mark.benchmark(timer=CLOCK)

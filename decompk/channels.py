@@ -115,7 +115,7 @@ def analyse_whole(model: nn.Module, input_size: tuple[int, ...]) -> Followed:
             f"{where(followed.shuffles[0][1])}: it shuffles channels, whose order would then have to stay as it is."
         )
     layers, vectors = {}, {name: ids for name, (_, ids) in followed.bare.items()}
-    outer = [followed.given_features()] if followed.vectors else []
+    outer = [followed.features] if followed.vectors else []
     for target, leaf in followed.leaves.items():
         module = followed.modules[target]
         if leaf.kind == "norm":
@@ -156,6 +156,7 @@ class _Pass:
         self.strands = Strands()
         self.leaves: dict[str, Leaf] = {}
         self.bare: dict[str, tuple[int, np.ndarray]] = {}
+        self.features = np.zeros(0, dtype=np.int64)  # the strands of an input vector, whose owners the crops say
         self.checks: list[tuple[fx.Node, Callable[[np.ndarray], bool]]] = []
         self.shuffles: list[tuple[bool, fx.Node, np.ndarray, int, np.ndarray]] = []
         self.plan = Plan(self.K)
@@ -174,9 +175,10 @@ class _Pass:
         self.assembles = self.head == "concat" and not self.vectors and self._returns_maps(graphs[False])
         divides_outputs = self.head == "concat" and not self.assembles
         self.heads = set() if divides_outputs else set().union(*(heads(self.model, g) for g in graphs.values()))
-        self.owner: np.ndarray | None = None
         if self.vectors:
-            self.owner = owners(self.crops, self.extent, "every feature of an input vector needs one member")
+            owner = owners(self.crops, self.extent, "every feature of an input vector needs one member")
+            self.features = self.strands.new(owner.size)
+            self.strands.give(self.features, owner)
         elif self.assembles:
             owners(self.crops, self.extent, "every part of an auto-encoder's output is one member's")
         elif not all(isinstance(crop, Crop) for crop in self.crops):
@@ -207,7 +209,7 @@ class _Pass:
             full = torch.empty((2, *self.input_size), device="meta", dtype=dtype_of(self.model))
             part = full.new_empty((2, *self.input_size[: -len(self.extent)], *self.crops[0].size))
             if self.vectors:
-                return self.wrap(full, part, Split(self.given_features(), (full.dim() - 1,)))
+                return self.wrap(full, part, Split(self.features, (full.dim() - 1,)))
             return T(full, part, SHARED, (Fraction(1),) * len(self.extent))
         args, kwargs = map_arg((node.args, node.kwargs), lambda n: self.env[n])
         if node.op == "output":
@@ -237,13 +239,6 @@ class _Pass:
         found: list[torch.Tensor] = []
         map_aggregate(output, lambda value: found.append(value) if isinstance(value, torch.Tensor) else None)
         return any(t.dim() == 1 + len(self.input_size) for t in found)
-
-    def given_features(self) -> np.ndarray:
-        """The strands of an input vector, whose owners the crops say; the same in both modes."""
-        if not hasattr(self, "_features"):
-            self._features = self.strands.new(self.owner.size)
-            self.strands.give(self._features, self.owner)
-        return self._features
 
     def refuse(self, what: str, remedy: str = "run it whole, or pack copies of the network with decompk.pack") -> Any:
         raise UnsupportedOperation(f"{where(self.node)}: {what}, so its channels cannot be divided; {remedy}.")
@@ -413,8 +408,8 @@ class _Pass:
                 self.note("the network returns what every member holds whole: the composed network returns it once")
             if isinstance(t.role, Split) and (len(t.role.axes) != 1 or t.role.window):
                 self.refuse("the network's output mixes channels with other axes")
-            if isinstance(t.role, Split) and self.vectors and len(t.role.ids) == len(self.given_features()):
-                self.strands.tie(t.role.ids, self.given_features())  # output k is the reconstruction of input k
+            if isinstance(t.role, Split) and self.vectors and len(t.role.ids) == len(self.features):
+                self.strands.tie(t.role.ids, self.features)  # output k is the reconstruction of input k
         return value
 
     def _refuse_tied_parameters(self) -> None:

@@ -85,12 +85,13 @@ def theorem_2_1(
     checks, outputs, exact = [], [], True
     heads = next(node for node in graph.nodes if node.op == "output").all_input_nodes
     apart = head == "concat" or bool(d.plan.assemblies[False])
+    states = {n: _hidden_states(composed, n, whole) for n in graph.nodes if _is_recurrent(n, composed)}
     for k, (member, crop) in enumerate(zip(subnets, crops, strict=True)):
         own = _features(member, graph, crop, d.plan.member_args[False], {})
         fields = _fields(d, graph, k, own, whole)
         for node in graph.nodes:
-            if _is_recurrent(node, member):
-                checks += _every_step(d, node, k, member, composed, own, whole)
+            if node in states:
+                checks += _every_step(d, node, k, _hidden_states(member, node, own), states[node])
             if node.op in ("placeholder", "get_attr", "output") or node.name not in places or node not in fields:
                 continue
             found = fields[node]
@@ -155,23 +156,21 @@ def _is_recurrent(node: fx.Node, net: nn.Module) -> bool:
 
 
 def _every_step(
-    d: Decomposition, node: fx.Node, k: int, member: nn.Module, composed: nn.Module, own: dict, whole: dict
+    d: Decomposition, node: fx.Node, k: int, own: dict[str, torch.Tensor], whole: dict[str, torch.Tensor]
 ) -> list[LayerCheck]:
     """(2.29) for one recurrent module: the hidden states of all time steps, at every depth and in both directions."""
-    source = node.all_input_nodes[0]
-    mine = _hidden_states(member.get_submodule(node.target), own[source])
-    theirs = _hidden_states(composed.get_submodule(node.target), whole[source])
     checks = []
-    for name, states in mine.items():
+    for name, states in own.items():
         rows = d.plan.places[f"{node.target}.weight_hh_{name}"][k][1].reshape(-1)  # W's columns are the hidden state
-        block = theirs[name][..., torch.from_numpy(rows).to(states.device)]
+        block = whole[name][..., torch.from_numpy(rows).to(states.device)]
         checks.append(LayerCheck(f"{node.name}.{name}", k, (), "", (block - states).abs().max().item()))
     return checks
 
 
 @torch.no_grad()
-def _hidden_states(rnn: nn.RNNBase, x: torch.Tensor) -> dict[str, torch.Tensor]:
-    """The hidden states at every step of each layer of `rnn`, "l0", "l0_reverse", …; each is run as a layer alone."""
+def _hidden_states(net: nn.Module, node: fx.Node, values: dict) -> dict[str, torch.Tensor]:
+    """The states at every step of each layer of a recurrent module, "l0", "l0_reverse", …; each is run as one alone."""
+    rnn, x = net.get_submodule(node.target), values[node.all_input_nodes[0]]
     kind, options = type(rnn), {"nonlinearity": rnn.nonlinearity} if isinstance(rnn, nn.RNN) else {}
     found = {}
     for depth in range(rnn.num_layers):
@@ -196,7 +195,7 @@ def feature_maps(
     The member's map on its crop; its channels of the composed network's map on the whole of x; the field, a Span for
     every axis, or the sentence that says why there is none. Networks are run as theorem_2_1 runs them.
     """
-    graph = d.plan.graphs[False]
+    graph, places = d.plan.graphs[False], _blocks(d)
     whole = _features(composed, graph, x, {}, _edits(d))
     maps: dict[str, list] = {name: [] for name in names}
     for k, (member, crop) in enumerate(zip(subnets, d.split(x), strict=True)):
@@ -204,8 +203,7 @@ def feature_maps(
         fields = _fields(d, graph, k, own, whole)
         for node in graph.nodes:
             if node.name in maps:
-                channels = torch.from_numpy(d.plan.channels[False][node.name][k]).to(x.device)
-                maps[node.name].append((own[node], whole[node][:, channels], fields[node]))
+                maps[node.name].append((own[node], places[node.name](whole[node], k), fields[node]))
     return maps
 
 

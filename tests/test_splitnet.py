@@ -206,14 +206,7 @@ def test_nothing_is_found_where_nothing_pulls():
 def hardened(nodes, groups, whole, seed=0):
     """An assignment of equal groups, shuffled."""
     assignment = Assignment(nodes, groups, whole, "simplex", seed)
-    rng = np.random.default_rng(seed)
-    for path, count in groups.items():
-        for side in (nodes.sides(path).outputs, nodes.sides(path).inputs):
-            ids = side.nodes if side is not None else np.zeros(0, int)
-            ids = ids[assignment.level[ids] == count]
-            own = torch.from_numpy(rng.permutation(len(ids)) % count)
-            with torch.no_grad():
-                getattr(assignment, f"of_{count}")[:, assignment._column[ids]] = F.one_hot(own, count).T.float()
+    run.deal(assignment, seed)
     return assignment
 
 

@@ -107,7 +107,7 @@ def _train(net: nn.Module, demo: Demo, d: Decomposition, samples: Samples, epoch
             x, y = samples.x_train[batch], samples.y_train[batch]
             optimizer.zero_grad()
             if together:
-                loss(net(x), torch.stack(d.split(y)) if demo.head == "concat" else y).backward()
+                loss(net(x), torch.stack(_targets(demo, d, y))).backward()
             else:
                 loss(net(x)[None], y).backward()
             optimizer.step()

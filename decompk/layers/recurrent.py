@@ -33,18 +33,17 @@ class _PackedRecurrent(Twin):
         if not isinstance(x, Tensor) or x.dim() != 3 or not x.shape[1]:
             raise PackError(f"'{self.path}' takes a padded batch (samples, steps, features) in a packed module.")
         self.check(x)
-        if hx is not None:
-            self.check_forward_args(x, hx, None)
-        K, N, H = self.K, x.shape[0] // self.K, self.hidden_size
-        if recurrent_form(self.mode, K, x.dtype, x.is_cuda) == "loop":
-            return self._in_turn(x, hx)
         lstm = self.mode == "LSTM"
         directions = 1 + self.bidirectional
-        start = (None, None) if hx is None else hx if lstm else (hx, None)
-        h, c = (None if s is None else _by_layer(s, self.num_layers, directions, K) for s in start)
-        if h is None:
-            h = x.new_zeros(self.num_layers, directions * K, N, H)
-            c = h if lstm else None
+        if hx is None:
+            zeros = x.new_zeros(self.num_layers * directions, x.shape[0], self.hidden_size)
+            hx = (zeros, zeros) if lstm else zeros
+        else:
+            self.check_forward_args(x, hx, None)
+        K, N = self.K, x.shape[0] // self.K
+        if recurrent_form(self.mode, K, x.dtype, x.is_cuda) == "loop":
+            return self._in_turn(x, hx)
+        h, *cells = (_by_layer(s, self.num_layers, directions, K) for s in (hx if lstm else (hx,)))
 
         y = x.unflatten(0, (K, N)).permute(2, 0, 1, 3)  # (T, K, N, I)
         last_h, last_c = [], []
@@ -53,7 +52,7 @@ class _PackedRecurrent(Twin):
                 y = F.dropout(y, self.dropout, self.training)
             lanes = [self._gates(y, layer, reverse) for reverse in range(directions)]
             gates, weight, bias = map(_cat, zip(*lanes, strict=True), (1, 0, 0))
-            states, cell = recurrence(self.mode, gates, h[layer], c[layer] if lstm else None, weight, bias)
+            states, cell = recurrence(self.mode, gates, h[layer], cells[0][layer] if lstm else None, weight, bias)
             last_h.append(states[-1])
             last_c.append(cell)
             forward, *backward = states.split(K, 1)
@@ -66,9 +65,6 @@ class _PackedRecurrent(Twin):
         """Torch's own layer, one member after the other: to the bit what each computes alone."""
         function = getattr(torch, self.mode.lower())
         pair = self.mode == "LSTM"
-        if hx is None:
-            shape = self.num_layers * (1 + self.bidirectional), x.shape[0], self.hidden_size
-            hx = (x.new_zeros(shape),) * 2 if pair else x.new_zeros(shape)
         states = zip(*(s.chunk(self.K, 1) for s in hx), strict=True) if pair else hx.chunk(self.K, 1)
         weights = zip(*(getattr(self, name).unbind(0) for name in self._flat_weights_names), strict=True)
         options = (self.bias, self.num_layers, self.dropout, self.training, self.bidirectional, True)

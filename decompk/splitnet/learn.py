@@ -49,6 +49,8 @@ def learn(
         (task + assignment.penalty(net, gammas.weights, gammas.disjoint, gammas.balance)).backward()
         optimizer.step()
         mover.step()
+        if settled and watch is None:
+            continue
         fuzzy = assignment.fuzzy()
         if not settled and fuzzy < 0.05:
             settled = step

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ..blockdiag import ZeroSkipping, block_diagonal
-from ..compose import tensors
+from ..compose import output_axis, tensors
 from .assignment import Assignment
 from .nodes import Nodes
 
@@ -87,12 +87,12 @@ def permuted(net: nn.Module, nodes: Nodes, order: np.ndarray) -> nn.Module:
     with torch.no_grad():
         for path, sides in nodes.layers.items():
             weight = known[f"{path}.weight"]
-            outputs, inputs = (1, 0) if getattr(out.get_submodule(path), "transposed", False) else (0, 1)
+            outputs = output_axis(out, f"{path}.weight")
             weight.copy_(weight.index_select(outputs, _moved(sides.outputs.nodes, order)))
             if sides.inputs is not None:
                 places = _moved(sides.inputs.nodes, order)[:, None] * sides.inputs.repeat
                 columns = (places + torch.arange(sides.inputs.repeat)).reshape(-1)
-                weight.copy_(weight.index_select(inputs, columns))
+                weight.copy_(weight.index_select(1 - outputs, columns))
         for name, ids in nodes.vectors.items():
             axis = next((a for a, size in enumerate(known[name].shape) if size > 1), 0)
             known[name].copy_(known[name].index_select(axis, _moved(ids, order)))
