@@ -85,7 +85,7 @@ def block_diagonal(net: nn.Module, input_size: Sequence[int] | None = None) -> Z
     if isinstance(net, ZeroSkipping):
         return net
     found, why = _as_members(net, input_size)
-    return found or _layer_by_layer(net, why)
+    return found or layer_by_layer(net, why)
 
 
 def densify(fast: nn.Module) -> nn.Module:
@@ -275,7 +275,8 @@ class Layerwise(ZeroSkipping, Shell):
         return dense
 
 
-def _layer_by_layer(net: nn.Module, why: str) -> Layerwise:
+def layer_by_layer(net: nn.Module, why: str = "not asked for") -> Layerwise:
+    """`net` with a zero-skipping layer for each that has blocks of zeros; `why` it is not run as members."""
     fast = Layerwise(_sharing(net))
     decisions = []
     for path, module in fast._inner.named_modules():

@@ -94,14 +94,18 @@ class Followed:
     """Whose channels every tensor of an undivided network holds, as strands.
 
     layers: convolution or linear layer → (inputs, None for the image; outputs; columns a channel of a linear layer has
-    behind a flatten). vectors: name of a tensor with one value a channel → strands. outer: those of what the network
-    reads as features and of what it returns, whose order others rely on. roots: strands → one of those that are the
-    same.
+    behind a flatten). vectors: name of a tensor with one value, or one kernel, a channel → strands. outer: those of
+    what the network reads as features and of what it returns. pinned: those of channels that something mixes by their
+    numbers: grouped convolutions and norms, recurrent layers, local response norms. values: by training or not, name of
+    a graph's node → the one axis of its value that holds channels, their strands, and elements a channel has on it.
+    roots: strands → one of those that are the same.
     """
 
     layers: dict[str, tuple[np.ndarray | None, np.ndarray, int]]
     vectors: dict[str, np.ndarray]
     outer: np.ndarray
+    pinned: np.ndarray
+    values: dict[bool, dict[str, tuple[int, np.ndarray, int]]]
     roots: Callable[[np.ndarray], np.ndarray]
 
 
@@ -114,13 +118,26 @@ def analyse_whole(model: nn.Module, input_size: tuple[int, ...]) -> Followed:
         raise UnsupportedOperation(
             f"{where(followed.shuffles[0][1])}: it shuffles channels, whose order would then have to stay as it is."
         )
+    if followed.tensor_names:
+        raise UnsupportedOperation(
+            f"'{next(iter(followed.tensor_names))}' is used by a function, not by a layer that holds it: give it one."
+        )
     layers, vectors = {}, {name: ids for name, (_, ids) in followed.bare.items()}
     outer = [followed.features] if followed.vectors else []
+    pinned = followed.pinned
     for target, leaf in followed.leaves.items():
         module = followed.modules[target]
         if leaf.kind == "norm":
             vectors |= {f"{target}.{name}": leaf.inputs for name, _ in _vectors(module)}
-        elif leaf.kind in ("conv", "linear") and leaf.groups == 1:
+            pinned += [leaf.inputs] if leaf.groups > 1 else []
+        elif leaf.kind == "recurrent":
+            pinned += [leaf.inputs, *(ids for depth in leaf.hidden for ids in depth)]
+        elif leaf.groups > 1 and leaf.groups == len(leaf.inputs) == len(leaf.outputs):  # a kernel for each channel
+            names = ["weight"] if module.bias is None else ["weight", "bias"]
+            vectors |= {f"{target}.{name}": leaf.inputs for name in names}
+        elif leaf.groups > 1:
+            pinned += [leaf.inputs, leaf.outputs]
+        else:
             outputs = leaf.outputs
             if outputs is None:  # a last layer
                 outputs = followed.strands.new(_sides(module)[1])
@@ -129,7 +146,17 @@ def analyse_whole(model: nn.Module, input_size: tuple[int, ...]) -> Followed:
             layers[target] = leaf.inputs, outputs, math.prod(leaf.window.full) if flat else 1
             if module.bias is not None:
                 vectors[f"{target}.bias"] = outputs
-    return Followed(layers, vectors, np.concatenate([np.zeros(0, np.int64), *outer]), followed.strands.roots)
+    none = np.zeros(0, np.int64)
+    ends, kept = np.concatenate([none, *outer]), np.concatenate([none, *pinned])
+    values: dict[bool, dict[str, tuple[int, np.ndarray, int]]] = {}
+    for mode, env in followed.values.items():
+        roles = {node.name: value.role for node, value in env.items() if isinstance(value, T)}
+        values[mode] = {
+            name: (role.axes[0], role.ids, math.prod(role.window.full) if role.window else 1)
+            for name, role in roles.items()
+            if isinstance(role, Split) and len(role.axes) == 1
+        }
+    return Followed(layers, vectors, ends, kept, values, followed.strands.roots)
 
 
 LAYERS = (nn.modules.conv._ConvNd, nn.Linear)
@@ -159,6 +186,7 @@ class _Pass:
         self.features = np.zeros(0, dtype=np.int64)  # the strands of an input vector, whose owners the crops say
         self.checks: list[tuple[fx.Node, Callable[[np.ndarray], bool]]] = []
         self.shuffles: list[tuple[bool, fx.Node, np.ndarray, int, np.ndarray]] = []
+        self.pinned: list[np.ndarray] = []  # strands whose order an operation without parameters relies on
         self.plan = Plan(self.K)
         self.parameters = dict(model.named_parameters(remove_duplicate=False))
         self.bare_rewrites: dict[str, list[str]] = {}  # nodes rewritten for a parameter that may yet prove shared
@@ -185,7 +213,7 @@ class _Pass:
             raise PartitionError(
                 f"{type(self.model).__name__} reads neighbours, not single features: give crops, not index sets."
             )
-        values = {}
+        self.values: dict[bool, dict[fx.Node, Any]] = {}
         for self.mode, graph in graphs.items():
             self.plan.member_args[self.mode] = {}
             self.plan.assemblies[self.mode] = {}
@@ -198,8 +226,8 @@ class _Pass:
                     raise
                 except Exception as error:  # an operation used in a way that its rule does not foresee
                     self.refuse(f"it cannot be followed ({type(error).__name__}: {_first_line(error)})")
-            values[self.mode] = self.env
-        self._finish(values)
+            self.values[self.mode] = self.env
+        self._finish(self.values)
         return self.plan
 
     # ---- one node -------------------------------------------------------------------------------------------------

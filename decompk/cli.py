@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -42,8 +43,17 @@ def _parser() -> argparse.ArgumentParser:
 
     report = commands.add_parser("report", help="what a decomposition saves, layer by layer, beside the paper's ratios")
     _add_decomposition(report)
-    report.add_argument(
+    instead = report.add_mutually_exclusive_group()
+    instead.add_argument(
         "--paper", action="store_true", help="every analytic table of the papers: printed, ours, verdict"
+    )
+    instead.add_argument(
+        "--splitnet",
+        nargs="?",
+        type=Path,
+        const=True,
+        metavar="FOLDER",
+        help="SplitNet's tables: printed, ours, verdict; and what `decompk split` has learnt in FOLDER",
     )
     report.set_defaults(run=_report)
 
@@ -85,11 +95,19 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--tensorboard", action="store_true", help="write TensorBoard's events, too")
     train.set_defaults(run=_train)
 
-    split = commands.add_parser("split", help="SplitNet on real digits: learn groups of channels, split, fine-tune")
-    split.add_argument("--out", type=Path, default=Path("split-out"), help="folder for all that is made; a run goes on")
-    split.add_argument("--seeds", default="0,1,2", help="one training of every variant for each (default 0,1,2)")
-    split.add_argument("--width", type=int, default=2, help="filters of the first stage; WRN-16-8 has 16 (default 2)")
+    split = commands.add_parser("split", help="SplitNet: learn groups of channels, split, fine-tune, compare")
+    split.add_argument("--model", default="wrn_16_8", help="wrn_16_8 (default), alexnet or resnet18x2")
+    split.add_argument("--data", default="digits", help="digits (default), or what `decompk train` takes")
+    split.add_argument("--pixels", type=int, help="of digits and files (default 16 for wrn_16_8 on digits)")
+    split.add_argument(
+        "--width", type=int, help="of the first stage (default 2 for wrn_16_8 on digits, or the model's)"
+    )
+    split.add_argument("--augment", action="store_true", help="flip and shift the training images")
+    split.add_argument("--variants", help='such as "dense,Deep,Deep random,Deep overlap,SSL 1.1" (default: all)')
     split.add_argument("--epochs", help="whole, learning groups, fine-tuning (default 6,8,6)")
+    split.add_argument("--seeds", default="0,1,2", help="one training of every variant for each (default 0,1,2)")
+    split.add_argument("--out", type=Path, default=Path("split-out"), help="folder for all that is made; a run goes on")
+    split.add_argument("--device", help="cpu, cuda or cuda:1 (default: a GPU where there is one)")
     split.set_defaults(run=_split)
 
     bench = commands.add_parser("bench-report", help="results of `pytest bench --benchmark-only` as a page with plots")
@@ -145,6 +163,12 @@ def _report(arguments: argparse.Namespace) -> int:
         from .report.paper import paper_report
 
         print(paper_report(arguments.format).rstrip("\n"))
+        return 0
+    if arguments.splitnet:
+        from .report.splitnet import splitnet_report
+
+        folder = None if arguments.splitnet is True else arguments.splitnet
+        print(splitnet_report(arguments.format, folder).rstrip("\n"))
         return 0
     d = _decomposition(arguments, "meta")  # only shapes matter here
     print(d.report().render(arguments.format).rstrip("\n"))
@@ -230,12 +254,29 @@ def _split(arguments: argparse.Namespace) -> int:
     from .splitnet.run import Settings, run
 
     epochs = _sizes(arguments.epochs, "--epochs", repeat=3) if arguments.epochs else Settings.epochs
-    if len(epochs) != 3 or min(epochs) < 1 or arguments.width < 1:
-        raise DecompkError("--epochs are three positive numbers such as 6,8,6, and --width is one.")
-    table = run(arguments.out, _sizes(arguments.seeds, "--seeds", 1), Settings(arguments.width, epochs))
-    print(table.render().rstrip("\n"))
-    print(f"Weights, result.json and this table: {arguments.out}")
+    if len(epochs) != 3 or min(epochs) < 1:
+        raise DecompkError("--epochs are three positive numbers such as 6,8,6.")
+    small = (arguments.model, arguments.data) == ("wrn_16_8", "digits")  # what two cores train in minutes
+    settings = Settings(
+        model=arguments.model,
+        width=_positive(arguments.width, "--width") or (Settings.width if small else None),
+        data=arguments.data,
+        pixels=_positive(arguments.pixels, "--pixels") or (Settings.pixels if small else None),
+        augment=arguments.augment,
+        epochs=epochs,
+    )
+    names = tuple(arguments.variants.split(",")) if arguments.variants else None
+    table = run(arguments.out, _sizes(arguments.seeds, "--seeds", 1), settings, names, arguments.device)
+    if os.environ.get("RANK", "0") == "0":
+        print(table.render().rstrip("\n"))
+        print(f"Weights, figures, result.json and this table: {arguments.out}")
     return 0
+
+
+def _positive(number: int | None, option: str) -> int | None:
+    if number is not None and number < 1:
+        raise DecompkError(f"{option} {number} is not a positive number.")
+    return number
 
 
 def _setting(text: str) -> tuple[str, Any]:

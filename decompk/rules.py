@@ -560,6 +560,17 @@ def expand(p: Any, name: str, args: Any, kwargs: Any) -> Any:
     return p.wrap(full, part, replace(x.role, axes=axes))
 
 
+@rule("local_response_norm")
+def local_response_norm(p: Any, name: str, args: Any, kwargs: Any) -> Any:
+    """Over channels next to each other: they may belong to one member alone, and stay in their order."""
+    x = args[0]
+    if isinstance(x.role, Split):
+        if p.K > 1:
+            p.refuse(f"'{name}' mixes the channels of different members")
+        p.pinned.append(x.role.ids)
+    return p.elementwise(name, args, kwargs)
+
+
 @rule("channel_shuffle", "native_channel_shuffle")
 def channel_shuffle(p: Any, name: str, args: Any, kwargs: Any) -> Any:
     x = args[0]
@@ -654,6 +665,7 @@ MODULE_RULES: list[tuple[Any, Callable]] = [
     ((nn.Unflatten,), _as_function("unflatten")),
     ((nn.Softmax, nn.LogSoftmax, nn.Softmin, nn.Softmax2d), _softmax),
     ((nn.GLU,), _glu),
+    ((nn.LocalResponseNorm,), _as_function("local_response_norm")),
     ((nn.ChannelShuffle,), _as_function("channel_shuffle")),
     ((nn.PixelShuffle, nn.PixelUnshuffle), _as_function("pixel_shuffle")),
 ]

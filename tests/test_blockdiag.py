@@ -56,7 +56,7 @@ def train_step(net, x, target, holding_zeros=False):
 
 
 @pytest.mark.parametrize("partitions", [4, (2, 4), 16], ids=["K=4", "K=8", "K=16"])
-@pytest.mark.parametrize("name", models.names())
+@pytest.mark.parametrize("name", [name for name in models.names() if name != "alexnet"])  # its norms mix channels
 def test_a_composed_network_runs_as_its_members_in_eval_and_in_a_training_step(name, partitions):
     net = composed(name, partitions)
     fast = decompk.block_diagonal(net)

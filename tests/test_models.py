@@ -12,16 +12,19 @@ def parameters(model):
     return sum(p.numel() for p in model.parameters()), sum(running)
 
 
+NARROW = {"vgg16": {"fc": 16}, "alexnet": {"width": 6, "fc": 16}}  # 3 divides the width of an AlexNet
+
+
 def test_every_registered_network_maps_its_own_input_to_its_own_classes():
     for name in models.names():
         known = models.spec(name)
-        narrow = models.build(name, width=4, **({"fc": 16} if name == "vgg16" else {})).eval()
+        narrow = models.build(name, **{"width": 4} | NARROW.get(name, {})).eval()
         assert narrow(torch.rand(1, *known.input_size)).shape == (1, known.num_classes)
 
 
 @pytest.mark.parametrize("name", models.names())
 def test_a_narrow_network_of_another_input_and_class_count_computes_finite_logits(name):
-    model = models.build(name, num_classes=7, input_size=(1, 64, 64), width=4)
+    model = models.build(name, num_classes=7, input_size=(1, 64, 64), **{"width": 4} | NARROW.get(name, {}))
     logits = model(torch.rand(2, 1, 64, 64))
     assert logits.shape == (2, 7)
     assert logits.isfinite().all()
@@ -39,6 +42,7 @@ def test_a_narrow_network_of_another_input_and_class_count_computes_finite_logit
         ("resnet56", 13_635_978, 16_256),
         ("resnet110", 27_594_762, 32_384),
         ("wrn_16_8", 11_007_540, 7_200),
+        ("alexnet", 62_378_344, 0),
     ],
 )
 def test_parameter_counts_are_those_behind_the_papers_tables(name, trainable, running):
@@ -51,6 +55,22 @@ def test_vgg16_reads_its_last_map_without_pooling_it():
     assert models.vgg16(num_classes=10, input_size=(3, 32, 32), width=8, fc=32).classifier[0].in_features == 64
     with pytest.raises(DecompkError, match=r"^vgg16 halves its input five times.*give at least 32×32\.$"):
         models.vgg16(input_size=(3, 31, 40))
+
+
+@pytest.mark.parametrize(("pixels", "first", "last"), [(224, 55, 6), (227, 56, 6), (63, 15, 1)])
+def test_alexnet_is_one_tower_whose_maps_shrink_by_4_and_three_poolings(pixels, first, last):
+    net = models.alexnet(num_classes=5, input_size=(3, pixels, pixels), width=6, fc=20)
+    assert net.conv1(torch.rand(1, 3, pixels, pixels)).shape == (1, 6, first, first)
+    assert net.fc6.in_features == 16 * last * last and net(torch.rand(2, 3, pixels, pixels)).shape == (2, 5)
+    convolutions = [module for module in net.modules() if isinstance(module, nn.Conv2d)]
+    assert [(conv.out_channels, conv.groups) for conv in convolutions] == [(n, 1) for n in (6, 16, 24, 24, 16)]
+
+
+def test_what_alexnet_cannot_be_is_said_in_one_sentence():
+    with pytest.raises(DecompkError, match=r"^alexnet strides by 4 .* nothing of 62×80 pixels; give at least 63×63\.$"):
+        models.alexnet(input_size=(3, 62, 80), width=3, fc=8)
+    with pytest.raises(DecompkError, match=r"^conv2 of alexnet is 8/3 as wide .* that 3 divides, not 4\.$"):
+        models.alexnet(width=4)
 
 
 def test_table_2_2_strides_in_the_3x3_of_the_last_unit_and_subsamples_its_shortcut():

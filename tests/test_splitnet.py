@@ -13,9 +13,25 @@ from torch.nn import functional as F
 from decompk import block_diagonal, models, splitnet
 from decompk.cli import main
 from decompk.errors import DecompkError, UnsupportedOperation
-from decompk.splitnet import Assignment, Gammas, Nodes, ReducedGradient, learn, reduced_gradient, run
+from decompk.splitnet import (
+    Assignment,
+    Gammas,
+    Learner,
+    Nodes,
+    ReducedGradient,
+    Sparsifier,
+    learn,
+    reduced_gradient,
+    run,
+    split,
+    split_points,
+    without,
+)
+from decompk.splitnet.rearrange import grouped, rearranged
 from decompk.splitnet.simplex import largest_step
-from decompk.splitnet.split import grouped_order, permuted, split
+from decompk.splitnet.sparse import Filters
+from decompk.splitnet.variants import DEFAULT
+from decompk.train.checkpoint import Checkpoints
 
 # ---- the simplex ----------------------------------------------------------------------------------------------------
 
@@ -123,8 +139,6 @@ def test_what_cannot_be_followed_or_split_is_refused():
         ({"conv9": 2}, {}, "no convolution or linear layer"),
         ({"conv1": 2}, {}, "reads the image"),
         ({"fc": 1}, {}, "two groups or more"),
-        ({"layers.0.0.conv2": 2, "conv1": 3}, {"whole_inputs": ["conv1"]}, "through a shortcut"),
-        ({"layers.2.0.conv1": 2, "layers.2.0.conv2": 3}, {}, "a multiple or a divisor"),
         ({"fc": 2}, {"whole_inputs": ["conv1"]}, "not to be split"),
         ({"fc": 2}, {"parametrisation": "sparsemax"}, "unknown"),
     ):
@@ -229,7 +243,7 @@ def test_a_split_network_is_the_masked_one_on_the_block_engine(case):
     nodes = Nodes(net, (3, 32, 32))
     assignment = hardened(nodes, groups, whole)
     x = torch.randn(2, 3, 32, 32, dtype=torch.float64)
-    moved = permuted(net, nodes, grouped_order(nodes, assignment.hard()))
+    moved = rearranged(net, nodes, grouped(nodes, assignment.members())).net
     assert (moved(x) - net(x)).abs().max() < 1e-10
     assert any(not torch.equal(a, b) for a, b in zip(moved.parameters(), net.parameters(), strict=True))
 
@@ -253,29 +267,269 @@ def test_a_split_network_is_the_masked_one_on_the_block_engine(case):
         assert (mine[name].grad * result.masks.get(name, 1) - expected).abs().max() < 1e-10 * (1 + expected.abs().max())
 
 
+@pytest.mark.parametrize("overlap", [None, 0.1])
+def test_training_keeps_the_zeros_of_groups_of_any_size(overlap):
+    net, size = models.wrn_16_8(10, (1, 16, 16), 2), (1, 16, 16)
+    assignment = Assignment(Nodes(net, size), split_points("wrn_16_8", "Deep")[0], spread=2.0)
+    result = split(net, assignment, overlap)
+    assert 0.3 < result.kept < 0.9
+    fast = result.fast()
+    optimizer = torch.optim.Adam(fast.parameters(), 1e-2)
+    for seed in range(2):
+        x = torch.randn(4, *size, generator=torch.Generator().manual_seed(seed))
+        optimizer.zero_grad()
+        fast(x).square().sum().backward()
+        optimizer.step()
+    for name, mask in result.masks.items():
+        weight = result.dense.get_parameter(name)
+        assert not weight[~mask].any() and weight[mask].all()
+
+
+def test_a_fuzzy_node_has_a_copy_in_each_of_its_groups_and_a_class_hears_all_of_its_own():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(5, 9), nn.ReLU(), nn.Linear(9, 4)).double()
+    nodes = Nodes(net, (5,))
+    assignment = Assignment(nodes, {"0": 3, "2": 3})
+    with torch.no_grad():  # about a third of the nodes in one group, in two, and in all
+        assignment.of_3.copy_(torch.where(torch.rand(3, nodes.count) < 0.5, 0.0, -9.0))
+    members = assignment.members(0.1)
+    assert {1, 2, 3} == set(members.sum(1))
+    result = split(net, assignment, 0.1)
+    x = torch.randn(7, 5, dtype=torch.double)
+    sides = nodes.layers["0"].inputs.nodes, nodes.layers["0"].outputs.nodes, nodes.layers["2"].outputs.nodes
+    reads, hidden, classes = (torch.from_numpy(members[side]) for side in sides)
+    expected = net[2].bias.expand(7, 4).clone()
+    for h in range(9):
+        for c in range(4):
+            common = (hidden[h] & classes[c]).nonzero().flatten()
+            for g in common:
+                own = torch.relu(x[:, reads[:, g]] @ net[0].weight[h, reads[:, g]] + net[0].bias[h])
+                expected[:, c] += net[2].weight[c, h] / len(common) * own
+    assert result.dense[0].out_features == members[sides[1]].sum() > 9
+    assert torch.allclose(result.dense(x), expected, atol=1e-12)
+    for path, owners in (("0", (hidden, reads)), ("2", (classes, hidden))):
+        inside = torch.cat([torch.from_numpy(result.copies.groups[a]).double() for a in result.along[path][:1]])
+        other = torch.from_numpy(result.copies.groups[result.along[path][1]]).double()
+        assert torch.equal(result.masks[f"{path}.weight"], inside @ other.T > 0), owners
+    for wrong in (0.0, 0.5, -1.0):
+        with pytest.raises(DecompkError, match="no share of a node"):
+            split(net, assignment, wrong)
+
+
+def test_subgroups_lie_in_their_groups_as_evenly_as_numbers_allow():
+    with torch.device("meta"):
+        net = models.alexnet(20, (3, 64, 64), 6, 30)
+    groups, whole = split_points("alexnet", "1-2-5")
+    assignment = Assignment(Nodes(net, (3, 64, 64)), groups, whole)
+    assert assignment.parents(5, 2).tolist() == [0, 0, 0, 1, 1] and assignment.parents(4, 4).tolist() == [0, 1, 2, 3]
+    three = Assignment(Nodes(net, (3, 64, 64)), *split_points("alexnet", "2-5-10"))
+    assert three.parents(10, 2).tolist() == three.parents(5, 2)[three.parents(10, 5)].tolist()
+    for p, q in map(assignment.sides, groups):
+        assert torch.allclose(p.sum(0), torch.ones(p.shape[1])) and torch.allclose(q.sum(0), torch.ones(q.shape[1]))
+    assert assignment.sides("fc7")[0].shape == (2, 30) and assignment.sides("fc8")[1].shape == (5, 20)
+
+
+@pytest.mark.parametrize(
+    ("name", "setting", "size"), [("alexnet", "2-4-8", 64), ("alexnet", "2x5", 64), ("resnet18x2", "2-4-8", 32)]
+)
+def test_the_supplements_networks_split_at_its_points(name, setting, size):
+    torch.manual_seed(0)
+    net = models.build(name, num_classes=16, width=12, input_size=(3, size, size), **({"fc": 32} if size > 32 else {}))
+    net = net.double().eval()
+    groups, whole = split_points(name, setting)
+    assignment = hardened(Nodes(net, (3, size, size)), groups, whole)
+    result = split(net, assignment)
+    x = torch.randn(2, 3, size, size, dtype=torch.double)
+    fast = result.fast()
+    assert (fast(x) - result.dense(x)).abs().max() < 1e-10
+    assert any(decision.form == "blocks" for decision in fast.decisions)
+    for path, count in groups.items():
+        share = result.masks[f"{path}.weight"].double().mean().item()
+        assert share == 1 if path in whole else share == pytest.approx(1 / count, rel=0.05), path
+
+
+# ---- SSL ------------------------------------------------------------------------------------------------------------
+
+
+def test_filters_shrink_by_the_proximal_step_and_stay_at_zero():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+    nodes = Nodes(net, (3,))
+    with torch.no_grad():
+        net[0].weight.copy_(torch.tensor([[3.0, 0, 4], [0, 0.5, 0], [0, 0, 2], [0.3, 0, 0.4]]))
+    before = copy.deepcopy(net.state_dict())
+    filters = Filters(net, nodes)
+    assert sorted(filters.norms()[nodes.layers["0"].outputs.nodes].tolist()) == pytest.approx([0.5, 0.5, 2, 5])
+    filters.shrink(1.0)
+    assert torch.allclose(net[0].weight, torch.tensor([[2.4, 0, 3.2], [0, 0, 0], [0, 0, 1], [0, 0, 0]]))
+    assert net[0].bias[[1, 3]].tolist() == [0, 0] and torch.equal(net[0].bias[[0, 2]], before["0.bias"][[0, 2]])
+    assert torch.equal(net[2].weight, before["2.weight"])  # what the network returns stays
+    with torch.no_grad():
+        net[0].weight[1] = 9
+    filters.shrink(1e-3)
+    assert not net[0].weight[1].any()
+
+
+@pytest.mark.parametrize("make", ["resnet8", "vgg8", "wrn_16_8"])
+def test_zero_filters_leave_without_a_trace(make):
+    torch.manual_seed(0)
+    net = models.build(make, num_classes=5, width=4, input_size=(3, 16, 16)).double()
+    net(torch.randn(4, 3, 16, 16, dtype=torch.double))  # batch norms that have seen something
+    nodes = Nodes(net, (3, 16, 16))
+    filters = Filters(net, nodes)
+    filters.shrink(float(filters.norms().quantile(0.4)))
+    assert 0 < int(filters.gone.sum()) < nodes.count
+    net.eval()
+    less = without(net, nodes, filters.gone)
+    x = torch.randn(2, 3, 16, 16, dtype=torch.double)
+    assert (less(x) - net(x)).abs().max() < 1e-10 * (1 + net(x).abs().max())
+    assert sum(p.numel() for p in less.parameters()) < sum(p.numel() for p in net.parameters())
+    with pytest.raises(UnsupportedOperation, match="something else"):
+        without(net, nodes, ~filters.gone)
+
+
+def test_ssl_takes_out_what_the_task_does_not_need():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 24), nn.ReLU(), nn.Linear(24, 3))
+    x = torch.randn(256, 6)
+    y = (x[:, 0] > 0).long() + (x[:, 1] > 0).long()
+    nodes = Nodes(net, (6,))
+    trainer = Sparsifier(net, nodes, F.cross_entropy, strength=0.2, steps=300)
+    for _ in range(300):
+        trainer.step(x, y)
+    less = without(net.eval(), nodes, trainer.filters.gone)
+    assert 2 <= less[0].out_features < 16
+    assert (less(x).argmax(1) == y).float().mean() > 0.95
+    with pytest.raises(DecompkError, match="drives no filter to zero"):
+        Sparsifier(net, nodes, F.cross_entropy, 0.0, 1)
+
+
+# ---- trainings that go on ----------------------------------------------------------------------------------------
+
+
+def test_a_learner_goes_on_to_the_same_bits_and_frozen_assignments_stand_still():
+    def learner():
+        net, x, y, _ = planted(0)
+        assignment = Assignment(Nodes(net, (12,)), dict.fromkeys(("0", "2", "4"), GROUPS), seed=0)
+        return Learner(net, assignment, F.mse_loss, SETTINGS["softmax"][3], 1e-3, 0.05, freeze=0.5), x, y
+
+    whole, x, y = learner()
+    still = []
+    for _ in range(120):
+        whole.step(x, y)
+        still.append((whole.assignment.still_3.clone(), whole.assignment.soft(3).clone()))
+    assert not still[0][0].any() and still[-1][0].any()
+    first = next(i for i, (columns, _) in enumerate(still) if columns.any())
+    columns, values = still[first]
+    assert torch.equal(still[-1][1][:, columns], values[:, columns])
+    free = ~still[-1][0]
+    assert not free.any() or not torch.equal(still[-1][1][:, free], values[:, free])
+
+    begun, _, _ = learner()
+    for _ in range(70):
+        begun.step(x, y)
+    gone_on, _, _ = learner()
+    gone_on.load_state_dict(copy.deepcopy(begun.state_dict()))
+    for _ in range(50):
+        gone_on.step(x, y)
+    assert gone_on.steps == 120 and gone_on.settled == whole.settled
+    for a, b in ((whole.net, gone_on.net), (whole.assignment, gone_on.assignment)):
+        assert all(torch.equal(p, q) for p, q in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+
+
 # ---- the command ----------------------------------------------------------------------------------------------------
+
+
+SHORT = ["--width", "1", "--epochs", "1,2,1", "--seeds", "0"]
 
 
 def test_the_command_trains_every_variant_and_goes_on_where_it_was(tmp_path, capsys, monkeypatch):
     out = tmp_path / "out"
-    command = ["split", "--out", str(out), "--width", "1", "--epochs", "1,1,1"]
+    names = ("dense", "FC", "Deep", "Hierarchical", "Deep random", "Deep overlap", "SSL 1.1")
+    assert set(names) < set(DEFAULT["wrn_16_8"])
+    command = ["split", "--out", str(out), "--variants", ",".join(names), "--width", "1", "--epochs", "1,1,1"]
     assert main([*command, "--seeds", "0"]) == 0
     first = capsys.readouterr().out
-    assert all(name in first for name in ("dense", *run.SPLITS)) and "better with" in first
+    assert all(f"\n{name} " in first for name in names) and "(Deep) against random" in first
     known = json.loads((out / "result.json").read_text())["runs"]
-    assert set(known) == {f"{name} 0" for name in ("dense", *run.SPLITS)}
-    assert known["FC 0"]["params"] < known["dense 0"]["params"] and known["FC 0"]["flops"] < known["dense 0"]["flops"]
-    assert known["Random 0"]["fuzzy"] == 0.0 and known["Random 0"]["settled"] is None
-    state = torch.load(out / "random-seed0.pt", weights_only=True)
+    assert set(known) == {f"{name} 0" for name in names}
+    dense = known["dense 0"]
+    for name in ("FC", "Deep", "Hierarchical", "Deep random"):
+        assert known[f"{name} 0"]["params"] < dense["params"] and known[f"{name} 0"]["flops"] < dense["flops"]
+    assert known["Deep overlap 0"]["params"] > known["Deep 0"]["params"]
+    assert known["Deep random 0"]["fuzzy"] == 0.0 and "settled" not in known["Deep random 0"]
+    state = torch.load(out / "deep-random-seed0.pt", weights_only=True)
     assert (state["layer3.1.conv1.weight"] == 0).float().mean().item() == 0.5
+    made = {path.name for path in out.iterdir()}
+    assert {"summary.md", "assignments.png", "weights.png", "ssl-1.1-seed0.pt"} <= made and not (
+        out / "state/x"
+    ).exists()
+    assert not [*(out / "state").iterdir()]
 
-    monkeypatch.setattr(run, "_pretrained", lambda *_: pytest.fail("it is there already"))
+    monkeypatch.setattr(run._Run, "_phase", lambda *_, **__: pytest.fail("it is there already"))
     assert main([*command, "--seeds", "0"]) == 0
     assert capsys.readouterr().out == first
+    assert main(["report", "--splitnet", str(out), "--format", "csv"]) == 0
+    assert capsys.readouterr().out.strip().endswith(run.summary_of(out).to_csv().strip())
     assert main([*command[:-1], "2,1,1", "--seeds", "0"]) == 2
     assert "other settings" in capsys.readouterr().err
-    for wrong in (["--epochs", "1,1"], ["--epochs", "0,1,1"], ["--width", "0"]):
-        assert main(["split", "--out", str(tmp_path / "new"), *wrong]) == 2
+    (out / "result.json").write_text("{")
+    assert main([*command, "--seeds", "0"]) == 2
+    assert "damaged" in capsys.readouterr().err
+    assert main(["report", "--splitnet", str(tmp_path)]) == 2
+    assert "holds no result" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        (["--epochs", "1,1"], "three positive numbers"),
+        (["--epochs", "0,1,1"], "three positive numbers"),
+        (["--width", "0"], "--width 0"),
+        (["--pixels", "0"], "--pixels 0"),
+        (["--variants", "dense,Deeper"], "'Deeper' is no split"),
+        (["--variants", "SSL none"], "no strength"),
+        (["--variants", "Deep overlap random"], "leave one out"),
+        (["--model", "vgg16"], "no network of SplitNet's"),
+        (["--data", "nowhere"], "names no data"),
+    ],
+)
+def test_wrong_arguments_end_in_a_sentence(tmp_path, capsys, wrong, words):
+    assert main(["split", "--out", str(tmp_path / "new"), *wrong]) == 2
+    assert words in capsys.readouterr().err and not (tmp_path / "new" / "result.json").exists()
+
+
+def test_a_run_stopped_anywhere_goes_on_to_the_same_bits(tmp_path, capsys, monkeypatch):
+    names = ("Shallow overlap simplex", "SSL 1.1")
+    command = ["split", *SHORT, "--variants", ",".join(names), "--out"]
+    assert main([*command, str(tmp_path / "whole")]) == 0
+    save, left = Checkpoints.save, [0]
+
+    def stopping(self, step, state):
+        save(self, step, state)
+        left[0] -= 1
+        if left[0] == 0:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Checkpoints, "save", stopping)
+    stops = 0
+    for _ in range(8):  # seven epochs, over all phases of both
+        left[0] = 1
+        code = main([*command, str(tmp_path / "often")])
+        stops += code == 130
+        assert code in (0, 130)
+    assert code == 0 and stops == 7
+    assert "goes on behind the last epoch" in capsys.readouterr().err
+    for name in names:
+        file = f"{name.lower().replace(' ', '-')}-seed0.pt"
+        a, b = (torch.load(tmp_path / folder / file, weights_only=True) for folder in ("whole", "often"))
+        assert all(torch.equal(a[key], b[key]) for key in a)
+    one, other = (json.loads((tmp_path / folder / "result.json").read_text()) for folder in ("whole", "often"))
+    assert one == other
+    frames = [
+        torch.load(tmp_path / f / "history/shallow-overlap-simplex.pt", weights_only=True) for f in ("whole", "often")
+    ]
+    assert frames[0][0] == frames[1][0] and torch.equal(frames[0][1], frames[1][1])
 
 
 def test_a_random_split_of_the_paper_keeps_what_its_table_says():
@@ -284,7 +538,7 @@ def test_a_random_split_of_the_paper_keeps_what_its_table_says():
         net = models.wrn_16_8(100)
     nodes = Nodes(net, (3, 32, 32))
     for name, printed in (("FC", 0.35), ("Shallow", 32.54), ("Deep", 46.39), ("Hierarchical", 62.58)):
-        assignment = Assignment(nodes, run.SPLITS[name])
+        assignment = Assignment(nodes, *split_points("wrn_16_8", name))
         run.deal(assignment, 0)
         whole = sum(p.numel() for p in net.parameters())
         kept = split(models.wrn_16_8(100), assignment).masks

@@ -14,6 +14,7 @@ from typing import Any
 from torch import nn
 
 from ..errors import DecompkError
+from .alexnet import alexnet
 from .basic import cifar_resnet8, cifar_resnet32, cifar_resnet56, cifar_resnet110, resnet18x2
 from .kinds import Elman, ElmanBlock, Recurrent, autoencoder, conv_autoencoder, mlp, signal_cnn, volume_cnn
 from .resnet import resnet50, resnet101
@@ -25,6 +26,7 @@ __all__ = [
     "ElmanBlock",
     "Recurrent",
     "Spec",
+    "alexnet",
     "autoencoder",
     "build",
     "cifar_resnet8",
@@ -69,6 +71,7 @@ MODELS = {
     "resnet110": Spec(cifar_resnet110, SMALL, 10),
     "wrn_16_8": Spec(wrn_16_8, SMALL, 100),
     "resnet18x2": Spec(resnet18x2, IMAGE, 1000),
+    "alexnet": Spec(alexnet, IMAGE, 1000),
 }
 
 

@@ -9,11 +9,13 @@ from dataclasses import replace
 from decimal import ROUND_DOWN, Decimal
 from functools import cache
 from importlib.resources import files
+from typing import Any
 
 import torch
 
 from .. import models
 from ..cost import CONVENTIONS, Cost, LayerCost, Shape, conv_weights, layers, total
+from ..splitnet.points import split_points
 from .table import Column, Table, known
 
 CLOSE = 0.05  # relative deviation up to which a miss may still be called close
@@ -38,7 +40,7 @@ def paper_cells() -> list[dict[str, str | float]]:
       rest of the table, so the table contradicts itself and no single convention explains it;
     - "close": any other miss, at most 5 % off, which no convention known here hits.
     """
-    data = _data()
+    data = printed_tables()
     values = [_values(data["networks"][table][network], figure) for table, network, figure, _ in data["cells"]]
     groups: dict[tuple[str, bool], list[tuple[dict[str, float], str]]] = defaultdict(list)
     for (table, _, figure, printed), value in zip(data["cells"], values, strict=True):
@@ -49,7 +51,7 @@ def paper_cells() -> list[dict[str, str | float]]:
             "table": table,
             "item": f"{network} {figure}",
             "printed": printed,
-            **_judge(
+            **judge(
                 value, printed, best[table, "params" in figure], _setting(data["networks"][table][network], figure)
             ),
         }
@@ -84,7 +86,7 @@ def paper_table(cells: list[dict] | None = None) -> Table:
 
 def vgg_table() -> Table:
     """Table 2.1: output and kernel sizes of VGG16 and of its sub-network in 4 partitions, printed and counted."""
-    data = _data()
+    data = printed_tables()
     ours = zip(*(_table21_rows(data["networks"]["2.2"][name]) for name in ("VGG16", "VGG16-sub")), strict=True)
     heads = ("output global", "output sub-net", "kernel global", "kernel sub-net")
     rows = []
@@ -111,7 +113,8 @@ def paper_report(format: str = "table") -> str:
 
 
 @cache
-def _data() -> dict:
+def printed_tables() -> dict:
+    """What paper_tables.json holds: the papers' networks, and what the papers print of them."""
     return json.loads(files(__package__).joinpath("paper_tables.json").read_text("utf-8"))
 
 
@@ -129,13 +132,23 @@ def _walked(name: str, options: str) -> list[LayerCost]:
 
 def _values(network: dict, figure: str) -> dict[str, float]:
     """The figure under every convention that could be meant, in the printed unit."""
-    walked, groups = _walk(network), network.get("split", {})
-    whole, split = total(walked), total(_split(layer, groups.get(layer.name, 1)) for layer in walked)
+    whole, split = balanced_split(network["build"], network.get("setting"), **network.get("options", {}))
     conventions = PARAMS if "params" in figure else CONVENTIONS
     if figure.endswith("red. %"):
         return {name: 100 * (1 - count(split) / count(whole)) for name, count in conventions.items()}
     scale = 1e6 if "params" in figure else 1e9
     return {name: count(split) / scale for name, count in conventions.items()}
+
+
+def balanced_split(build: str, setting: str | None = None, **options: Any) -> tuple[Cost, Cost]:
+    """A registered network's cost for one sample, whole, and with the diagonal blocks alone of a balanced split.
+
+    `setting` is one of `split_points`, None for no split; the sizes of a layer's groups differ by at most one.
+    """
+    walked = _walk({"build": build, "options": options})
+    groups, whole_inputs = split_points(build, setting) if setting else ({}, ())
+    blocks = {path: count for path, count in groups.items() if path not in whole_inputs}
+    return total(walked), total(_split(layer, blocks.get(layer.name, 1)) for layer in walked)
 
 
 def _split(layer: LayerCost, groups: int) -> LayerCost:
@@ -170,10 +183,10 @@ def _setting(network: dict, figure: str) -> str:
     """What else a number depends on: the input size of FLOPs, and a split's form."""
     height, width = network.get("options", {}).get("input_size", models.spec(network["build"]).input_size)[1:]
     pixels = "" if "params" in figure else f" at {height}×{width}"
-    return pixels + (", balanced split" if "split" in network else "")
+    return pixels + (", balanced split" if "setting" in network else "")
 
 
-def _judge(values: dict[str, float], printed: str, best: str, setting: str) -> dict[str, str | float]:
+def judge(values: dict[str, float], printed: str, best: str, setting: str = "") -> dict[str, str | float]:
     """ours, convention and verdict of one cell whose table is counted under convention `best`."""
     ours, convention = values[best], best + setting
     verdict = _hit(ours, printed)

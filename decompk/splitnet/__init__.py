@@ -1,17 +1,23 @@
 """SplitNet: learn which channels of a network belong together, split it there, and run it block-diagonally."""
 
 from .assignment import Assignment
-from .learn import Gammas, learn
+from .learn import Gammas, Learner, learn
 from .nodes import Nodes
+from .parallel import Parallel
+from .points import split_points
 from .regulariser import group_weights, imbalance, overlap
 from .simplex import ReducedGradient, reduced_gradient
+from .sparse import Sparsifier, without
 from .split import Split, split
 
 __all__ = [
     "Assignment",
     "Gammas",
+    "Learner",
     "Nodes",
+    "Parallel",
     "ReducedGradient",
+    "Sparsifier",
     "Split",
     "group_weights",
     "imbalance",
@@ -19,4 +25,6 @@ __all__ = [
     "overlap",
     "reduced_gradient",
     "split",
+    "split_points",
+    "without",
 ]

@@ -13,6 +13,7 @@ from .nodes import Nodes
 from .regulariser import group_weights, imbalance, overlap
 
 PARAMETRISATIONS = ("softmax", "simplex")
+FUZZY = 0.1  # a node that belongs to several groups by more than this has none of its own
 
 
 class Assignment(nn.Module):
@@ -20,12 +21,12 @@ class Assignment(nn.Module):
 
     groups: path of a layer to split → into how many. A node's assignment is one for all layers that touch it: q of a
     layer is p of the next, and both ends of a shortcut agree. Where layers of different numbers of groups meet
-    (hierarchical), the one is a multiple of the other, and groups lie inside each other: a layer of fewer groups
-    branches, what each of its groups gives being dealt out to subgroups. whole_inputs: layers whose groups all read
+    (hierarchical), groups lie inside each other, as evenly as the numbers allow: a layer of fewer groups branches, what
+    each of its groups gives being dealt out to subgroups. whole_inputs: layers whose groups all read
     everything, as the first of a split behind a shared trunk. parametrisation: "softmax" of free parameters, or
     "simplex": the numbers themselves, to be trained by ReducedGradient. `spread` is how far they start from equal.
     level: (count,), out of how many groups each node has one; 0 for nodes in none.
-    Raises DecompkError where a layer is unknown, reads the image, or the numbers of groups do not fit.
+    Raises DecompkError where a layer is unknown, transposed or reads the image.
     """
 
     def __init__(
@@ -50,12 +51,13 @@ class Assignment(nn.Module):
         self.level = np.zeros(nodes.count, dtype=int)
         for path, count in groups.items():
             found = nodes.sides(path)
-            self._give(path, found.outputs.nodes, count)
-            if path in self.whole_inputs:
-                continue
-            if found.inputs is None:
+            if path in nodes.transposed:
+                raise DecompkError(f"'{path}' is a transposed convolution: split the layers before and behind it.")
+            if found.inputs is None and path not in self.whole_inputs:
                 raise DecompkError(f"'{path}' reads the image, which all groups share: name it in whole_inputs.")
-            self._give(path, found.inputs.nodes, count)
+            for side in (found.outputs, None if path in self.whole_inputs else found.inputs):
+                if side is not None:
+                    self.level[side.nodes] = np.maximum(self.level[side.nodes], count)
         self._column = np.zeros(nodes.count, dtype=int)
         generator = torch.Generator().manual_seed(seed)
         self.levels = sorted(set(self.level[self.level > 0].tolist()))
@@ -66,31 +68,39 @@ class Assignment(nn.Module):
             if parametrisation == "simplex":
                 values = values.softmax(0)
             self.register_parameter(f"of_{level}", nn.Parameter(values))
-
-    def _give(self, path: str, mine: np.ndarray, count: int) -> None:
-        """Nodes that a layer of `count` groups touches have as many, or more where another layer has more."""
-        for level in np.unique(self.level[mine]):
-            if level and max(level, count) % min(level, count):
-                raise DecompkError(
-                    f"'{path}' is to have {count} groups and touches nodes in {level}, through a shortcut or as the "
-                    "next layer: groups lie inside each other, so give it a multiple or a divisor."
-                )
-        self.level[mine] = np.maximum(self.level[mine], count)
+            self.register_buffer(f"still_{level}", torch.zeros(values.shape[1], dtype=torch.bool))  # frozen columns
+            self.register_buffer(f"held_{level}", torch.zeros_like(values))  # and at what they stand still
 
     def soft(self, level: int) -> Tensor:
         """(level, n): the assignments of all nodes in that many groups."""
         values = getattr(self, f"of_{level}")
         return values.softmax(0) if self.parametrisation == "softmax" else values
 
+    def parents(self, level: int, count: int) -> np.ndarray:
+        """(level,): in which of `count` groups each of `level` lies, by way of the numbers of groups in between."""
+        found = np.arange(level)
+        steps = sorted({n for n in self.groups.values() if count <= n < level}, reverse=True)
+        for fine, coarse in zip([level, *steps], steps, strict=False):
+            found = found * coarse // fine
+        return found
+
+    def coarser(self, groups: np.ndarray, levels: np.ndarray, count: int) -> np.ndarray:
+        """(n, G) of bool, the groups of nodes out of levels[i] → (n, count): those that the groups of theirs lie in."""
+        found = np.zeros((len(groups), count), dtype=bool)
+        for level in np.unique(levels).tolist():
+            mine = levels == level
+            for group, parent in enumerate(self.parents(level, count)):
+                found[mine, parent] |= groups[mine, group]
+        return found
+
     def _of(self, nodes: np.ndarray, count: int) -> Tensor:
-        """(count, len(nodes)): a coarser group's number stands for each of its subgroups, finer groups' add up."""
+        """(count, len(nodes)): the numbers of finer groups inside a group add up."""
         rows, order = [], []
         for level in np.unique(self.level[nodes]).tolist():
             at = np.nonzero(self.level[nodes] == level)[0]
             values = self.soft(level)[:, torch.from_numpy(self._column[nodes[at]])]
-            if level > count:
-                values = values.unflatten(0, (count, -1)).sum(1)
-            rows.append(values.repeat_interleave(count // min(level, count), 0))
+            parents = torch.from_numpy(self.parents(level, count)).to(values.device)
+            rows.append(values if level == count else values.new_zeros(count, len(at)).index_add(0, parents, values))
             order.append(at)
         return torch.cat(rows, 1)[:, torch.from_numpy(np.argsort(np.concatenate(order)))]
 
@@ -131,7 +141,55 @@ class Assignment(nn.Module):
         return owner
 
     @torch.no_grad()
-    def fuzzy(self, threshold: float = 0.1) -> float:
+    def members(self, overlap: float | None = None) -> np.ndarray:
+        """(count, most groups) of bool: the group of each node, or all to which it belongs by more than `overlap`.
+
+        Pinned nodes have one.
+        """
+        found = np.zeros((self.nodes.count, max(self.levels)), dtype=bool)
+        owner = self.hard()
+        mine = owner >= 0
+        found[mine, owner[mine]] = True
+        for level in self.levels if overlap is not None else ():
+            at = np.setdiff1d(np.nonzero(self.level == level)[0], self.nodes.pinned)
+            found[at, :level] |= (self.soft(level) > overlap).T.cpu().numpy()[self._column[at]]
+        return found
+
+    @torch.no_grad()
+    def fuzzy(self, threshold: float = FUZZY) -> float:
         """The share of nodes that belong to more than one group by more than `threshold`."""
         several = torch.cat([((self.soft(level) > threshold).sum(0) > 1).float() for level in self.levels])
         return several.mean().item()
+
+    @torch.no_grad()
+    def values(self) -> np.ndarray:
+        """All numbers of all assignments, one after the other, on the CPU."""
+        return torch.cat([self.soft(level).reshape(-1) for level in self.levels]).cpu().numpy()
+
+    @torch.no_grad()
+    def freeze(self, share: float) -> None:
+        """From now on `hold` keeps the assignments of each layer's inputs, or outputs, with fewer fuzzy nodes."""
+        fuzzy = np.zeros(self.nodes.count, dtype=bool)
+        for level in self.levels:
+            at = np.nonzero(self.level == level)[0]
+            fuzzy[at] = ((self.soft(level) > FUZZY).sum(0) > 1).cpu().numpy()[self._column[at]]
+        for path in self.groups:
+            found = self.nodes.sides(path)
+            for side in (found.outputs, found.inputs):
+                if side is not None and self.level[side.nodes].all() and fuzzy[side.nodes].mean() < share:
+                    self._freeze(side.nodes)
+
+    def _freeze(self, nodes: np.ndarray) -> None:
+        for level in np.unique(self.level[nodes]).tolist():
+            still, held, values = (getattr(self, f"{what}_{level}") for what in ("still", "held", "of"))
+            new = torch.zeros_like(still)
+            new[torch.from_numpy(self._column[nodes[self.level[nodes] == level]])] = True
+            held.copy_(torch.where(new & ~still, values, held))
+            still |= new
+
+    @torch.no_grad()
+    def hold(self) -> None:
+        """Put frozen assignments back to what they were when they froze."""
+        for level in self.levels:
+            values = getattr(self, f"of_{level}")
+            values.copy_(torch.where(getattr(self, f"still_{level}"), getattr(self, f"held_{level}"), values))

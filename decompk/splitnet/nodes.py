@@ -37,26 +37,38 @@ class Nodes:
     """The nodes of `net`, numbered from 0: channels that meet in an addition or a norm, or only move, are one.
 
     layers: module path → Sides of every convolution and linear layer without groups. vectors: tensor name → nodes of
-    the norms', biases and other tensors with one value a channel. count: how many nodes there are. outer: the nodes of
-    what the network reads as features and returns, whose order is not ours to change. Raises UnsupportedOperation where
-    the network cannot be followed.
+    the norms', biases and other tensors with one value, or one kernel, a channel. count: how many nodes there are.
+    outer: the nodes of what the network reads as features and returns; pinned: those that something mixes by their
+    numbers (a local response norm); the order of neither is ours to change. transposed: the layers whose weight is
+    (inputs, outputs, …). Raises UnsupportedOperation where the
+    network cannot be followed.
     """
 
     def __init__(self, net: nn.Module, input_size: Sequence[int]):
-        found = analyse_whole(net, tuple(input_size))
+        self.input_size = tuple(input_size)
+        found = analyse_whole(net, self.input_size)
         sides = [ids for inputs, outputs, _ in found.layers.values() for ids in (inputs, outputs) if ids is not None]
-        known = np.unique(found.roots(np.concatenate([*sides, *found.vectors.values(), found.outer])))
+        known = np.unique(found.roots(np.concatenate([*sides, *found.vectors.values(), found.outer, found.pinned])))
 
         def numbered(ids: np.ndarray) -> np.ndarray:
             return np.searchsorted(known, found.roots(ids))
 
+        self._values, self._numbered = found.values, numbered
         self.count = len(known)
         self.layers = {
             path: Sides(None if inputs is None else Side(numbered(inputs), repeat), Side(numbered(outputs)))
             for path, (inputs, outputs, repeat) in found.layers.items()
         }
         self.vectors = {name: numbered(ids) for name, ids in found.vectors.items()}
-        self.outer = numbered(found.outer)
+        self.outer, self.pinned = numbered(found.outer), numbered(found.pinned)
+        self.transposed = {path for path in self.layers if getattr(net.get_submodule(path), "transposed", False)}
+
+    def on_axis(self, training: bool, name: str) -> tuple[int, np.ndarray] | None:
+        """Of the value of a graph's node: which axis holds nodes, and which at each place; None where none does."""
+        if name not in self._values[training]:
+            return None
+        axis, ids, repeat = self._values[training][name]
+        return axis, np.repeat(self._numbered(ids), repeat)
 
     def sides(self, path: str) -> Sides:
         """The Sides of a layer. Raises DecompkError for what is none."""

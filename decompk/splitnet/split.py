@@ -2,30 +2,33 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from ..blockdiag import ZeroSkipping, block_diagonal
-from ..compose import output_axis, tensors
+from ..blockdiag import Members, ZeroSkipping, block_diagonal
+from ..errors import DecompkError
 from .assignment import Assignment
-from .nodes import Nodes
+from .rearrange import Copies, grouped, must_agree, rearranged
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Split:
     """A split network.
 
     dense: the network with zeros between groups, its classes and names. masks: name of a weight → which of its entries
-    lie inside a group, for fine-tuning it as it is.
+    lie inside a group, for fine-tuning it as it is. copies: the nodes of `dense`, with their groups; along: layer path
+    → which of them lie along its outputs and, None for the image, its inputs. assignment: what it was split by.
     """
 
     dense: nn.Module
-    masks: dict[str, torch.Tensor]
+    masks: dict[str, Tensor]
+    copies: Copies
+    along: dict[str, tuple[np.ndarray, np.ndarray | None]]
+    assignment: Assignment
 
     @property
     def kept(self) -> float:
@@ -33,73 +36,74 @@ class Split:
         return sum(int(m.sum()) for m in self.masks.values()) / sum(m.numel() for m in self.masks.values())
 
     def fast(self, input_size: Sequence[int] | None = None) -> ZeroSkipping:
-        """The network without its zeros, which trains on with the zeros kept: see `decompk.block_diagonal`."""
-        return block_diagonal(self.dense, input_size)
+        """The network without its zeros, which trains on with the zeros kept: see `decompk.block_diagonal`.
+
+        Zeros that fill no block worth skipping around are kept by masks of the gradients.
+        """
+        fast = block_diagonal(self.dense, input_size or self.assignment.nodes.input_size)
+        if not isinstance(fast, Members):  # whose blocks are the groups
+            keep_zeros(fast, self.masks)
+        return fast
 
 
-def split(net: nn.Module, assignment: Assignment) -> Split:
+def keep_zeros(net: nn.Module, masks: dict[str, Tensor]) -> None:
+    """From now on the gradients of the weights that `masks` names are zero outside: so are the weights' steps."""
+    known = dict(net.named_parameters())
+    for name, mask in masks.items():
+        if not bool(mask.all()):
+            known[name].register_hook(mask.clone().mul)
+
+
+def split(net: nn.Module, assignment: Assignment, overlap: float | None = None) -> Split:
     """`net` split by its learned `assignment`; `net` itself is not changed.
 
     Every node goes to the group it belongs to most; nodes inside the network are put in the order of their groups,
-    which changes nothing but rounding; then every weight between different groups becomes zero.
+    which changes nothing but rounding; then every weight between different groups becomes zero. overlap: nodes that
+    belong to several groups by more than this (the supplement has 0.1) are duplicated, one for each, with all that
+    leads to them in that group; where nothing that leads to them is split all copies would be alike, and several groups
+    read the one; a class of several groups is the sum of what they say of it. Raises UnsupportedOperation where the
+    network's code counts on its channels' places.
     """
-    nodes, owner = assignment.nodes, assignment.hard()
-    order = grouped_order(nodes, owner)
-    out = permuted(net, nodes, order)
-    masks = {}
-    for path in assignment.groups:
-        found, weight = nodes.sides(path), out.get_submodule(path).weight
-        inside = np.ones(weight.shape[:2], dtype=bool)
+    if overlap is not None and not 0 < overlap < 0.5:
+        raise DecompkError(f"an overlap of {overlap} is no share of a node between 0 and 0.5: the supplement's is 0.1.")
+    nodes = assignment.nodes
+    copies = grouped(nodes, assignment.members(overlap), _alike(assignment))
+    moved = rearranged(net, nodes, copies)
+    must_agree(net, moved.net, nodes)
+    levels, masks = assignment.level[copies.node], {}
+    for path, count in assignment.groups.items():
+        weight = moved.net.get_submodule(path).weight
+        mask = torch.ones(weight.shape, dtype=torch.bool, device=weight.device)
         if path not in assignment.whole_inputs:
-            rows, columns = order[found.outputs.nodes][:, None], order[found.inputs.of_each][None]
-            levels = assignment.level[rows], assignment.level[columns]
-            common = np.minimum(*levels)  # groups of the coarser of the two, in which both have a place
-            inside = owner[rows] * common // levels[0] == owner[columns] * common // levels[1]
-        mask = torch.from_numpy(inside).to(weight.device).view(*inside.shape, *(1,) * (weight.dim() - 2))
-        with torch.no_grad():
-            weight.mul_(mask)
+            rows, columns = moved.copies[path]
+            sides = [assignment.coarser(copies.groups[side], levels[side], count) for side in (rows, columns)]
+            inside = sides[0] @ sides[1].T  # both have a group in common
+            mask = torch.from_numpy(inside).to(weight.device).view(*inside.shape, *(1,) * (weight.dim() - 2))
+            shares = _shares(inside, moved.sources[f"{path}.weight"][1].numpy().reshape(-1))
+            with torch.no_grad():
+                weight.mul_(mask if shares is None else torch.from_numpy(shares).to(weight).view(mask.shape))
         masks[f"{path}.weight"] = mask.expand_as(weight)
-    return Split(out, masks)
+    return Split(moved.net, masks, copies, moved.copies, assignment)
 
 
-def grouped_order(nodes: Nodes, owner: np.ndarray) -> np.ndarray:
-    """(count,): which node comes to each node's place, so that groups are contiguous wherever code allows it.
+def _alike(assignment: Assignment) -> np.ndarray:
+    """(count,) of bool: the nodes that no layer gives that is split on the side of its inputs."""
+    found = np.ones(assignment.nodes.count, dtype=bool)
+    for path in assignment.groups.keys() - assignment.whole_inputs:
+        found[assignment.nodes.sides(path).outputs.nodes] = False
+    return found
 
-    Nodes change places only with those that the same tensors hold, and outer ones not at all.
+
+def _shares(inside: np.ndarray, old: np.ndarray) -> np.ndarray | None:
+    """By what to multiply weights that read 1/n of each of n copies, now that a row reads those `inside` its groups.
+
+    inside: (O, I) of bool. old: (I,), of which column each is a copy. None where there are no copies.
     """
-    axes = [s.nodes for sides in nodes.layers.values() for s in (sides.inputs, sides.outputs) if s is not None]
-    held = np.zeros((nodes.count, len(axes) + len(nodes.vectors) + 1), dtype=bool)
-    for column, axis in enumerate([*axes, *nodes.vectors.values(), nodes.outer]):
-        held[axis, column] = True
-    order = np.arange(nodes.count)
-    _, kinds = np.unique(held, axis=0, return_inverse=True)
-    for kind in np.unique(kinds):
-        alike = np.nonzero(kinds.reshape(-1) == kind)[0]
-        if not held[alike[0], -1]:
-            order[alike] = alike[np.argsort(owner[alike], kind="stable")]
-    return order
-
-
-def permuted(net: nn.Module, nodes: Nodes, order: np.ndarray) -> nn.Module:
-    """A copy of `net` with node order[a] in the place of node a, in every tensor that holds it: the same function."""
-    out = copy.deepcopy(net)
-    known = tensors(out)
-    with torch.no_grad():
-        for path, sides in nodes.layers.items():
-            weight = known[f"{path}.weight"]
-            outputs = output_axis(out, f"{path}.weight")
-            weight.copy_(weight.index_select(outputs, _moved(sides.outputs.nodes, order)))
-            if sides.inputs is not None:
-                places = _moved(sides.inputs.nodes, order)[:, None] * sides.inputs.repeat
-                columns = (places + torch.arange(sides.inputs.repeat)).reshape(-1)
-                weight.copy_(weight.index_select(1 - outputs, columns))
-        for name, ids in nodes.vectors.items():
-            axis = next((a for a, size in enumerate(known[name].shape) if size > 1), 0)
-            known[name].copy_(known[name].index_select(axis, _moved(ids, order)))
-    return out
-
-
-def _moved(ids: np.ndarray, order: np.ndarray) -> torch.Tensor:
-    """For each place of an axis that holds nodes `ids`: which of its places comes there."""
-    sorter = np.argsort(ids)
-    return torch.from_numpy(sorter[np.searchsorted(ids, order[ids], sorter=sorter)])
+    order = np.argsort(old, kind="stable")
+    _, starts, inverse, count = np.unique(old[order], return_index=True, return_inverse=True, return_counts=True)
+    if count.max() == 1:
+        return None
+    read = np.add.reduceat(inside[:, order].astype(int), starts, axis=1)
+    back = np.empty_like(order)
+    back[order] = inverse.reshape(-1)
+    return inside * (count / np.maximum(read, 1))[:, back]

@@ -1,0 +1,337 @@
+"""Model parallel: the groups of a split network on different processes, which talk twice a step.
+
+The first process runs what all groups share, and its output is sent to all at once; each process runs its own groups;
+the logits are added up once, every class coming from the processes that hold its groups. Backward mirrors it.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, fx, nn
+
+from ..blockdiag import layer_by_layer
+from ..compose import tensors
+from ..errors import DecompkError, UnsupportedOperation
+from ..graph import MetaInterpreter, trace
+from ..train.ranks import Ranks
+from .nodes import Nodes
+from .rearrange import Copies, grouped, rearranged
+from .split import Split, keep_zeros
+
+
+class Parallel(nn.Module):
+    """x (N, …), the same on every process → the split network's logits (N, classes), on every process.
+
+    The coarsest groups are dealt out in runs. A process holds the parameters of its own groups, the first also those of
+    what all groups share; the last layer's bias is on all of them, with the same gradient. Every process gives the same
+    batch and the same loss; an optimizer of each then does what one would do for the whole network, as long as it takes
+    parameters one by one (clipping by the norm of all does not). Nodes that groups of several processes read lie on
+    each of these, and their gradients are added up. Dropout draws its own numbers on each.
+
+    Raises DecompkError where there are more processes than groups, UnsupportedOperation where layers behind the groups
+    read all of them, or where the network goes on behind its last layer.
+    """
+
+    def __init__(self, split: Split, ranks: Ranks):
+        super().__init__()
+        assignment = split.assignment
+        coarsest = min(assignment.groups.values())
+        if ranks.size > coarsest:
+            raise DecompkError(f"{coarsest} groups cannot be dealt out to {ranks.size} processes: start {coarsest}.")
+        self.ranks = ranks
+        nodes = Nodes(split.dense, assignment.nodes.input_size)
+        groups, levels = _groups_of(split, nodes)
+        dealt = assignment.coarser(groups, levels, coarsest)
+        mine = dealt[:, list(ranks.share(coarsest))].any(1)
+        once = np.ones(nodes.count, dtype=bool)  # the split has made all copies there are to be
+        copies = grouped(nodes, groups, once, keep=mine | (levels == 0))
+        part = rearranged(split.dense, nodes, copies)
+        net, whole = layer_by_layer(part.net)._inner, copy.deepcopy(split.dense)
+        masks = {name: mask[part.sources[name]] for name, mask in split.masks.items()}
+        self._dense, self._nets, self._sources = (split.dense,), (whole, part.net), part.sources  # no modules of ours
+        self._head = _last_layer(whole, nodes)
+        last, head = whole.get_submodule(self._head), net.get_submodule(self._head)
+        held = _held_first(dealt, *(copies.node[side] for side in part.copies[self._head]), ranks)
+        name, own = f"{self._head}.weight", torch.from_numpy(held).to(head.weight.device)
+        masks[name] = masks.get(name, True) & own.view(*held.shape, *(1,) * (head.weight.dim() - 2))
+        with torch.no_grad():
+            head.weight.mul_(masks[name])
+        keep_zeros(net, masks)
+        self.classes = last.weight.shape[0]
+        self.register_buffer("_rows", part.sources[f"{self._head}.weight"][0].reshape(-1).to(last.weight.device), False)
+        self.bias, head.bias = last.bias, None
+        self.trunk, self.groups = nn.ModuleDict(), nn.ModuleDict()
+        self._handed: dict[str, list[_Handed]] = {}
+        cut = _Cut(whole, nodes, levels, split, self._head)
+        for training in (True, False):
+            first, rest, border = cut(training)
+            mode = str(training)
+            self._handed[mode] = [
+                _Handed.of(node, nodes, levels, copies, training, *cut.shapes[node]) for node in border
+            ]
+            self.groups[mode] = fx.GraphModule(net, rest)
+            if ranks.first:
+                self.trunk[mode] = fx.GraphModule(whole, first)
+        if ranks.size > 1:
+            self._add_up(nodes, copies, _several(dealt, ranks))
+        self.train(split.dense.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        mode = str(self.training)
+        handed = self._handed[mode]
+        values: Sequence[Tensor] = self.trunk[mode](x) if self.ranks.first else [h.empty(x) for h in handed]
+        if self.ranks.size > 1 and handed:
+            values = _FromFirst.apply(x.new_zeros((), requires_grad=torch.is_grad_enabled()), self.ranks, *values)
+        own = self.groups[mode](x, *(h.own(value) for h, value in zip(handed, values, strict=True)))
+        logits = own.new_zeros(len(own), self.classes).index_add(1, self._rows, own)
+        if self.ranks.size > 1:
+            logits = _Together.apply(logits)
+        return logits if self.bias is None else logits + self.bias
+
+    @torch.no_grad()
+    def gathered(self) -> nn.Module:
+        """The dense network with zeros between groups, with every process's values, on each of them; all must ask."""
+        (dense,) = self._dense
+        known = tensors(dense)
+        held = {id(t) for t in (*self.parameters(), *self.buffers())}
+        whole, part = ({n: t.cpu() for n, t in tensors(net).items() if id(t) in held} for net in self._nets)
+        places = {name: _without_slices(self._sources[name]) for name in part if name in self._sources}
+        known[f"{self._head}.weight"].zero_()
+        for theirs, (values, where) in zip(*map(self.ranks.from_all, (whole, (part, places))), strict=True):
+            for name, value in theirs.items():
+                known[name].copy_(value)
+            for name, value in values.items():
+                index = tuple(slice(None) if i is None else i for i in where[name]) if name in where else ...
+                if name == f"{self._head}.weight":  # each entry is one process's, and zero on the others
+                    known[name][index] += value.to(known[name])
+                else:
+                    known[name][index] = value.to(known[name])
+        return dense
+
+    def _add_up(self, nodes: Nodes, copies: Copies, several: np.ndarray) -> None:
+        """Add up over all processes the gradients of what gives the nodes that are `several`'s, (count,) of bool."""
+        several[nodes.outer] = False  # of a class each process holds its own part
+        mine = {id(p) for p in self.groups.parameters()}
+        known = {name: p for name, p in self._nets[1].named_parameters() if id(p) in mine}
+        held = {f"{path}.weight": (0, sides.outputs.nodes) for path, sides in nodes.layers.items()}
+        for name, ids in nodes.vectors.items():
+            if name in known:
+                held[name] = next((a for a, size in enumerate(known[name].shape) if size > 1), 0), ids
+        for name, (axis, ids) in held.items():
+            everywhere = np.unique(ids[several[ids]])
+            if len(everywhere) and name in known:
+                own = copies.node[copies.along(ids)[0]]
+                places = np.nonzero(several[own])[0]
+                slots = np.searchsorted(everywhere, own[places])
+                summed = _Summed(axis, torch.from_numpy(places), torch.from_numpy(slots), len(everywhere))
+                known[name].register_hook(summed)
+
+
+def _without_slices(index: Sequence[Any]) -> list[Tensor | None]:
+    """An index that can be sent: None stands for all of an axis."""
+    return [i if isinstance(i, Tensor) else None for i in index]
+
+
+def _groups_of(split: Split, nodes: Nodes) -> tuple[np.ndarray, np.ndarray]:
+    """(count, G) of bool and (count,): the groups of each of `nodes`, those of split.dense, and out of how many."""
+    groups, levels = np.zeros((nodes.count, split.copies.groups.shape[1]), dtype=bool), np.zeros(nodes.count, dtype=int)
+    of_copy = split.assignment.level[split.copies.node]
+    for path, sides in nodes.layers.items():
+        outputs, inputs = split.along[path]
+        groups[sides.outputs.nodes], levels[sides.outputs.nodes] = split.copies.groups[outputs], of_copy[outputs]
+        if sides.inputs is not None:
+            groups[sides.inputs.of_each], levels[sides.inputs.of_each] = split.copies.groups[inputs], of_copy[inputs]
+    return groups, levels
+
+
+def _last_layer(net: nn.Module, nodes: Nodes) -> str:
+    returned = [_returned(net, training) for training in (True, False)]
+    found = {node.target if isinstance(node, fx.Node) else None for node in returned}
+    if len(found) != 1 or not found <= set(nodes.layers):
+        raise UnsupportedOperation(
+            f"{type(net).__name__} does not return the output of one last layer, so its groups cannot be added up "
+            "there; let it return logits."
+        )
+    return found.pop()
+
+
+def _returned(net: nn.Module, training: bool) -> Any:
+    return next(node.args[0] for node in trace(net, training).nodes if node.op == "output")
+
+
+def _held_first(dealt: np.ndarray, rows: np.ndarray, columns: np.ndarray, ranks: Ranks) -> np.ndarray:
+    """(O, I) of bool: the entries of the last layer that this process adds to the sum, those that no earlier one holds.
+
+    dealt: (count, coarsest) of bool, each node's groups; a class of none has all. rows, columns: the entries' nodes.
+    """
+    of_class = dealt[rows] | ~dealt[rows].any(1, keepdims=True)
+    shares = [list(ranks.share(dealt.shape[1], rank)) for rank in range(ranks.rank + 1)]
+    holds = np.stack([of_class[:, share] @ dealt[columns][:, share].T for share in shares])
+    return holds[-1] & ~holds[:-1].any(0)
+
+
+def _several(groups: np.ndarray, ranks: Ranks) -> np.ndarray:
+    """(count,) of bool: the nodes whose groups, (count, coarsest) of bool, lie on several processes."""
+    shares = [list(ranks.share(groups.shape[1], rank)) for rank in range(ranks.size)]
+    return np.stack([groups[:, share].any(1) for share in shares]).sum(0) > 1
+
+
+class _Cut:
+    """Where a graph is cut into what the first process computes for all, and what each computes for its groups.
+
+    For all: what holds no node of a group, and what comes before a layer that reads all groups.
+    """
+
+    def __init__(self, net: nn.Module, nodes: Nodes, levels: np.ndarray, split: Split, head: str):
+        self.net, self.size = net, nodes.input_size
+        self.apart = split.assignment.groups.keys() - split.assignment.whole_inputs
+        reads = {path for path, s in nodes.layers.items() if s.inputs is not None and levels[s.inputs.nodes].any()}
+        gives = {path for path, s in nodes.layers.items() if levels[s.outputs.nodes].any()}
+        gives |= {name.rpartition(".")[0] for name, ids in nodes.vectors.items() if levels[ids].any()}
+        self.grouped, self.reads_all = reads | gives | {head}, reads - self.apart - {head}
+        self.shapes: dict[fx.Node, tuple[Any, Any]] = {}  # node → its value's, of two samples and of three
+
+    def __call__(self, training: bool) -> tuple[fx.Graph, fx.Graph, list[fx.Node]]:
+        """The first process's graph; that of each, of x and what is handed over; and the nodes whose values that is."""
+        graph = trace(self.net, training)
+        two, three = ([*MetaInterpreter(self.net, graph, self.size, n).run_all().values()] for n in (2, 3))
+        self.shapes |= dict(zip(graph.nodes, zip(two, three, strict=True), strict=True))
+        x, *_, output = graph.nodes
+        trunk = _ancestors(graph, {n for n in graph.nodes if n.op == "call_module" and n.target in self.reads_all}) | {
+            x
+        }
+        for node in graph.nodes:
+            owner = node.target if node.op == "call_module" else ""
+            owner = node.target.rpartition(".")[0] if node.op == "get_attr" else owner
+            if node is not output and owner not in self.grouped and trunk.issuperset(node.all_input_nodes):
+                trunk.add(node)
+        for node in trunk:
+            if node.op == "call_module" and node.target in self.apart:
+                raise UnsupportedOperation(
+                    f"a layer behind '{node.target}' reads all groups, so they cannot run apart: split the layers "
+                    "behind it, too, up to the last."
+                )
+        needed, border = {output}, []
+        for node in reversed(graph.nodes):  # numbers are computed again; tensors are handed over
+            for source in node.all_input_nodes if node in needed else ():
+                if source in trunk and source is not x and isinstance(self.shapes[source][0], Tensor):
+                    border += [source] if source not in border else []
+                else:
+                    needed.add(source)
+        first, rest = fx.Graph(), fx.Graph()
+        before = _ancestors(graph, {x, *border})
+        copied: dict[fx.Node, fx.Node] = {}
+        for node in graph.nodes:
+            if node in before:
+                copied[node] = first.node_copy(node, copied.__getitem__)
+        first.output(tuple(copied[node] for node in border))
+        copied = {x: rest.placeholder("x")} | {node: rest.placeholder(f"handed_{i}") for i, node in enumerate(border)}
+        for node in graph.nodes:
+            if node in needed and node not in copied:
+                copied[node] = rest.node_copy(node, copied.__getitem__)
+        return first, rest, border
+
+
+def _ancestors(graph: fx.Graph, nodes: set[fx.Node]) -> set[fx.Node]:
+    """`nodes` and all that they are computed from."""
+    found = set(nodes)
+    for node in reversed(graph.nodes):
+        found.update(node.all_input_nodes if node in found else ())
+    return found
+
+
+@dataclass(frozen=True)
+class _Handed:
+    """A tensor that the first process hands over: its shape, whether it begins with the batch, and which places of an
+    axis a process needs (None: all)."""
+
+    shape: tuple[int, ...]
+    batch: bool
+    axis: int = 0
+    places: Tensor | None = None
+
+    @classmethod
+    def of(
+        cls, node: fx.Node, nodes: Nodes, levels: np.ndarray, copies: Copies, training: bool, two: Tensor, three: Tensor
+    ) -> _Handed:
+        batch, found = two.shape[:1] != three.shape[:1], nodes.on_axis(training, node.name)
+        if found is None or not levels[found[1]].any():
+            return cls(tuple(two.shape), batch)
+        axis, ids = found
+        kept = np.zeros(nodes.count, dtype=bool)
+        kept[copies.node] = True
+        return cls(tuple(two.shape), batch, axis, torch.from_numpy(np.nonzero(kept[ids])[0]))
+
+    def empty(self, x: Tensor) -> Tensor:
+        return x.new_empty((len(x), *self.shape[1:]) if self.batch else self.shape)
+
+    def own(self, value: Tensor) -> Tensor:
+        return value if self.places is None else value.index_select(self.axis, self.places.to(value.device))
+
+
+@dataclass(frozen=True)
+class _Summed:
+    """A gradient whose `places` along `axis` are the `slots` of what all processes add up."""
+
+    axis: int
+    places: Tensor
+    slots: Tensor
+    length: int
+
+    def __call__(self, grad: Tensor) -> Tensor:
+        import torch.distributed as dist
+
+        rows = grad.movedim(self.axis, 0).clone()
+        total = rows.new_zeros(self.length, *rows.shape[1:])
+        total[self.slots] = rows[self.places]
+        dist.all_reduce(total)
+        rows[self.places] = total[self.slots]
+        return rows.movedim(0, self.axis)
+
+
+class _FromFirst(torch.autograd.Function):
+    """The first process's tensors on all of them; gradients are added up there. `anchor` makes backward come."""
+
+    @staticmethod
+    def forward(ctx, anchor: Tensor, ranks: Ranks, *values: Tensor) -> tuple[Tensor, ...]:
+        import torch.distributed as dist
+
+        ctx.first, ctx.shapes = ranks.first, [v.shape for v in values]
+        flat = torch.cat([v.reshape(-1) for v in values])
+        dist.broadcast(flat, 0)
+        return _unflattened(flat, ctx.shapes)
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        import torch.distributed as dist
+
+        flat = torch.cat([g.reshape(-1) for g in grads])
+        dist.reduce(flat, 0)
+        back = _unflattened(flat, ctx.shapes) if ctx.first else (None,) * len(grads)
+        return (None, None, *back)
+
+
+def _unflattened(flat: Tensor, shapes: Sequence[torch.Size]) -> tuple[Tensor, ...]:
+    return tuple(t.view(s) for t, s in zip(flat.split([s.numel() for s in shapes]), shapes, strict=True))
+
+
+class _Together(torch.autograd.Function):
+    """Σ over processes. Each computes the loss of the sum, so its gradient is its own part's already."""
+
+    @staticmethod
+    def forward(ctx, values: Tensor) -> Tensor:
+        import torch.distributed as dist
+
+        values = values.clone()
+        dist.all_reduce(values)
+        return values
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        return grad

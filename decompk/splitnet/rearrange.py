@@ -1,0 +1,185 @@
+"""The nodes of a network in another order, some of them twice or not at all: its own classes around other tensors."""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..compose import output_axis, tensors
+from ..errors import UnsupportedOperation
+from ..graph import in_mode
+from .nodes import Nodes
+
+# What a module calls the number of its channels.
+COUNTS = {
+    nn.modules.batchnorm._NormBase: "num_features",
+    nn.GroupNorm: "num_channels",
+    nn.PReLU: "num_parameters",
+}
+CLOSE = 1e-3  # of the largest output: what summing in another order may change
+
+
+@dataclass(frozen=True, eq=False)
+class Copies:
+    """What comes to the places of a network's nodes.
+
+    node: (copies,), of which node each is one. groups: (copies, G) of bool, the groups it belongs to, none if its node
+    does to none. at: for each node, the copies that come to its place.
+    """
+
+    node: np.ndarray
+    groups: np.ndarray
+    at: list[np.ndarray]
+
+    def along(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """An axis that holds nodes `ids` → the copies that it holds then, and from which of its places each comes."""
+        place, seen = {}, Counter()
+        for p, i in enumerate(ids.tolist()):  # twice the same: a concatenation of something with itself
+            place[i, seen[i]] = p
+            seen[i] += 1
+        found, sources, seen = [], [], Counter()
+        for i in ids.tolist():
+            for c in self.at[i].tolist():
+                found.append(c)
+                sources.append(place[int(self.node[c]), seen[i]])
+            seen[i] += 1
+        return np.array(found, dtype=int), np.array(sources, dtype=int)
+
+
+def grouped(nodes: Nodes, groups: np.ndarray, once: np.ndarray | None = None, keep: np.ndarray | None = None) -> Copies:
+    """Nodes side by side that are of the same group, wherever code allows it.
+
+    groups: (count, G) of bool. A node of several groups has a copy in each; but what a network reads or returns, and
+    nodes of `once`, (count,) of bool, are there once, in all their groups. keep: (count,) of bool, the nodes that stay
+    (default: all). Nodes change places only with those that the same tensors hold, and outer and pinned ones not at
+    all.
+    """
+    axes = [s.nodes for sides in nodes.layers.values() for s in (sides.inputs, sides.outputs) if s is not None]
+    held = np.zeros((nodes.count, len(axes) + len(nodes.vectors)), dtype=int)
+    for column, axis in enumerate([*axes, *nodes.vectors.values()]):
+        np.add.at(held[:, column], axis, 1)
+    fixed, outer, single = np.zeros((3, nodes.count), dtype=bool)
+    outer[nodes.outer] = True
+    fixed[np.concatenate([nodes.outer, nodes.pinned])] = True
+    single |= outer if once is None else outer | once
+    keep = np.ones(nodes.count, dtype=bool) if keep is None else keep
+    node, member, at = [], [], [np.zeros(0, dtype=int)] * nodes.count
+    _, kinds = np.unique(np.column_stack([held, fixed]), axis=0, return_inverse=True)
+    kinds = kinds.reshape(-1)
+    for kind in np.unique(kinds):
+        alike = np.nonzero(kinds == kind)[0]
+        copies = [(i, row) for i in alike[keep[alike]] for row in ([groups[i]] if single[i] else _one_each(groups[i]))]
+        if not fixed[alike[0]]:
+            copies.sort(key=lambda copy: np.nonzero(copy[1])[0].mean() if copy[1].any() else -1)
+        first = len(node)
+        node += [i for i, _ in copies]
+        member += [row for _, row in copies]
+        if fixed[alike[0]]:  # every copy stays with its node
+            for c, (i, _) in enumerate(copies, start=first):
+                at[i] = np.append(at[i], c)
+        else:
+            for i, chunk in zip(alike, np.array_split(np.arange(first, len(node)), len(alike)), strict=True):
+                at[i] = chunk
+    return Copies(np.array(node, dtype=int), np.array(member, dtype=bool).reshape(len(node), groups.shape[1]), at)
+
+
+def _one_each(row: np.ndarray) -> np.ndarray:
+    """A node's groups (G,) → those of each copy; a node in no group has one copy, in none."""
+    return np.eye(len(row), dtype=bool)[row] if row.any() else row[None]
+
+
+@dataclass(frozen=True, eq=False)
+class Rearranged:
+    """A rearranged network, and where its tensors come from.
+
+    net: of the same classes. copies: layer path → the copies along the outputs and, None for the image, the inputs.
+    sources: tensor name → index tensors into the old one's axes, which broadcast against each other.
+    """
+
+    net: nn.Module
+    copies: dict[str, tuple[np.ndarray, np.ndarray | None]]
+    sources: dict[str, tuple[Tensor, ...]]
+
+
+def rearranged(net: nn.Module, nodes: Nodes, copies: Copies) -> Rearranged:
+    """A copy of `net` whose tensors hold `copies` of its nodes; what reads a node of n copies reads 1/n of each.
+
+    So the network computes what it did, as long as no node is left out that was not zero.
+    """
+    out = copy.deepcopy(net)
+    known, found, sources = tensors(out), {}, {}
+    for path, sides in nodes.layers.items():
+        name, layer = f"{path}.weight", out.get_submodule(path)
+        outputs, rows = copies.along(sides.outputs.nodes)
+        inputs, columns, shares = None, np.arange(known[name].shape[1 - output_axis(out, name)]), None
+        if sides.inputs is not None:
+            inputs, places = copies.along(sides.inputs.nodes)
+            repeat = sides.inputs.repeat
+            inputs, columns = np.repeat(inputs, repeat), (places[:, None] * repeat + np.arange(repeat)).reshape(-1)
+            shares = 1 / np.bincount(columns)[columns]
+        found[path] = outputs, inputs
+        if output_axis(out, name) == 1:
+            sources[name] = torch.from_numpy(columns)[:, None], torch.from_numpy(rows)[None]
+        else:
+            sources[name] = torch.from_numpy(rows)[:, None], torch.from_numpy(columns)[None]
+        value = known[name].detach()[sources[name]]
+        if shares is not None:
+            shape = [1] * value.dim()
+            shape[1 - output_axis(out, name)] = -1
+            value = value * torch.from_numpy(shares).to(value).view(shape)
+        _replace(out, name, value)
+        conv = isinstance(layer, nn.modules.conv._ConvNd)
+        into, gives = ("in_channels", "out_channels") if conv else ("in_features", "out_features")
+        setattr(layer, into, len(columns))
+        setattr(layer, gives, len(rows))
+    for name, ids in nodes.vectors.items():
+        axis = next((a for a, size in enumerate(known[name].shape) if size > 1), 0)
+        _, places = copies.along(ids)
+        sources[name] = (*(slice(None),) * axis, torch.from_numpy(places))
+        _replace(out, name, known[name].detach()[sources[name]])
+        _count(out.get_submodule(name.rpartition(".")[0]), len(places))
+    return Rearranged(out, found, sources)
+
+
+def _replace(net: nn.Module, name: str, value: Tensor) -> None:
+    path, _, last = name.rpartition(".")
+    owner = net.get_submodule(path)
+    if last in owner._parameters:
+        owner._parameters[last] = nn.Parameter(value, owner._parameters[last].requires_grad)
+    else:
+        owner._buffers[last] = value
+
+
+def _count(module: nn.Module, channels: int) -> None:
+    """Let a module with one value a channel say how many there are."""
+    if isinstance(module, nn.modules.conv._ConvNd) and module.groups > 1:
+        module.groups = module.in_channels = module.out_channels = channels
+    elif isinstance(module, nn.LayerNorm):
+        module.normalized_shape = (channels,)
+    else:
+        for kind, attribute in COUNTS.items():
+            if isinstance(module, kind):
+                setattr(module, attribute, channels)
+
+
+@torch.no_grad()
+def must_agree(net: nn.Module, other: nn.Module, nodes: Nodes) -> None:
+    """Raises UnsupportedOperation unless both give the same for a random input: code may count on channels' places."""
+    like = next(net.parameters())
+    x = torch.rand(2, *nodes.input_size, generator=torch.Generator().manual_seed(0)).to(like)
+    try:
+        with in_mode(net, False), in_mode(other, False):
+            expected, found = net(x), other(x)
+        agrees = found.shape == expected.shape and bool((found - expected).abs().max() <= CLOSE * expected.abs().max())
+    except RuntimeError:
+        agrees = False
+    if not agrees:
+        raise UnsupportedOperation(
+            f"{type(net).__name__} computes something else when its channels are rearranged: its code counts on their "
+            "number or their places, so they cannot be put into groups."
+        )

@@ -1,0 +1,162 @@
+"""The groups of a split network on several processes compute and train as one process does: gloo on a CPU."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+from decompk import models
+from decompk.errors import DecompkError, UnsupportedOperation
+from decompk.splitnet import Assignment, Nodes, Parallel, split, split_points
+from decompk.splitnet.run import deal
+from decompk.train.ranks import Ranks
+
+SIZE = (1, 16, 16)
+WRN = {"Deep": 2, "Hierarchical": 2, "FC": 4}
+
+
+def made(case, overlap):
+    """A split network in float64: groups dealt out, and with `overlap` a third of the nodes in all of them."""
+    torch.manual_seed(0)
+    if case in WRN:
+        net, groups = models.wrn_16_8(10, SIZE, 2), split_points("wrn_16_8", case)[0]
+    else:
+        net = models.vgg8(10, SIZE, 8, 32)
+        last = [*Nodes(net, SIZE).layers][-4:]
+        groups = dict.fromkeys(last if case == "vgg8" else last[:-1], 4)
+    net.double()
+    assignment = Assignment(Nodes(net, SIZE), groups)
+    deal(assignment, 0)
+    if overlap:
+        generator = torch.Generator().manual_seed(1)
+        with torch.no_grad():
+            for level in assignment.levels:
+                values = getattr(assignment, f"of_{level}")
+                values.copy_(torch.where(torch.rand(values.shape[1], generator=generator) < 0.3, 0.0, values))
+    return split(net, assignment, 0.1)
+
+
+CASES = [(case, overlap) for case in (*WRN, "vgg8", "vgg8, head whole") for overlap in (False, True)]
+
+
+def trained(net, optimizer):
+    """Three steps; the outputs before them and, in eval mode, after."""
+    x = torch.randn(8, *SIZE, dtype=torch.double, generator=torch.Generator().manual_seed(3))
+    before = net(x).detach()
+    optimizer = optimizer(net.parameters())
+    for _ in range(3):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(net(x), torch.arange(8) % 10).backward()
+        optimizer.step()
+    after = net.eval()(x).detach()
+    return before, after
+
+
+OPTIMIZERS = {
+    "SGD": lambda parameters: torch.optim.SGD(parameters, 0.05, momentum=0.9),
+    "Adam": lambda parameters: torch.optim.Adam(parameters, 1e-3),
+}
+
+SCRIPT = """
+import json, sys
+sys.path.insert(0, {here!r})
+import torch
+import test_splitnet_parallel as t
+from decompk.splitnet import Parallel
+from decompk.train.ranks import start, stop
+ranks = start("cpu")
+found = []
+for i, (case, overlap) in enumerate(t.CASES):
+    if ranks.size > 2 and case in ("Deep", "Hierarchical"):
+        continue
+    name = [*t.OPTIMIZERS][i % 2]
+    result = t.made(case, overlap)
+    alone, masked = t.made(case, overlap), t.OPTIMIZERS[name]
+    parallel = Parallel(result, ranks)
+    mine = sum(p.numel() for p in parallel.parameters())
+    ours, theirs = t.trained(parallel, masked), t.trained(alone.fast(), masked)
+    net = parallel.gathered().state_dict()
+    apart = max(((net[k] - v).abs().max() / (1 + v.abs().max())).item() for k, v in alone.dense.state_dict().items())
+    outputs = [(a - b).abs().max().item() for a, b in zip(ours, theirs)]
+    found.append([case, overlap, max(outputs), apart, ranks.from_all(mine)])
+if ranks.first:
+    print(json.dumps(found))
+stop(ranks)
+"""
+
+
+def torchrun(processes, *command):
+    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, *launch, *command], capture_output=True, text=True, env=environment, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_processes_train_what_one_would(tmp_path, processes):
+    script = tmp_path / "compare.py"
+    script.write_text(SCRIPT.format(here=os.path.dirname(__file__)))
+    found = json.loads(torchrun(processes, str(script)).strip().splitlines()[-1])
+    assert len(found) == (10 if processes == 2 else 6)
+    for case, overlap, outputs, weights, parameters in found:
+        assert outputs < 1e-9 and weights < 1e-9, (case, overlap)
+        whole = sum(p.numel() for p in made(case, overlap).dense.parameters())
+        assert case == "FC" or max(parameters) < 0.75 * whole, (case, overlap, parameters)
+
+
+def test_one_process_is_the_network_itself():
+    result = made("Hierarchical", True)
+    one = Parallel(result, Ranks(torch.device("cpu"))).eval()
+    x = torch.randn(3, *SIZE, dtype=torch.double)
+    assert torch.equal(one(x).argmax(1), result.dense.eval()(x).argmax(1))
+    assert (one(x) - result.dense(x)).abs().max() < 1e-12
+    before = {name: value.clone() for name, value in result.dense.state_dict().items()}
+    after = one.gathered().state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_what_cannot_run_apart_is_refused():
+    with pytest.raises(DecompkError, match="2 groups cannot be dealt out to 3 processes"):
+        Parallel(made("Deep", False), Ranks(torch.device("cpu"), 0, 3))
+
+    def whole(groups, net):
+        net.double()
+        assignment = Assignment(Nodes(net, SIZE), groups)
+        deal(assignment, 0)
+        return split(net, assignment)
+
+    wrn = models.wrn_16_8(10, SIZE, 2)
+    for groups in ({"layer2.1.conv1": 2}, {"layer3.0.conv2": 2, "layer3.1.conv2": 2, "fc": 2}):
+        with pytest.raises(UnsupportedOperation, match="reads all groups"):
+            Parallel(whole(groups, wrn), Ranks(torch.device("cpu"), 0, 2))
+    net = nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 14), nn.Flatten(), nn.Softmax(1))
+    with pytest.raises(UnsupportedOperation, match="one last layer"):
+        Parallel(whole({"2": 2}, net), Ranks(torch.device("cpu"), 0, 2))
+
+
+def test_the_command_runs_groups_on_two_processes_as_on_one(tmp_path):
+    command = ["split", "--width", "1", "--epochs", "1,1,1", "--seeds", "0", "--device", "cpu"]
+    command += ["--variants", "dense,Deep random,Shallow overlap", "--out"]
+    runs = []
+    for processes in (1, 2):
+        out = tmp_path / str(processes)
+        printed = torchrun(processes, "-m", "decompk", *command, str(out))
+        assert printed.count("Shallow overlap") == 1 and "Weights, figures" in printed
+        runs.append((json.loads((out / "result.json").read_text()), out))
+    (one, _), (two, _) = runs
+    assert two["made_with"]["processes"] == 2 and set(one["runs"]) == set(two["runs"])
+    for key, run in one["runs"].items():
+        for what in ("params", "flops", "split"):
+            assert run.get(what) == two["runs"][key].get(what), (key, what)
+    for name in ("dense", "deep-random", "shallow-overlap"):
+        a, b = (torch.load(out / f"{name}-seed0.pt", weights_only=True) for _, out in runs)
+        for key, value in a.items():
+            apart = (value - b[key]).abs().max() / (1 + value.abs().max())
+            assert apart < 1e-3, (name, key)  # an epoch of Adam in float32; the float64 test above has the 1e-9
