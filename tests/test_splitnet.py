@@ -27,7 +27,7 @@ from decompk.splitnet import (
     split_points,
     without,
 )
-from decompk.splitnet.rearrange import grouped, rearranged
+from decompk.splitnet.rearrange import grouped, must_agree, rearranged
 from decompk.splitnet.simplex import largest_step
 from decompk.splitnet.sparse import Filters
 from decompk.splitnet.variants import DEFAULT
@@ -144,6 +144,85 @@ def test_what_cannot_be_followed_or_split_is_refused():
     ):
         with pytest.raises(DecompkError, match=words):
             Assignment(nodes, groups, **options)
+
+
+class Wired(nn.Module):
+    """Two layers, with whatever `between` does to the channels in the middle."""
+
+    def __init__(self, between, width=8, into=None, **parts):
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, width, 3), nn.Conv2d(into or width, 6, 3)
+        self.between, self.fc = between, nn.Linear(6, 3)
+        for name, part in parts.items():
+            setattr(self, name, part)
+
+    def forward(self, x):
+        return self.fc(self.second(self.between(self, F.relu(self.first(x)))).mean((2, 3)))
+
+
+class Recurrent(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.gru, self.hidden, self.fc = nn.GRU(5, 8, batch_first=True), nn.Linear(8, 6), nn.Linear(6, 3)
+
+    def forward(self, x):
+        return self.fc(F.relu(self.hidden(self.gru(x)[0][:, -1])))
+
+
+IMAGE = (3, 12, 12)
+ORDERS = {  # a network, its input, and whether its nodes may also be there twice
+    "depthwise": (lambda: Wired(lambda s, x: s.mid(x), mid=nn.Conv2d(8, 8, 3, groups=8)), IMAGE, True),
+    "grouped": (lambda: Wired(lambda s, x: s.mid(x), mid=nn.Conv2d(8, 8, 3, groups=4)), IMAGE, True),
+    "group norm": (lambda: Wired(lambda s, x: s.mid(x), mid=nn.GroupNorm(4, 8)), IMAGE, True),
+    "response norm": (lambda: Wired(lambda s, x: F.local_response_norm(x, 3, alpha=3.0)), IMAGE, True),
+    "layer norm": (
+        lambda: nn.Sequential(nn.Linear(5, 8), nn.LayerNorm(8), nn.ReLU(), nn.Linear(8, 3)), (5,), False
+    ),
+    "twice": (lambda: Wired(lambda s, x: torch.cat([x, x], 1), into=16), IMAGE, True),
+    "halves": (lambda: Wired(lambda s, x: s.a(x[:, :4]) + s.b(x[:, 4:]), a=nn.Conv2d(4, 8, 1), b=nn.Conv2d(4, 8, 1)),
+               IMAGE, False),
+    "scale": (lambda: Wired(lambda s, x: s.mid(s.g * x), g=nn.Parameter(torch.rand(1, 8, 1, 1)), mid=nn.PReLU(8)),
+              IMAGE, True),
+    "transposed": (lambda: Wired(lambda s, x: s.mid(x), into=4, mid=nn.ConvTranspose2d(8, 4, 3)), IMAGE, True),
+    "recurrent": (Recurrent, (7, 5), True),
+    "flatten": (lambda: nn.Sequential(nn.Conv2d(3, 8, 5), nn.ReLU(), nn.Flatten(), nn.Linear(512, 9), nn.ReLU(),
+                                      nn.Linear(9, 3)), IMAGE, True),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("twice", [False, True])
+@pytest.mark.parametrize("name", ORDERS)
+def test_nodes_change_places_and_are_doubled_without_a_trace_or_the_network_is_refused(name, twice):
+    make, size, may_double = ORDERS[name]
+    torch.manual_seed(0)
+    net = make().double().eval()
+    nodes = Nodes(net, size)
+    rng = np.random.default_rng(1)
+    groups = np.eye(2, dtype=bool)[rng.integers(0, 2, nodes.count)]
+    if twice:
+        free = np.setdiff1d(np.arange(nodes.count), nodes.pinned)
+        groups[free] |= rng.random((len(free), 2)) < 0.3
+    other = rearranged(net, nodes, grouped(nodes, groups)).net
+    if twice and not may_double:
+        with pytest.raises(UnsupportedOperation, match="computes something else"):
+            must_agree(net, other, nodes)
+        return
+    must_agree(net, other, nodes)
+    x = torch.randn(2, *size, dtype=torch.double)
+    assert (other(x) - net(x)).abs().max() < 1e-12
+    moved = [
+        a.shape != b.shape or not torch.equal(a, b) for a, b in zip(net.parameters(), other.parameters(), strict=True)
+    ]
+    assert any(moved)
+
+
+def test_a_weight_that_a_function_uses_and_a_transposed_convolution_are_refused():
+    net = Wired(lambda s, x: F.conv2d(x, s.w), w=nn.Parameter(torch.rand(8, 8, 1, 1)))
+    with pytest.raises(UnsupportedOperation, match="'w' is used by a function"):
+        Nodes(net, IMAGE)
+    nodes = Nodes(ORDERS["transposed"][0](), IMAGE)
+    with pytest.raises(DecompkError, match="transposed convolution"):
+        Assignment(nodes, {"mid": 2})
 
 
 # ---- a planted problem ----------------------------------------------------------------------------------------------
@@ -314,6 +393,15 @@ def test_a_fuzzy_node_has_a_copy_in_each_of_its_groups_and_a_class_hears_all_of_
     for wrong in (0.0, 0.5, -1.0):
         with pytest.raises(DecompkError, match="no share of a node"):
             split(net, assignment, wrong)
+
+
+def test_a_layer_of_which_nothing_would_be_left_is_named():
+    net = nn.Sequential(nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, 3))
+    assignment = Assignment(Nodes(net, (5,)), {"2": 2})
+    for side, group in ((assignment.nodes.layers["2"].inputs, 0), (assignment.nodes.layers["2"].outputs, 1)):
+        assignment.put(2, side.nodes, np.full(len(side.nodes), group))
+    with pytest.raises(DecompkError, match="all inputs of '2' are in other groups"):
+        split(net, assignment)
 
 
 def test_subgroups_lie_in_their_groups_as_evenly_as_numbers_allow():

@@ -18,8 +18,9 @@ from torch import Tensor, fx, nn
 from ..blockdiag import layer_by_layer
 from ..compose import tensors
 from ..errors import DecompkError, UnsupportedOperation
-from ..graph import MetaInterpreter, trace
+from ..graph import trace
 from ..train.ranks import Ranks
+from .cut import Cut, Handed
 from .nodes import Nodes
 from .rearrange import Copies, grouped, rearranged
 from .split import Split, keep_zeros
@@ -67,17 +68,15 @@ class Parallel(nn.Module):
         self.register_buffer("_rows", part.sources[f"{self._head}.weight"][0].reshape(-1).to(last.weight.device), False)
         self.bias, head.bias = last.bias, None
         self.trunk, self.groups = nn.ModuleDict(), nn.ModuleDict()
-        self._handed: dict[str, list[_Handed]] = {}
-        cut = _Cut(whole, nodes, levels, split, self._head)
+        self._handed: dict[str, list[Handed]] = {}
+        cut = Cut(whole, nodes, levels, assignment.groups.keys() - assignment.whole_inputs, self._head)
+        kept = np.zeros(nodes.count, dtype=bool)
+        kept[copies.node] = True
         for training in (True, False):
-            first, rest, border = cut(training)
-            mode = str(training)
-            self._handed[mode] = [
-                _Handed.of(node, nodes, levels, copies, training, *cut.shapes[node]) for node in border
-            ]
-            self.groups[mode] = fx.GraphModule(net, rest)
+            first, rest, self._handed[str(training)] = cut(training, kept)
+            self.groups[str(training)] = fx.GraphModule(net, rest)
             if ranks.first:
-                self.trunk[mode] = fx.GraphModule(whole, first)
+                self.trunk[str(training)] = fx.GraphModule(whole, first)
         if ranks.size > 1:
             self._add_up(nodes, copies, _several(dealt, ranks))
         self.train(split.dense.training)
@@ -180,99 +179,6 @@ def _several(groups: np.ndarray, ranks: Ranks) -> np.ndarray:
     """(count,) of bool: the nodes whose groups, (count, coarsest) of bool, lie on several processes."""
     shares = [list(ranks.share(groups.shape[1], rank)) for rank in range(ranks.size)]
     return np.stack([groups[:, share].any(1) for share in shares]).sum(0) > 1
-
-
-class _Cut:
-    """Where a graph is cut into what the first process computes for all, and what each computes for its groups.
-
-    For all: what holds no node of a group, and what comes before a layer that reads all groups.
-    """
-
-    def __init__(self, net: nn.Module, nodes: Nodes, levels: np.ndarray, split: Split, head: str):
-        self.net, self.size = net, nodes.input_size
-        self.apart = split.assignment.groups.keys() - split.assignment.whole_inputs
-        reads = {path for path, s in nodes.layers.items() if s.inputs is not None and levels[s.inputs.nodes].any()}
-        gives = {path for path, s in nodes.layers.items() if levels[s.outputs.nodes].any()}
-        gives |= {name.rpartition(".")[0] for name, ids in nodes.vectors.items() if levels[ids].any()}
-        self.grouped, self.reads_all = reads | gives | {head}, reads - self.apart - {head}
-        self.shapes: dict[fx.Node, tuple[Any, Any]] = {}  # node → its value's, of two samples and of three
-
-    def __call__(self, training: bool) -> tuple[fx.Graph, fx.Graph, list[fx.Node]]:
-        """The first process's graph; that of each, of x and what is handed over; and the nodes whose values that is."""
-        graph = trace(self.net, training)
-        two, three = ([*MetaInterpreter(self.net, graph, self.size, n).run_all().values()] for n in (2, 3))
-        self.shapes |= dict(zip(graph.nodes, zip(two, three, strict=True), strict=True))
-        x, *_, output = graph.nodes
-        trunk = _ancestors(graph, {n for n in graph.nodes if n.op == "call_module" and n.target in self.reads_all}) | {
-            x
-        }
-        for node in graph.nodes:
-            owner = node.target if node.op == "call_module" else ""
-            owner = node.target.rpartition(".")[0] if node.op == "get_attr" else owner
-            if node is not output and owner not in self.grouped and trunk.issuperset(node.all_input_nodes):
-                trunk.add(node)
-        for node in trunk:
-            if node.op == "call_module" and node.target in self.apart:
-                raise UnsupportedOperation(
-                    f"a layer behind '{node.target}' reads all groups, so they cannot run apart: split the layers "
-                    "behind it, too, up to the last."
-                )
-        needed, border = {output}, []
-        for node in reversed(graph.nodes):  # numbers are computed again; tensors are handed over
-            for source in node.all_input_nodes if node in needed else ():
-                if source in trunk and source is not x and isinstance(self.shapes[source][0], Tensor):
-                    border += [source] if source not in border else []
-                else:
-                    needed.add(source)
-        first, rest = fx.Graph(), fx.Graph()
-        before = _ancestors(graph, {x, *border})
-        copied: dict[fx.Node, fx.Node] = {}
-        for node in graph.nodes:
-            if node in before:
-                copied[node] = first.node_copy(node, copied.__getitem__)
-        first.output(tuple(copied[node] for node in border))
-        copied = {x: rest.placeholder("x")} | {node: rest.placeholder(f"handed_{i}") for i, node in enumerate(border)}
-        for node in graph.nodes:
-            if node in needed and node not in copied:
-                copied[node] = rest.node_copy(node, copied.__getitem__)
-        return first, rest, border
-
-
-def _ancestors(graph: fx.Graph, nodes: set[fx.Node]) -> set[fx.Node]:
-    """`nodes` and all that they are computed from."""
-    found = set(nodes)
-    for node in reversed(graph.nodes):
-        found.update(node.all_input_nodes if node in found else ())
-    return found
-
-
-@dataclass(frozen=True)
-class _Handed:
-    """A tensor that the first process hands over: its shape, whether it begins with the batch, and which places of an
-    axis a process needs (None: all)."""
-
-    shape: tuple[int, ...]
-    batch: bool
-    axis: int = 0
-    places: Tensor | None = None
-
-    @classmethod
-    def of(
-        cls, node: fx.Node, nodes: Nodes, levels: np.ndarray, copies: Copies, training: bool, two: Tensor, three: Tensor
-    ) -> _Handed:
-        batch, found = two.shape[:1] != three.shape[:1], nodes.on_axis(training, node.name)
-        if found is None or not levels[found[1]].any():
-            return cls(tuple(two.shape), batch)
-        axis, ids = found
-        kept = np.zeros(nodes.count, dtype=bool)
-        kept[copies.node] = True
-        return cls(tuple(two.shape), batch, axis, torch.from_numpy(np.nonzero(kept[ids])[0]))
-
-    def empty(self, x: Tensor) -> Tensor:
-        return x.new_empty((len(x), *self.shape[1:]) if self.batch else self.shape)
-
-    def own(self, value: Tensor) -> Tensor:
-        return value if self.places is None else value.index_select(self.axis, self.places.to(value.device))
 
 
 @dataclass(frozen=True)

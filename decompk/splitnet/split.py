@@ -62,7 +62,7 @@ def split(net: nn.Module, assignment: Assignment, overlap: float | None = None) 
     belong to several groups by more than this (the supplement has 0.1) are duplicated, one for each, with all that
     leads to them in that group; where nothing that leads to them is split all copies would be alike, and several groups
     read the one; a class of several groups is the sum of what they say of it. Raises UnsupportedOperation where the
-    network's code counts on its channels' places.
+    network's code counts on its channels' places, DecompkError where nothing of a layer would be left.
     """
     if overlap is not None and not 0 < overlap < 0.5:
         raise DecompkError(f"an overlap of {overlap} is no share of a node between 0 and 0.5: the supplement's is 0.1.")
@@ -78,6 +78,11 @@ def split(net: nn.Module, assignment: Assignment, overlap: float | None = None) 
             rows, columns = moved.copies[path]
             sides = [assignment.coarser(copies.groups[side], levels[side], count) for side in (rows, columns)]
             inside = sides[0] @ sides[1].T  # both have a group in common
+            if not inside.any():
+                raise DecompkError(
+                    f"all inputs of '{path}' are in other groups than its outputs, and nothing of it would be left: "
+                    "learn more slowly, or raise the weight of balance."
+                )
             mask = torch.from_numpy(inside).to(weight.device).view(*inside.shape, *(1,) * (weight.dim() - 2))
             shares = _shares(inside, moved.sources[f"{path}.weight"][1].numpy().reshape(-1))
             with torch.no_grad():
