@@ -20,6 +20,7 @@ from decompk.splitnet import (
     Nodes,
     ReducedGradient,
     Sparsifier,
+    fitted,
     learn,
     reduced_gradient,
     run,
@@ -32,6 +33,8 @@ from decompk.splitnet.simplex import largest_step
 from decompk.splitnet.sparse import Filters
 from decompk.splitnet.variants import DEFAULT
 from decompk.train.checkpoint import Checkpoints
+from decompk.train.data import open_data
+from decompk.train.evaluate import evaluate
 
 # ---- the simplex ----------------------------------------------------------------------------------------------------
 
@@ -346,19 +349,25 @@ def test_a_split_network_is_the_masked_one_on_the_block_engine(case):
         assert (mine[name].grad * result.masks.get(name, 1) - expected).abs().max() < 1e-10 * (1 + expected.abs().max())
 
 
+@pytest.mark.parametrize("setting", ["Deep", "Hierarchical"])
 @pytest.mark.parametrize("overlap", [None, 0.1])
-def test_training_keeps_the_zeros_of_groups_of_any_size(overlap):
-    net, size = models.wrn_16_8(10, (1, 16, 16), 2), (1, 16, 16)
-    assignment = Assignment(Nodes(net, size), split_points("wrn_16_8", "Deep")[0], spread=2.0)
-    result = split(net, assignment, overlap)
-    assert 0.3 < result.kept < 0.9
+def test_groups_of_any_size_train_as_the_masked_network_does_and_their_zeros_stay(setting, overlap):
+    net, size = models.wrn_16_8(10, (1, 16, 16), 2).double(), (1, 16, 16)
+    assignment = Assignment(Nodes(net, size), *split_points("wrn_16_8", setting), spread=2.0)
+    result, masked = split(net, assignment, overlap), split(net, assignment, overlap)
+    assert 0.2 < result.kept < 0.9
     fast = result.fast()
-    optimizer = torch.optim.Adam(fast.parameters(), 1e-2)
-    for seed in range(2):
-        x = torch.randn(4, *size, generator=torch.Generator().manual_seed(seed))
-        optimizer.zero_grad()
-        fast(x).square().sum().backward()
-        optimizer.step()
+    for part, holds in ((fast, {}), (masked.dense, masked.masks)):
+        optimizer = torch.optim.Adam(part.parameters(), 1e-2)
+        for seed in range(2):
+            x = torch.randn(4, *size, generator=torch.Generator().manual_seed(seed), dtype=torch.double)
+            optimizer.zero_grad()
+            part(x).square().sum().backward()
+            for name, mask in holds.items():
+                part.get_parameter(name).grad.mul_(mask)
+            optimizer.step()
+    for name, value in result.dense.state_dict().items():
+        assert (value - masked.dense.state_dict()[name]).abs().max() < 1e-9
     for name, mask in result.masks.items():
         weight = result.dense.get_parameter(name)
         assert not weight[~mask].any() and weight[mask].all()
@@ -544,10 +553,20 @@ def test_the_command_trains_every_variant_and_goes_on_where_it_was(tmp_path, cap
     dense = known["dense 0"]
     for name in ("FC", "Deep", "Hierarchical", "Deep random"):
         assert known[f"{name} 0"]["params"] < dense["params"] and known[f"{name} 0"]["flops"] < dense["flops"]
+        assert known[f"{name} 0"]["flops"] <= known[f"{name} 0"]["done"] <= dense["done"] == dense["flops"]
+    assert known["Deep random 0"]["done"] < dense["done"]
     assert known["Deep overlap 0"]["params"] > known["Deep 0"]["params"]
     assert known["Deep random 0"]["fuzzy"] == 0.0 and "settled" not in known["Deep random 0"]
     state = torch.load(out / "deep-random-seed0.pt", weights_only=True)
     assert (state["layer3.1.conv1.weight"] == 0).float().mean().item() == 0.5
+    for name in names:  # what was saved can be loaded, wider and narrower layers too
+        state = torch.load(out / f"{name.lower().replace(' ', '-')}-seed0.pt", weights_only=True)
+        net = fitted(models.wrn_16_8(10, (1, 16, 16), 1), state)
+        error = 100 - evaluate(net, open_data("digits", 16), torch.device("cpu")).accuracy[0]
+        assert error == pytest.approx(known[f"{name} 0"]["error"], abs=0.6)  # two images, for sums in another order
+        assert net.fc.in_features == net.bn.num_features == len(state["bn.weight"])
+    with pytest.raises(DecompkError, match="no weights of VGG8"):
+        fitted(models.vgg8(), state)
     made = {path.name for path in out.iterdir()}
     assert {"summary.md", "assignments.png", "weights.png", "ssl-1.1-seed0.pt"} <= made and not (
         out / "state/x"

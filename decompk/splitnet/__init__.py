@@ -5,6 +5,7 @@ from .learn import Gammas, Learner, learn
 from .nodes import Nodes
 from .parallel import Parallel
 from .points import split_points
+from .rearrange import fitted
 from .regulariser import group_weights, imbalance, overlap
 from .simplex import ReducedGradient, reduced_gradient
 from .sparse import Sparsifier, without
@@ -19,6 +20,7 @@ __all__ = [
     "ReducedGradient",
     "Sparsifier",
     "Split",
+    "fitted",
     "group_weights",
     "imbalance",
     "learn",

@@ -19,7 +19,7 @@ from ..blockdiag import layer_by_layer
 from ..compose import tensors
 from ..errors import DecompkError, UnsupportedOperation
 from ..graph import trace
-from ..train.ranks import Ranks
+from ..train.ranks import Ranks, Sum
 from .cut import Cut, Handed
 from .nodes import Nodes
 from .rearrange import Copies, grouped, rearranged
@@ -227,16 +227,8 @@ def _unflattened(flat: Tensor, shapes: Sequence[torch.Size]) -> tuple[Tensor, ..
     return tuple(t.view(s) for t, s in zip(flat.split([s.numel() for s in shapes]), shapes, strict=True))
 
 
-class _Together(torch.autograd.Function):
+class _Together(Sum):
     """Σ over processes. Each computes the loss of the sum, so its gradient is its own part's already."""
-
-    @staticmethod
-    def forward(ctx, values: Tensor) -> Tensor:
-        import torch.distributed as dist
-
-        values = values.clone()
-        dist.all_reduce(values)
-        return values
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..compose import output_axis, tensors
-from ..errors import UnsupportedOperation
+from ..errors import DecompkError, UnsupportedOperation
 from ..graph import in_mode
 from .nodes import Nodes
 
@@ -114,7 +115,7 @@ def rearranged(net: nn.Module, nodes: Nodes, copies: Copies) -> Rearranged:
     out = copy.deepcopy(net)
     known, found, sources = tensors(out), {}, {}
     for path, sides in nodes.layers.items():
-        name, layer = f"{path}.weight", out.get_submodule(path)
+        name = f"{path}.weight"
         outputs, rows = copies.along(sides.outputs.nodes)
         inputs, columns, shares = None, np.arange(known[name].shape[1 - output_axis(out, name)]), None
         if sides.inputs is not None:
@@ -133,38 +134,54 @@ def rearranged(net: nn.Module, nodes: Nodes, copies: Copies) -> Rearranged:
             shape[1 - output_axis(out, name)] = -1
             value = value * torch.from_numpy(shares).to(value).view(shape)
         _replace(out, name, value)
-        conv = isinstance(layer, nn.modules.conv._ConvNd)
-        into, gives = ("in_channels", "out_channels") if conv else ("in_features", "out_features")
-        setattr(layer, into, len(columns))
-        setattr(layer, gives, len(rows))
     for name, ids in nodes.vectors.items():
         axis = next((a for a, size in enumerate(known[name].shape) if size > 1), 0)
         _, places = copies.along(ids)
         sources[name] = (*(slice(None),) * axis, torch.from_numpy(places))
         _replace(out, name, known[name].detach()[sources[name]])
-        _count(out.get_submodule(name.rpartition(".")[0]), len(places))
     return Rearranged(out, found, sources)
 
 
+def fitted(net: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
+    """A copy of `net` with the values of a state_dict in which layers are wider or narrower than its own.
+
+    So a split network with overlap, or one that SSL has thinned, is loaded. Raises DecompkError on other names or
+    tensors of other kinds.
+    """
+    out = copy.deepcopy(net)
+    known = out.state_dict()
+    other = sorted(known.keys() ^ state.keys()) or [n for n in known if known[n].dim() != state[n].dim()]
+    if other:
+        raise DecompkError(f"these are no weights of {type(net).__name__}: '{other[0]}' is not what it has.")
+    for name, value in state.items():
+        _replace(out, name, value.detach().clone().to(known[name]))
+    return out
+
+
 def _replace(net: nn.Module, name: str, value: Tensor) -> None:
+    """Put another tensor in the place of one, and let its module say how many channels it has now."""
     path, _, last = name.rpartition(".")
-    owner = net.get_submodule(path)
-    if last in owner._parameters:
-        owner._parameters[last] = nn.Parameter(value, owner._parameters[last].requires_grad)
+    module = net.get_submodule(path)
+    if last in module._parameters:
+        module._parameters[last] = nn.Parameter(value, module._parameters[last].requires_grad)
     else:
-        owner._buffers[last] = value
-
-
-def _count(module: nn.Module, channels: int) -> None:
-    """Let a module with one value a channel say how many there are."""
-    if isinstance(module, nn.modules.conv._ConvNd) and module.groups > 1:
-        module.groups = module.in_channels = module.out_channels = channels
-    elif isinstance(module, nn.LayerNorm):
-        module.normalized_shape = (channels,)
-    else:
+        module._buffers[last] = value
+    if isinstance(module, nn.modules.conv._ConvNd):
+        if last == "weight":
+            rows, columns = value.shape[:2]
+            if 1 < module.groups == module.in_channels == module.out_channels:  # a kernel for each channel
+                module.groups = rows
+            sides = [rows, columns * module.groups][:: 1 if module.transposed else -1]
+            module.in_channels, module.out_channels = sides
+    elif isinstance(module, nn.Linear):
+        if last == "weight":
+            module.out_features, module.in_features = value.shape
+    elif value.dim() == 1 and isinstance(module, nn.LayerNorm):
+        module.normalized_shape = tuple(value.shape)
+    elif value.dim() == 1:
         for kind, attribute in COUNTS.items():
             if isinstance(module, kind):
-                setattr(module, attribute, channels)
+                setattr(module, attribute, len(value))
 
 
 @torch.no_grad()

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import cost, models
+from ..blockdiag import layer_by_layer
 from ..cache import processor
 from ..errors import DecompkError
 from ..progress import bar
@@ -78,10 +79,10 @@ def run(
 ) -> Table:
     """Train every variant of `names` (those of `variants` by default) for every seed, and compare all.
 
-    The folder `out` gets result.json, summary.md, the supplement's Figures 1 and 2, and each network's weights. What
-    result.json holds already, made by the same settings, is not trained again, and what was interrupted goes on behind
-    its last epoch. Under torchrun the groups of a split network are fine-tuned on different processes. Raises
-    DecompkError where `out` is of other settings or cannot be written.
+    The folder `out` gets result.json, summary.md, the supplement's Figures 1 and 2, and each network's state_dict, for
+    `fitted` where nodes were doubled or taken out. What result.json holds already, made by the same settings, is not
+    trained again, and what was interrupted goes on behind its last epoch. Under torchrun the groups of a split network
+    are fine-tuned on different processes. Raises DecompkError where `out` is of other settings or cannot be written.
     """
     settings = settings or Settings()
     ranks = start(device)
@@ -197,10 +198,8 @@ class _Run:
                 self._phase(variant, seed, "learn", _Plain(net, s.lr))
                 deal(assignment, seed)
             else:
-                rate, freeze = (
-                    s.simplex_lr if variant.simplex else s.assignment_lr,
-                    s.freeze if variant.overlap else None,
-                )
+                rate = s.simplex_lr if variant.simplex else s.assignment_lr
+                freeze = s.freeze if variant.overlap else None
                 learner = Learner(net, assignment, F.cross_entropy, s.gammas, s.lr, rate, freeze)
                 history = _History(learner, max(1, s.epochs[1] * self._steps() // FRAMES))
                 self._phase(variant, seed, "learn", history)
@@ -277,11 +276,15 @@ class _Run:
         return 100 - evaluate(net, self.data, self.ranks.device).accuracy[0]
 
     def _cost(self, net: nn.Module, masks: Mapping[str, Tensor]) -> dict[str, float]:
-        """Parameters, and FLOPs of one image at 2 per multiply-accumulate, without what `masks` leaves out."""
+        """Parameters, and FLOPs of one image at 2 per multiply-accumulate, without what `masks` leaves out; and `done`,
+        the FLOPs that the block engine does, which skips whole blocks alone.
+        """
         zeros = sum(int((~mask).sum()) for mask in masks.values())
         kept = {name.removesuffix(".weight"): mask.double().mean().item() for name, mask in masks.items()}
-        flops = sum(2 * layer.macs * kept.get(layer.name, 1) for layer in cost.layers(net, self.data.input_size))
-        return {"params": sum(p.numel() for p in net.parameters()) - zeros, "flops": flops}
+        found = {decision.path: decision.kept for decision in layer_by_layer(net).decisions}
+        layers = cost.layers(net, self.data.input_size)
+        flops, done = (sum(2 * layer.macs * of.get(layer.name, 1) for layer in layers) for of in (kept, found))
+        return {"params": sum(p.numel() for p in net.parameters()) - zeros, "flops": flops, "done": done}
 
     # ---- figures ----------------------------------------------------------------------------------------------------
 
@@ -303,10 +306,8 @@ class _Run:
             if variant.learned and self._history(variant).exists():
                 steps, values = torch.load(self._history(variant), weights_only=True)
                 kind = "reduced gradient" if variant.simplex else "softmax"
-                found[f"{variant.setting}, {kind}{', frozen' if variant.overlap else ''}"] = (
-                    steps,
-                    values.float().numpy(),
-                )
+                title = f"{variant.setting}, {kind}{', frozen' if variant.overlap else ''}"
+                found[title] = steps, values.float().numpy()
         if found:
             draw_assignments(found, self.out / "assignments.png")
 

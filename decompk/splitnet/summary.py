@@ -27,6 +27,7 @@ def summary(known: dict[str, Any]) -> Table:
         *_verdicts(by_name),
         "fuzzy: nodes that belonged to several groups by more than 0.1 when they were split; overlap gives each of "
         "them a copy in every such group. simplex: the reduced gradient; the others are learned by softmax.",
+        "MFLOPs done: by the block engine, which skips whole blocks of zeros of 8 channels or more.",
         *(["SSL: strength of the ℓ2,1 norm over filters; those that reach 0 are taken out."] if _ssl(by_name) else []),
         "Made by `decompk split`, torch {torch} on {threads} threads of {device}.".format(**known["made_with"]),
     ]
@@ -34,7 +35,7 @@ def summary(known: dict[str, Any]) -> Table:
     columns = [
         Column("network"), Column("test\nerror %", two), Column("±", two), Column("error %\nwhen split", one),
         Column("fuzzy\n%", one), Column("settled\nat step", decimals(0)), Column("params k", one),
-        Column("reduced\n%", one), Column("MFLOPs", two), Column("FLOPs\nreduced %", one),
+        Column("reduced\n%", one), Column("MFLOPs", two), Column("FLOPs\nreduced %", one), Column("MFLOPs\ndone", two),
     ]  # fmt: skip
     return Table("SplitNet", columns, rows, notes)
 
@@ -49,7 +50,7 @@ def _row(name: str, mine: dict[int, dict[str, Any]], dense: dict[int, dict[str, 
         left = statistics.mean(run[key] for run in mine.values())
         whole = [run[key] for seed, run in dense.items() if seed in mine]
         row += [left / unit, 100 * (1 - left / statistics.mean(whole)) if whole else None]
-    return row
+    return [*row, statistics.mean(run["done"] for run in mine.values()) / 1e6]
 
 
 def _verdicts(by_name: dict[str, dict[int, dict[str, Any]]]) -> list[str]:

@@ -106,7 +106,7 @@ def stop(ranks: Ranks) -> None:
         dist.destroy_process_group()
 
 
-class _Sum(torch.autograd.Function):
+class Sum(torch.autograd.Function):
     """Σ over ranks, of values and of gradients."""
 
     @staticmethod
@@ -119,7 +119,7 @@ class _Sum(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> Tensor:
-        return _Sum.forward(ctx, grad)
+        return Sum.forward(ctx, grad)
 
 
 class SyncedBatchNorm(nn.modules.batchnorm._BatchNorm):
@@ -136,10 +136,10 @@ class SyncedBatchNorm(nn.modules.batchnorm._BatchNorm):
             return super().forward(x)
         axes, shape = [0, *range(2, x.dim())], [1, -1] + [1] * (x.dim() - 2)
         count = torch.tensor([x.numel() / x.shape[1]], dtype=x.dtype, device=x.device)
-        total = _Sum.apply(torch.cat([x.sum(axes), count]))
+        total = Sum.apply(torch.cat([x.sum(axes), count]))
         mean, count = total[:-1] / total[-1], total[-1].detach()
         centred = x - mean.view(shape)
-        var = _Sum.apply((centred * centred).sum(axes)) / count
+        var = Sum.apply((centred * centred).sum(axes)) / count
         if self.track_running_stats:
             with torch.no_grad():
                 self.num_batches_tracked += 1
