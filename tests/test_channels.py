@@ -102,7 +102,7 @@ REFUSED = {
     "one channel": (Between(Call(lambda x: x * x[:, 0][:, None])), "single channel", "getitem"),
     "everything summed": (Between(Call(lambda x: x * x.sum())), "combines all channels", "sum"),
     "efficient channel attention": (Between(Eca()), "does not read the divided axis", "'middle.conv'"),
-    "local response norm": (Between(nn.LocalResponseNorm(3)), "LocalResponseNorm", "'middle'"),
+    "local response norm": (Between(nn.LocalResponseNorm(3)), "local_response_norm", "'middle'"),
     "one gain for all": (Between(Gain()), "'middle.gain'", "mul"),
     "one slope for all": (Between(nn.PReLU()), "one slope", "'middle'"),
     "tied layers": (Between(Tied()), "share parameter", "middle.b"),

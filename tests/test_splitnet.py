@@ -142,6 +142,7 @@ def test_what_cannot_be_followed_or_split_is_refused():
         ({"conv9": 2}, {}, "no convolution or linear layer"),
         ({"conv1": 2}, {}, "reads the image"),
         ({"fc": 1}, {}, "two groups or more"),
+        ({"fc": 11}, {}, "cannot have 11 groups: of one side there are 10"),
         ({"fc": 2}, {"whole_inputs": ["conv1"]}, "not to be split"),
         ({"fc": 2}, {"parametrisation": "sparsemax"}, "unknown"),
     ):

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -24,17 +26,29 @@ OVERHEAD = 8  # channels' worth of work that a block costs beside its own, in th
 class Blocks:
     """Which blocks of a weight (O, C, …) hold anything: mask[r][s] for the r-th share of O and the s-th of C.
 
-    `outputs` and `inputs`: the order of channels in which it holds, None for their own.
+    `outputs` and `inputs`: the order of channels in which it holds, None for their own. `uneven`: the true outputs and
+    inputs of each block on the diagonal, where they differ; the orders then fill every block up to the largest, with
+    channels that count as zero, and name inputs again that several blocks read. `dense`: (O, C).
     """
 
     mask: Mask
+    dense: tuple[int, int]
     outputs: tuple[int, ...] | None = None
     inputs: tuple[int, ...] | None = None
+    uneven: tuple[tuple[int, int], ...] | None = None
+
+    @property
+    def sides(self) -> tuple[int, int]:
+        """Outputs and inputs of all block rows and columns together, those that fill up included."""
+        return tuple(
+            n if order is None else len(order) for order, n in zip((self.outputs, self.inputs), self.dense, strict=True)
+        )
 
     @property
     def kept(self) -> float:
-        """The share of the blocks that is not zero."""
-        return sum(map(sum, self.mask)) / (len(self.mask) * len(self.mask[0]))
+        """The share of the dense weight's work that is left."""
+        share = sum(map(sum, self.mask)) / (len(self.mask) * len(self.mask[0]))
+        return share * math.prod(self.sides) / math.prod(self.dense)
 
     @property
     def uniform(self) -> int:
@@ -43,6 +57,9 @@ class Blocks:
 
     def __str__(self) -> str:
         O, C = len(self.mask), len(self.mask[0])
+        if self.uneven:
+            rows, columns = (n // O for n in self.sides)
+            return f"{O} blocks of up to {rows}×{columns} channels, filled up and put on the diagonal"
         what = f"{O} blocks on the diagonal" if self.uniform else f"{sum(map(sum, self.mask))} of {O}×{C} blocks hold"
         return what + (", after a permutation of channels" if self.outputs or self.inputs else "")
 
@@ -51,7 +68,8 @@ def find_blocks(weight: Tensor) -> Blocks | None:
     """The blocks worth skipping around in weight (O, C, …), from its exact zeros; None where there are none.
 
     Equal blocks of at least 8 channels, so large that they cost the least together; if no cut of the channels as they
-    stand gives any, one after the permutation that brings channels together that share a weight.
+    stand gives any, one after the permutation that brings channels together that share a weight; and where outputs fall
+    into sets that read the same inputs, sets of any size, filled up to the largest, if that is cheaper by a fifth.
     """
     filled = _filled(weight)
     if bool(filled.all()):
@@ -61,9 +79,33 @@ def find_blocks(weight: Tensor) -> Blocks | None:
     parts = [torch.sort(side, stable=True).indices for side in labels]
     sorted_already = all(bool((order == torch.arange(len(order))).all()) for order in parts)
     moved = None if sorted_already else _best_mask(filled[parts[0]][:, parts[1]])
+    dense = tuple(filled.shape)
+    found = straight and Blocks(straight, dense)
     if moved and (straight is None or _price(moved, filled) < _price(straight, filled) / 1.5):
-        return Blocks(moved, tuple(parts[0].tolist()), tuple(parts[1].tolist()))
-    return straight and Blocks(straight)
+        found = Blocks(moved, dense, tuple(parts[0].tolist()), tuple(parts[1].tolist()))
+    uneven = _uneven(filled)
+    best = _cost(found) if found else 1.0
+    return uneven if uneven and _cost(uneven) < best / 1.2 else found
+
+
+def _uneven(filled: Tensor) -> Blocks | None:
+    """A block on the diagonal for each set of outputs that read the same inputs, as large as the largest of them."""
+    _, sets = np.unique(np.packbits(filled.numpy(), axis=1), axis=0, return_inverse=True)
+    K = int(sets.max()) + 1
+    if not 1 < K <= min(64, len(filled) // LEAST):
+        return None
+    rows = [np.nonzero(sets.reshape(-1) == k)[0].tolist() for k in range(K)]
+    rows.sort()
+    columns = [filled[of[0]].nonzero().flatten().tolist() for of in rows]
+    R, C = max(map(len, rows)), max(map(len, columns))
+    if min(R, C) < LEAST or not all(columns):
+        return None
+    outputs, inputs = (
+        sum((of + [0] * (most - len(of)) for of in side), []) for side, most in ((rows, R), (columns, C))
+    )
+    mask = tuple(tuple(r == s for s in range(K)) for r in range(K))
+    sizes = tuple((len(a), len(b)) for a, b in zip(rows, columns, strict=True))
+    return Blocks(mask, tuple(filled.shape), tuple(outputs), tuple(inputs), sizes)
 
 
 def components(filled: Tensor) -> tuple[Tensor, Tensor]:
@@ -112,9 +154,13 @@ def _shares(channels: int) -> Iterator[int]:
 
 
 def _price(mask: Mask, filled: Tensor) -> float:
+    return _cost(Blocks(mask, tuple(filled.shape)))
+
+
+def _cost(blocks: Blocks) -> float:
     """Work relative to the dense layer's, small blocks dearer."""
-    smaller = min(filled.shape[0] // len(mask), filled.shape[1] // len(mask[0]))
-    return sum(map(sum, mask)) / (len(mask) * len(mask[0])) * (1 + OVERHEAD / smaller)
+    rows, columns = blocks.sides
+    return blocks.kept * (1 + OVERHEAD / min(rows // len(blocks.mask), columns // len(blocks.mask[0])))
 
 
 class _BlockLayer:
@@ -127,16 +173,14 @@ class _BlockLayer:
     def adopt(cls, leaf: nn.Module, blocks: Blocks) -> None:
         """Turn a leaf into its zero-skipping form, in place."""
         leaf.blocks, leaf._mask = blocks, mask_text(blocks.mask)
-        for name, order in (("_inputs", blocks.inputs), ("_outputs", blocks.outputs)):
-            value = None if order is None else torch.tensor(order, device=leaf.weight.device)
-            leaf.register_buffer(name, value, persistent=False)
-        back = None if blocks.outputs is None else torch.argsort(leaf._outputs)
-        leaf.register_buffer("_back", back, persistent=False)
+        inputs, outputs, back, real = _orders(blocks)
+        for name, value in (("_inputs", inputs), ("_outputs", outputs), ("_back", back), ("_real", real)):
+            leaf.register_buffer(name, value if value is None else value.to(leaf.weight.device), persistent=False)
         leaf.__class__ = cls
 
     def release(self) -> None:
         """Turn it into an ordinary leaf again, in place."""
-        for name in ("_inputs", "_outputs", "_back"):
+        for name in ("_inputs", "_outputs", "_back", "_real"):
             del self._buffers[name]
             self._non_persistent_buffers_set.discard(name)
         del self.blocks, self._mask
@@ -147,10 +191,26 @@ class _BlockLayer:
         weight, bias = self.weight, self.bias
         if self._outputs is not None:
             weight, bias = weight[self._outputs], None if bias is None else bias[self._outputs]
-        return (weight if self._inputs is None else weight[:, self._inputs]), bias
+        weight = weight if self._inputs is None else weight[:, self._inputs]
+        if self._real is not None:
+            weight = weight * self._real.view(*self._real.shape, *(1,) * (weight.dim() - 2))
+        return weight, bias
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, {self.blocks}"
+
+
+def _orders(blocks: Blocks) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """Which input and output comes to each place, where each output then is, and what of uneven blocks is its own."""
+    inputs, outputs = (None if order is None else torch.tensor(order) for order in (blocks.inputs, blocks.outputs))
+    if blocks.uneven is None:
+        return inputs, outputs, None if outputs is None else torch.argsort(outputs), None
+    K = len(blocks.uneven)
+    own = torch.tensor(blocks.uneven).T[..., None]  # outputs and inputs of each block
+    rows, columns = ((torch.arange(n // K) < true).flatten() for n, true in zip(blocks.sides, own, strict=True))
+    back = torch.empty(blocks.dense[0], dtype=torch.long)
+    back[outputs[rows]] = rows.nonzero().flatten()
+    return inputs, outputs, back, rows[:, None] & columns
 
 
 class BlockConv2d(_BlockLayer, nn.Conv2d):

@@ -22,11 +22,11 @@ class Assignment(nn.Module):
     groups: path of a layer to split → into how many. A node's assignment is one for all layers that touch it: q of a
     layer is p of the next, and both ends of a shortcut agree. Where layers of different numbers of groups meet
     (hierarchical), groups lie inside each other, as evenly as the numbers allow: a layer of fewer groups branches, what
-    each of its groups gives being dealt out to subgroups. whole_inputs: layers whose groups all read
-    everything, as the first of a split behind a shared trunk. parametrisation: "softmax" of free parameters, or
-    "simplex": the numbers themselves, to be trained by ReducedGradient. `spread` is how far they start from equal.
-    level: (count,), out of how many groups each node has one; 0 for nodes in none.
-    Raises DecompkError where a layer is unknown, transposed or reads the image.
+    each of its groups gives being dealt out to subgroups. whole_inputs: layers whose groups all read everything, as the
+    first of a split behind a shared trunk. parametrisation: "softmax" of free parameters, or "simplex": the numbers
+    themselves, to be trained by ReducedGradient. `spread` is how far they start from equal. level: (count,), out of how
+    many groups each node has one; 0 for nodes in none. Raises DecompkError where a layer is unknown, transposed, reads
+    the image or has fewer channels than groups.
     """
 
     def __init__(
@@ -56,6 +56,8 @@ class Assignment(nn.Module):
             if found.inputs is None and path not in self.whole_inputs:
                 raise DecompkError(f"'{path}' reads the image, which all groups share: name it in whole_inputs.")
             for side in (found.outputs, None if path in self.whole_inputs else found.inputs):
+                if side is not None and len(side.nodes) < count:
+                    raise DecompkError(f"'{path}' cannot have {count} groups: of one side there are {len(side.nodes)}.")
                 if side is not None:
                     self.level[side.nodes] = np.maximum(self.level[side.nodes], count)
         self._column = np.zeros(nodes.count, dtype=int)
@@ -140,14 +142,29 @@ class Assignment(nn.Module):
             owner[mine] = self.soft(level).argmax(0).cpu().numpy()[self._column[mine]]
         return owner
 
+    def _even(self) -> np.ndarray:
+        """`hard`, but of the nodes that share all their axes each group gets as many, or one more."""
+        owner = self.hard()
+        for kind, level in np.unique(np.stack([self.nodes.kinds, self.level], 1)[self.level > 0], axis=0).tolist():
+            mine = np.nonzero((self.nodes.kinds == kind) & (self.level == level))[0]
+            values = self.soft(level).cpu().numpy()[:, self._column[mine]]
+            room = len(mine) // level + (np.arange(level) < len(mine) % level)
+            placed = np.zeros(len(mine), dtype=bool)
+            for flat in np.argsort(-values, axis=None, kind="stable"):
+                group, i = divmod(int(flat), len(mine))
+                if room[group] and not placed[i]:
+                    owner[mine[i]], placed[i] = group, True
+                    room[group] -= 1
+        return owner
+
     @torch.no_grad()
-    def members(self, overlap: float | None = None) -> np.ndarray:
+    def members(self, overlap: float | None = None, even: bool = False) -> np.ndarray:
         """(count, most groups) of bool: the group of each node, or all to which it belongs by more than `overlap`.
 
-        Pinned nodes have one.
+        Pinned nodes have one. even: groups of equal size on every axis, the largest numbers being served first.
         """
         found = np.zeros((self.nodes.count, max(self.levels)), dtype=bool)
-        owner = self.hard()
+        owner = self._even() if even else self.hard()
         mine = owner >= 0
         found[mine, owner[mine]] = True
         for level in self.levels if overlap is not None else ():

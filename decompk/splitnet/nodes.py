@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from torch import nn
@@ -62,6 +63,16 @@ class Nodes:
         self.vectors = {name: numbered(ids) for name, ids in found.vectors.items()}
         self.outer, self.pinned = numbered(found.outer), numbered(found.pinned)
         self.transposed = {path for path in self.layers if getattr(net.get_submodule(path), "transposed", False)}
+
+    @cached_property
+    def kinds(self) -> np.ndarray:
+        """(count,): a number that nodes share which the same tensors hold, and which may change places."""
+        axes = [s.nodes for sides in self.layers.values() for s in (sides.inputs, sides.outputs) if s is not None]
+        axes += [*self.vectors.values(), self.outer, self.pinned]
+        held = np.zeros((self.count, len(axes)), dtype=int)
+        for column, axis in enumerate(axes):
+            np.add.at(held[:, column], axis, 1)
+        return np.unique(held, axis=0, return_inverse=True)[1].reshape(-1)
 
     def on_axis(self, training: bool, name: str) -> tuple[int, np.ndarray] | None:
         """Of the value of a graph's node: which axis holds nodes, and which at each place; None where none does."""

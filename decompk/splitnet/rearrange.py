@@ -60,20 +60,14 @@ def grouped(nodes: Nodes, groups: np.ndarray, once: np.ndarray | None = None, ke
     (default: all). Nodes change places only with those that the same tensors hold, and outer and pinned ones not at
     all.
     """
-    axes = [s.nodes for sides in nodes.layers.values() for s in (sides.inputs, sides.outputs) if s is not None]
-    held = np.zeros((nodes.count, len(axes) + len(nodes.vectors)), dtype=int)
-    for column, axis in enumerate([*axes, *nodes.vectors.values()]):
-        np.add.at(held[:, column], axis, 1)
-    fixed, outer, single = np.zeros((3, nodes.count), dtype=bool)
-    outer[nodes.outer] = True
+    fixed, single = np.zeros((2, nodes.count), dtype=bool)
     fixed[np.concatenate([nodes.outer, nodes.pinned])] = True
-    single |= outer if once is None else outer | once
+    single[nodes.outer] = True
+    single |= False if once is None else once
     keep = np.ones(nodes.count, dtype=bool) if keep is None else keep
     node, member, at = [], [], [np.zeros(0, dtype=int)] * nodes.count
-    _, kinds = np.unique(np.column_stack([held, fixed]), axis=0, return_inverse=True)
-    kinds = kinds.reshape(-1)
-    for kind in np.unique(kinds):
-        alike = np.nonzero(kinds == kind)[0]
+    for kind in np.unique(nodes.kinds):
+        alike = np.nonzero(nodes.kinds == kind)[0]
         copies = [(i, row) for i in alike[keep[alike]] for row in ([groups[i]] if single[i] else _one_each(groups[i]))]
         if not fixed[alike[0]]:
             copies.sort(key=lambda copy: np.nonzero(copy[1])[0].mean() if copy[1].any() else -1)

@@ -23,6 +23,7 @@ from ..blockdiag import layer_by_layer
 from ..cache import processor
 from ..errors import DecompkError
 from ..progress import bar
+from ..report.figure import new_figure
 from ..report.table import Table
 from ..train.augment import Augment, normalise
 from ..train.checkpoint import Checkpoints, dump, write_atomically
@@ -85,6 +86,7 @@ def run(
     are fine-tuned on different processes. Raises DecompkError where `out` is of other settings or cannot be written.
     """
     settings = settings or Settings()
+    new_figure(1, 1)  # without matplotlib, say so before anything is trained
     ranks = start(device)
     try:
         return _Run(out, seeds, settings, variants(settings.model, names), ranks).all()
@@ -208,7 +210,7 @@ class _Run:
             found |= {"before": self._error(net), "fuzzy": assignment.fuzzy()}
         for part in (net, assignment):
             part.load_state_dict(self.ranks.from_rank(0, part.state_dict()))
-        result: Split = split(net, assignment, s.overlap if variant.overlap else None)
+        result: Split = split(net, assignment, s.overlap if variant.overlap else None, variant.even)
         found["split"] = self._error(result.dense)
         fast = Parallel(result, self.ranks) if self.ranks.size > 1 else result.fast()
         self._phase(variant, seed, "tune", _Plain(fast, s.lr), together=True)

@@ -54,20 +54,23 @@ def keep_zeros(net: nn.Module, masks: dict[str, Tensor]) -> None:
             known[name].register_hook(mask.clone().mul)
 
 
-def split(net: nn.Module, assignment: Assignment, overlap: float | None = None) -> Split:
+def split(net: nn.Module, assignment: Assignment, overlap: float | None = None, even: bool = False) -> Split:
     """`net` split by its learned `assignment`; `net` itself is not changed.
 
     Every node goes to the group it belongs to most; nodes inside the network are put in the order of their groups,
-    which changes nothing but rounding; then every weight between different groups becomes zero. overlap: nodes that
-    belong to several groups by more than this (the supplement has 0.1) are duplicated, one for each, with all that
-    leads to them in that group; where nothing that leads to them is split all copies would be alike, and several groups
-    read the one; a class of several groups is the sum of what they say of it. Raises UnsupportedOperation where the
-    network's code counts on its channels' places, DecompkError where nothing of a layer would be left.
+    which changes nothing but rounding; then every weight between different groups becomes zero. even: groups of equal
+    size, which run as one grouped operation, a few nodes going to their second choice. overlap: nodes that belong to
+    several groups by more than this (the supplement has 0.1) are duplicated, one for each, with all that leads to them
+    in that group; where nothing that leads to them is split all copies would be alike, and several groups read the one;
+    a class of several groups is the sum of what they say of it. Raises UnsupportedOperation where the network's code
+    counts on its channels' places, DecompkError where nothing of a layer would be left.
     """
     if overlap is not None and not 0 < overlap < 0.5:
         raise DecompkError(f"an overlap of {overlap} is no share of a node between 0 and 0.5: the supplement's is 0.1.")
+    if overlap is not None and even:
+        raise DecompkError("groups with overlap are not of equal size: leave out overlap or even.")
     nodes = assignment.nodes
-    copies = grouped(nodes, assignment.members(overlap), _alike(assignment))
+    copies = grouped(nodes, assignment.members(overlap, even), _alike(assignment))
     moved = rearranged(net, nodes, copies)
     must_agree(net, moved.net, nodes)
     levels, masks = assignment.level[copies.node], {}

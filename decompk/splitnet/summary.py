@@ -26,8 +26,9 @@ def summary(known: dict[str, Any]) -> Table:
         "fine-tuning what is split on the block engine; dense trains as many.",
         *_verdicts(by_name),
         "fuzzy: nodes that belonged to several groups by more than 0.1 when they were split; overlap gives each of "
-        "them a copy in every such group. simplex: the reduced gradient; the others are learned by softmax.",
-        "MFLOPs done: by the block engine, which skips whole blocks of zeros of 8 channels or more.",
+        "them a copy in every such group. simplex: the reduced gradient; the others are learned by softmax. even: "
+        "groups of equal size.",
+        "MFLOPs done: by the block engine, whose blocks are of equal size and of 8 channels or more.",
         *(["SSL: strength of the ℓ2,1 norm over filters; those that reach 0 are taken out."] if _ssl(by_name) else []),
         "Made by `decompk split`, torch {torch} on {threads} threads of {device}.".format(**known["made_with"]),
     ]
@@ -58,7 +59,8 @@ def _verdicts(by_name: dict[str, dict[int, dict[str, Any]]]) -> list[str]:
     found = []
     for name in by_name:
         setting = name.removesuffix(" random")
-        for learned in (setting, f"{setting} simplex") if name != setting else ():
+        hows = ("", " even", " simplex", " simplex even")
+        for learned in (f"{setting}{how}" for how in hows) if name != setting else ():
             theirs = by_name.get(learned, {})
             both = [(theirs[seed]["error"], run["error"]) for seed, run in by_name[name].items() if seed in theirs]
             if both:

@@ -12,11 +12,11 @@ DENSE, SSL = "dense", "SSL"
 # The supplement's rows: Table 1, whose SSL strengths are those of its own optimizer, and section 4.1's ImageNet splits.
 DEFAULT = {
     "wrn_16_8": (
-        DENSE, "FC", "Shallow", "Deep", "Hierarchical", "Deep random", "Shallow simplex", "FC overlap",
-        "Shallow overlap", "Deep overlap", f"{SSL} 0.8", f"{SSL} 1.1", f"{SSL} 1.4",
+        DENSE, "FC", "Shallow", "Deep", "Hierarchical", "Deep even", "Deep random", "Shallow simplex",
+        "FC overlap", "Shallow overlap", "Deep overlap", f"{SSL} 0.8", f"{SSL} 1.1", f"{SSL} 1.4",
     ),
-    "alexnet": (DENSE, "2-4-8 simplex", "2-4-8 random", "2x5 simplex", "2x5 random"),
-    "resnet18x2": (DENSE, "1-1-2 simplex", "2-2-2 simplex", "2-2-2 random", "2-2-4 simplex"),
+    "alexnet": (DENSE, "2-4-8 simplex even", "2-4-8 random", "2x5 simplex even", "2x5 random"),
+    "resnet18x2": (DENSE, "1-1-2 simplex", "2-2-2 simplex even", "2-2-2 random", "2-2-4 simplex even"),
 }  # fmt: skip
 
 
@@ -26,7 +26,7 @@ class Variant:
 
     groups, whole_inputs: as `split_points` gives them for `setting`; empty for the dense network and for SSL, which has
     a strength. simplex: the reduced gradient instead of softmax. overlap: assignments freeze, and fuzzy nodes are
-    duplicated. random: groups are dealt out, not learned.
+    duplicated. even: groups of equal size. random: groups are dealt out, not learned.
     """
 
     name: str
@@ -35,6 +35,7 @@ class Variant:
     whole_inputs: tuple[str, ...] = ()
     simplex: bool = False
     overlap: bool = False
+    even: bool = False
     random: bool = False
     strength: float = 0.0
 
@@ -54,9 +55,10 @@ class Variant:
 
 
 def variants(model: str, names: Sequence[str] | None = None) -> list[Variant]:
-    """The variants of a registered network by name: "dense", "SSL STRENGTH", or a setting of `split_points` followed by
+    """The variants of a registered network by name; without names, those of the supplement.
 
-    any of "simplex", "overlap" and "random". Without names, those of the supplement. Raises DecompkError.
+    A name is "dense", "SSL STRENGTH", or a setting of `split_points`, followed by "random", or by any of "simplex" and
+    either "overlap" or "even". Raises DecompkError.
     """
     if model not in DEFAULT:
         raise DecompkError(f"{model!r} is no network of SplitNet's: choose one of {', '.join(DEFAULT)}.")
@@ -76,10 +78,12 @@ def _variant(model: str, name: str) -> Variant:
             raise DecompkError(f"{name!r} has no strength: give a positive number, such as '{SSL} 1.1'.")
         return Variant(name, strength=strength)
     options: dict[str, bool] = {}
-    while words and words[-1] in ("simplex", "overlap", "random") and words[-1] not in options:
+    while words and words[-1] in ("simplex", "overlap", "even", "random") and words[-1] not in options:
         options[words.pop()] = True
     if "random" in options and len(options) > 1:
         raise DecompkError(f"{name!r} learns nothing that could overlap or have a parametrisation: leave one out.")
+    if "overlap" in options and "even" in options:
+        raise DecompkError(f"{name!r}: groups with overlap are not of equal size: leave one out.")
     setting = " ".join(words)
     groups, whole_inputs = split_points(model, setting)
     return Variant(name, setting, groups, whole_inputs, **options)
