@@ -202,6 +202,42 @@ def test_blocks_are_found_under_a_permutation():
     assert_close(decompk.densify(fast)(x), net(x), 0)
 
 
+@pytest.mark.parametrize("layer", ["conv", "linear"])
+@pytest.mark.parametrize(
+    ("outputs", "inputs", "shared"),
+    [((35, 36), (31, 40), 0), ((35, 36), (31, 40), 6), ((24, 32, 40), (18, 40, 30), 3)],
+    ids=["two", "two that share inputs", "three that share inputs"],
+)
+def test_blocks_of_uneven_size_are_filled_up_and_their_zeros_stay(layer, outputs, inputs, shared):
+    torch.manual_seed(0)
+    mask = torch.block_diag(*(torch.ones(o, i) for o, i in zip(outputs, inputs, strict=True)))
+    mask = torch.cat([mask, torch.ones(len(mask), shared)], 1)
+    mask = mask[torch.randperm(mask.shape[0])][:, torch.randperm(mask.shape[1])].double()
+    O, C = mask.shape
+    if layer == "conv":
+        net, x, mask = nn.Conv2d(C, O, 3, padding=1), torch.randn(2, C, 6, 5), mask[..., None, None]
+    else:
+        net, x = nn.Linear(C, O), torch.randn(7, C)
+    net, x = nn.Sequential(net).double(), x.double().requires_grad_()
+    with torch.no_grad():
+        net[0].weight.mul_(mask)
+    fast = decompk.block_diagonal(net)
+    blocks, kept = fast._inner[0].blocks, fast.decisions[0].kept
+    assert blocks.uneven and "filled up" in fast.decisions[0].reason
+    largest = max(outputs) * (max(inputs) + shared)
+    assert kept == pytest.approx(len(outputs) * largest / (O * C)) and kept < 0.75
+    y, expected = fast(x), net(x)
+    assert_close(y, expected)
+    weights, grad = [net[0].weight, net[0].bias], torch.randn_like(y)
+    ours, theirs = (torch.autograd.grad(out, [x, *weights], grad) for out in (y, expected))
+    assert_close(ours[0], theirs[0])
+    assert_close(ours[1], theirs[1] * mask)
+    assert bool((ours[1][mask.expand_as(ours[1]) == 0] == 0).all())
+    assert_close(ours[2], theirs[2])
+    dense = decompk.densify(fast)
+    assert type(dense[0]) is type(net[0]) and not dense[0]._buffers and torch.equal(dense(x), expected)
+
+
 def test_what_a_layer_may_not_be_is_said():
     net = nn.Sequential(
         *(nn.Conv2d(32, 32, 3, groups=4), nn.Conv2d(32, 32, 3, padding=1, padding_mode="reflect")),

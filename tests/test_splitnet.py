@@ -405,6 +405,36 @@ def test_a_fuzzy_node_has_a_copy_in_each_of_its_groups_and_a_class_hears_all_of_
             split(net, assignment, wrong)
 
 
+@pytest.mark.parametrize("setting", ["Deep", "Hierarchical"])
+def test_even_groups_are_of_one_size_take_the_surest_nodes_and_run_as_one(setting):
+    torch.manual_seed(0)
+    net, size = models.wrn_16_8(8, (1, 16, 16), 4).double().eval(), (1, 16, 16)
+    assignment = Assignment(Nodes(net, size), *split_points("wrn_16_8", setting), spread=2.0)
+    hard, even = assignment.members(), assignment.members(even=True)
+    assert (even.sum(1) == hard.sum(1)).all() and (even != hard).any()
+    result = split(net, assignment, even=True)
+    for path, sides in assignment.nodes.layers.items():
+        for side in (sides.outputs.nodes, sides.inputs.nodes if sides.inputs else []):
+            for level in np.unique(assignment.level[side]) if len(side) else ():
+                sizes = even[side][assignment.level[side] == level].sum(0)[:level]
+                assert level == 0 or len(set(sizes.tolist())) == 1, (path, sizes)
+    for level in assignment.levels:  # who had to leave was less sure than those of the same places that stayed
+        values = assignment.soft(level).detach().numpy()
+        for kind in np.unique(assignment.nodes.kinds[assignment.level == level]):
+            mine = np.nonzero((assignment.nodes.kinds == kind) & (assignment.level == level))[0]
+            best = values.max(0)[assignment._column[mine]]
+            first = hard[mine].argmax(1)
+            left = first != even[mine].argmax(1)
+            for group in np.unique(first[left]):
+                assert best[left & (first == group)].max() <= best[~left & (first == group)].min()
+    forms = {decision.path: decision for decision in result.fast().decisions}
+    for path, count in assignment.groups.items():
+        if path != "fc":
+            assert forms[path].reason == f"{count} blocks on the diagonal" and forms[path].kept == 1 / count
+    with pytest.raises(DecompkError, match="leave out overlap or even"):
+        split(net, assignment, 0.1, even=True)
+
+
 def test_a_layer_of_which_nothing_would_be_left_is_named():
     net = nn.Sequential(nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, 3))
     assignment = Assignment(Nodes(net, (5,)), {"2": 2})
@@ -598,6 +628,7 @@ def test_the_command_trains_every_variant_and_goes_on_where_it_was(tmp_path, cap
         (["--variants", "dense,Deeper"], "'Deeper' is no split"),
         (["--variants", "SSL none"], "no strength"),
         (["--variants", "Deep overlap random"], "leave one out"),
+        (["--variants", "Deep overlap even"], "not of equal size"),
         (["--model", "vgg16"], "no network of SplitNet's"),
         (["--data", "nowhere"], "names no data"),
     ],
