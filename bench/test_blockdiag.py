@@ -11,7 +11,7 @@ from torch import nn
 
 import decompk
 from decompk import cost, models
-from decompk.blockdiag import Layerwise, ZeroSkipping, _layer_by_layer
+from decompk.blockdiag import Layerwise, ZeroSkipping, layer_by_layer
 
 CASES = {"ResNet32, K=4": ("resnet32", 32), "VGG16, K=4": ("vgg16", 4)}  # network, images
 SIDES = {"dense": "peer", "dense, channels_last": "peer", "members": "ours", "layer by layer": "ours"}
@@ -30,7 +30,7 @@ def run(name: str, images: int, setting: Setting) -> Race:
     size = models.spec(name).input_size
     d = decompk.decompose(models.build(name), size, 4)
     dense = d.compose(d.subnets(seed=0)).eval()
-    by_layer = _layer_by_layer(dense, "")
+    by_layer = layer_by_layer(dense)
     assert isinstance(by_layer, Layerwise)
     nets = {
         "dense": dense,

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from decompk.report import bench
 from decompk.report.paper import paper_cells
+from decompk.splitnet.summary import summary as splits
 from decompk.train.summary import tables
 
 ROOT = Path(__file__).parent.parent
@@ -41,6 +42,20 @@ def test_the_trainings_table_is_that_of_the_committed_run():
     assert f"torch {made['torch'].partition('+')[0]} on {made['device']}" in README
     epoch = {phase: result["flops"][phase] / result["epochs"][phase] for phase in ("members", "global")}
     assert f"a {epoch['global'] / epoch['members']:.0f}th of a global epoch's FLOPs" in " ".join(README.split())
+
+
+def test_the_splits_table_is_that_of_the_committed_run():
+    folder = RESULTS / "splitnet"
+    known = json.loads((folder / "result.json").read_text())
+    table = splits(known)
+    assert (folder / "summary.md").read_text() == table.to_markdown()
+    shown = next(text for _, text in BLOCKS if text.startswith("SplitNet\n"))
+    assert shown.strip() == table.to_text().split("\n\n- ")[0].strip() and len(shown.splitlines()) > 10
+    row = {line[0]: line for line in table.rows}
+    deep, dealt = (f"{row[name][1]:.2f} %" for name in ("Deep", "Deep random"))
+    assert f"{deep} error against {dealt} of random groups" in " ".join(README.split())
+    made = known["made_with"]
+    assert f"torch {made['torch'].partition('+')[0]} on {made['threads']} threads of {made['device']}" in README
 
 
 def test_its_timings_are_those_of_the_committed_bench(tmp_path):

@@ -25,6 +25,7 @@ PARTS = {  # of the bench, in the page's order
     "recurrent": "recurrent training steps",
     "layers": "convolutions",
     "composed": "inference of composed networks",
+    "split": "training steps of split networks",
 }
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 COLORS = (BLUE, ORANGE, GREEN, RED, PINK, SKY, YELLOW, BLACK)
@@ -330,7 +331,7 @@ def write_page(runs: Sequence[Run], out: Path) -> list[Path]:
             return f"![{alt}]({path.name})\n"
 
         text += [f"## {run.device}\n", run.made_with() + "\n", summary(run.entries).to_markdown()]
-        for part in ("training", "K", "batch", "recurrent", "composed"):
+        for part in ("training", "K", "batch", "recurrent", "composed", "split"):
             if standings(run.entries, part):
                 text.append(peers(run.entries, part).to_markdown())
         if standings(run.entries, "training"):
