@@ -358,7 +358,7 @@ def fill_readme(runs: Sequence[Run], readme: Path, page: Path) -> None:
     before, _, rest = text.partition(BEGIN)
     after = rest.partition(END)[2]
     link = os.path.relpath(page, readme.parent).replace(os.sep, "/")
-    blocks = [f"{summary(run.entries, ['training']).to_markdown()}\n{run.made_with()}\n" for run in runs]
+    blocks = [f"{summary(run.entries, ['training', 'split']).to_markdown()}\n{run.made_with()}\n" for run in runs]
     block = "\n".join([*blocks, f"All cases, every peer, plots: [{link}]({link})."])
     readme.write_text(f"{before}{BEGIN}\n{block}\n{END}{after}", encoding="utf-8")
 
