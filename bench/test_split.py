@@ -74,7 +74,7 @@ def run(name: str, even: bool, batch: int, setting: Setting) -> Race:
     def contestant(format: torch.memory_format, engine: bool) -> Contestant:
         mine = copy.deepcopy(found) if engine else found
         mine.dense.to(setting.device, memory_format=format)
-        net = mine.fast(SIZE) if engine else copy.deepcopy(mine.dense)
+        net = mine.fast() if engine else copy.deepcopy(mine.dense)
         return Contestant(
             partial(step, net, x.contiguous(memory_format=format), y, not engine), result, kept if engine else whole
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import statistics
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -275,14 +275,17 @@ class Layerwise(ZeroSkipping, Shell):
         return dense
 
 
-def layer_by_layer(net: nn.Module, why: str = "not asked for") -> Layerwise:
-    """`net` with a zero-skipping layer for each that has blocks of zeros; `why` it is not run as members."""
+def layer_by_layer(net: nn.Module, why: str = "not asked for", masks: Mapping[str, Tensor] | None = None) -> Layerwise:
+    """`net` with a zero-skipping layer for each that has blocks of zeros; `why` it is not run as members.
+
+    masks: name of a weight → where it may hold anything, for weights of which that is known; elsewhere values tell.
+    """
     fast = Layerwise(_sharing(net))
     decisions = []
     for path, module in fast._inner.named_modules():
         if not isinstance(module, (nn.Linear, nn.modules.conv._ConvNd)):
             continue
-        blocks, reason = _skippable(module)
+        blocks, reason = _skippable(module, (masks or {}).get(f"{path}.weight", module.weight.detach()))
         if blocks:
             BLOCK_LAYERS[type(module)].adopt(module, blocks)
         decisions.append(Decision(path, "blocks" if blocks else "dense", blocks.kept if blocks else 1.0, reason))
@@ -291,8 +294,8 @@ def layer_by_layer(net: nn.Module, why: str = "not asked for") -> Layerwise:
     return fast
 
 
-def _skippable(module: nn.Module) -> tuple[Blocks | None, str]:
-    """The blocks to skip around in a layer, or None, and the reason."""
+def _skippable(module: nn.Module, weight: Tensor) -> tuple[Blocks | None, str]:
+    """The blocks to skip around in a layer, or None, and the reason; `weight` is zero where nothing may be."""
     if type(module) not in BLOCK_LAYERS:
         return None, f"no zero-skipping form of {type(module).__name__}"
     if "forward" in vars(module) or any(getattr(module, hooks) for hooks in HOOKS):
@@ -301,11 +304,11 @@ def _skippable(module: nn.Module) -> tuple[Blocks | None, str]:
         return None, "it is grouped already"
     if getattr(module, "padding_mode", "zeros") != "zeros":
         return None, f"padding_mode={module.padding_mode!r}"
-    if bool((module.weight.detach() != 0).all()):
+    if bool((weight != 0).all()):
         return None, "it holds no zeros"
-    if not bool(module.weight.detach().any()):
+    if not bool(weight.any()):
         return None, "it holds nothing but zeros"
-    blocks = find_blocks(module.weight)
+    blocks = find_blocks(weight)
     if blocks is None:
         return None, f"its zeros fill no block of {LEAST} channels or more"
     if 1 / blocks.kept < GAIN:

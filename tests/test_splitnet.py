@@ -3,6 +3,7 @@
 import copy
 import functools
 import json
+import pickle
 
 import numpy as np
 import pytest
@@ -76,6 +77,16 @@ def test_the_reduced_gradient_finds_the_minimum_of_a_quadratic_on_the_simplex():
         (p - target).square().sum().backward()
         optimizer.step()
     assert torch.allclose(p, torch.tensor([[0.55, 0.2], [0.45, 0.3], [0.0, 0.5]]), atol=1e-3)
+
+
+def test_a_gradient_without_a_direction_leaves_a_column_where_it_is():
+    p = nn.Parameter(torch.tensor([[0.5, 0.3], [0.3, 0.3], [0.2, 0.4]]))
+    before = p.detach().clone()
+    for bad in (float("inf"), float("nan"), 3e38):
+        p.grad = torch.tensor([[bad, 0.1], [1.0, 0.2], [-bad, 0.0]])
+        ReducedGradient([p], lr=0.1).step()
+        assert torch.equal(p[:, 0], before[:, 0]) and (p >= 0).all()
+    assert not torch.equal(p[:, 1], before[:, 1])
 
 
 def test_wrong_parameters_of_the_reduced_gradient_are_refused():
@@ -337,7 +348,7 @@ def test_a_split_network_is_the_masked_one_on_the_block_engine(case):
         mask = result.masks[f"{path}.weight"]
         assert mask.double().mean().item() == pytest.approx(1.0 if path in whole else 1 / count)
         assert not result.dense.get_submodule(path).weight[~mask].any()
-    fast = result.fast((3, 32, 32))
+    fast = result.fast()
     assert any(decision.form != "dense" for decision in fast.decisions)
     assert (fast(x) - result.dense(x)).abs().max() < 1e-10
 
@@ -347,7 +358,7 @@ def test_a_split_network_is_the_masked_one_on_the_block_engine(case):
     mine = dict(fast.named_parameters())
     for name, parameter in masked.named_parameters():
         expected = parameter.grad * result.masks.get(name, 1)
-        assert (mine[name].grad * result.masks.get(name, 1) - expected).abs().max() < 1e-10 * (1 + expected.abs().max())
+        assert (mine[name].grad - expected).abs().max() < 1e-10 * (1 + expected.abs().max())
 
 
 @pytest.mark.parametrize("setting", ["Deep", "Hierarchical"])
@@ -397,8 +408,7 @@ def test_a_fuzzy_node_has_a_copy_in_each_of_its_groups_and_a_class_hears_all_of_
     assert result.dense[0].out_features == members[sides[1]].sum() > 9
     assert torch.allclose(result.dense(x), expected, atol=1e-12)
     for path, owners in (("0", (hidden, reads)), ("2", (classes, hidden))):
-        inside = torch.cat([torch.from_numpy(result.copies.groups[a]).double() for a in result.along[path][:1]])
-        other = torch.from_numpy(result.copies.groups[result.along[path][1]]).double()
+        inside, other = (torch.from_numpy(result.copies.groups[side]).double() for side in result.along[path])
         assert torch.equal(result.masks[f"{path}.weight"], inside @ other.T > 0), owners
     for wrong in (0.0, 0.5, -1.0):
         with pytest.raises(DecompkError, match="no share of a node"):
@@ -435,6 +445,84 @@ def test_even_groups_are_of_one_size_take_the_surest_nodes_and_run_as_one(settin
         split(net, assignment, 0.1, even=True)
 
 
+def small():
+    """A network that is block-diagonal from end to end once its groups are equal."""
+    return nn.Sequential(
+        *(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()),
+        nn.Linear(16, 6),
+    )
+
+
+@pytest.mark.parametrize("dead", [False, True])
+def test_a_network_split_from_end_to_end_keeps_its_zeros_and_trains_what_is_inside(dead):
+    torch.manual_seed(0)
+    net = small().double()
+    nodes = Nodes(net, (3, 8, 8))
+    result = split(net, hardened(nodes, {"0": 2, "2": 2, "6": 2}, ("0",)))
+    if dead:  # weights inside a group that happen to be zero may become others
+        with torch.no_grad():
+            result.dense[2].weight[:8] = 0
+    masked, fast = copy.deepcopy(result.dense), result.fast()
+    assert result.fast() is not fast
+    assert fast.decisions[1].reason == "2 blocks on the diagonal"
+    x = torch.randn(4, 3, 8, 8, dtype=torch.double)
+    for part, holds in ((fast, {}), (masked, result.masks)):
+        optimizer = torch.optim.SGD(part.parameters(), 0.1, momentum=0.9, weight_decay=1e-3)
+        for _ in range(3):
+            optimizer.zero_grad()
+            part(x).square().sum().backward()
+            for name, mask in holds.items():
+                part.get_parameter(name).grad.mul_(mask)
+            optimizer.step()
+    for name, value in result.dense.state_dict().items():
+        assert (value - masked.state_dict()[name]).abs().max() < 1e-12
+    assert not result.dense[6].weight[~result.masks["6.weight"]].any()
+    frozen = split(net.requires_grad_(False), hardened(nodes, {"2": 2, "6": 2}, ()))
+    assert torch.allclose(frozen.fast()(x), frozen.dense(x))
+    pickle.loads(pickle.dumps(frozen))
+
+
+def test_learning_takes_networks_of_other_dtypes():
+    net, x, y, _ = planted(0)
+    net.double()
+    assignment = Assignment(Nodes(net, (12,)), {"2": 3})
+    assert learn(net, assignment, [(x.double(), y.double())] * 2, F.mse_loss, Gammas()) == 3
+    assert next(net.parameters()).dtype == torch.double
+
+
+def test_networks_of_several_outputs_are_compared_output_by_output():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.trunk, self.a, self.b = nn.Linear(5, 8), nn.Linear(8, 3), nn.Linear(8, 4)
+
+        def forward(self, x):
+            y = F.relu(self.trunk(x))
+            return self.a(y), {"b": self.b(y)}
+
+    net = Two()
+    result = split(net, hardened(Nodes(net, (5,)), {"a": 2, "b": 2}, ()))
+    assert result.masks["b.weight"].double().mean() == 0.5 and result.dense(torch.rand(1, 5))[1]["b"].shape == (1, 4)
+
+
+def test_random_groups_are_even_on_each_part_of_a_concatenation():
+    class Cat(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c = nn.Linear(5, 9), nn.Linear(5, 9), nn.Linear(18, 4)
+
+        def forward(self, x):
+            return self.c(torch.cat([F.relu(self.a(x)), F.relu(self.b(x))], 1))
+
+    nodes = Nodes(Cat(), (5,))
+    for seed in range(4):
+        assignment = hardened(nodes, {"a": 2, "b": 2, "c": 2}, ("a", "b"), seed)
+        owner = assignment.hard()
+        assert all(np.bincount(owner[nodes.layers[path].outputs.nodes]).tolist() == [5, 4] for path in "ab")
+        even = assignment.members(even=True)[nodes.layers["c"].inputs.nodes]
+        assert even.sum(0).tolist() == [9, 9]
+
+
 def test_a_layer_of_which_nothing_would_be_left_is_named():
     net = nn.Sequential(nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, 3))
     assignment = Assignment(Nodes(net, (5,)), {"2": 2})
@@ -452,6 +540,10 @@ def test_subgroups_lie_in_their_groups_as_evenly_as_numbers_allow():
     assert assignment.parents(5, 2).tolist() == [0, 0, 0, 1, 1] and assignment.parents(4, 4).tolist() == [0, 1, 2, 3]
     three = Assignment(Nodes(net, (3, 64, 64)), *split_points("alexnet", "2-5-10"))
     assert three.parents(10, 2).tolist() == three.parents(5, 2)[three.parents(10, 5)].tolist()
+    for setting, leaves in (("2-3-4", [2, 2]), ("2-3-5", [3, 2]), ("2-3-7", [3, 4]), ("3-4-5", [1, 2, 2])):
+        tree = Assignment(Nodes(net, (3, 64, 64)), *split_points("alexnet", setting))
+        counts = np.bincount(tree.parents(int(setting[-1]), int(setting[0])))
+        assert sorted(counts) == sorted(leaves), setting
     for p, q in map(assignment.sides, groups):
         assert torch.allclose(p.sum(0), torch.ones(p.shape[1])) and torch.allclose(q.sum(0), torch.ones(q.shape[1]))
     assert assignment.sides("fc7")[0].shape == (2, 30) and assignment.sides("fc8")[1].shape == (5, 20)
@@ -530,6 +622,13 @@ def test_ssl_takes_out_what_the_task_does_not_need():
     assert (less(x).argmax(1) == y).float().mean() > 0.95
     with pytest.raises(DecompkError, match="drives no filter to zero"):
         Sparsifier(net, nodes, F.cross_entropy, 0.0, 1)
+    with pytest.raises(DecompkError, match="0 steps"):
+        Sparsifier(net, nodes, F.cross_entropy, 1.0, 0)
+
+
+def test_a_state_of_other_kernels_does_not_fit():
+    with pytest.raises(DecompkError, match="no weights of Sequential: '0.weight'"):
+        fitted(nn.Sequential(nn.Conv2d(3, 4, 3)), nn.Sequential(nn.Conv2d(3, 4, 5)).state_dict())
 
 
 # ---- trainings that go on ----------------------------------------------------------------------------------------

@@ -141,6 +141,60 @@ def test_what_cannot_run_apart_is_refused():
         Parallel(whole({"2": 2}, net), Ranks(torch.device("cpu"), 0, 2))
 
 
+LOOKS_ACROSS = """
+import sys
+sys.path.insert(0, {here!r})
+import torch
+from torch import nn
+import test_splitnet_parallel as t
+from decompk.errors import UnsupportedOperation
+from decompk.splitnet import Assignment, Nodes, Parallel, split
+from decompk.splitnet.run import deal
+from decompk.train.ranks import start, stop
+ranks, refused = start("cpu"), 0
+for norm in (nn.LayerNorm(16), nn.GroupNorm(1, 16)):
+    net = nn.Sequential(nn.Linear(5, 16), nn.ReLU(), nn.Linear(16, 16), norm, nn.ReLU(), nn.Linear(16, 4)).double()
+    assignment = Assignment(Nodes(net, (5,)), {{"2": 2, "5": 2}})
+    deal(assignment, 0)
+    try:
+        Parallel(split(net, assignment), ranks)
+    except UnsupportedOperation as error:
+        refused += "looks across channels" in str(error)
+result = t.made("Deep", False)
+result.dense.float()
+parallel, x = Parallel(result, ranks).eval(), torch.randn(4, *t.SIZE)
+with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+    away = (parallel(x) - result.dense.eval()(x)).abs().max() / result.dense(x).abs().max()
+
+
+class Steps(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(5, 16), nn.Linear(16, 16), nn.Linear(16, 4)
+
+    def forward(self, x):  # what is handed over has a row for every step of every sample
+        y = torch.relu(self.a(x)).flatten(0, 1)
+        return self.c(torch.relu(self.b(y)))
+
+
+net = Steps().double()
+assignment = Assignment(Nodes(net, (7, 5)), {{"b": 2, "c": 2}}, ("b",))
+deal(assignment, 0)
+steps, x = Parallel(split(net, assignment), ranks), torch.randn(3, 7, 5, dtype=torch.double)
+if ranks.first:
+    print(refused, away.item() < 0.05, steps(x).shape == (21, 4))
+else:
+    steps(x)
+stop(ranks)
+"""
+
+
+def test_what_looks_across_groups_is_refused_and_what_is_handed_over_has_any_dtype_and_length(tmp_path):
+    script = tmp_path / "across.py"
+    script.write_text(LOOKS_ACROSS.format(here=os.path.dirname(__file__)))
+    assert torchrun(2, str(script)).strip().splitlines()[-1] == "2 True True"
+
+
 def test_the_command_runs_groups_on_two_processes_as_on_one(tmp_path):
     command = ["split", "--width", "1", "--epochs", "1,1,1", "--seeds", "0", "--device", "cpu"]
     command += ["--variants", "dense,Deep random,Shallow overlap", "--out"]

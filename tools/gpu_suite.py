@@ -77,7 +77,7 @@ from decompk.config import Problem
 
 # Each one's share of the time that is left.
 STAGES = {"build": 0.2, "test": 0.45, "bench": 0.5, "train": 0.4, "race": 0.6, "tune": 1.0}
-RACES = ("training", "recurrent", "layers", "sweeps", "blockdiag")  # of bench/, the most wanted first
+RACES = ("training", "recurrent", "layers", "sweeps", "blockdiag", "split")  # of bench/, the most wanted first
 KEYS = ("part", "net", "case", "pass", "impl")
 NOTHING_CHOSEN = 5  # pytest's exit code where -k leaves no test
 QUIET = 180  # seconds without a record after which a stage hangs

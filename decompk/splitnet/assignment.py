@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping
 
 import numpy as np
 import torch
@@ -80,11 +81,20 @@ class Assignment(nn.Module):
 
     def parents(self, level: int, count: int) -> np.ndarray:
         """(level,): in which of `count` groups each of `level` lies, by way of the numbers of groups in between."""
-        found = np.arange(level)
-        steps = sorted({n for n in self.groups.values() if count <= n < level}, reverse=True)
+        found, known = np.arange(level), sorted(set(self.groups.values()))
+        steps = [n for n in reversed(known) if count <= n < level]
         for fine, coarse in zip([level, *steps], steps, strict=False):
-            found = found * coarse // fine
+            if known.index(coarse) % 2 == 0:
+                found = found * coarse // fine
+            else:  # the larger ones at the other end, so that they do not add up in one branch
+                found = coarse - 1 - (fine - 1 - found) * coarse // fine
         return found
+
+    def alike(self) -> Iterator[tuple[int, np.ndarray]]:
+        """Out of how many groups they are, and which: the nodes that share all their axes."""
+        kinds = np.stack([self.nodes.kinds, self.level], 1)
+        for kind, level in np.unique(kinds[self.level > 0], axis=0).tolist():
+            yield level, np.nonzero((kinds == (kind, level)).all(1))[0]
 
     def coarser(self, groups: np.ndarray, levels: np.ndarray, count: int) -> np.ndarray:
         """(n, G) of bool, the groups of nodes out of levels[i] → (n, count): those that the groups of theirs lie in."""
@@ -144,11 +154,11 @@ class Assignment(nn.Module):
 
     def _even(self) -> np.ndarray:
         """`hard`, but of the nodes that share all their axes each group gets as many, or one more."""
-        owner = self.hard()
-        for kind, level in np.unique(np.stack([self.nodes.kinds, self.level], 1)[self.level > 0], axis=0).tolist():
-            mine = np.nonzero((self.nodes.kinds == kind) & (self.level == level))[0]
+        owner, more = self.hard(), Counter()
+        for level, mine in self.alike():
             values = self.soft(level).cpu().numpy()[:, self._column[mine]]
-            room = len(mine) // level + (np.arange(level) < len(mine) % level)
+            room = len(mine) // level + ((np.arange(level) - more[level]) % level < len(mine) % level)
+            more[level] += len(mine) % level  # the next nodes that do not divide begin where these ended
             placed = np.zeros(len(mine), dtype=bool)
             for flat in np.argsort(-values, axis=None, kind="stable"):
                 group, i = divmod(int(flat), len(mine))

@@ -19,20 +19,23 @@ from .nodes import Nodes
 class Handed:
     """A tensor on its way into the groups.
 
-    shape: of two samples; batch: whether it begins with them. places: those of `axis` that a process needs, None: all.
+    shape: of two samples; batch: whether it begins with them, or with a multiple of them. dtype: None for floating
+    ones, whose dtype is that of the sender. places: those of `axis` that a process needs, None: all.
     """
 
     shape: tuple[int, ...]
     batch: bool
+    dtype: torch.dtype | None = None
     axis: int = 0
     places: Tensor | None = None
 
     def empty(self, x: Tensor) -> Tensor:
-        """Room for it, of as many samples as x has."""
-        return x.new_empty((len(x), *self.shape[1:]) if self.batch else self.shape)
+        """Room for it, of as many samples as x has, in the dtype of x."""
+        return x.new_empty((len(x) * self.shape[0] // 2, *self.shape[1:]) if self.batch else self.shape)
 
     def own(self, value: Tensor) -> Tensor:
         """The part of it that this process needs."""
+        value = value if self.dtype is None else value.to(self.dtype)
         return value if self.places is None else value.index_select(self.axis, self.places.to(value.device))
 
 
@@ -97,10 +100,11 @@ class Cut:
 
     def _handed(self, node: fx.Node, training: bool, kept: np.ndarray, two: Any, three: Any) -> Handed:
         shape, batch = tuple(two.shape), two.shape[:1] != three.shape[:1]
+        dtype = None if two.is_floating_point() else two.dtype
         found = self.nodes.on_axis(training, node.name)
         if found is None or not self.levels[found[1]].any():
-            return Handed(shape, batch)
-        return Handed(shape, batch, found[0], torch.from_numpy(np.nonzero(kept[found[1]])[0]))
+            return Handed(shape, batch, dtype)
+        return Handed(shape, batch, dtype, found[0], torch.from_numpy(np.nonzero(kept[found[1]])[0]))
 
 
 def _ancestors(graph: fx.Graph, nodes: set[fx.Node]) -> set[fx.Node]:

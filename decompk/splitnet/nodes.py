@@ -54,7 +54,6 @@ class Nodes:
         def numbered(ids: np.ndarray) -> np.ndarray:
             return np.searchsorted(known, found.roots(ids))
 
-        self._values, self._numbered = found.values, numbered
         self.count = len(known)
         self.layers = {
             path: Sides(None if inputs is None else Side(numbered(inputs), repeat), Side(numbered(outputs)))
@@ -62,6 +61,14 @@ class Nodes:
         }
         self.vectors = {name: numbered(ids) for name, ids in found.vectors.items()}
         self.outer, self.pinned = numbered(found.outer), numbered(found.pinned)
+        self._values = {
+            training: {
+                name: (axis, numbered(ids), repeat)
+                for name, (axis, ids, repeat) in values.items()
+                if np.isin(found.roots(ids), known).all()
+            }
+            for training, values in found.values.items()
+        }
         self.transposed = {path for path in self.layers if getattr(net.get_submodule(path), "transposed", False)}
 
     @cached_property
@@ -79,7 +86,7 @@ class Nodes:
         if name not in self._values[training]:
             return None
         axis, ids, repeat = self._values[training][name]
-        return axis, np.repeat(self._numbered(ids), repeat)
+        return axis, np.repeat(ids, repeat)
 
     def sides(self, path: str) -> Sides:
         """The Sides of a layer. Raises DecompkError for what is none."""

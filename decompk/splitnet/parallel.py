@@ -1,4 +1,4 @@
-"""Model parallel: the groups of a split network on different processes, which talk twice a step.
+"""Model parallel: the groups of a split network on different processes, which talk twice in a forward pass.
 
 The first process runs what all groups share, and its output is sent to all at once; each process runs its own groups;
 the logits are added up once, every class coming from the processes that hold its groups. Backward mirrors it.
@@ -18,11 +18,11 @@ from torch import Tensor, fx, nn
 from ..blockdiag import layer_by_layer
 from ..compose import tensors
 from ..errors import DecompkError, UnsupportedOperation
-from ..graph import trace
+from ..graph import in_mode, trace
 from ..train.ranks import Ranks, Sum
 from .cut import Cut, Handed
 from .nodes import Nodes
-from .rearrange import Copies, grouped, rearranged
+from .rearrange import Copies, alike, grouped, rearranged
 from .split import Split, keep_zeros
 
 
@@ -32,11 +32,12 @@ class Parallel(nn.Module):
     The coarsest groups are dealt out in runs. A process holds the parameters of its own groups, the first also those of
     what all groups share; the last layer's bias is on all of them, with the same gradient. Every process gives the same
     batch and the same loss; an optimizer of each then does what one would do for the whole network, as long as it takes
-    parameters one by one (clipping by the norm of all does not). Nodes that groups of several processes read lie on
-    each of these, and their gradients are added up. Dropout draws its own numbers on each.
+    parameters one by one (clipping by the norm of all does not). Nodes that groups of several processes read, of a
+    split with overlap, lie on each of these, and their gradients are added up, one parameter after the other. Dropout
+    draws each process's own numbers.
 
     Raises DecompkError where there are more processes than groups, UnsupportedOperation where layers behind the groups
-    read all of them, or where the network goes on behind its last layer.
+    read all of them, where the network goes on behind its last layer, or where something looks across its groups.
     """
 
     def __init__(self, split: Split, ranks: Ranks):
@@ -77,6 +78,8 @@ class Parallel(nn.Module):
             self.groups[str(training)] = fx.GraphModule(net, rest)
             if ranks.first:
                 self.trunk[str(training)] = fx.GraphModule(whole, first)
+        self._input_size = nodes.input_size
+        self._check(fx.GraphModule(whole, first))  # the graph of eval mode, cut last
         if ranks.size > 1:
             self._add_up(nodes, copies, _several(dealt, ranks))
         self.train(split.dense.training)
@@ -86,12 +89,38 @@ class Parallel(nn.Module):
         handed = self._handed[mode]
         values: Sequence[Tensor] = self.trunk[mode](x) if self.ranks.first else [h.empty(x) for h in handed]
         if self.ranks.size > 1 and handed:
+            values = [value.to(x.dtype) for value in values]  # one dtype for all, under autocast too
             values = _FromFirst.apply(x.new_zeros((), requires_grad=torch.is_grad_enabled()), self.ranks, *values)
-        own = self.groups[mode](x, *(h.own(value) for h, value in zip(handed, values, strict=True)))
-        logits = own.new_zeros(len(own), self.classes).index_add(1, self._rows, own)
+        logits = self._logits(mode, x, values)
         if self.ranks.size > 1:
             logits = _Together.apply(logits)
         return logits if self.bias is None else logits + self.bias
+
+    def _logits(self, mode: str, x: Tensor, values: Sequence[Tensor]) -> Tensor:
+        """What the groups of this process add to the logits, without the bias."""
+        own = self.groups[mode](x, *(h.own(value) for h, value in zip(self._handed[mode], values, strict=True)))
+        return own.new_zeros(len(own), self.classes).index_add(1, self._rows, own)
+
+    @torch.no_grad()
+    def _check(self, first: fx.GraphModule) -> None:
+        """Raises on every process unless the parts add up to the whole: `first` is what comes first, in eval mode."""
+        (dense,), whole = self._dense, self._nets[0]
+        like = next(dense.parameters())
+        x = torch.rand(2, *self._input_size, generator=torch.Generator().manual_seed(0)).to(like)
+        with in_mode(dense, False), in_mode(whole, False), in_mode(self, False):
+            expected = dense(x)
+            try:
+                logits = self._logits("False", x, first(x))
+                failed = logits.shape != expected.shape
+            except (RuntimeError, IndexError):
+                failed = True
+            total = self.ranks.sum(torch.zeros_like(expected) if failed else logits)
+            total = total if self.bias is None or failed else total + self.bias
+        if self.ranks.any([failed])[0] or not alike(total, expected):
+            raise UnsupportedOperation(
+                f"the groups of {type(dense).__name__} do not add up to it: something in them looks across channels, "
+                "such as a norm, counts them, or returns more than logits (N, classes); run them in one process."
+            )
 
     @torch.no_grad()
     def gathered(self) -> nn.Module:

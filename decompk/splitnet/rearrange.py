@@ -6,6 +6,7 @@ import copy
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from ..compose import output_axis, tensors
 from ..errors import DecompkError, UnsupportedOperation
 from ..graph import in_mode
+from ..layers.nest import tree_map
 from .nodes import Nodes
 
 # What a module calls the number of its channels.
@@ -144,7 +146,8 @@ def fitted(net: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
     """
     out = copy.deepcopy(net)
     known = out.state_dict()
-    other = sorted(known.keys() ^ state.keys()) or [n for n in known if known[n].dim() != state[n].dim()]
+    other = sorted(known.keys() ^ state.keys())
+    other = other or [n for n in known if (known[n].dim(), known[n].shape[2:]) != (state[n].dim(), state[n].shape[2:])]
     if other:
         raise DecompkError(f"these are no weights of {type(net).__name__}: '{other[0]}' is not what it has.")
     for name, value in state.items():
@@ -179,18 +182,31 @@ def _replace(net: nn.Module, name: str, value: Tensor) -> None:
 
 
 @torch.no_grad()
-def must_agree(net: nn.Module, other: nn.Module, nodes: Nodes) -> None:
+def must_agree(
+    net: nn.Module, other: nn.Module, nodes: Nodes, so: str = "so they cannot be put into groups, or there twice."
+) -> None:
     """Raises UnsupportedOperation unless both give the same for a random input: code may count on channels' places."""
     like = next(net.parameters())
     x = torch.rand(2, *nodes.input_size, generator=torch.Generator().manual_seed(0)).to(like)
     try:
         with in_mode(net, False), in_mode(other, False):
-            expected, found = net(x), other(x)
-        agrees = found.shape == expected.shape and bool((found - expected).abs().max() <= CLOSE * expected.abs().max())
-    except RuntimeError:
+            expected, found = (_leaves(part(x)) for part in (net, other))
+        agrees = all(alike(a, b) for a, b in zip(found, expected, strict=True))
+    except (RuntimeError, ValueError):
         agrees = False
     if not agrees:
         raise UnsupportedOperation(
             f"{type(net).__name__} computes something else when its channels are rearranged: its code counts on their "
-            "number or their places, so they cannot be put into groups."
+            f"number or their places, {so}"
         )
+
+
+def alike(found: Tensor, expected: Tensor) -> bool:
+    """Whether two outputs differ by rounding alone."""
+    return found.shape == expected.shape and bool((found - expected).abs().max() <= CLOSE * expected.abs().max())
+
+
+def _leaves(output: Any) -> list[Tensor]:
+    leaves: list[Tensor] = []
+    tree_map(leaves.append, output)
+    return leaves

@@ -16,6 +16,7 @@ def group_weights(weight: Tensor, p: Tensor, q: Tensor) -> Tensor:
     (1 − p_gi) √(S q_g²)_i, and the column norms (1 − q_gj) √(Sᵀ p_g²)_j.
     """
     squares = weight.flatten(2).square().sum(2) if weight.dim() > 2 else weight.square()  # (O, I)
+    squares = squares.to(q.dtype)
     rows = (1 - p) * _root(q.square() @ squares)
     columns = (1 - q) * _root(p.square() @ squares.T)
     return rows.sum() + columns.sum()

@@ -101,7 +101,7 @@ def summary_of(out: Path) -> Table:
     try:
         known = json.loads((out / "result.json").read_text())
         return summary(known)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DecompkError(f"{str(out)!r} holds no result of `decompk split`.") from error
 
 
@@ -123,10 +123,10 @@ class _Run:
             self.out.mkdir(parents=True, exist_ok=True)
             if not (self.out / "result.json").exists():
                 return fresh
-            before = json.loads((self.out / "result.json").read_text())
+            before = dict(json.loads((self.out / "result.json").read_text()))
         except OSError as error:
             raise DecompkError(f"{str(self.out)!r} cannot be used as a folder ({error.strerror}).") from error
-        except ValueError as error:
+        except (ValueError, TypeError) as error:
             raise DecompkError(
                 f"{str(self.out / 'result.json')!r} is damaged: remove it or give another folder."
             ) from error
@@ -248,18 +248,18 @@ class _Run:
         checkpoints = Checkpoints(folder, {**identity, "processes": ranks.size}, keep=1)
         saved = ranks.from_rank(0, checkpoints.latest()[0] if ranks.first else None)
         epochs, done = self.settings.epochs[number], 0
-        torch.manual_seed(seed_of(seed, number))
+        torch.manual_seed(seed_of(seed, number, ranks.rank))  # dropout draws other numbers on other processes
         if saved is not None:
             done = saved["epoch"]
             trainer.load_state_dict(saved["trainers"][ranks.rank])
-            torch.set_rng_state(saved["random"])
+            _set_random(saved["random"][ranks.rank], ranks.device)
         what = f"seed {seed}, {variant.name if variant else 'whole network'}: {phase}"
         for epoch in bar(range(done, epochs), what, total=epochs, done=done) if ranks.first else range(done, epochs):
             for x, y in self._batches(seed + 1000 * number, epoch):
                 trainer.step(x, y)
-            trainers = ranks.from_all(trainer.state_dict())
+            trainers, random = ranks.from_all(trainer.state_dict()), ranks.from_all(_random(ranks.device))
             if ranks.first:
-                checkpoints.save(epoch + 1, {"trainers": trainers, "epoch": epoch + 1, "random": torch.get_rng_state()})
+                checkpoints.save(epoch + 1, {"trainers": trainers, "epoch": epoch + 1, "random": random})
 
     def _order(self, seed: int, epoch: int) -> list[Tensor]:
         return epoch_order(len(self.data.train), self.settings.batch, seed, epoch)
@@ -283,7 +283,7 @@ class _Run:
         """
         zeros = sum(int((~mask).sum()) for mask in masks.values())
         kept = {name.removesuffix(".weight"): mask.double().mean().item() for name, mask in masks.items()}
-        found = {decision.path: decision.kept for decision in layer_by_layer(net).decisions}
+        found = {decision.path: decision.kept for decision in layer_by_layer(net, masks=masks).decisions}
         layers = cost.layers(net, self.data.input_size)
         flops, done = (sum(2 * layer.macs * of.get(layer.name, 1) for layer in layers) for of in (kept, found))
         return {"params": sum(p.numel() for p in net.parameters()) - zeros, "flops": flops, "done": done}
@@ -312,6 +312,17 @@ class _Run:
                 found[title] = steps, values.float().numpy()
         if found:
             draw_assignments(found, self.out / "assignments.png")
+
+
+def _random(device: torch.device) -> list[Tensor]:
+    """The states of torch's random numbers: the CPU's, and a GPU's where one trains."""
+    return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
+
+
+def _set_random(states: list[Tensor], device: torch.device) -> None:
+    torch.set_rng_state(states[0])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(states[1], device)
 
 
 class _Plain:
@@ -366,15 +377,10 @@ class _History:
 
 
 def deal(assignment: Assignment, seed: int) -> None:
-    """Hard, random, even groups: of every set of nodes that layers share, each group gets as many."""
+    """Hard, random, even groups: of the nodes that share all their axes each group gets as many, or one more."""
     rng = np.random.default_rng(seed)
-    nodes = assignment.nodes
-    for path in assignment.groups:
-        for side in (nodes.sides(path).outputs, nodes.sides(path).inputs):
-            for level in np.unique(assignment.level[side.nodes]) if side is not None else ():
-                if level:
-                    mine = np.unique(side.nodes[assignment.level[side.nodes] == level])
-                    assignment.put(int(level), mine, rng.permutation(len(mine)) % level)
+    for level, mine in assignment.alike():
+        assignment.put(level, mine, rng.permutation(len(mine)) % level)
 
 
 def _sorted_weights(net: nn.Module, assignment: Assignment) -> dict[str, tuple[np.ndarray, ...]]:

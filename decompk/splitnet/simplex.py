@@ -31,7 +31,8 @@ def largest_step(d: Tensor, direction: Tensor) -> Tensor:
 class ReducedGradient(torch.optim.Optimizer):
     """d ← d − γ ∇_red J for parameters (M, n) whose columns are on the simplex: they never leave it.
 
-    γ is `lr`, cut, for each column by itself, at the largest admissible step. Raises DecompkError for parameters whose
+    γ is `lr`, cut, for each column by itself, at the largest admissible step; a column whose gradient is not finite
+    stays where it is. Raises DecompkError for parameters whose
     columns are not on the simplex.
     """
 
@@ -61,6 +62,7 @@ class ReducedGradient(torch.optim.Optimizer):
                 if p.grad is None:
                     continue
                 direction = reduced_gradient(p, p.grad)
+                direction = direction.where(direction.isfinite().all(0), 0)  # without a direction a column stays
                 limit = largest_step(p, direction)
                 step = limit.clamp(max=group["lr"])
                 moved = p - step * direction

@@ -77,6 +77,8 @@ class Sparsifier:
     ):
         if strength <= 0:
             raise DecompkError(f"a strength of {strength} drives no filter to zero: give a positive number.")
+        if steps < 1:
+            raise DecompkError(f"{steps} steps drive no filter to zero: give one or more.")
         self.net, self.loss, self.strength, self.total, self.lr = net, loss, strength, steps, lr
         self.filters, self.steps = Filters(net, nodes), 0
         self.optimizer = torch.optim.SGD(net.parameters(), lr, momentum=0.9)
@@ -115,5 +117,5 @@ def without(net: nn.Module, nodes: Nodes, gone: Tensor) -> nn.Module:
             if side is not None and not keep[side.nodes].any():
                 keep[side.nodes[0]] = True
     out = rearranged(net, nodes, grouped(nodes, np.zeros((nodes.count, 1), dtype=bool), keep=keep)).net
-    must_agree(net, out, nodes)
+    must_agree(net, out, nodes, "so they cannot be taken out; an activation that is not 0 at 0 does that, too.")
     return out

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..blockdiag import Members, ZeroSkipping, block_diagonal
+from ..blockdiag import ZeroSkipping, layer_by_layer
 from ..errors import DecompkError
 from .assignment import Assignment
 from .rearrange import Copies, grouped, must_agree, rearranged
@@ -29,29 +28,43 @@ class Split:
     copies: Copies
     along: dict[str, tuple[np.ndarray, np.ndarray | None]]
     assignment: Assignment
+    _kept: list[bool] = field(default_factory=list, repr=False)  # not empty: the gradients are masked already
 
     @property
     def kept(self) -> float:
         """The share of the split layers' weights that is left."""
         return sum(int(m.sum()) for m in self.masks.values()) / sum(m.numel() for m in self.masks.values())
 
-    def fast(self, input_size: Sequence[int] | None = None) -> ZeroSkipping:
-        """The network without its zeros, which trains on with the zeros kept: see `decompk.block_diagonal`.
+    def fast(self) -> ZeroSkipping:
+        """`dense` without its zeros, sharing its parameters: layers skip blocks as `decompk.block_diagonal`'s do.
 
-        Zeros that fill no block worth skipping around are kept by masks of the gradients.
+        It trains on with the zeros kept: those that fill no block worth skipping around by masks of the gradients,
+        which hang on the parameters of `dense`, and which a deepcopy of it has not.
         """
-        fast = block_diagonal(self.dense, input_size or self.assignment.nodes.input_size)
-        if not isinstance(fast, Members):  # whose blocks are the groups
-            keep_zeros(fast, self.masks)
-        return fast
+        if not self._kept:
+            keep_zeros(self.dense, self.masks)
+            self._kept.append(True)
+        return layer_by_layer(self.dense, "its groups are learned", self.masks)
 
 
 def keep_zeros(net: nn.Module, masks: dict[str, Tensor]) -> None:
     """From now on the gradients of the weights that `masks` names are zero outside: so are the weights' steps."""
     known = dict(net.named_parameters())
     for name, mask in masks.items():
-        if not bool(mask.all()):
-            known[name].register_hook(mask.clone().mul)
+        weight = known[name]
+        if weight.requires_grad and not bool(mask.all()):
+            weight.register_hook(_Kept(mask.clone()))
+
+
+@dataclass
+class _Kept:
+    """A gradient without what is outside of `mask`, on whatever device it is."""
+
+    mask: Tensor
+
+    def __call__(self, grad: Tensor) -> Tensor:
+        self.mask = self.mask.to(grad.device)
+        return grad * self.mask
 
 
 def split(net: nn.Module, assignment: Assignment, overlap: float | None = None, even: bool = False) -> Split:
