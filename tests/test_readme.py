@@ -54,6 +54,8 @@ def test_the_splits_table_is_that_of_the_committed_run():
     row = {line[0]: line for line in table.rows}
     deep, dealt = (f"{row[name][1]:.2f} %" for name in ("Deep", "Deep random"))
     assert f"{deep} error against {dealt} of random groups" in " ".join(README.split())
+    cut, dealt = (f"{row[name][3]:.1f} %" for name in ("Deep", "Deep random"))
+    assert f"leave it {cut} error and random groups of the same layers {dealt};" in " ".join(README.split())
     made = known["made_with"]
     assert f"torch {made['torch'].partition('+')[0]} on {made['threads']} threads of {made['device']}" in README
 

@@ -477,6 +477,10 @@ def test_a_network_split_from_end_to_end_keeps_its_zeros_and_trains_what_is_insi
     for name, value in result.dense.state_dict().items():
         assert (value - masked.state_dict()[name]).abs().max() < 1e-12
     assert not result.dense[6].weight[~result.masks["6.weight"]].any()
+    again = copy.deepcopy(result)  # hooks do not go with it; a new fast network hangs up its own
+    again.fast()(x).square().sum().backward()
+    assert not again.dense[6].weight.grad[~result.masks["6.weight"]].any()
+    assert len(result.dense[6].weight._backward_hooks) == 1
     frozen = split(net.requires_grad_(False), hardened(nodes, {"2": 2, "6": 2}, ()))
     assert torch.allclose(frozen.fast()(x), frozen.dense(x))
     pickle.loads(pickle.dumps(frozen))

@@ -28,7 +28,7 @@ class Split:
     copies: Copies
     along: dict[str, tuple[np.ndarray, np.ndarray | None]]
     assignment: Assignment
-    _kept: list[bool] = field(default_factory=list, repr=False)  # not empty: the gradients are masked already
+    _masked: set[int] = field(default_factory=set, repr=False)  # ids of the weights whose gradients are masked
 
     @property
     def kept(self) -> float:
@@ -41,23 +41,29 @@ class Split:
         It trains on with the zeros kept: those that fill no block worth skipping around by masks of the gradients,
         which hang on the parameters of `dense`, and which a deepcopy of it has not.
         """
-        if not self._kept:
-            keep_zeros(self.dense, self.masks)
-            self._kept.append(True)
+        known = dict(self.dense.named_parameters())
+        new = {name: mask for name, mask in self.masks.items() if id(known[name]) not in self._masked}
+        self._masked.update(keep_zeros(self.dense, new))
         return layer_by_layer(self.dense, "its groups are learned", self.masks)
 
 
-def keep_zeros(net: nn.Module, masks: dict[str, Tensor]) -> None:
-    """From now on the gradients of the weights that `masks` names are zero outside: so are the weights' steps."""
-    known = dict(net.named_parameters())
+def keep_zeros(net: nn.Module, masks: dict[str, Tensor]) -> set[int]:
+    """From now on the gradients of the weights that `masks` names are zero outside: so are the weights' steps.
+
+    Returns the ids of those weights; frozen ones are left out.
+    """
+    known, found = dict(net.named_parameters()), set()
     for name, mask in masks.items():
         weight = known[name]
-        if weight.requires_grad and not bool(mask.all()):
-            weight.register_hook(_Kept(mask.clone()))
+        if weight.requires_grad:
+            found.add(id(weight))
+            if not bool(mask.all()):
+                weight.register_hook(_Inside(mask.clone()))
+    return found
 
 
 @dataclass
-class _Kept:
+class _Inside:
     """A gradient without what is outside of `mask`, on whatever device it is."""
 
     mask: Tensor
