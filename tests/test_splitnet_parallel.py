@@ -211,6 +211,8 @@ def test_the_command_runs_groups_on_two_processes_as_on_one(tmp_path):
             assert run.get(what) == two["runs"][key].get(what), (key, what)
     for name in ("dense", "deep-random", "shallow-overlap"):
         a, b = (torch.load(out / f"{name}-seed0.pt", weights_only=True) for _, out in runs)
-        for key, value in a.items():
-            apart = (value - b[key]).abs().max() / (1 + value.abs().max())
-            assert apart < 1e-3, (name, key)  # an epoch of Adam in float32; the float64 test above has the 1e-9
+        one, two = (torch.cat([value.double().flatten() for value in part.values()]) for part in (a, b))
+        assert (one - two).norm() < 5e-3 * one.norm(), (
+            name,
+            (one - two).norm() / one.norm(),
+        )  # an epoch of Adam in float32; in float64 it is 1e-9, above
