@@ -185,6 +185,7 @@ if ranks.first:
     print(refused, away.item() < 0.05, steps(x).shape == (21, 4))
 else:
     steps(x)
+torch.distributed.barrier()  # who has its sum may not close the connection while the other still reads
 stop(ranks)
 """
 

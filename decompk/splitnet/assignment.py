@@ -90,7 +90,7 @@ class Assignment(nn.Module):
                 found = coarse - 1 - (fine - 1 - found) * coarse // fine
         return found
 
-    def alike(self) -> Iterator[tuple[int, np.ndarray]]:
+    def sets(self) -> Iterator[tuple[int, np.ndarray]]:
         """Out of how many groups they are, and which: the nodes that share all their axes."""
         kinds = np.stack([self.nodes.kinds, self.level], 1)
         for kind, level in np.unique(kinds[self.level > 0], axis=0).tolist():
@@ -155,7 +155,7 @@ class Assignment(nn.Module):
     def _even(self) -> np.ndarray:
         """`hard`, but of the nodes that share all their axes each group gets as many, or one more."""
         owner, more = self.hard(), Counter()
-        for level, mine in self.alike():
+        for level, mine in self.sets():
             values = self.soft(level).cpu().numpy()[:, self._column[mine]]
             room = len(mine) // level + ((np.arange(level) - more[level]) % level < len(mine) % level)
             more[level] += len(mine) % level  # the next nodes that do not divide begin where these ended
@@ -185,8 +185,11 @@ class Assignment(nn.Module):
     @torch.no_grad()
     def fuzzy(self, threshold: float = FUZZY) -> float:
         """The share of nodes that belong to more than one group by more than `threshold`."""
-        several = torch.cat([((self.soft(level) > threshold).sum(0) > 1).float() for level in self.levels])
-        return several.mean().item()
+        return torch.cat([self._several(level, threshold) for level in self.levels]).float().mean().item()
+
+    def _several(self, level: int, threshold: float = FUZZY) -> Tensor:
+        """(n,) of bool: which of the nodes in that many groups belong to more than one."""
+        return (self.soft(level) > threshold).sum(0) > 1
 
     @torch.no_grad()
     def values(self) -> np.ndarray:
@@ -199,7 +202,7 @@ class Assignment(nn.Module):
         fuzzy = np.zeros(self.nodes.count, dtype=bool)
         for level in self.levels:
             at = np.nonzero(self.level == level)[0]
-            fuzzy[at] = ((self.soft(level) > FUZZY).sum(0) > 1).cpu().numpy()[self._column[at]]
+            fuzzy[at] = self._several(level).cpu().numpy()[self._column[at]]
         for path in self.groups:
             found = self.nodes.sides(path)
             for side in (found.outputs, found.inputs):

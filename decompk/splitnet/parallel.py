@@ -22,7 +22,7 @@ from ..graph import in_mode, trace
 from ..train.ranks import Ranks, Sum
 from .cut import Cut, Handed
 from .nodes import Nodes
-from .rearrange import Copies, alike, grouped, rearranged
+from .rearrange import Copies, agree, grouped, rearranged, trial, vector_axis
 from .split import Split, keep_zeros
 
 
@@ -44,8 +44,7 @@ class Parallel(nn.Module):
         super().__init__()
         assignment = split.assignment
         coarsest = min(assignment.groups.values())
-        if ranks.size > coarsest:
-            raise DecompkError(f"{coarsest} groups cannot be dealt out to {ranks.size} processes: start {coarsest}.")
+        must_suffice(coarsest, ranks)
         self.ranks = ranks
         nodes = Nodes(split.dense, assignment.nodes.input_size)
         groups, levels = _groups_of(split, nodes)
@@ -78,8 +77,7 @@ class Parallel(nn.Module):
             self.groups[str(training)] = fx.GraphModule(net, rest)
             if ranks.first:
                 self.trunk[str(training)] = fx.GraphModule(whole, first)
-        self._input_size = nodes.input_size
-        self._check(fx.GraphModule(whole, first))  # the graph of eval mode, cut last
+        self._check(nodes, fx.GraphModule(whole, first))  # the graph of eval mode, cut last
         if ranks.size > 1:
             self._add_up(nodes, copies, _several(dealt, ranks))
         self.train(split.dense.training)
@@ -102,11 +100,10 @@ class Parallel(nn.Module):
         return own.new_zeros(len(own), self.classes).index_add(1, self._rows, own)
 
     @torch.no_grad()
-    def _check(self, first: fx.GraphModule) -> None:
+    def _check(self, nodes: Nodes, first: fx.GraphModule) -> None:
         """Raises on every process unless the parts add up to the whole: `first` is what comes first, in eval mode."""
         (dense,), whole = self._dense, self._nets[0]
-        like = next(dense.parameters())
-        x = torch.rand(2, *self._input_size, generator=torch.Generator().manual_seed(0)).to(like)
+        x = trial(dense, nodes)
         with in_mode(dense, False), in_mode(whole, False), in_mode(self, False):
             expected = dense(x)
             try:
@@ -116,7 +113,7 @@ class Parallel(nn.Module):
                 failed = True
             total = self.ranks.sum(torch.zeros_like(expected) if failed else logits)
             total = total if self.bias is None or failed else total + self.bias
-        if self.ranks.any([failed])[0] or not alike(total, expected):
+        if self.ranks.any([failed])[0] or not agree(total, expected):
             raise UnsupportedOperation(
                 f"the groups of {type(dense).__name__} do not add up to it: something in them looks across channels, "
                 "such as a norm, counts them, or returns more than logits (N, classes); run them in one process."
@@ -150,7 +147,7 @@ class Parallel(nn.Module):
         held = {f"{path}.weight": (0, sides.outputs.nodes) for path, sides in nodes.layers.items()}
         for name, ids in nodes.vectors.items():
             if name in known:
-                held[name] = next((a for a, size in enumerate(known[name].shape) if size > 1), 0), ids
+                held[name] = vector_axis(known[name]), ids
         for name, (axis, ids) in held.items():
             everywhere = np.unique(ids[several[ids]])
             if len(everywhere) and name in known:
@@ -159,6 +156,12 @@ class Parallel(nn.Module):
                 slots = np.searchsorted(everywhere, own[places])
                 summed = _Summed(axis, torch.from_numpy(places), torch.from_numpy(slots), len(everywhere))
                 known[name].register_hook(summed)
+
+
+def must_suffice(groups: int, ranks: Ranks) -> None:
+    """Raises DecompkError where a process would have no group."""
+    if ranks.size > groups:
+        raise DecompkError(f"{groups} groups cannot be dealt out to {ranks.size} processes: start {groups}.")
 
 
 def _without_slices(index: Sequence[Any]) -> list[Tensor | None]:

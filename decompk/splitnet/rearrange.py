@@ -131,7 +131,7 @@ def rearranged(net: nn.Module, nodes: Nodes, copies: Copies) -> Rearranged:
             value = value * torch.from_numpy(shares).to(value).view(shape)
         _replace(out, name, value)
     for name, ids in nodes.vectors.items():
-        axis = next((a for a, size in enumerate(known[name].shape) if size > 1), 0)
+        axis = vector_axis(known[name])
         _, places = copies.along(ids)
         sources[name] = (*(slice(None),) * axis, torch.from_numpy(places))
         _replace(out, name, known[name].detach()[sources[name]])
@@ -153,6 +153,11 @@ def fitted(net: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
     for name, value in state.items():
         _replace(out, name, value.detach().clone().to(known[name]))
     return out
+
+
+def vector_axis(tensor: Tensor) -> int:
+    """Along which axis one of a network's `vectors` has a value, or a kernel, for each channel."""
+    return next((axis for axis, size in enumerate(tensor.shape) if size > 1), 0)
 
 
 def _replace(net: nn.Module, name: str, value: Tensor) -> None:
@@ -186,12 +191,11 @@ def must_agree(
     net: nn.Module, other: nn.Module, nodes: Nodes, so: str = "so they cannot be put into groups, or there twice."
 ) -> None:
     """Raises UnsupportedOperation unless both give the same for a random input: code may count on channels' places."""
-    like = next(net.parameters())
-    x = torch.rand(2, *nodes.input_size, generator=torch.Generator().manual_seed(0)).to(like)
+    x = trial(net, nodes)
     try:
         with in_mode(net, False), in_mode(other, False):
             expected, found = (_leaves(part(x)) for part in (net, other))
-        agrees = all(alike(a, b) for a, b in zip(found, expected, strict=True))
+        agrees = all(agree(a, b) for a, b in zip(found, expected, strict=True))
     except (RuntimeError, ValueError):
         agrees = False
     if not agrees:
@@ -201,7 +205,12 @@ def must_agree(
         )
 
 
-def alike(found: Tensor, expected: Tensor) -> bool:
+def trial(net: nn.Module, nodes: Nodes) -> Tensor:
+    """Two random samples, the same every time, where and in what `net` computes."""
+    return torch.rand(2, *nodes.input_size, generator=torch.Generator().manual_seed(0)).to(next(net.parameters()))
+
+
+def agree(found: Tensor, expected: Tensor) -> bool:
     """Whether two outputs differ by rounding alone."""
     return found.shape == expected.shape and bool((found - expected).abs().max() <= CLOSE * expected.abs().max())
 

@@ -35,7 +35,7 @@ from .assignment import Assignment
 from .figures import draw_assignments, draw_weights
 from .learn import Gammas, Learner
 from .nodes import Nodes
-from .parallel import Parallel
+from .parallel import Parallel, must_suffice
 from .sparse import Sparsifier, without
 from .split import Split, split
 from .summary import summary
@@ -109,9 +109,7 @@ class _Run:
     def __init__(self, out: Path, seeds: tuple[int, ...], settings: Settings, chosen: list[Variant], ranks: Ranks):
         self.out, self.seeds, self.settings, self.chosen, self.ranks = out, seeds, settings, chosen, ranks
         self.data: Dataset = open_data(settings.data, settings.pixels)
-        fewest = min((min(v.groups.values()) for v in chosen if v.groups), default=ranks.size)
-        if ranks.size > fewest:
-            raise DecompkError(f"{fewest} groups cannot be dealt out to {ranks.size} processes: start {fewest}.")
+        must_suffice(min((min(v.groups.values()) for v in chosen if v.groups), default=ranks.size), ranks)
         self.known = ranks.from_rank(0, self._read() if ranks.first else None)
         self.nets: dict[int, nn.Module] = {}  # seed → the network trained whole
 
@@ -151,7 +149,6 @@ class _Run:
         self.known = self.ranks.from_rank(0, self.known)
         table = summary(self.known)
         if self.ranks.first:
-            self._write()
             write_atomically(self.out / "summary.md", table.to_markdown().encode())
             self._draw_assignments()
         return table
@@ -379,7 +376,7 @@ class _History:
 def deal(assignment: Assignment, seed: int) -> None:
     """Hard, random, even groups: of the nodes that share all their axes each group gets as many, or one more."""
     rng = np.random.default_rng(seed)
-    for level, mine in assignment.alike():
+    for level, mine in assignment.sets():
         assignment.put(level, mine, rng.permutation(len(mine)) % level)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..compose import output_axis, tensors
 from ..errors import DecompkError
 from .nodes import Nodes
-from .rearrange import grouped, must_agree, rearranged
+from .rearrange import grouped, must_agree, rearranged, vector_axis
 
 
 class Filters:
@@ -31,7 +31,7 @@ class Filters:
         outputs = {f"{path}.weight": sides.outputs.nodes for path, sides in nodes.layers.items()}
         self._filters = [held(name, output_axis(net, name), ids) for name, ids in outputs.items()]
         self._others = [  # biases, scales and shifts of norms
-            held(name, next((a for a, size in enumerate(known[name].shape) if size > 1), 0), ids)
+            held(name, vector_axis(known[name]), ids)
             for name, ids in nodes.vectors.items()
             if isinstance(known[name], nn.Parameter)
         ]

@@ -89,7 +89,7 @@ def split(net: nn.Module, assignment: Assignment, overlap: float | None = None, 
     if overlap is not None and even:
         raise DecompkError("groups with overlap are not of equal size: leave out overlap or even.")
     nodes = assignment.nodes
-    copies = grouped(nodes, assignment.members(overlap, even), _alike(assignment))
+    copies = grouped(nodes, assignment.members(overlap, even), _given_whole(assignment))
     moved = rearranged(net, nodes, copies)
     must_agree(net, moved.net, nodes)
     levels, masks = assignment.level[copies.node], {}
@@ -113,7 +113,7 @@ def split(net: nn.Module, assignment: Assignment, overlap: float | None = None, 
     return Split(moved.net, masks, copies, moved.copies, assignment)
 
 
-def _alike(assignment: Assignment) -> np.ndarray:
+def _given_whole(assignment: Assignment) -> np.ndarray:
     """(count,) of bool: the nodes that no layer gives that is split on the side of its inputs."""
     found = np.ones(assignment.nodes.count, dtype=bool)
     for path in assignment.groups.keys() - assignment.whole_inputs:
