@@ -1,6 +1,7 @@
 """decompk trains K networks for little more than the price of one: decompose, pack, compose."""
 
 from . import losses, models, ops, optim, theory, train
+from .ahead import compile_ahead
 from .blockdiag import block_diagonal, densify
 from .decompose import Decomposition, decompose, grouped_subnets
 from .dispatch import backend
@@ -25,6 +26,7 @@ __all__ = [
     "UnsupportedOperation",
     "backend",
     "block_diagonal",
+    "compile_ahead",
     "decompose",
     "densify",
     "explain",

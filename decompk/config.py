@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 PASSES = ("fprop", "dgrad", "wgrad")
+TORCH_FORMS = ("loop", "grouped", "matmul")  # how torch's own operators compute K convolutions
 LAYOUTS = ("member", "grouped", "strided", "crops")
 DTYPES = {"float16": 2, "bfloat16": 2, "float32": 4, "tf32": 4}  # bytes; tf32 is float32 on tensor cores
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from . import device as devices
 from . import extension, measured
 from .cache import slug
-from .config import DTYPES, Config, Problem
+from .config import DTYPES, TORCH_FORMS, Config, Problem
 from .device import Device
 from .errors import BackendError
 from .kernels import cpu
@@ -40,11 +40,10 @@ def backend(name: str) -> Iterator[None]:
     "loop" is torch's own operators, one member after the other: every member computes, to the bit on a CPU, what it
     would compute alone. "cuda" is the C++ extension, which convolves only (batch norms stay on Triton), "emulation"
     the same on the CPU.
-    Raises BackendError where that backend does not exist here; an operation it cannot run raises it later. Forward and
-    backward follow the backend that is in force when each of them runs.
+    Raises BackendError where that backend does not exist here; an operation it cannot run raises it later. A backward
+    runs where its forward ran, whenever and in whichever thread that is: autograd has threads of its own.
     """
-    if name not in BACKENDS:
-        raise BackendError(f"there is no backend '{name}': choose one of {', '.join(BACKENDS)}.")
+    _check_backend(name)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     reason = None
     if name == "triton":
@@ -62,9 +61,30 @@ def backend(name: str) -> Iterator[None]:
         _forced.reset(token)
 
 
-def forced() -> str | None:
-    """The backend asked for by name, if one is."""
-    return _forced.get()
+def _check_backend(name: str) -> None:
+    if name not in BACKENDS:
+        raise BackendError(f"there is no backend '{name}': choose one of {', '.join(BACKENDS)}.")
+
+
+ANY = "any"  # what an operation notes for its backward where no backend was asked for
+
+
+def noted() -> str:
+    """What a forward notes of the backend in force, for `resumed` in its backward."""
+    return _forced.get() or ANY
+
+
+@contextlib.contextmanager
+def resumed(backend: str | None) -> Iterator[None]:
+    """The backend in force is again the `noted` one; None leaves it as it is."""
+    if backend is None:
+        yield
+        return
+    token = _forced.set(None if backend == ANY else backend)
+    try:
+        yield
+    finally:
+        _forced.reset(token)
 
 
 def runs_on_cpu() -> bool:
@@ -103,7 +123,8 @@ def _triton_or_raise(device: torch.device) -> bool:
 
 @dataclass(frozen=True)
 class Choice:
-    """Who runs a Problem: "torch" in a form of `ops.library`, or "triton" with a Config; `ms` is predicted or tuned."""
+    """Who runs a Problem: "torch" or "cpu" in a form of `ops.library`, or a kernel with a Config; `ms` is predicted or
+    tuned. Raises BackendError for names that nobody has."""
 
     backend: str
     form: str
@@ -111,6 +132,17 @@ class Choice:
     ms: float
     reason: str
     cost: OpCost | None = None
+
+    def __post_init__(self) -> None:
+        _check_backend(self.backend)
+        library = {"torch": TORCH_FORMS, "cpu": cpu.FORMS}.get(self.backend)
+        if library is not None:
+            known = self.config is None and self.form in library
+        else:
+            known = self.config is not None and self.config.form == self.form
+            known = known and (self.backend in EXTENSION) == (self.form == "halo")
+        if not known:
+            raise BackendError(f"backend '{self.backend}' has no form '{self.form}' with {self.config}.")
 
 
 def choose(problem: Problem, device: torch.device, measure: bool = True) -> Choice:
@@ -190,8 +222,13 @@ def candidates(problem: Problem, device: Device) -> list[Choice]:
             continue
         for config in dict.fromkeys(form.configs(problem)):
             if conv.why_not(problem, config, device) is None:
-                found.append(_predicted_choice(problem, config, device, "cuda" if name == "halo" else "triton"))
+                found.append(_predicted_choice(problem, config, device, backend_of(name)))
     return sorted(found, key=lambda choice: choice.ms)
+
+
+def backend_of(form: str) -> str:
+    """The backend of a form that has Configs."""
+    return "cuda" if form == "halo" else "triton"
 
 
 # The model of a GPU until it is tuned: none of these four is measured.
@@ -290,24 +327,33 @@ def table(device: Device) -> dict[str, dict]:
 
 
 def lookup(problem: Problem, device: Device) -> Choice | None:
-    """The measured winner for exactly this problem, if it is in the table and still legal."""
+    """The measured winner for exactly this problem, if it is in the table, still legal, and built here."""
     from .cost import op_cost
     from .kernels import conv
 
     entry = table(device).get(key_of(problem))
     if entry is None:
         return None
-    config = entry["config"] and Config(**{**entry["config"], "tile": tuple(entry["config"]["tile"])})
-    if config and conv.why_not(problem, config, device):
+    choice = choice_of(entry)
+    if choice.config is None:
+        return choice if choice.form in library_forms(problem) else None
+    if choice.backend == "cuda" and extension.why_not("cuda"):
         return None
-    cost = op_cost(problem, config) if config else None
-    return Choice(entry["backend"], entry["form"], config, entry["ms"], "measured when tuned", cost)
+    if conv.why_not(problem, choice.config, device):
+        return None
+    return replace(choice, cost=op_cost(problem, choice.config))
 
 
 def entry_of(choice: Choice) -> dict:
     """A Choice as a table keeps it."""
     config = choice.config and asdict(choice.config)
     return {"backend": choice.backend, "form": choice.form, "config": config, "ms": choice.ms}
+
+
+def choice_of(entry: dict) -> Choice:
+    """The Choice that a table keeps as `entry`; raises BackendError for names that nobody has."""
+    config = entry["config"] and Config(**{**entry["config"], "tile": tuple(entry["config"]["tile"])})
+    return Choice(entry["backend"], entry["form"], config, entry["ms"], "measured when tuned")
 
 
 # ---- forms on a CPU -------------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ import copy
 import functools
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from math import prod
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import decompk
 from decompk import cost
-from decompk.config import DTYPES, PASSES, Problem
+from decompk.config import PASSES, Problem
 
 BATCH = 128  # images a member
 
@@ -91,9 +91,9 @@ class Norm:
 def problem(
     kind: str, dtype: str, sides: tuple[int, ...], kernel: tuple[int, int], layout: str = "member", **geometry
 ) -> Problem:
-    """The Problem of dense activations; `sides` are (K, N, C, O, H, W)."""
-    aligned = all(channels * DTYPES[dtype] % 16 == 0 for channels in sides[2:4])
-    return Problem(kind, dtype, *sides, kernel, layout=layout, aligned=aligned, **geometry)
+    """The Problem of dense activations, as operations see them; `sides` are (K, N, C, O, H, W)."""
+    whole = Problem(kind, dtype, *sides, kernel, layout=layout, **geometry)
+    return replace(whole, aligned=Trial(whole, "meta").asked.aligned)
 
 
 def layers(case: Case, dtype: str = "bfloat16", batch: int = BATCH) -> list[Layer]:

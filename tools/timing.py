@@ -156,7 +156,7 @@ class Trial:
 
     def by_choice(self, choice: Choice) -> Tensor:
         """As the operation runs `choice`, without asking dispatch."""
-        return self.by_kernel(choice.config) if choice.backend == "triton" else self.by_library(choice.form)
+        return self.by_kernel(choice.config) if choice.config else self.by_library(choice.form)
 
     def by_library(self, form: str) -> Tensor:
         p = self.problem

@@ -12,7 +12,10 @@ import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-GRID_LIMIT = 2**31 - 1
+from ..errors import BackendError
+
+GRID_LIMIT = 2**31 - 1  # programs along x, where all that grows with the batch lies
+GRID_LIMITS = (GRID_LIMIT, 2**16 - 1, 2**16 - 1)  # along x, y and z
 
 _recorder: contextvars.ContextVar[list[Launch] | None] = contextvars.ContextVar("launches are recorded", default=None)
 
@@ -44,12 +47,15 @@ class Launch:
 
 def launch(kernel: Any, grid: tuple[int, ...], warps: int, stages: int, **arguments: Any) -> None:
     """Run `kernel` on `grid`, on the device of its first tensor; or record it."""
+    if any(programs > limit for programs, limit in zip(grid, GRID_LIMITS, strict=False)):
+        raise BackendError(
+            f"{kernel.__name__} would take a grid of {grid} programs, and a GPU's largest is {GRID_LIMITS}: "
+            'use fewer members or channels, or decompk.backend("torch").'
+        )
     recorded = _recorder.get()
     if recorded is not None:
         recorded.append(Launch(kernel, grid, arguments, warps, stages))
         return
-    if max(grid) > GRID_LIMIT:
-        raise ValueError(f"a grid of {grid} programs is over the limit of {GRID_LIMIT}")
     values = (a.base if isinstance(a, TensorDescriptor) else a for a in arguments.values())
     device = next(value.device for value in values if isinstance(value, Tensor))
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
@@ -58,11 +64,12 @@ def launch(kernel: Any, grid: tuple[int, ...], warps: int, stages: int, **argume
 
 @contextlib.contextmanager
 def recording() -> Iterator[list[Launch]]:
-    """While it runs nothing is launched: the launches are appended to the list it gives."""
+    """While it runs nothing is launched: the launches are appended to the list it gives, a backward's among them."""
     launches: list[Launch] = []
     token = _recorder.set(launches)
     try:
-        yield launches
+        with torch.autograd.set_multithreading_enabled(False):  # autograd's threads would not see the recorder
+            yield launches
     finally:
         _recorder.reset(token)
 

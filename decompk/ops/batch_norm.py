@@ -171,13 +171,17 @@ def batch_norm_backward(
     bias: Tensor | None,
     relu: bool,
     training: bool,
+    backend: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dx, dweight, dbias (K, C) in the dtype of mean, and, where y is given, g: dy where y > 0, else an empty tensor.
 
     y is given when relu came after a residual; without one x, weight and bias tell as much. dy, x and y in one layout.
+    backend: what the forward noted (`dispatch.noted`).
     """
     _check_layout(x, dy, y)
-    if dispatch.runs_triton(x) and x.numel():
+    with dispatch.resumed(backend):
+        triton = dispatch.runs_triton(x)
+    if triton and x.numel():
         from ..kernels.batch_norm import launch_backward
 
         *results, g = launch_backward(dy, x, y, *_contiguous(mean, rstd, weight, bias), relu, training, pieces_of(x))
@@ -203,7 +207,16 @@ def batch_norm_backward(
 
 @batch_norm_backward.register_fake
 def _(
-    dy: Tensor, x: Tensor, y: Any, mean: Tensor, rstd: Tensor, weight: Any, bias: Any, relu: bool, training: bool
+    dy: Tensor,
+    x: Tensor,
+    y: Any,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Any,
+    bias: Any,
+    relu: bool,
+    training: bool,
+    backend: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     sums = (torch.empty_like(mean), torch.empty_like(mean))
     return empty_like_layout(x, x.shape), *sums, dy.new_empty(0) if y is None else empty_like_layout(x, x.shape)
@@ -211,7 +224,7 @@ def _(
 
 def _keep(ctx: Any, inputs: tuple, output: Tensor) -> None:
     x, mean, rstd, weight, bias, residual, ctx.relu, ctx.training = inputs
-    ctx.residual = residual is not None
+    ctx.residual, ctx.backend = residual is not None, dispatch.noted()
     ctx.save_for_backward(x, mean, rstd, weight, bias, output if ctx.relu and ctx.residual else None)
 
 
@@ -219,7 +232,7 @@ def _differentiate(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     x, mean, rstd, weight, bias, y = ctx.saved_tensors
     dy = _in_layout(dy, layout_of(x))
     dx, dweight, dbias, g = torch.ops.decompk.batch_norm_backward(
-        dy, x, y, mean, rstd, weight, bias, ctx.relu, ctx.training
+        dy, x, y, mean, rstd, weight, bias, ctx.relu, ctx.training, ctx.backend
     )
     dweight = None if weight is None else dweight.to(weight.dtype)
     dbias = None if bias is None else dbias.to(bias.dtype)

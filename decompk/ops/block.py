@@ -467,8 +467,9 @@ def _conv_backward(
     dilation: Sequence[int],
     skipped_gradients: bool,
     wanted: Sequence[bool],
+    backend: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dx, dweight, dbias); what is not wanted is empty."""
+    """(dx, dweight, dbias); what is not wanted is empty. backend: what the forward noted (`dispatch.noted`)."""
     dx, dw, db = _conv_gradients(grad, x, weight, wanted)
     if not grad.numel():
         return tuple(t.zero_() for t in (dx, dw, db))
@@ -477,14 +478,15 @@ def _conv_backward(
     if wanted[2]:
         db = grad.sum((0, 2, 3))
     problem = _problem("dgrad", x, weight, geometry)
-    found = _plan_for(x, weight, mask, problem)
+    with dispatch.resumed(backend):
+        found = _plan_for(x, weight, mask, problem)
     products = _conv_products(x.shape[2:], weight.shape[2:], *geometry)
     own = wanted[0], wanted[1] and not skipped_gradients
     if wanted[1] and skipped_gradients:
         dw = as_strided_like(products.wgrad(grad, x), dw)
     if found.form == "grouped" and any(own):
         operands = _by_group(grad, found.out_block), _by_group(x, found.in_block), _diagonal(found, weight)
-        dx_own, dw_own, _ = torch.ops.decompk.grouped_conv2d_backward(*operands, *geometry, [*own, False])
+        dx_own, dw_own, _ = torch.ops.decompk.grouped_conv2d_backward(*operands, *geometry, [*own, False], backend)
         if own[0]:
             dx = as_strided_like(dx_own.transpose(0, 1).flatten(1, 2), dx)
         if own[1]:
@@ -510,7 +512,7 @@ def _conv_backward(
 
 
 @_conv_backward.register_fake
-def _(grad, x, weight, mask, stride, padding, dilation, skipped_gradients, wanted):
+def _(grad, x, weight, mask, stride, padding, dilation, skipped_gradients, wanted, backend=None):
     return _conv_gradients(grad, x, weight, wanted)
 
 
@@ -670,14 +672,15 @@ def _linear_gradients(grad: Tensor, x: Tensor, weight: Tensor, wanted: Sequence[
 
 def _keep(ctx, inputs, output):
     x, weight, bias, *ctx.arguments = inputs
-    ctx.has_bias = bias is not None
+    ctx.has_bias, ctx.backend = bias is not None, dispatch.noted()
     ctx.save_for_backward(x, weight)
 
 
-def _differentiate(backward: str):
+def _differentiate(backward: str, chooses: bool):
     def differentiate(ctx, grad):
         wanted = [*ctx.needs_input_grad[:2], ctx.has_bias and ctx.needs_input_grad[2]]
-        gradients = getattr(torch.ops.decompk, backward)(grad, *ctx.saved_tensors, *ctx.arguments, wanted)
+        backend = [ctx.backend] if chooses else []
+        gradients = getattr(torch.ops.decompk, backward)(grad, *ctx.saved_tensors, *ctx.arguments, wanted, *backend)
         own = [g if w else None for g, w in zip(gradients, wanted, strict=True)]
         return *own, *(None for _ in ctx.arguments)
 
@@ -690,11 +693,11 @@ def _once(ctx, *grads):
     )
 
 
-for _name, _forward, _backward in (
-    ("block_conv2d", _conv, _conv_backward),
-    ("block_linear", _linear, _linear_backward),
+for _name, _forward, _backward, _chooses in (  # a linear layer is torch's products on every backend
+    ("block_conv2d", _conv, _conv_backward, True),
+    ("block_linear", _linear, _linear_backward, False),
 ):
-    _forward.register_autograd(_differentiate(f"{_name}_backward"), setup_context=_keep)
+    _forward.register_autograd(_differentiate(f"{_name}_backward", _chooses), setup_context=_keep)
     _backward.register_autograd(_once)
     register_autocast(_name)
 
@@ -720,7 +723,7 @@ def _register_flops() -> None:
         return flops(x[0] * prod(out_shape[2:]), weight, mask)
 
     @register_flop_formula(torch.ops.decompk.block_conv2d_backward)
-    def conv_backward(grad, x, weight, mask, stride, padding, dilation, skipped, wanted, **_) -> int:
+    def conv_backward(grad, x, weight, mask, stride, padding, dilation, skipped, wanted, backend=None, **_) -> int:
         return backward_flops(grad[0] * prod(grad[2:]), weight, mask, skipped, wanted)
 
     @register_flop_formula(torch.ops.decompk.block_linear)

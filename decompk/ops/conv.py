@@ -217,8 +217,9 @@ def _backward(
     padding: Sequence[int],
     dilation: Sequence[int],
     wanted: Sequence[bool],
+    backend: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dx, dweight, dbias); what is not wanted is empty."""
+    """(dx, dweight, dbias); what is not wanted is empty. backend: what the forward noted (`dispatch.noted`)."""
     dx, dw, db = _gradients(grad, x, weight, wanted)
     if not grad.numel():
         return tuple(t.zero_() for t in (dx, dw, db))
@@ -230,7 +231,8 @@ def _backward(
     for kind, wants, tensors in (("dgrad", wanted[0], (dx, grad)), ("wgrad", wanted[1], (x, grad))):
         if wants:
             problem, views = operands(kind, x, w, geometry, tensors)
-            chosen[kind] = problem, views, dispatch.choose(problem, x.device)
+            with dispatch.resumed(backend):
+                chosen[kind] = problem, views, dispatch.choose(problem, x.device)
     forms = {kind: choice.form for kind, (_, _, choice) in chosen.items() if choice.backend in library.BACKENDS}
     found = library.backward_by_forms((forms.get("dgrad"), forms.get("wgrad")), grad, x, weight, *geometry)
     dx, dw = (out if t is None else as_strided_like(t, out) for t, out in zip(found, (dx, dw), strict=True))
@@ -246,7 +248,7 @@ def _backward(
 
 
 @_backward.register_fake
-def _(grad, x, weight, stride, padding, dilation, wanted):
+def _(grad, x, weight, stride, padding, dilation, wanted, backend=None):
     return _gradients(grad, x, weight, wanted)
 
 
@@ -260,7 +262,7 @@ def _gradients(grad: Tensor, x: Tensor, weight: Tensor, wanted: Sequence[bool]) 
 
 def _keep(ctx, inputs, output):
     x, weight, bias, ctx.stride, ctx.padding, ctx.dilation = inputs
-    ctx.has_bias = bias is not None
+    ctx.has_bias, ctx.backend = bias is not None, dispatch.noted()
     ctx.save_for_backward(x, weight)
 
 
@@ -268,7 +270,7 @@ def _differentiate(ctx, grad):
     x, weight = ctx.saved_tensors
     wanted = [*ctx.needs_input_grad[:2], ctx.has_bias and ctx.needs_input_grad[2]]
     gradients = torch.ops.decompk.grouped_conv2d_backward(
-        grad, x, weight, ctx.stride, ctx.padding, ctx.dilation, wanted
+        grad, x, weight, ctx.stride, ctx.padding, ctx.dilation, wanted, ctx.backend
     )
     return *(g if w else None for g, w in zip(gradients, wanted, strict=True)), None, None, None
 
@@ -331,7 +333,7 @@ def register_flops() -> None:
         return 2 * x[0] * x[1] * conv_macs(positions, x[2], weight[1], weight[3:])
 
     @register_flop_formula(torch.ops.decompk.grouped_conv2d_backward)
-    def backward(grad, x, weight, stride, padding, dilation, wanted, *, out_shape=None, **_) -> int:
+    def backward(grad, x, weight, stride, padding, dilation, wanted, backend=None, *, out_shape=None, **_) -> int:
         return sum(wanted[:2]) * 2 * x[0] * x[1] * conv_macs(prod(grad[3:]), x[2], weight[1], weight[3:])
 
     @register_flop_formula(torch.ops.decompk.fused_conv2d)

@@ -207,8 +207,9 @@ def _crop_backward(
     stride: Sequence[int],
     padding: Sequence[int],
     dilation: Sequence[int],
+    backend: str | None = None,
 ) -> Tensor:
-    """dweight of a convolution that read the windows of one image."""
+    """dweight of a convolution that read the windows of one image; backend: what the forward noted."""
     geometry = tuple(stride), tuple(padding), tuple(dilation)
     dw = empty_weight(weight)
     if not grad.numel():
@@ -217,7 +218,8 @@ def _crop_backward(
     grad = settled(grad)
     members = _members(image, w.shape[0], window)
     problem, views = operands("wgrad", members, w, geometry, (image, grad), True)
-    choice = dispatch.choose(problem, image.device)
+    with dispatch.resumed(backend):
+        choice = dispatch.choose(problem, image.device)
     if choice.backend in library.BACKENDS:
         crops = cut(image, window)
         return as_strided_like(library.backward(choice.form, grad, crops, weight, *geometry, (False, True))[1], dw)
@@ -228,13 +230,14 @@ def _crop_backward(
 
 
 @_crop_backward.register_fake
-def _(grad, image, weight, window, stride, padding, dilation):
+def _(grad, image, weight, window, stride, padding, dilation, backend=None):
     return empty_weight(weight)
 
 
 def _keep(ctx, inputs, output):
     x, weight, ctx.bias, scale, _, residual, relu, in_scale, _, _, ctx.window, _, *ctx.geometry = inputs
     ctx.inference = relu or any(t is not None for t in (scale, residual, in_scale))
+    ctx.backend = dispatch.noted()
     ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(x, weight)
 
@@ -248,22 +251,26 @@ def _differentiate(ctx, grad, _):
     x, weight = ctx.saved_tensors
     wanted = [*ctx.needs_input_grad[:2], ctx.bias is not None and ctx.needs_input_grad[2]]
     if not ctx.window:
-        gradients = torch.ops.decompk.grouped_conv2d_backward(grad, x, weight, *ctx.geometry, wanted)
+        gradients = torch.ops.decompk.grouped_conv2d_backward(grad, x, weight, *ctx.geometry, wanted, ctx.backend)
     else:
         gradients = [None, None, None]
         if wanted[0]:
-            gradients[0] = _image_gradient(grad, x, weight, ctx.window, ctx.geometry)
+            gradients[0] = _image_gradient(grad, x, weight, ctx.window, ctx.geometry, ctx.backend)
         if wanted[1]:
-            gradients[1] = torch.ops.decompk.crop_conv2d_backward(grad, x, weight, ctx.window, *ctx.geometry)
+            arguments = grad, x, weight, ctx.window, *ctx.geometry, ctx.backend
+            gradients[1] = torch.ops.decompk.crop_conv2d_backward(*arguments)
         if wanted[2]:
             gradients[2] = grad.sum((1, 3, 4))
     return *(g if w else None for g, w in zip(gradients, wanted, strict=True)), *(None,) * 12
 
 
-def _image_gradient(grad: Tensor, image: Tensor, weight: Tensor, window: Sequence[int], geometry) -> Tensor:
+def _image_gradient(
+    grad: Tensor, image: Tensor, weight: Tensor, window: Sequence[int], geometry, backend: str
+) -> Tensor:
     """The members' input gradients, added where their windows overlap."""
     crops = image.new_empty((weight.shape[0], *image.shape[1:3], *window[:2]))
-    parts = torch.ops.decompk.grouped_conv2d_backward(grad, crops, weight, *geometry, [True, False, False])[0]
+    wanted = [True, False, False]
+    parts = torch.ops.decompk.grouped_conv2d_backward(grad, crops, weight, *geometry, wanted, backend)[0]
     total = torch.zeros_like(image)
     for part, top, left in zip(parts, window[2::2], window[3::2], strict=True):
         total[0, :, :, top : top + window[0], left : left + window[1]] += part

@@ -74,8 +74,14 @@ def stream(x: Tensor, rows: int, width: int) -> Tensor | None:
 
 
 def ohwi(weight: Tensor) -> Tensor:
-    """(K, O, C, kh, kw) → dense (K, O, kh, kw, C): a view where the memory is so already, else a copy."""
-    return weight.movedim(2, -1).contiguous()
+    """(K, O, C, kh, kw) → dense (K, O, kh, kw, C): a view where the memory is so already, else a copy.
+
+    Dimensions of size 1 get a dense tensor's strides, too: torch leaves them as they are and a copy engine reads them.
+    """
+    K, O, C, kh, kw = weight.shape
+    strides = (O * kh * kw * C, kh * kw * C, kw * C, C, 1)
+    dense = weight.movedim(2, -1).contiguous()
+    return dense if dense.stride() == strides else dense.as_strided(dense.shape, strides)
 
 
 def aligned(tensors: Iterable[Tensor]) -> bool:

@@ -11,7 +11,8 @@ from math import prod
 import torch
 from torch import Tensor
 
-from ..config import Epilogue, Prologue
+from ..config import TORCH_FORMS, Epilogue, Prologue
+from ..errors import BackendError
 from ..kernels import cpu
 
 BACKENDS = ("torch", "cpu")  # of a Choice whose form is one of these
@@ -23,6 +24,7 @@ def forward(
     form: str, x: Tensor, weight: Tensor, bias: Tensor | None, stride: Pair, padding: Pair, dilation: Pair
 ) -> Tensor:
     """x (K, N, C, H, W), weight (K, O, C, kh, kw), bias (K, O) → (K, N, O, H', W'), its strides as they come."""
+    _known(form)
     if form in cpu.FORMS:
         return cpu.forward(form, x, weight, bias, stride, padding)
     if form == "matmul":
@@ -71,6 +73,12 @@ def fused(
     return (y.relu() if e.relu else y), found
 
 
+def _known(form: str) -> None:
+    known = TORCH_FORMS + cpu.FORMS
+    if form not in known:
+        raise BackendError(f"no library convolves in the form '{form}': choose one of {', '.join(known)}.")
+
+
 def moments_of(y: Tensor) -> Tensor:
     """(K, 1, 3, C): count, mean and Σ(y − mean)² over samples and pixels, float32 (float64 for float64)."""
     value = y if y.dtype == torch.float64 else y.float()
@@ -95,6 +103,7 @@ def backward(
     wanted: tuple[bool, bool],
 ) -> tuple[Tensor | None, Tensor | None]:
     """(dx, dweight) as wanted, None for what is not."""
+    _known(form)
     K, N = x.shape[:2]
     if form in cpu.FORMS:
         return cpu.backward(form, grad, x, weight, stride, padding, wanted)

@@ -45,24 +45,25 @@ def channels_last(x: Tensor) -> Tensor:
 
 
 class _Plan:
-    """A convolution of activations (K·N, C, H, W): who runs each of its passes."""
+    """A convolution of activations (K·N, C, H, W): who runs each of its passes on the `backend` of its forward."""
 
-    def __init__(self, fprop: Problem):
-        self.K, self._problem = fprop.K, fprop
+    def __init__(self, fprop: Problem, backend: str):
+        self.K, self.backend, self._problem = fprop.K, backend, fprop
         self._forms: dict[str, str] = {}
 
     def form(self, kind: str) -> str:
         if kind not in self._forms:  # chosen, perhaps measured, when it first runs
             problem = self._problem.of(kind).streamed()
-            self._forms[kind] = dispatch.choose(problem, torch.device("cpu")).form
+            with dispatch.resumed(self.backend):
+                self._forms[kind] = dispatch.choose(problem, torch.device("cpu")).form
         return self._forms[kind]
 
 
 @functools.lru_cache(maxsize=4096)
-def _plan(x: torch.Size, weight: torch.Size, geometry: Geometry, forced: str | None) -> _Plan:
+def _plan(x: torch.Size, weight: torch.Size, geometry: Geometry, backend: str) -> _Plan:
     K, O, C, *kernel = weight
     rows, _, H, W = x
-    return _Plan(Problem("fprop", "float32", K, rows // K, C, O, H, W, tuple(kernel), *geometry))
+    return _Plan(Problem("fprop", "float32", K, rows // K, C, O, H, W, tuple(kernel), *geometry), backend)
 
 
 def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, stride: Pair, padding: Pair, dilation: Pair) -> Tensor:
@@ -74,7 +75,7 @@ class _Conv(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
         x = channels_last(x)
-        plan = _plan(x.shape, weight.shape, geometry, dispatch.forced())
+        plan = _plan(x.shape, weight.shape, geometry, dispatch.noted())
         ctx.plan, ctx.geometry, ctx.has_bias = plan, geometry, bias is not None
         ctx.save_for_backward(x, weight)
         y = library.forward(plan.form("fprop"), x.unflatten(0, (plan.K, -1)), weight, bias, *geometry)
@@ -89,7 +90,7 @@ class _Conv(torch.autograd.Function):
         needs = ctx.needs_input_grad
         if torch.is_grad_enabled():  # a graph of this backward is wanted: the operator's, which says that it ends here
             wanted = [*needs[:2], ctx.has_bias and needs[2]]
-            found = torch.ops.decompk.grouped_conv2d_backward(dy5, x5, weight, *ctx.geometry, wanted)
+            found = torch.ops.decompk.grouped_conv2d_backward(dy5, x5, weight, *ctx.geometry, wanted, plan.backend)
             dx, dw, db = (g if w else None for g, w in zip(found, wanted, strict=True))
             return None if dx is None else dx.flatten(0, 1), dw, db, None
         forms = tuple(plan.form(kind) if wants else None for kind, wants in zip(PASSES[1:], needs, strict=False))

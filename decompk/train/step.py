@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import losses
+from ..ahead import can_compile, compile_launches, kept_buffers, launches_of
 from ..errors import DecompkError
 from ..optim import clip_grad_norm_
 
@@ -58,7 +59,7 @@ class Step:
         self.reasons: dict[str, str] = {}
         self._device = next(net.parameters()).device
         self._run = torch.compile(net) if compile else net
-        self._compiled = not compile
+        self._compile, self._ready = compile, False
         self._graphs: dict[Any, _Graph] = {}
         self._eager_steps: Counter[Any] = Counter()
         self._sums: Tensor | None = None
@@ -66,8 +67,8 @@ class Step:
 
     def __call__(self, x: Tensor, y: Tensor, weight: float = 1.0) -> None:
         """Train by the batch x (N, C, H, W) or (K, N, C, H, W), y (N,) or (K, N), both on the network's device."""
-        if not self._compiled:
-            self._compile(x, y)
+        if not self._ready:
+            self._prepare(x, y)
         key = (x.shape, y.shape, x.dtype, weight)
         if not self.graph or self._eager_steps[key] < EAGER_STEPS:
             self._eager_steps[key] += 1
@@ -147,9 +148,15 @@ class Step:
             return False
         return True
 
-    def _compile(self, x: Tensor, y: Tensor) -> None:
+    def _prepare(self, x: Tensor, y: Tensor) -> None:
         """Compile forward and backward before anything is trained, so that a failure costs nothing."""
-        self._compiled = True
+        self._ready = True
+        if can_compile(self._device):
+            run, self._run = self._run, self.net
+            compile_launches(launches_of(self.net, lambda: self._gradients(x, y, 1.0)), self._device)
+            self._run = run
+        if not self._compile:
+            return
         devices = [self._device] if self._device.type == "cuda" else []
         with torch.random.fork_rng(devices), kept_buffers(self.net):
             try:
@@ -202,15 +209,3 @@ def autocast(device: torch.device, precision: str) -> contextlib.AbstractContext
 def prepared(x: Tensor, precision: str) -> Tensor:
     """Images in the dtype that a network of that precision takes."""
     return x.double() if precision == "float64" else x
-
-
-@contextlib.contextmanager
-def kept_buffers(net: nn.Module):
-    """Put every buffer (running statistics) back to what it was before."""
-    saved = [(buffer, buffer.clone()) for buffer in net.buffers()]
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for buffer, value in saved:
-                buffer.copy_(value)

@@ -5,11 +5,14 @@ Tensors are NHWC: x (K, N, H, W, C), weight dense (K, O, kh, kw, C), y (K, N, H'
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from ...config import Config, Epilogue, Problem, Prologue
 from ...device import Device
+from ...errors import BackendError
 from ..launch import GRID_LIMIT
 from . import band, halo, pointer, tile
 from .operands import PLAIN
@@ -49,6 +52,12 @@ def why_not(problem: Problem, config: Config, device: Device) -> str | None:
     return None
 
 
+def _form(config: Config) -> Any:
+    if config.form not in FORMS:
+        raise BackendError(f"there is no form '{config.form}': choose one of {', '.join(FORMS)}.")
+    return FORMS[config.form]
+
+
 def fprop(
     problem: Problem,
     config: Config,
@@ -60,12 +69,12 @@ def fprop(
     offsets: Tensor | None = None,
 ) -> None:
     """y = epilogue(conv(prologue(x), weight)); with `offsets` (K, 2) x is the shared image (1, N, H_all, W_all, C)."""
-    FORMS[config.form].fprop(x, weight, y, problem, config, epilogue, prologue, offsets)
+    _form(config).fprop(x, weight, y, problem, config, epilogue, prologue, offsets)
 
 
 def dgrad(problem: Problem, config: Config, dy: Tensor, weight: Tensor, dx: Tensor) -> None:
     """dx from dy (K, N, H', W', O) and weight."""
-    FORMS[config.form].dgrad(dy, weight, dx, problem, config)
+    _form(config).dgrad(dy, weight, dx, problem, config)
 
 
 def wgrad(problem: Problem, config: Config, dy: Tensor, x: Tensor, dw: Tensor, offsets: Tensor | None = None) -> None:
@@ -75,10 +84,10 @@ def wgrad(problem: Problem, config: Config, dy: Tensor, x: Tensor, dw: Tensor, o
     else:
         parts = 1 if config.form == "band" else config.splits  # the band form adds up its own
         total = torch.empty((parts, *dw.shape), dtype=torch.float32, device=dw.device)
-    FORMS[config.form].wgrad(dy, x, total, problem, config, offsets)
+    _form(config).wgrad(dy, x, total, problem, config, offsets)
     dw.copy_(total[0] if len(total) == 1 else total.sum(0))
 
 
 def moments_pieces(problem: Problem, config: Config) -> int:
     """S of Epilogue.moments (K, S, 3, O)."""
-    return FORMS[config.form].moments_pieces(problem, config)
+    return _form(config).moments_pieces(problem, config)

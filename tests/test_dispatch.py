@@ -1,0 +1,297 @@
+"""Who runs an operation: the keys of real networks, the backend asked for by name in every thread, unknown names."""
+# ruff: noqa: E402 (the tools stand beside the package)
+
+import math
+import sys
+import threading
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path[:0] = [str(Path(__file__).parents[1] / "tools")]
+
+from layers import CASES, Case, layers, problem
+from timing import Trial
+
+import decompk
+from decompk import device as devices
+from decompk import dispatch, extension, losses, ops
+from decompk.config import Config
+from decompk.device import interpreted
+from decompk.errors import BackendError
+from decompk.kernels import conv
+from decompk.kernels.launch import launch, recording
+from decompk.ops import library
+from decompk.ops.layout import aligned, nhwc, ohwi
+
+needs_interpreter = pytest.mark.skipif(not interpreted(), reason="runs kernels on the CPU")
+BATCH = 2
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """(Problem, Choice) of everything that dispatch is asked for."""
+    found, choose = [], dispatch.choose
+
+    def watched(one, device, *measure):
+        choice = choose(one, device, *measure)
+        found.append((one, choice))
+        return choice
+
+    monkeypatch.setattr(dispatch, "choose", watched)
+    return found
+
+
+# ---- keys -----------------------------------------------------------------------------------------------------------
+
+
+@needs_interpreter
+@pytest.mark.parametrize("case", [Case("resnet50", 4, 140), Case("resnet50", 16, 70), CASES[5], CASES[3]], ids=str)
+def test_networks_ask_for_the_problems_that_tools_measure(case, asked):
+    assert case in CASES
+    d, size = case.decomposition(), decompk.models.spec(case.model).input_size
+    image = torch.randn(BATCH, *size).contiguous(memory_format=torch.channels_last)
+    every = [layer for layer in layers(case, "bfloat16", BATCH)]
+    for fused in (False, True):
+        packed = decompk.pack(d.subnets(seed=0), crops=d.crops).train()
+        asked.clear()
+        with dispatch.backend("triton"), recording(), torch.autocast("cpu", torch.bfloat16):
+            logits = (decompk.fuse(packed) if fused else packed)(image)
+            losses.cross_entropy(logits.float(), torch.zeros(BATCH, dtype=torch.long)).backward()
+        first = {layer.problem.layout for layer in every if layer.first}
+        reads = {one.layout for one, _ in asked if one.layout in first and one.C == 3} or {"member"}
+        wanted = {
+            dispatch.key_of(one)
+            for layer in every
+            if not layer.first or layer.problem.layout in reads
+            for one in layer.passes()
+        }
+        assert {dispatch.key_of(one) for one, _ in asked} == wanted
+    pointwise = [one for one, _ in asked if one.taps == 1 and one.C % 8 == one.O % 8 == 0]
+    assert pointwise or case.model == "vgg16"
+    for one in pointwise:
+        configs = conv.tile.configs(one)
+        assert one.aligned and any(conv.why_not(one, c, devices.KNOWN[90]) is None for c in configs), one
+
+
+@pytest.mark.parametrize("shape", [(4, 8, 16, 1, 1), (1, 8, 16, 1, 1), (4, 1, 16, 1, 1), (1, 1, 16, 3, 1)])
+def test_dimensions_of_size_1_leave_a_weight_aligned(shape):
+    weight = torch.randn(shape)
+    for one in (weight, weight.contiguous(memory_format=torch.channels_last_3d), weight.transpose(0, 1).transpose(0, 1)):
+        dense = ohwi(one)
+        assert torch.equal(dense, weight.movedim(2, -1)) and aligned([dense])
+        assert dense.stride() == torch.empty(dense.shape).stride() or 1 in shape
+    assert not aligned([ohwi(torch.randn(2, 4, 3, 1, 1))])  # 12 bytes a pixel
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 8, 1, 1), (1, 3, 8, 1, 1), (4, 1, 8, 1, 5), (4, 2, 8, 5, 1)])
+def test_dimensions_of_size_1_leave_activations_aligned(shape):
+    K, N, C, H, W = shape
+    assert aligned([nhwc(torch.randn(K, N, H, W, C).movedim(-1, 2))])
+    assert aligned([nhwc(torch.randn(N, H, W, K, C).permute(3, 0, 4, 1, 2))])
+
+
+# ---- the backend in every thread ------------------------------------------------------------------------------------
+
+
+def in_a_thread_of_autograds(run):
+    """Call `run` in the thread pool that autograd keeps for backward passes within backward passes, 60 deep."""
+    threads = []
+
+    class Nested(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, left):
+            ctx.left = left
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            if ctx.left:
+                with torch.enable_grad():
+                    Nested.apply(torch.ones((), requires_grad=True), ctx.left - 1).backward()
+            else:
+                threads.append(threading.get_ident())
+                run()
+            return grad, None
+
+    Nested.apply(torch.ones((), requires_grad=True), 61).backward()
+    assert threads and threads[0] != threading.get_ident()
+
+
+def small(*, groups=3):
+    x = torch.randn(2, 3, 8, 6, 6).requires_grad_()
+    return x, torch.randn(2, 8, 8, groups, groups).requires_grad_()
+
+
+@needs_interpreter
+@pytest.mark.parametrize("name", ["torch", "triton", "loop"])
+def test_the_backend_reaches_the_backward_in_a_thread_of_autograds_own(name, asked, monkeypatch):
+    ran = []
+    for module, passes in ((conv, ("dgrad", "wgrad")), (library, ("backward",))):
+        for one in passes:
+            call = getattr(module, one)
+            monkeypatch.setattr(module, one, lambda *a, call=call, who=module.__name__: ran.append(who) or call(*a))
+    x, weight = small()
+    with decompk.backend(name):
+        y = ops.grouped_conv2d(x, weight, padding=1)
+    asked.clear()
+    in_a_thread_of_autograds(y.sum().backward)
+    assert x.grad is not None and weight.grad is not None
+    assert {one.kind for one, _ in asked} == {"dgrad", "wgrad"}
+    assert {choice.backend for _, choice in asked} == {"triton" if name == "triton" else "torch"}
+    assert set(ran) == {conv.__name__ if name == "triton" else library.__name__}
+    if name == "loop":
+        assert {choice.form for _, choice in asked} == {"loop"}
+
+
+@pytest.mark.parametrize("name", ["cuda", "emulation"])
+def test_the_extension_is_asked_for_in_a_thread_of_autograds_own(name, asked, monkeypatch):
+    monkeypatch.setattr(extension, "why_not", lambda *a: None)
+    for one in ("fprop", "dgrad"):
+        monkeypatch.setattr(conv, one, lambda problem, config, *a: None)
+    x = torch.randn(2, 3, 8, 8, 16, dtype=torch.bfloat16).movedim(-1, 2).requires_grad_()
+    weight = torch.randn(2, 16, 16, 3, 3, dtype=torch.bfloat16)
+    with decompk.backend(name):
+        y = ops.grouped_conv2d(x, weight, padding=1)
+    asked.clear()
+    in_a_thread_of_autograds(lambda: y.backward(torch.ones_like(y)))
+    assert [(one.kind, choice.backend, choice.form) for one, choice in asked] == [("dgrad", name, "halo")]
+
+
+@needs_interpreter
+def test_a_whole_networks_backward_runs_where_its_forward_ran(asked, monkeypatch):
+    from decompk.kernels import batch_norm
+
+    launched, backward = [], batch_norm.launch_backward
+    monkeypatch.setattr(batch_norm, "launch_backward", lambda *a: launched.append(1) or backward(*a))
+    parts = torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.ReLU(), torch.nn.Conv2d(4, 4, 1)
+    packed = decompk.pack([torch.nn.Sequential(*parts) for _ in range(2)])
+    x = torch.randn(2, 3, 6, 6)
+    for name, net in (("triton", packed), ("torch", packed), ("triton", decompk.fuse(packed))):
+        launched.clear()
+        with decompk.backend(name):
+            loss = net(x).square().sum()
+        asked.clear()
+        in_a_thread_of_autograds(loss.backward)
+        assert len(asked) >= 3 and {choice.backend for _, choice in asked} == {name}
+        assert bool(launched) == (name == "triton")
+
+
+def test_what_ran_under_no_name_is_not_forced_later(asked):
+    x, weight = small()
+    y = ops.grouped_conv2d(x, weight)
+    asked.clear()
+    with decompk.backend("loop"):
+        y.sum().backward()
+    assert len(asked) == 2 and all(choice.reason != "asked for by name" for _, choice in asked)
+
+
+def test_the_short_way_of_a_cpu_carries_its_backend(asked):
+    x = torch.randn(2, 3, 7, 6, 8).movedim(-1, 2).requires_grad_()
+    with decompk.backend("cpu"):
+        y = ops.grouped_conv2d(x, torch.randn(2, 8, 8, 3, 3, requires_grad=True), padding=1)
+    y.sum().backward()
+    assert [one.kind for one, _ in asked] == ["fprop", "dgrad", "wgrad"]
+    assert {choice.reason for _, choice in asked} == {"asked for by name"}
+
+
+@needs_interpreter
+def test_block_convolutions_and_crops_carry_their_backend(asked, monkeypatch):
+    from decompk.kernels import block_conv
+
+    ran, dgrad = [], block_conv.dgrad
+    monkeypatch.setattr(block_conv, "dgrad", lambda *a: ran.append(1) or dgrad(*a))
+    x, weight = torch.randn(2, 16, 5, 5, requires_grad=True), torch.randn(16, 16, 3, 3, requires_grad=True)
+    image, kernels = torch.randn(2, 3, 8, 8), torch.randn(2, 4, 3, 3, 3, requires_grad=True)
+    crops = [decompk.Crop(0, 0, 5, 5), decompk.Crop(3, 3, 5, 5)]
+    for name in ("triton", "torch"):
+        ran.clear()
+        with decompk.backend(name):
+            blocks = ops.block_conv2d(x, weight, "11/01", padding=1)
+            crop, _ = ops.conv2d_moments(image, kernels, crops=crops)
+        asked.clear()
+        in_a_thread_of_autograds((blocks.sum() + crop.sum()).backward)
+        assert bool(ran) == (name == "triton")
+        assert {(one.kind, choice.backend) for one, choice in asked} == {("wgrad", name)}
+
+
+@needs_interpreter
+def test_a_compiled_backward_keeps_its_backend(asked):
+    x, weight = small()
+    compiled = torch.compile(lambda x, w: ops.grouped_conv2d(x, w, padding=1).square(), backend="aot_eager")
+    with decompk.backend("triton"):
+        y = compiled(x, weight)
+    asked.clear()
+    in_a_thread_of_autograds(y.sum().backward)
+    assert {(one.kind, choice.backend) for one, choice in asked} == {("dgrad", "triton"), ("wgrad", "triton")}
+
+
+# ---- names that nobody has ------------------------------------------------------------------------------------------
+
+
+def test_unknown_forms_and_backends_raise():
+    x, weight = torch.randn(2, 3, 4, 5, 5), torch.randn(2, 4, 4, 3, 3)
+    geometry = (1, 1), (1, 1), (1, 1)
+    one = problem("fprop", "float32", (2, 3, 4, 4, 5, 5), (3, 3), padding=(1, 1))
+    trial = Trial(one, "cpu")
+    halo = Config("halo", (1, 8, 16), 8, 8, 4, 2)
+    for wrong in (
+        lambda: library.forward("nonsense", x, weight, None, *geometry),
+        lambda: library.backward("nonsense", x, x, weight, *geometry, (True, True)),
+        lambda: dispatch.Choice("nonsense", "loop", None, math.nan, ""),
+        lambda: dispatch.Choice("torch", "nonsense", None, math.nan, ""),
+        lambda: dispatch.Choice("torch", "halo", halo, math.nan, ""),
+        lambda: dispatch.Choice("triton", "halo", halo, math.nan, ""),
+        lambda: dispatch.Choice("triton", "tile", None, math.nan, ""),
+        lambda: conv.fprop(one, Config("nonsense", (1, 8, 16), 8, 8), *trial.views[:1], weight, trial.views[1]),
+        lambda: trial.by_library("halo"),
+    ):
+        with pytest.raises(BackendError):
+            wrong()
+
+
+def test_a_halo_choice_without_the_extension_is_not_timed_as_torchs(monkeypatch):
+    monkeypatch.setattr(extension, "library", lambda kind: Path("/nowhere") / kind)
+    monkeypatch.setattr(extension, "load", extension.load.__wrapped__)
+    trial = Trial(problem("fprop", "bfloat16", (2, 3, 8, 8, 9, 9), (3, 3), padding=(1, 1)), "cpu")
+    config = conv.halo.configs(trial.asked)[0]
+    with pytest.raises(BackendError, match="not built"):
+        trial.by_choice(dispatch.Choice("cuda", "halo", config, math.nan, ""))
+
+
+def test_a_table_serves_no_extension_that_is_not_built(monkeypatch, tmp_path):
+    import json
+
+    here = devices.KNOWN[90]
+    one = problem("fprop", "bfloat16", (2, 8, 16, 16, 18, 18), (3, 3), padding=(1, 1))
+    config = conv.halo.configs(one)[0]
+    choice = dispatch.Choice("cuda", "halo", config, 0.1, "")
+    entries = {dispatch.key_of(one): dispatch.entry_of(choice)}
+    nonsense = {**dispatch.entry_of(dispatch.Choice("torch", "matmul", None, 0.1, ""))}
+    entries[dispatch.key_of(one.of("dgrad"))] = nonsense  # no product computes 3×3
+    monkeypatch.setattr(dispatch, "TABLES", tmp_path)
+    dispatch.table_path(here).write_text(json.dumps({"entries": entries}))
+    with ExitStack() as stack:
+        stack.callback(dispatch.table.cache_clear)
+        dispatch.table.cache_clear()
+        monkeypatch.setattr(extension, "why_not", lambda *a: "the extension is not built")
+        assert dispatch.lookup(one, here) is None and dispatch.lookup(one.of("dgrad"), here) is None
+        monkeypatch.setattr(extension, "why_not", lambda *a: None)
+        assert dispatch.lookup(one, here).config == config
+
+
+# ---- grids ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_grid_over_the_limit_of_an_axis_is_refused():
+    def kernel():
+        pass
+
+    with recording() as launches:
+        launch(kernel, (2**31 - 1, 65535, 65535), 4, 1)
+        for grid in ((2**31,), (1, 65536), (1, 1, 65536)):
+            with pytest.raises(BackendError, match="programs"):
+                launch(kernel, grid, 4, 1)
+    assert len(launches) == 1
