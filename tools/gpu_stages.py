@@ -61,7 +61,8 @@ def odd(desk: Desk) -> None:
 
 
 def run_checks(desk: Desk, work: list[Check]) -> None:
-    work = [check for check in work if not desk.journal.has(part=check.kind, case=check.name)]
+    named = {(check.kind, check.name): check for check in work}
+    work = [check for (kind, name), check in named.items() if not desk.journal.has(part=kind, case=name)]
     desk.journal.note("plan", items=len(work))
     asked = {}
     for check in work if desk.compiler.pool else ():

@@ -113,7 +113,7 @@ class Suite:
         return bool(ends) and not ends[-1].get("late") and name not in ("machine", "rest")
 
     def stage(self, name: str, until: float) -> None:
-        if until - time.time() < 4:
+        if self.end - time.time() < 4:
             self.note(name, "stopped", reason="no time was left")
             return
         began = time.time()

@@ -1,0 +1,475 @@
+"""The GPU suite without a GPU: what is left when stages break, hang or are killed, and each stage in miniature."""
+# ruff: noqa: E402 (the tools stand beside the package)
+
+import contextlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import tarfile
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+sys.path[:0] = [str(ROOT / "tools")]
+
+import gpu_results
+import gpu_stages
+import gpu_suite
+import gpu_summary
+import journal
+import layer_bench
+import machine
+import step_bench
+import steps
+import timing
+import tune
+from checks import Checks
+from compiling import Compiler, launches_of
+from desk import KEYS, Desk, in_miniature
+from journal import Journal, append, read
+from layers import problem
+
+from decompk import device as devices
+from decompk import dispatch
+from decompk.config import Config
+from decompk.device import interpreted
+
+CPU = torch.device("cpu")
+needs_interpreter = pytest.mark.skipif(not interpreted(), reason="runs kernels on the CPU")
+
+# ---- records --------------------------------------------------------------------------------------------------------
+
+
+def test_the_journal_remembers_what_broke(tmp_path):
+    path = tmp_path / "records.jsonl"
+    first = Journal(path, ("case", "impl"), "bench", run=1)
+    first.add(case="a", impl="x", ms=1.0, rel_error=float("inf"))
+    first.begin(case="a", impl="y")
+    append(path, {"stage": "another", "begun": {"case": "z"}})
+    again = Journal(path, ("case", "impl"), "bench", run=2)
+    assert again.has(case="a", impl="x") and again.has(case="a", impl="y") and not again.has(case="b", impl="x")
+    assert "broke" in again.records[1]["error"] and len(again.records) == 2
+    again.note("stopped")
+    assert len(Journal(path, ("case", "impl"), "bench").records) == 2
+    kept = [line for line in read(path) if line.get("impl") == "x"][0]
+    assert kept["rel_error"] == "inf" and kept["run"] == 1 and {"at", "seconds"} <= kept.keys()
+
+
+def test_a_line_that_was_torn_harms_no_other(tmp_path):
+    path = tmp_path / "records.jsonl"
+    append(path, {"case": "a"})
+    with open(path, "ab") as file:
+        file.write(b'{"case": "b", "ms": 1.')
+    append(path, {"case": "c"})
+    assert [line["case"] for line in read(path)] == ["a", "c"]
+
+
+# ---- stages that break ----------------------------------------------------------------------------------------------
+
+FAKE = """
+import os, sys, time
+sys.path.insert(0, {tools!r})
+from pathlib import Path
+from journal import Journal
+stage, out = sys.argv[1], Path(sys.argv[2])
+{before}
+journal = Journal(out / "records.jsonl", ("part", "case"), stage, run=1)
+for i in range({count}):
+    key = dict(part="item", case=str(i))
+    if journal.has(**key):
+        continue
+    journal.begin({patience}, **key)
+    {body}
+    journal.add(**key, outcome="right")
+journal.note("done", late=0)
+"""
+
+
+@pytest.fixture
+def suite(tmp_path, monkeypatch):
+    """Stages of these names and boxes, whose processes run `bodies`; ahead does nothing."""
+
+    def make(bodies, boxes=None, minutes=0.3, **fills):
+        def command(self, name, until):
+            known = {
+                "before": "",
+                "count": 5,
+                "patience": 20,
+                "body": "pass",
+                **fills,
+                **bodies.get(name, {"count": 0}),
+            }
+            code = FAKE.format(tools=str(ROOT / "tools"), **known)
+            return [sys.executable, "-c", code, name, str(tmp_path / "out")]
+
+        monkeypatch.setattr(gpu_suite.Suite, "command", command)
+        monkeypatch.setattr(gpu_suite, "ENDING", 1.0)
+        boxes = boxes or dict.fromkeys(bodies, 12)
+        monkeypatch.setattr(gpu_suite, "STAGES", tuple(gpu_suite.Stage(*pair) for pair in boxes.items()))
+        return gpu_suite.Suite(tmp_path / "out", minutes)
+
+    return make
+
+
+def outcomes(lines, stage):
+    return [r.get("outcome") or r.get("error") for r in gpu_summary.results(lines, stage)]
+
+
+def test_a_stage_that_is_killed_goes_on_behind_that_place(suite, tmp_path):
+    one = suite({"checks": {"body": "os.kill(os.getpid(), 9) if i == 2 else None"}, "odd": {}})
+    assert one.run(["checks", "odd"]) == 1
+    found = outcomes(read(one.records), "checks")
+    assert found[:2] == found[3:] == ["right", "right"] and "SIGKILL" in found[2]
+    assert outcomes(read(one.records), "odd") == 5 * ["right"]
+    text = (one.out / "summary.md").read_text()
+    assert "checks: finished" in text and "SIGKILL" in text and "VERDICT: 1 failures" in text
+
+
+def test_a_stage_that_hangs_says_where_and_goes_on(suite):
+    one = suite({"checks": {"body": "time.sleep(60) if i == 1 else None", "patience": 1}, "odd": {}})
+    one.run(["checks", "odd"])
+    found = gpu_summary.results(read(one.records), "checks")
+    assert [r["case"] for r in found] == list("01234") and "hung for 1 s" in found[1]["error"]
+    assert "most recent call first" in found[1]["trace"]
+    assert len(outcomes(read(one.records), "odd")) == 5
+
+
+def test_a_stage_has_no_more_than_its_box_and_the_last_gets_what_is_left(suite):
+    boxes = {"checks": 2, "odd": 0.5}
+    one = suite({"checks": {"body": "time.sleep(0.4)", "count": 99}, "odd": {"body": "time.sleep(0.3)"}}, boxes)
+    began = time.time()
+    assert one.run(["checks", "odd"]) == 0
+    lines = read(one.records)
+    assert time.time() - began < 15 and 1 < len(outcomes(lines, "checks")) < 99
+    assert len(outcomes(lines, "odd")) == 5
+    assert "--resume would go on with: checks" in gpu_summary.summary(lines, 9999)
+
+
+def test_a_stage_that_cannot_begin_is_given_up_with_what_it_said(suite):
+    one = suite({"checks": {"before": "import no_such_module"}, "odd": {}})
+    assert one.run(["checks", "odd"]) == 1
+    assert "ModuleNotFoundError: No module named 'no_such_module'" in outcomes(read(one.records), "checks")[0]
+    assert len(outcomes(read(one.records), "odd")) == 5
+
+
+def test_what_comes_back_has_room_however_much_a_stage_says(suite, monkeypatch):
+    monkeypatch.setattr(gpu_suite, "LOG", 20_000)
+    one = suite({"checks": {"body": "print('x' * 99 + chr(10) * (i == 0), *range(9999), sep=chr(10))"}, "odd": {}})
+    one.run(["checks", "odd"])
+    names = {path.name: path.stat().st_size for path in one.out.iterdir()}
+    assert names.keys() == {"records.jsonl", "summary.md", gpu_suite.ARCHIVE} and max(names.values()) < 2**24
+    assert all(re.fullmatch(r"[A-Za-z0-9._-]+", name) for name in names)
+    with tarfile.open(one.out / gpu_suite.ARCHIVE) as tar:
+        log = tar.extractfile("logs/checks.log").read()
+        assert {"records.jsonl", "summary.md", "logs/odd.log"} <= set(tar.getnames())
+    assert log.startswith(b"item 0" if log.startswith(b"item") else b"x" * 99) and log.rstrip().endswith(b"item 4")
+    assert len(log) < 42_000
+
+
+def test_a_signal_ends_it_with_archive_and_summary(tmp_path):
+    code = f"""
+import sys; sys.path.insert(0, {str(ROOT / "tools")!r})
+import gpu_suite
+gpu_suite.Suite.command = lambda self, name, until: [sys.executable, "-c", "import time; time.sleep(60)"]
+sys.exit(gpu_suite.main(["--rehearse", "--out", {str(tmp_path / "out")!r}, "--only", "checks"]))
+"""
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    while not (tmp_path / "out" / "running.log").exists():
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    said = process.communicate(timeout=20)[0]
+    assert "VERDICT" in said and (tmp_path / "out" / gpu_suite.ARCHIVE).exists()
+
+
+def test_without_torch_every_stage_is_a_recorded_failure_and_the_suite_ends_well(tmp_path):
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch" / "__init__.py").write_text("raise ImportError('this torch is broken')\n")
+    command = [sys.executable, str(ROOT / "tools" / "gpu_suite.py"), "--rehearse", "--out", str(tmp_path / "out")]
+    done = subprocess.run(
+        [*command, "--only", "machine,odd"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+    )
+    assert done.returncode == 1, done.stderr
+    assert done.stdout.count("ImportError: this torch is broken") >= 2
+    assert (tmp_path / "out" / gpu_suite.ARCHIVE).exists()
+
+
+def test_without_a_gpu_it_says_so_in_a_sentence(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(gpu_suite, "gpu", lambda: False)
+    assert gpu_suite.main(["--out", str(tmp_path)]) == 2
+    assert "needs an NVIDIA GPU" in capsys.readouterr().err
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert tune.main([]) == 2
+    assert capsys.readouterr().err == "tune needs an NVIDIA GPU, and torch sees none.\n"
+
+
+def test_a_second_call_goes_on_where_the_first_stopped(suite, tmp_path, monkeypatch):
+    bodies = {"machine": {}, "checks": {"body": "1 / (i - 2)" if False else "i == 2 and os._exit(7)"}, "odd": {}}
+    first = suite(bodies)
+    first.run(["machine", "checks"])
+    archive = tmp_path / "first.tar.gz"
+    os.rename(first.out / gpu_suite.ARCHIVE, archive)
+    for retry, again in ((False, 0), (True, 1)):
+        for file in first.out.iterdir():
+            file.unlink()
+        gpu_suite.resume(archive, first.out, retry)
+        before = len(outcomes(read(first.records), "checks"))
+        second = suite({**bodies, "checks": {}})
+        assert second.number == 2
+        second.run(["machine", "checks", "odd"])
+        lines = read(second.records)
+        assert len(outcomes(lines, "checks")) - before == again
+        assert len(outcomes(lines, "odd")) == len(outcomes(lines, "machine")) == 5
+        assert len(outcomes(lines, "machine, run 1")) == 5
+
+
+# ---- the summary, and the way home ----------------------------------------------------------------------------------
+
+
+def layer(case, kind, impl, ms, **more):
+    key = {"stage": "layers", "part": "layers", "net": "n", "case": case, "pass": kind, "impl": impl}
+    return {**key, "ms": ms, "roof_percent": 50.0, "predicted_ms": 2 * ms, "config": f"{impl} 1×8×8", **more}
+
+
+def step(impl, ms, **more):
+    return {
+        "stage": "steps",
+        "part": "steps",
+        "net": "resnet50 K=4@140",
+        "pass": "step",
+        "impl": impl,
+        "ms": ms,
+        **more,
+    }
+
+
+def made_up(many=1):
+    versions = {"stage": "machine", "run": 1, "part": "machine", "case": "versions", "device": "NVIDIA H100 80GB HBM3"}
+    lines = [{**versions, "table": "nvidia-h100-80gb-hbm3.json", "assumed": {"copy_gbps": 3000.0, "launch_ms": 0.003}}]
+    lines += [{"stage": "machine", "part": "roof", "case": "copy_gbps", "value": 2950.0}]
+    for i in range(many):
+        lines += [layer(f"{i}→{i}", "fprop", "ours", 2.0 + i), layer(f"{i}→{i}", "fprop", "cudnn_grouped", 1.0)]
+        lines += [{"stage": "checks", "part": "fprop", "case": f"tile {i}", "outcome": "right"}]
+        wrong = {"fault": f"wrong: norm {i}.5e-3, torch 1e-3", "marks": ["8 warps"], "outcome": "wrong"}
+        lines += [{"stage": "checks", "part": "dgrad", "case": f"band {i} 8 warps " + 99 * "x", **wrong}]
+        error = {"error": f"RuntimeError: {chr(97 + i % 26) * 80}", "trace": 5000 * "y"}
+        lines += [{"stage": "odd", "part": f"kind {i % 40}", "case": str(i), **error}]
+    lines += [step("ours fused, graph", 5.0), step("grouped, graph", 10.0), step("global, graph", 20.0)]
+    return lines
+
+
+def test_the_summary_fits_whatever_happened():
+    for many in (1, 50, 3000):
+        assert len(gpu_summary.summary(made_up(many), 10_000)) <= 10_000
+    assert "VERDICT: nothing failed" in gpu_summary.summary([], 10_000)
+
+
+def test_the_summary_holds_ours_beside_the_best_peer():
+    text = gpu_summary.summary(made_up(2), 10_000)
+    assert "ours fused, graph is 2.00× as fast as the best peer, grouped, graph, 4.00× faster than global" in text
+    assert "copy_gbps 2950 (assumed 3e+03)" in text
+    assert "- 0.33× 1→1 fprop: 3 ms" in text and "measured ÷ predicted: cudnn_grouped 0.50" in text
+    assert "2× dgrad band 0 8 warps" in text and "with 8 warps 0/2/0/0" in text
+    assert len(gpu_summary.failures(made_up(2))) == 4
+
+
+@pytest.mark.parametrize(
+    ("text", "code", "outcome"),
+    [
+        ("sanitized 2 of 9: x\n========= ERROR SUMMARY: 0 errors", 0, "clean"),
+        (
+            "sanitized 2 of 9: x\n========= Invalid __global__ read\n========= ERROR SUMMARY: 1 error",
+            86,
+            "found errors",
+        ),
+        ("========= Error: Device not supported", 1, "could not run"),
+        ("sanitized 2 of 9: x", -9, "could not run"),
+    ],
+)
+def test_the_sanitizers_verdict_is_its_exit_code(text, code, outcome):
+    found = gpu_stages.verdict(text, code)
+    assert found["outcome"] == outcome
+    assert found["checks"] == ("2 of 9" if "2 of 9" in text else "none")
+    assert ("fault" in found) == (code == 86) and ("error" in found) == (outcome == "could not run")
+
+
+def archive_of(tmp_path, lines):
+    (tmp_path / "records.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with tarfile.open(tmp_path / "a.tar.gz", "w:gz") as tar:
+        for path in (tmp_path / "records.jsonl", tmp_path / "tuned.json"):
+            if path.exists():
+                tar.add(path, path.name)
+    return tmp_path / "a.tar.gz"
+
+
+def test_an_archive_is_laid_where_dispatch_and_readers_look(tmp_path, monkeypatch):
+    here = replace(devices.KNOWN[90], name="NVIDIA H100 80GB HBM3")
+    one = problem("fprop", "bfloat16", (4, 128, 16, 16, 9, 9), (3, 3), padding=(1, 1))
+    config = Config("tile", (2, 8, 8), 16, 16, warps=8, stages=2)
+    table = tune.Table(tmp_path / "tuned.json", here)
+    table.keep(dispatch.key_of(one), dispatch.Choice("triton", "tile", config, 0.5, "timed"), refined=True)
+    monkeypatch.setattr(dispatch, "TABLES", tmp_path / "decompk" / "configs")
+    known = dispatch.table_path(here)
+    old = {"form": "loop", "backend": "torch", "config": None, "ms": 1.0}
+    journal.write(known, tune.table_text({"device": "old"}, {"another": old}))
+    written = gpu_results.install(archive_of(tmp_path, made_up()), tmp_path)
+    assert written[-1] == known and json.loads(known.read_text())["entries"].keys() == {"another", dispatch.key_of(one)}
+    dispatch.table.cache_clear()
+    assert dispatch.lookup(one, here).config == config
+    dispatch.table.cache_clear()
+    folder = tmp_path / "bench" / "results" / "nvidia-h100-80gb-hbm3"
+    assert not any("trace" in line for line in read(folder / "gpu_suite.jsonl"))
+    assert "NVIDIA H100" in (folder / "gpu_suite.md").read_text()
+    with pytest.raises(ValueError, match="no GPU"):
+        gpu_results.install(archive_of(tmp_path, [{**made_up()[0], "device": "cpu"}]), tmp_path)
+    assert gpu_results.main([str(tmp_path / "none.tar.gz")]) == 2
+
+
+# ---- stages in miniature --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def desk(tmp_path):
+    """A desk of a rehearsal."""
+    plan = replace(in_miniature(), few=2)
+    return Desk(plan, Journal(tmp_path / "records.jsonl", KEYS, "layers"), time.time() + 99, Compiler(0), tmp_path)
+
+
+@needs_interpreter
+def test_the_machine_is_described_before_it_is_measured(desk):
+    machine.machine(desk)
+    records = {r["case"]: r for r in desk.journal.records}
+    assert list(records)[:2] == ["versions", "info"]
+    assert records["versions"]["torch"] == torch.__version__ and "launch_ms" in records["versions"]["assumed"]
+    assert records["copy_gbps"]["value"] > 0 and "missing" in records["graph_node_ms"]
+    assert machine.known_roofs(desk)["copy_gbps"] == records["copy_gbps"]["value"]
+
+
+@needs_interpreter
+def test_every_contestant_of_a_layer_has_a_record_and_none_twice(desk):
+    bench = layer_bench.Bench(desk, desk.plan.timer(), machine.known_roofs(desk))
+    with desk.plan.backend():
+        bench.run(desk.plan.layers)
+        count = len(desk.journal.records)
+        bench.run(desk.plan.layers)
+    records = desk.journal.records
+    assert len(records) == count and not [r for r in records if "error" in r or "fault" in r]
+    impls = {r["impl"] for r in records if r["part"] == "layers" and r["pass"] == "fprop"}
+    assert impls >= {"cudnn_grouped", "cudnn_grouped_copied", "cudnn_loop", "cudnn_dense", "ours", "timing"}
+    assert impls >= {"ours, moments in the epilogue", "ours, moments behind", "cudnn_grouped, moments behind"}
+    assert all(r["roof_percent"] > 0 and r["rel_error"] < 1e-3 for r in records if "ms" in r)
+    assert {r["impl"] for r in records if r["part"] == "norms"} == {"ours", "native_grouped", "native_loop", "timing"}
+
+
+@needs_interpreter
+def test_what_is_wrong_is_not_timed_and_what_fails_is_a_record(desk, monkeypatch):
+    monkeypatch.setattr(timing.Trial, "by_op", lambda self: self.out.fill_(1))
+    monkeypatch.setattr(layer_bench, "rivals", lambda trial: {"cudnn_grouped": (lambda: 1 / 0, torch.stack)})
+    monkeypatch.setattr(layer_bench, "kernels", lambda problem, device: {})
+    with desk.plan.backend():
+        layer_bench.Bench(desk, desk.plan.timer(), machine.known_roofs(desk)).run(desk.plan.layers)
+    found = [r for r in desk.journal.records if r["part"] == "layers"]
+    assert "wrong" in next(r for r in found if r["impl"] == "ours")["fault"]
+    failed = next(r for r in found if r["impl"] == "cudnn_grouped")
+    assert failed["error"] == "ZeroDivisionError: division by zero" and "Traceback" in failed["trace"]
+    assert not any("ms" in r for r in found if r["impl"] in ("ours", "cudnn_grouped"))
+
+
+@needs_interpreter
+def test_everybody_trains_and_who_has_another_loss_is_not_timed(desk, monkeypatch):
+    order = [
+        ("grouped", "eager"),
+        ("members in turn", "eager"),
+        ("global", "eager"),
+        ("vmap", "eager"),
+        ("wrong", "eager"),
+    ]
+    monkeypatch.setattr(step_bench, "ORDER", [("members on streams", "graph"), *order])
+
+    def wrong(field):
+        jobs = steps.grouped(field)
+        for parameter in jobs[0][0].parameters():
+            parameter.data.add_(0.5)
+        return jobs
+
+    monkeypatch.setitem(step_bench.WAYS, "wrong", wrong)
+    step_bench.run(desk)
+    found = {r["impl"]: r for r in desk.journal.records if r["pass"] == "step"}
+    for way, mode in order[:-1]:
+        assert found[f"{way}, {mode}"]["ms"] > 0 and found[f"{way}, {mode}"]["host_ms"] > 0, way
+    assert "off the members' own" in found["wrong, eager"]["fault"] and "ms" not in found["wrong, eager"]
+    assert "no CUDA graphs" in found["members on streams, graph"]["missing"]
+
+
+def test_launches_are_told_apart_and_the_longest_come_first():
+    found = steps.tally([("conv", 3.0), ("Memcpy DtoD", 1.0), ("conv", 5.0), ("Memset", 1.0), ("norm", 9.0)])
+    assert (found["kernels"], found["copies"], found["fills"], found["launches"]) == (3, 1, 1, 5)
+    assert found["top"][:2] == [("norm", 1, 0.009), ("conv", 2, 0.008)] and found["busy_ms"] == pytest.approx(0.019)
+
+
+@needs_interpreter
+def test_checks_find_what_is_wrong_and_each_has_a_name_of_its_own(monkeypatch):
+    plan = in_miniature()
+    found = plan.checks()
+    firsts = found.firsts()
+    kinds = {"fprop", "dgrad", "wgrad", "fused", "moments", "batch norm", "block", "operator"}
+    assert {check.kind for check in firsts} == kinds
+    names = [(check.kind, check.name) for check in found.every()]
+    assert len(set(names)) == len(names) > 500
+    with plan.backend():
+        chosen = [check for check in firsts if check.kind in ("wgrad", "operator", "batch norm")][::3]
+        assert [check.run() for check in chosen] == [None] * len(chosen)
+        monkeypatch.setattr(timing.Trial, "by_kernel", lambda self, config: self.out)
+        assert "wrong: norm inf" in next(check for check in firsts if check.kind == "fprop").run()
+
+
+def test_8_warps_and_tf32_are_marked():
+    marked = Checks(CPU, cases=(in_miniature().layers,), first=(2, 2, 16, 16, 9, 8)).marked()
+    assert marked and all("8 warps" in check.marks or "tf32" in check.marks for check in marked)
+
+
+def test_kernels_are_compiled_for_a_gpu_that_is_not_there(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    one = problem("fprop", "bfloat16", (2, 3, 16, 16, 9, 8), (3, 3), padding=(1, 1))
+    config = Checks(CPU).configs(one)[0][0]
+    launches = launches_of(lambda: timing.Trial(one, "meta").by_kernel(config))
+    compiler = Compiler(90, processes=1)
+    compiler.ask(launches)
+    compiler.wait(launches, 60)
+    assert compiler.counts() == {"asked": 1, "done": 1, "failed": 0} and list(tmp_path.rglob("*.cubin"))
+    compiler.close()
+
+
+@needs_interpreter
+def test_a_real_stage_killed_half_way_leaves_its_records_and_goes_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_suite, "RESTARTS", 2)
+    suite = gpu_suite.Suite(tmp_path, 5, rehearse=True)
+    killed = []
+
+    def watch():
+        while len(killed) < 2:
+            time.sleep(0.02)
+            count = len(outcomes(read(suite.records), "checks"))
+            if count >= (killed[0] + 4 if killed else 3):
+                killed.append(count)
+                with contextlib.suppress(IndexError):
+                    os.kill(suite.processes[0].pid, signal.SIGKILL)
+
+    killer = threading.Thread(target=watch, daemon=True)
+    killer.start()
+    suite.supervise("checks", time.time() + 60)
+    found = gpu_summary.results(read(suite.records), "checks")
+    names = [(r["part"], r["case"]) for r in found]
+    assert len(found) >= killed[0] + 4 and len(set(names)) == len(names)
+    assert [r for r in found if "SIGKILL" in r.get("error", "")]
+    assert sum(r.get("outcome") == "right" for r in found) >= 5
