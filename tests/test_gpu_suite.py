@@ -460,7 +460,7 @@ def test_a_real_stage_killed_half_way_leaves_its_records_and_goes_on(tmp_path, m
         while len(killed) < 2:
             time.sleep(0.02)
             count = len(outcomes(read(suite.records), "checks"))
-            if count >= (killed[0] + 4 if killed else 3):
+            if count >= (killed[0] + 2 if killed else 2):
                 killed.append(count)
                 with contextlib.suppress(IndexError):
                     os.kill(suite.processes[0].pid, signal.SIGKILL)
@@ -470,6 +470,6 @@ def test_a_real_stage_killed_half_way_leaves_its_records_and_goes_on(tmp_path, m
     suite.supervise("checks", time.time() + 60)
     found = gpu_summary.results(read(suite.records), "checks")
     names = [(r["part"], r["case"]) for r in found]
-    assert len(found) >= killed[0] + 4 and len(set(names)) == len(names)
+    assert len(found) >= killed[0] + 2 and len(set(names)) == len(names)
     assert [r for r in found if "SIGKILL" in r.get("error", "")]
-    assert sum(r.get("outcome") == "right" for r in found) >= 5
+    assert sum(r.get("outcome") == "right" for r in found) >= 2

@@ -15,6 +15,7 @@ import torch
 import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.driver import CudaLauncher
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from decompk.kernels.launch import Launch, recording
@@ -120,7 +121,9 @@ def _work_for(arch: int, nice: int) -> None:
 
 def _compile(module: str, name: str, grid: tuple, arguments: dict[str, Any], warps: int, stages: int) -> None:
     kernel = getattr(importlib.import_module(module), name)
-    kernel.warmup(grid=grid, num_warps=warps, num_stages=stages, **arguments)
+    compiled = kernel.warmup(grid=grid, num_warps=warps, num_stages=stages, **arguments)
+    with contextlib.suppress(Exception):  # Triton 3.6 builds a C module a kernel, which takes as long; 3.7 builds none
+        CudaLauncher(compiled.src, compiled.metadata)
 
 
 @contextlib.contextmanager

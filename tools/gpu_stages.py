@@ -46,30 +46,39 @@ from decompk import extension
 
 def checks(desk: Desk) -> None:
     """Correctness: one of each kind first, then what is marked, then the rest of the first dtype."""
-    found = desk.plan.checks()
-    firsts = found.firsts()
-    work = [*firsts, *found.steps()[: desk.plan.few], *found.marked()[: desk.plan.few], *found.rest()[: desk.plan.few]]
-    run_checks(desk, work)
+    found, few = desk.plan.checks(), desk.plan.few
+    run_checks(
+        desk, found.firsts, lambda: found.steps()[:few], lambda: found.marked()[:few], lambda: found.rest()[:few]
+    )
 
 
 def odd(desk: Desk) -> None:
     """The other dtypes and odd shapes, and what `checks` found no time for."""
-    found = desk.plan.checks()
+    found, few = desk.plan.checks(), desk.plan.few
     done = {(r.get("part"), r.get("case")) for r in read(desk.journal.path) if r.get("stage") == "checks"}
-    missed = [check for check in found.marked() + found.rest() if (check.kind, check.name) not in done]
-    run_checks(desk, missed[: desk.plan.few] + found.more()[: 2 * desk.plan.few])
+
+    def missed() -> list[Check]:
+        return [check for check in found.marked() + found.rest() if (check.kind, check.name) not in done][:few]
+
+    run_checks(desk, missed, lambda: found.more()[: 2 * few])
 
 
-def run_checks(desk: Desk, work: list[Check]) -> None:
-    named = {(check.kind, check.name): check for check in work}
-    work = [check for (kind, name), check in named.items() if not desk.journal.has(part=kind, case=name)]
-    desk.journal.note("plan", items=len(work))
-    asked = {}
-    for check in work if desk.compiler.pool else ():
-        if not check.needs and desk.left() > 5:
-            asked[check.kind, check.name] = launches = launches_of(check.run)
-            desk.compiler.ask(launches)
-    for check in sorted(work, key=lambda check: check.needs == "extension" and not desk.plan.lacks and not_built()):
+def run_checks(desk: Desk, *lists: Callable[[], list[Check]]) -> None:
+    """What is listed, each once. While the kernels of one list compile, the next list is made."""
+    work: dict[tuple[str, str], Check] = {}
+    asked: dict[tuple[str, str], list] = {}
+    for checks in lists:
+        for check in checks():
+            name = check.kind, check.name
+            if name in work or desk.journal.has(part=check.kind, case=check.name):
+                continue
+            work[name] = check
+            if desk.compiler.pool and not check.needs and desk.left() > 5:
+                asked[name] = launches_of(check.run)
+                desk.compiler.ask(asked[name])
+        desk.journal.note("plan", items=len(work))
+    built = not desk.plan.lacks and extension.why_not("cuda") is None
+    for name, check in sorted(work.items(), key=lambda item: item[1].needs == "extension" and not built):
         key = {"part": check.kind, "case": check.name}
         if check.needs and desk.lacks(check.needs, **key):
             continue
@@ -77,7 +86,7 @@ def run_checks(desk: Desk, work: list[Check]) -> None:
             desk.journal.add(**key, missing="the extension is not built")
             continue
         need = 20 if check.needs == "compile" else 0.5
-        desk.guarded(partial(check_one, desk, check, asked.get((check.kind, check.name), [])), need, 60, **key)
+        desk.guarded(partial(check_one, desk, check, asked.get(name, [])), need, 60, **key)
 
 
 def not_built() -> bool:
@@ -160,7 +169,9 @@ def verdict(text: str, code: int) -> dict[str, Any]:
 
 def sanitized(desk: Desk) -> None:
     """The checks that a sanitizer watches; says after each how many are done."""
-    work = [check for check in desk.plan.checks().firsts() if not check.needs]
+    built = "extension" not in desk.plan.lacks and not not_built()
+    work = [check for check in desk.plan.checks().firsts() if not check.needs or (built and check.needs == "extension")]
+    work.sort(key=lambda check: check.needs, reverse=True)  # pointers of our own first
     for done, check in enumerate(work[: 2 * desk.plan.few], 1):
         if desk.left() < 0.5:
             break

@@ -39,7 +39,7 @@ from journal import PATIENCE, append, parse, read, write
 ROOT = Path(__file__).parents[1]
 ARCHIVE = "gpu_suite.tar.gz"
 SHOWN = 10_000  # characters of the summary
-MINUTES = 8.6
+MINUTES, REHEARSAL = 8.6, 5.8
 STARTING = 75.0  # seconds until a process must have written its first line: torch loads slowly from a cold disk
 GRACE = 2.0  # seconds behind a box until its processes are killed
 ENDING = 5.0  # seconds for archive and summary
@@ -57,7 +57,7 @@ class Stage:
 
 
 STAGES = (  # measured on no GPU yet; what each is estimated to need stands beside it
-    Stage("machine", 20),  # 6 to 12 s to import, 5 s of roofs
+    Stage("machine", 30),  # 20 of them for it, 10 for torch from a cold disk
     Stage("checks", 100),  # 330 checks, 400 kernels of 1 to 2 s on 14 processes: 45 s; compiled step 20 s
     Stage("sanitize", 40),  # twice 8 s to import under the tool, then some 30 checks of 0.3 s
     Stage("steps", 150),  # 13 contestants of three networks: 2 to 6 s each
@@ -93,8 +93,8 @@ class Suite:
                 for stage in todo:
                     if beside is None and stage.name in UNTIMED:
                         beside = self.start(BESIDE, self.end, self.logs / f"{BESIDE}.log")
-                    if stage.name not in UNTIMED:
-                        self.stop(beside)
+                    if beside is not None and stage.name not in UNTIMED:
+                        self.end_beside(beside)
                     until = self.end if stage is todo[-1] else min(time.time() + stage.seconds, self.end)
                     self.stage(stage.name, until)
             except Stopped:
@@ -106,6 +106,14 @@ class Suite:
             text = self.pack()
         print(f"\n{text}", flush=True)
         return 1 if failures(read(self.records)) else 0
+
+    def end_beside(self, process: subprocess.Popen) -> None:
+        """Nothing compiles while something is timed."""
+        if process in self.processes:
+            code = process.poll()
+            ended = "finished" if code == 0 else f"ended with {ending(code)}: {''.join(process.tail)[-300:]}"
+            self.stop(process)
+            self.note(BESIDE, "stopped", reason="out of time" if code is None else ended)
 
     def done(self, name: str) -> bool:
         """Whether a call before this one has finished the stage; a new machine is always measured."""
@@ -346,7 +354,7 @@ def main(argv: list[str] | None = None) -> int:
     names = [stage.name for stage in STAGES]
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
-    parser.add_argument("--minutes", type=float, default=MINUTES, help=f"for all of it; default {MINUTES}")
+    parser.add_argument("--minutes", type=float, help=f"for all of it; default {MINUTES}, of a rehearsal {REHEARSAL}")
     parser.add_argument("--only", default=",".join(names), metavar="STAGE,...", help=f"of {', '.join(names)}")
     parser.add_argument(
         "--resume", type=Path, nargs="?", const=Path(), metavar="ARCHIVE", help="go on; default: in DIR"
@@ -365,7 +373,8 @@ def main(argv: list[str] | None = None) -> int:
         resume(args.resume.resolve(), out, args.retry)
     elif (out / "records.jsonl").exists():
         parser.error(f"{out} holds records: --resume goes on with them, or choose another --out")
-    return Suite(out, args.minutes, args.rehearse).run(wanted)
+    minutes = args.minutes or (REHEARSAL if args.rehearse else MINUTES)
+    return Suite(out, minutes, args.rehearse).run(wanted)
 
 
 if __name__ == "__main__":

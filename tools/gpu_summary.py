@@ -96,6 +96,9 @@ def machine(lines: list[Line], most: int) -> Iterator[str]:
             yield f"extension: {'built' if line.get('built') else line.get('error') or line.get('missing')}"[:400]
         if line.get("case") == "kernels":
             yield f"compiled ahead: {line.get('done')} of {line.get('asked')} kernels, {line.get('failed')} failed"
+    for line in lines:
+        if line.get("stage") == "ahead" and line.get("event") == "stopped" and line.get("reason") != "finished":
+            yield f"compiling ahead: {line['reason'][:400]}"
 
 
 # ---- what is right --------------------------------------------------------------------------------------------------
