@@ -61,6 +61,8 @@ FUSED = [
 NORMED = [(4, 6, 16, 35, 35), (16, 6, 4, 18, 18), (4, 6, 512, 5, 5), (2, 3, 3, 9, 5)]
 BLOCKS = list(itertools.product(("1100/0110/0001/1001", "110/000/011", "10/01"), (64, 24, 8), (1, 3), (2, 1)))
 OTHERS = ("float16", "tf32", "float32")  # the last compiles slowest
+MOST_WANTED = (CASES[0], CASES[1], CASES[5])  # those whose steps are measured
+LATER = CASES[2:5]
 SEVERAL = 5  # images a member that fill no tile evenly
 
 
@@ -73,6 +75,7 @@ class Check:
     run: Callable[[], str | None]
     marks: tuple[str, ...] = ()
     needs: str = ""
+    dry: Callable[[], object] | None = None  # launches the same on tensors without memory: for compiling it ahead
 
 
 class Checks:
@@ -83,12 +86,14 @@ class Checks:
         device: torch.device,
         dtype: str = "bfloat16",
         others: tuple[str, ...] = OTHERS,
-        cases: Sequence[Case] = CASES,
+        cases: Sequence[Case] = MOST_WANTED,
+        later: Sequence[Case] = LATER,
         first: tuple[int, ...] = FIRST,
         batch: int = BATCH,
     ):
         self.device, self.dtype, self.others, self.cases = device, dtype, others, cases
-        self.first, self.batch = first, batch
+        self.later, self.first, self.batch = later, first, batch
+        self.networks = functools.cache(self._networks)
         self.here = devices.of(device)
         self.trial = functools.lru_cache(maxsize=4)(self._trial)
 
@@ -120,12 +125,12 @@ class Checks:
         first = (
             [problem(kind, "tf32", self.first, (3, 3), **PADDED) for kind in PASSES] if "tf32" in self.others else []
         )
-        eight = [check for check in self.networks() if "8 warps" in check.marks]
+        eight = [check for check in self.networks(self.dtype) if "8 warps" in check.marks]
         return eight + [self.config(one, config) for one in first for config in self.configs(one)[0]]
 
     def rest(self) -> list[Check]:
         """What else there is in the first dtype: dispatch's choices for the papers' networks, then odd shapes."""
-        found = [check for check in self.networks() if "8 warps" not in check.marks]
+        found = [check for check in self.networks(self.dtype) if "8 warps" not in check.marks]
         found += [self.config(one, config) for one in self.odd(self.dtype) for config in self.configs(one)[0]]
         found += [self.moments(one) for one in self.odd(self.dtype, "fprop")]
         found += [self.fused(one, FUSED[-1]) for one in self.odd(self.dtype, "fprop")]
@@ -135,18 +140,19 @@ class Checks:
 
     def more(self) -> list[Check]:
         """The other dtypes, every flag, every config, and what the tuned table holds."""
-        found: list[Check] = []
-        for dtype in self.others:
-            found += [self.config(one, config) for one in self.odd(dtype) for config in self.configs(one)[0]]
-            found += [self.fused(one, flags) for one in [*self.odd(dtype, "fprop")][:4] for flags in FUSED]
-            found += [self.repeated(one) for one in [*self.odd(dtype, "wgrad")][:4]]
-            found += [self.block(*how, dtype) for how in BLOCKS[-12:]]
-            found += [self.norm(NORMED[0], dtype, *how) for how in (self._norms() if dtype != "tf32" else ())]
+        found = in_turns([self._of(dtype) for dtype in self.others]) + self.networks(self.dtype, later=True)
         found += self.tuned() + [self.operator(one) for one in self.odd(self.dtype)]
         found += [self.config(one, config) for one in self.odd(self.dtype) for config in self.configs(one)[1]]
         for dtype in self.others:
             found += self.networks(dtype)
         return found
+
+    def _of(self, dtype: str) -> list[Check]:
+        configs = [self.config(one, config) for one in self.odd(dtype) for config in self.configs(one)[0]]
+        around = [self.fused(one, flags) for flags in reversed(FUSED) for one in [*self.odd(dtype, "fprop")][:4]]
+        norms = [self.norm(NORMED[0], dtype, *how) for how in (self._norms() if dtype != "tf32" else ())]
+        found = in_turns([configs, around, norms, [self.block(*how, dtype) for how in reversed(BLOCKS)][:12]])
+        return found + [self.repeated(one) for one in [*self.odd(dtype, "wgrad")][:4]]
 
     def every(self) -> list[Check]:
         """All, each name once."""
@@ -174,11 +180,11 @@ class Checks:
             first, rest = first + legal[:1], rest + legal[1:]
         return first, rest
 
-    def networks(self, dtype: str = "") -> list[Check]:
+    def _networks(self, dtype: str, later: bool = False) -> list[Check]:
         """What dispatch would choose among kernels for each layer of the papers' networks, on few images."""
         found = {}
-        for case in self.cases:
-            for layer in layers(case, dtype or self.dtype, self.batch):
+        for case in self.later if later else self.cases:
+            for layer in layers(case, dtype, self.batch):
                 for asked in layer.passes():
                     chosen = next((c for c in dispatch.candidates(asked, self.here) if c.config), None)
                     small = replace(layer.problem, N=min(SEVERAL, self.batch)).of(asked.kind)
@@ -192,9 +198,8 @@ class Checks:
 
     def tuned(self) -> list[Check]:
         entries = dispatch.table(self.here)
-        work = (
-            [(layer, one) for case in self.cases for layer in layers(case) for one in layer.passes()] if entries else []
-        )
+        cases = (*self.cases, *self.later) if entries else ()
+        work = [(layer, one) for case in cases for layer in layers(case) for one in layer.passes()]
         known = {one: layer for layer, one in work if dispatch.key_of(one) in entries}
         return [Check("tuned", dispatch.key_of(one), partial(self._tuned, layer, one)) for one, layer in known.items()]
 
@@ -214,7 +219,8 @@ class Checks:
 
         marks = ("8 warps",) * (config.warps >= 8) + ("tf32",) * (one.dtype == "tf32")
         name = f"{config.form} {dispatch.key_of(one)} {describe(choice).partition(' ')[2]}"
-        return Check(one.kind, name, run, marks, "extension" if config.form == "halo" else "")
+        needs = "extension" if config.form == "halo" else ""
+        return Check(one.kind, name, run, marks, needs, lambda: Trial(one, "meta", image).by_kernel(config))
 
     def _tuned(self, layer: Layer, one: Problem) -> str | None:
         choice = dispatch.lookup(one, self.here)
@@ -370,6 +376,11 @@ class Checks:
         check(operators.batch_norm_finalise, (moments, mean.clone(), rstd.clone(), 0.1, 1e-5))
         check(operators.batch_norm_apply, (x, mean, rstd, mean, rstd, None, True, True))
         return None
+
+
+def in_turns(lists: Sequence[list[Check]]) -> list[Check]:
+    """The first of each list, then the second of each, and so on: time may end anywhere."""
+    return [check for row in itertools.zip_longest(*lists) for check in row if check is not None]
 
 
 def trained(net: torch.nn.Module, field: Field, steps: int = 3) -> tuple[Tensor, list[Tensor]]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from checks import FIRST, OTHERS, Checks
+from checks import FIRST, LATER, MOST_WANTED, OTHERS, Checks
 from compiling import Compiler
 from journal import Journal, sentence
 from layers import BATCH, CASES, Case
@@ -37,9 +37,10 @@ CPU_LACKS = {
 class Plan:
     """What is run and how large: on a GPU in earnest, or everything in miniature on a CPU, in Triton's interpreter.
 
-    steps: networks with their share of the box. others: dtypes that come after `dtype`. first: the sides of a problem
-    that every form computes. lacks: what cannot be done here, and why. few: no list of items is longer. roofs: bytes of
-    the copies from memory and from L2, and the side of products. arch: that kernels are compiled for.
+    steps: networks with their share of the box. others: dtypes that come after `dtype`. cases: whose layers are checked
+    and tuned, and after all else those of `later`. lacks: what cannot be done here, and why. few: no list of items is
+    longer. roofs: bytes of the copies from memory and from L2, and the side of products. arch: that kernels are
+    compiled for. first: the sides of a problem that every form computes.
     """
 
     device: torch.device
@@ -48,6 +49,7 @@ class Plan:
     steps: dict[Case, float]
     layers: Case
     cases: Sequence[Case]
+    later: Sequence[Case] = ()
     batch: int = BATCH
     lacks: dict[str, str] = field(default_factory=dict)
     few: int = 10**6
@@ -61,7 +63,7 @@ class Plan:
         return torch.bfloat16 if self.dtype == "bfloat16" else None
 
     def checks(self) -> Checks:
-        return Checks(self.device, self.dtype, self.others, self.cases, self.first, self.batch)
+        return Checks(self.device, self.dtype, self.others, self.cases, self.later, self.first, self.batch)
 
     def timer(self) -> Callable:
         return Timer(self.device) if self.device.type == "cuda" else HostTimer()
@@ -75,7 +77,7 @@ def in_earnest() -> Plan:
     device = torch.device("cuda", torch.cuda.current_device())
     major, minor = torch.cuda.get_device_capability(device)
     steps = {Case("resnet32", 4, 16): 3.0, Case("resnet50", 4, 140): 7.0, Case("resnet50", 16, 70): 5.0}
-    return Plan(device, "bfloat16", OTHERS, steps, CASES[0], CASES, arch=10 * major + minor)
+    return Plan(device, "bfloat16", OTHERS, steps, CASES[0], MOST_WANTED, LATER, arch=10 * major + minor)
 
 
 @dataclass(frozen=True)

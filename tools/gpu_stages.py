@@ -74,7 +74,7 @@ def run_checks(desk: Desk, *lists: Callable[[], list[Check]]) -> None:
                 continue
             work[name] = check
             if desk.compiler.pool and not check.needs and desk.left() > 5:
-                asked[name] = launches_of(check.run)
+                asked[name] = launches_of(check.dry or check.run)
                 desk.compiler.ask(asked[name])
         desk.journal.note("plan", items=len(work))
     built = not desk.plan.lacks and extension.why_not("cuda") is None
