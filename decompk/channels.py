@@ -21,7 +21,7 @@ import torch
 from torch import fx, nn
 from torch.fx.node import map_aggregate, map_arg
 
-from .errors import DecompkError, PartitionError, UnsupportedOperation
+from .errors import MISFITS, DecompkError, PartitionError, UnsupportedOperation
 from .graph import MetaInterpreter, dtype_of, on_meta, trace, where, windows
 from .ops.recurrent import GATES
 from .partition import Crop, Part, by, owners
@@ -294,7 +294,7 @@ class _Pass:
         try:
             with torch.no_grad():
                 return operation(*args_, **kwargs_)
-        except RuntimeError as error:
+        except MISFITS as error:
             raise self._does_not_fit(next(iter(tensors_in((args, kwargs)))), error) from error
 
     def run_both(self, args: Any, kwargs: Any, member: tuple | None = None) -> tuple[Any, Any]:
@@ -306,7 +306,7 @@ class _Pass:
             return narrow(self.modules[node.target], attributes or {}, {})
         return partial(_call_method, node.target) if node.op == "call_method" else node.target
 
-    def _does_not_fit(self, x: T, error: RuntimeError) -> PartitionError:
+    def _does_not_fit(self, x: T, error: Exception) -> PartitionError:
         return PartitionError(
             f"{where(self.node)}: a member's {by(x.part.shape[1:])} does not fit here ({_first_line(error)}); "
             "choose other crops or another number of partitions."
@@ -621,7 +621,7 @@ class _Pass:
         full = on_meta(module)(x.full, *globally(extra))
         try:
             part = narrow(module, attributes, _member_shapes(module, leaf, attributes))(x.part, *in_member(extra))
-        except RuntimeError as error:
+        except MISFITS as error:
             raise self._does_not_fit(x, error) from error
         role = PARTIAL if head else Split(known.outputs, (axis,))
         scale = x.scale
@@ -988,7 +988,7 @@ def _reads_features(modules: dict[str, nn.Module], graph: fx.Graph) -> bool:
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [""])[0].rstrip(".")
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
 def _call_method(name: str, owner: Any, *args: Any, **kwargs: Any) -> Any:

@@ -23,3 +23,7 @@ class CheckpointError(DecompkError):
 
 class BackendError(DecompkError):
     """A backend that was asked for by name cannot run here, or cannot run this operation."""
+
+
+# What torch raises where shapes do not fit; the meta kernels of some versions assert.
+MISFITS = (RuntimeError, AssertionError, IndexError, ValueError)

@@ -94,7 +94,7 @@ class Packed(Shell):
                 return torch.cat([leaf] * self.K) if leaf.shape[:1] == (N,) else leaf
             return leaf.flatten(0, 1) if leaf.shape[:2] == (self.K, N) else leaf
 
-        cuts = shared and bool(self.crops)
+        cuts = shared and len(self.crops or ()) > 0
         x = x if cuts else spread_rows(x)
         args, kwargs = tree_map(spread_rows, (args, kwargs))
         if torch.compiler.is_compiling():

@@ -4,8 +4,8 @@
 
 Shipped is what dispatch answers for the layers of tools/layers.py in bfloat16 (ResNet32's in float32, too), with no
 flags, those of inference and those of training; what the tuned tables hold; batch norms and block convolutions.
-Prints one row a kernel; exit code 1 where one spills, is over the shared memory limit, or lacks the tensor cores or
-(from sm_90) the tensor copies that its form promises.
+Prints one row a kernel; exit code 1 where one spills, is over the shared memory limit, or lacks the tensor cores, the
+rounding of tf32 or (from sm_90) the tensor copies that its form promises.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ from decompk.ops.layout import strides_of
 
 # As PTX names them; the assembler has no other instruction for either.
 TENSOR_CORES, TENSOR_COPIES = r"(?:wgmma\.mma_async|mma\.sync|tcgen05\.mma)\.", r"cp\.async\.bulk\.tensor\."
+ROUNDING = r"cvt\.rna\.tf32\."
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 DTYPES = {"tf32": torch.float32}
 
@@ -112,15 +113,16 @@ def inspect(kernel: Kernel, arch: int) -> Report:
         command = [str(CUOBJDUMP), "--dump-resource-usage", file.name]
         usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     registers, stack, local = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK", "LOCAL"))
-    counts = {name: len(re.findall(name, compiled.asm["ptx"])) for name in (TENSOR_CORES, TENSOR_COPIES)}
+    counts = {name: len(re.findall(name, compiled.asm["ptx"])) for name in (TENSOR_CORES, TENSOR_COPIES, ROUNDING)}
     shared, limit = compiled.metadata.shared, devices.KNOWN[arch].shared_bytes
     faults = []
     if stack or local:
         faults.append(f"spills: {stack} bytes of stack, {local} of local memory")
     if shared > limit:
         faults.append(f"{shared} bytes of shared memory, over {limit}")
-    for name, promise in (("tensor cores", TENSOR_CORES), ("tensor copies", TENSOR_COPIES)):
-        if promise in kernel.promises and not counts[promise] and (promise == TENSOR_CORES or arch >= 90):
+    named = {"tensor cores": TENSOR_CORES, "tensor copies": TENSOR_COPIES, "rounded operands": ROUNDING}
+    for name, promise in named.items():
+        if promise in kernel.promises and not counts[promise] and (promise != TENSOR_COPIES or arch >= 90):
             faults.append(f"no {name}")
     return Report(kernel.label, arch, registers, stack, shared, counts, tuple(faults))
 
@@ -167,8 +169,9 @@ def _key(launch: Launch) -> tuple:
 
 
 def _promises(problem: Problem, config: Config, launch: Launch) -> tuple[str, ...]:
-    """Tensor cores in every product but exact float32; tensor copies where a descriptor is an argument."""
-    cores = () if problem.dtype == "float32" or "dot" not in launch.kernel.src else (TENSOR_CORES,)
+    """Tensor cores in every product but exact float32, rounding in tf32; tensor copies of descriptors."""
+    cores = () if problem.dtype == "float32" or "PRECISION" not in launch.arguments else (TENSOR_CORES,)
+    cores += (ROUNDING,) if cores and problem.dtype == "tf32" else ()
     copies = any(kind.startswith("tensordesc") for kind in launch.specialisation()[0].values())
     return (*cores, TENSOR_COPIES) if copies else cores
 
@@ -195,8 +198,8 @@ def main() -> int:
     for r in reports:
         figures = (f"sm_{r.arch}", r.registers, r.stack, r.shared, *r.counts.values(), "; ".join(r.faults))
         rows.append(f"| {r.label} | {' | '.join(map(str, figures))} |")
-    head = "| kernel | arch | registers | stack | shared | tensor cores | tensor copies | faults |"
-    table = "\n".join([head, "|---" * 8 + "|", *rows])
+    head = "| kernel | arch | registers | stack | shared | tensor cores | tensor copies | rounded | faults |"
+    table = "\n".join([head, "|---" * 9 + "|", *rows])
     print(table)
     if args.out:
         args.out.write_text(table + "\n")

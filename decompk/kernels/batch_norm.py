@@ -141,7 +141,8 @@ def moments_kernel(
     x += start
     column = _columns(block, CHANNELS, MERGED, WIDTH)
     # Welford's recurrence on differences from the first row: a large common mean costs float32 nothing.
-    origin = tl.load(x + column, mask=(column < CHANNELS) & (count > 0), other=0.0).to(tl.float32)
+    present = tl.where(count > 0, CHANNELS, 0)  # triton 3.9's interpreter takes no mask & (a scalar > 0)
+    origin = tl.load(x + column, mask=column < present, other=0.0).to(tl.float32)
     mean = tl.zeros((LINES, WIDTH), tl.float32)
     m2 = tl.zeros((LINES, WIDTH), tl.float32)
     for done in tl.range(0, count, LINES * MERGED):

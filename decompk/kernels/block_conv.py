@@ -25,6 +25,7 @@ from triton import cdiv
 from ..config import Config, Problem, dtype_name, power_of_two
 from .conv.operands import geometry, split
 from .launch import GRID_LIMIT, Launch, launch, recording
+from .product import dot
 
 if TYPE_CHECKING:
     from ..ops.block import BlockPlan
@@ -94,7 +95,7 @@ def conv_blocks(
             (r < R)[:, None] & (f < F)[None, :],
             0.0,
         )
-        acc = tl.dot(a, b, acc, input_precision=PRECISION)
+        acc = dot(a, b, acc, PRECISION)
     if BIAS:
         acc += tl.load(bias + free, f < F, 0.0).to(tl.float32)[None, :]
     pixel = n.to(tl.int64) * yn + h.to(tl.int64) * yh + w.to(tl.int64) * yw
@@ -136,7 +137,7 @@ def wgrad_blocks(
         pixel = n.to(tl.int64) * yn + h.to(tl.int64) * yh + w.to(tl.int64) * yw
         g = tl.load(dy + pixel[:, None] + (row + o)[None, :], inside[:, None] & (o < O)[None, :], 0.0)
         a = tl.load(x + offset[:, None] + (column + c)[None, :], valid[:, None] & (c < C)[None, :], 0.0)
-        acc = tl.dot(g.T, a, acc, input_precision=PRECISION)
+        acc = dot(g.T, a, acc, PRECISION)
     at = out + ((kept.to(tl.int64) * O + o) * TAPS + tap)[:, None] * C + c[None, :]
     mask = (o < O)[:, None] & (c < C)[None, :]
     if ATOMIC:

@@ -10,7 +10,7 @@ from typing import Any
 
 def children(tree: Any) -> list | None:
     """What a container holds, in order; None for anything else."""
-    if dataclasses.is_dataclass(tree) and not isinstance(tree, type):
+    if _is_dataclass(tree):
         return [getattr(tree, field.name) for field in dataclasses.fields(tree)]
     if isinstance(tree, dict):
         return list(tree.values())
@@ -19,9 +19,14 @@ def children(tree: Any) -> list | None:
     return None
 
 
+def _is_dataclass(tree: Any) -> bool:
+    """Whether tree is an instance of one; dataclasses.is_dataclass says as much, but dynamo of torch 2.11 cannot."""
+    return hasattr(type(tree), "__dataclass_fields__")
+
+
 def rebuild(tree: Any, parts: list) -> Any:
     """A container like `tree` that holds `parts` instead."""
-    if dataclasses.is_dataclass(tree):
+    if _is_dataclass(tree):
         names = [field.name for field in dataclasses.fields(tree)]
         return dataclasses.replace(tree, **dict(zip(names, parts, strict=True)))
     if isinstance(tree, dict):

@@ -74,7 +74,7 @@ def pieces_of(x: Tensor) -> int:
     return torch.sym_max(torch.sym_min(filling, (rows + least - 1) // least), 1)
 
 
-@torch.library.custom_op("decompk::batch_norm_moments", mutates_args=(), tags=torch.Tag.needs_exact_strides)
+@torch.library.custom_op("decompk::batch_norm_moments", mutates_args=(), tags=(torch.Tag.needs_exact_strides,))
 def batch_norm_moments(x: Tensor) -> Tensor:
     """x (K, N, C, H, W) → (K, S, 3, C): count, mean and Σ(x − mean)² of S disjoint pieces of each member's pixels."""
     _check_layout(x)
@@ -101,7 +101,7 @@ def _(x: Tensor) -> Tensor:
     mutates_args=("running_mean", "running_var"),
     schema="(Tensor moments, Tensor(a!)? running_mean, Tensor(b!)? running_var, float momentum, float eps)"
     " -> (Tensor mean, Tensor rstd)",
-    tags=torch.Tag.needs_exact_strides,
+    tags=(torch.Tag.needs_exact_strides,),
 )
 def batch_norm_finalise(
     moments: Tensor, running_mean: Tensor | None, running_var: Tensor | None, momentum: float, eps: float
@@ -128,7 +128,7 @@ def _(moments: Tensor, running_mean: Any, running_var: Any, momentum: float, eps
     return moments.new_empty((K, C)), moments.new_empty((K, C))
 
 
-@torch.library.custom_op("decompk::batch_norm_apply", mutates_args=(), tags=torch.Tag.needs_exact_strides)
+@torch.library.custom_op("decompk::batch_norm_apply", mutates_args=(), tags=(torch.Tag.needs_exact_strides,))
 def batch_norm_apply(
     x: Tensor,
     mean: Tensor,
@@ -160,7 +160,7 @@ def _(
     return empty_like_layout(x, x.shape)
 
 
-@torch.library.custom_op("decompk::batch_norm_backward", mutates_args=(), tags=torch.Tag.needs_exact_strides)
+@torch.library.custom_op("decompk::batch_norm_backward", mutates_args=(), tags=(torch.Tag.needs_exact_strides,))
 def batch_norm_backward(
     dy: Tensor,
     x: Tensor,

@@ -417,7 +417,7 @@ def _check_operands(name: str, x: Tensor, weight: Tensor, bias: Tensor | None, c
         raise DecompkError(f"bias {sizes(bias)} does not fit weight {sizes(weight)}: it has to be (O).")
 
 
-@torch.library.custom_op("decompk::block_conv2d", mutates_args=(), tags=torch.Tag.needs_exact_strides)
+@torch.library.custom_op("decompk::block_conv2d", mutates_args=(), tags=(torch.Tag.needs_exact_strides,))
 def _conv(
     x: Tensor,
     weight: Tensor,
@@ -456,7 +456,7 @@ def _(x, weight, bias, mask, stride, padding, dilation, skipped_gradients):
     return _channels_last(x, _check(x, weight, bias, mask, stride, padding, dilation))
 
 
-@torch.library.custom_op("decompk::block_conv2d_backward", mutates_args=(), tags=torch.Tag.needs_exact_strides)
+@torch.library.custom_op("decompk::block_conv2d_backward", mutates_args=(), tags=(torch.Tag.needs_exact_strides,))
 def _conv_backward(
     grad: Tensor,
     x: Tensor,

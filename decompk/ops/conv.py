@@ -176,7 +176,7 @@ def check_alike(operator: str, x: Tensor, /, **operands: Tensor | None) -> None:
 # ---- the operators --------------------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("decompk::grouped_conv2d", mutates_args=(), tags=torch.Tag.needs_exact_strides)
+@torch.library.custom_op("decompk::grouped_conv2d", mutates_args=(), tags=(torch.Tag.needs_exact_strides,))
 def _forward(
     x: Tensor,
     weight: Tensor,
@@ -208,7 +208,7 @@ def _(x, weight, bias, stride, padding, dilation):
     return empty_like_layout(x, check(x, weight, bias, stride, padding, dilation))
 
 
-@torch.library.custom_op("decompk::grouped_conv2d_backward", mutates_args=(), tags=torch.Tag.needs_exact_strides)
+@torch.library.custom_op("decompk::grouped_conv2d_backward", mutates_args=(), tags=(torch.Tag.needs_exact_strides,))
 def _backward(
     grad: Tensor,
     x: Tensor,

@@ -92,7 +92,7 @@ def _window(crops: Sequence[Crop], image: Tensor, weight: Tensor) -> list[int]:
 # ---- the operators --------------------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("decompk::fused_conv2d", mutates_args=(), tags=torch.Tag.needs_exact_strides)
+@torch.library.custom_op("decompk::fused_conv2d", mutates_args=(), tags=(torch.Tag.needs_exact_strides,))
 def _fused(
     x: Tensor,
     weight: Tensor,
@@ -198,7 +198,7 @@ def _offsets_of(starts: tuple[int, ...], device: torch.device) -> Tensor:
     return torch.tensor(starts, dtype=torch.int32, device=device).view(-1, 2)
 
 
-@torch.library.custom_op("decompk::crop_conv2d_backward", mutates_args=(), tags=torch.Tag.needs_exact_strides)
+@torch.library.custom_op("decompk::crop_conv2d_backward", mutates_args=(), tags=(torch.Tag.needs_exact_strides,))
 def _crop_backward(
     grad: Tensor,
     image: Tensor,

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from .. import optim
 from ..cost import LayerCost, layers, total
 from ..decompose import Decomposition
-from ..errors import DecompkError
+from ..errors import MISFITS, DecompkError
 from ..packed import pack
 from ..partition import by
 from ..report.decomposition import Pair
@@ -77,7 +77,7 @@ def measure(
         networks = build(d, batch, device, dtype)
         try:
             return _measured(d, networks, batch, seconds if time else None, tell)
-        except (RuntimeError, ValueError) as error:  # whatever the network's own operations raise
+        except MISFITS as error:  # whatever the network's own operations raise
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
             raise DecompkError(f"a training step on {batch} samples fails: {reason}; try another batch.") from error
 

@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 
 from ..blockdiag import layer_by_layer
 from ..compose import tensors
-from ..errors import DecompkError, UnsupportedOperation
+from ..errors import MISFITS, DecompkError, UnsupportedOperation
 from ..graph import in_mode, trace
 from ..train.ranks import Ranks, Sum
 from .cut import Cut, Handed
@@ -109,7 +109,7 @@ class Parallel(nn.Module):
             try:
                 logits = self._logits("False", x, first(x))
                 failed = logits.shape != expected.shape
-            except (RuntimeError, IndexError):
+            except MISFITS:
                 failed = True
             total = self.ranks.sum(torch.zeros_like(expected) if failed else logits)
             total = total if self.bias is None or failed else total + self.bias

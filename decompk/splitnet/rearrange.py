@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..compose import output_axis, tensors
-from ..errors import DecompkError, UnsupportedOperation
+from ..errors import MISFITS, DecompkError, UnsupportedOperation
 from ..graph import in_mode
 from ..layers.nest import tree_map
 from .nodes import Nodes
@@ -196,7 +196,7 @@ def must_agree(
         with in_mode(net, False), in_mode(other, False):
             expected, found = (_leaves(part(x)) for part in (net, other))
         agrees = all(agree(a, b) for a, b in zip(found, expected, strict=True))
-    except (RuntimeError, ValueError):
+    except MISFITS:
         agrees = False
     if not agrees:
         raise UnsupportedOperation(

@@ -7,6 +7,8 @@ those of the rows that are written. q is a row that is read, counted from the fi
 import triton
 import triton.language as tl
 
+from ..product import dot
+
 
 @triton.jit
 def _rows(
@@ -127,7 +129,7 @@ def conv_band(
                 i[:, None], f[None, :], q, DGRAD, KH, KW, SH, SW, PH, PW, DH, DW, R, F, FIRST, COLUMNS, RUN
             )  # fmt: skip
             at += k * (R * F * KH * KW)
-        acc = tl.dot(a, tl.load(weight + at, valid, 0.0), acc, input_precision=PRECISION)
+        acc = dot(a, tl.load(weight + at, valid, 0.0), acc, PRECISION)
 
     m = tl.arange(0, M)
     n = n0 + m // BG
@@ -233,7 +235,7 @@ def wgrad_band(
                 X, k, n0, g0, QF + (kh + t) * DH, start, top, left, N, H, VALUES, WIDTH, IMAGE, PITCH,
                 BN, BG, BR, PERIOD, BEFORE, VECTOR, CROPS, LOAD, True,
             )  # fmt: skip
-            sums = sums + (tl.dot(a, g, bands[t], input_precision=PRECISION),)
+            sums = sums + (dot(a, g, bands[t], PRECISION),)
         bands = sums
     i = (tl.arange(0, BR) - lead)[:, None]
     f = tl.arange(0, RUN)[None, :]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from math import gcd, prod
@@ -257,7 +258,9 @@ def configs(problem: Problem) -> list[Config]:
                 best[key] = min(found, best.get(key, found), key=lambda item: item[0])
         if best:
             break
-    few = [config for _, config in sorted(best.values(), key=lambda item: item[0])[:CANDIDATES]]
+    ranked = [config for _, config in sorted(best.values(), key=lambda item: item[0])]
+    with_eight = [(config, _resources(problem, config, 8)) for config in ranked]  # what an A100 takes
+    few = list(dict.fromkeys(itertools.chain(*with_eight)))[:CANDIDATES]
     if problem.kind == "wgrad" and not problem.deterministic:
         few = [replace(c, atomic=atomic) for c in few for atomic in (c.splits > 16, c.splits <= 16)]
     return few
@@ -305,17 +308,30 @@ def _tile(images: int, height: int, columns: int, rows: int, stack: int) -> tupl
     return min(choices)[2]
 
 
-def _resources(problem: Problem, config: Config) -> Config:
+def _resources(problem: Problem, config: Config, warps: int | None = None) -> Config:
     """`config` with warps, stages (one or none where shared memory holds no two) and, in wgrad, splits."""
     p = plan(problem, config)
-    work = max(p.product_rows * p.block_read, p.product_rows * p.run * p.stack, p.block_read * p.run)
-    few = 4096 if problem.kind != "wgrad" else 2048 if p.load and problem.layout != "crops" else 1024
-    config = replace(config, warps=4 if work <= few else 8)
+    config = replace(config, warps=warps or _warps(problem, config))
     fit = SHARED // _stage_bytes(p, config)
     if problem.kind != "wgrad":
         return replace(config, stages=min(len(p.rows) + 1, 4, fit))
     shares = row_groups(p, config)[1]
     return replace(config, stages=min(3, fit), splits=max(1, min(p.member_tiles, PROGRAMS // (problem.K * shares))))
+
+
+def _warps(problem: Problem, config: Config) -> int:
+    """Four; eight where that gains: registers for sums or for gathered addresses, or rows of wgrad that share a read.
+
+    Eight warps on Hopper's matrix units have a public history of silent errors, so they have to be worth it.
+    """
+    four, eight = (replace(config, warps=warps) for warps in (4, 8))
+    p = plan(problem, four)
+    gathers = not p.load or problem.layout == "crops"
+    if gathers and p.product_rows * max(p.block_read, p.run * p.stack) > (1024 if problem.kind == "wgrad" else 4096):
+        return 8
+    if problem.kind == "wgrad" and row_groups(p, four) != row_groups(p, eight):
+        return 8
+    return 4 if _fits_registers(p, four) else 8
 
 
 def _fits_registers(p: Plan, config: Config) -> bool:

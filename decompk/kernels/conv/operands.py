@@ -8,6 +8,7 @@ from typing import Any
 from triton import cdiv
 
 from ...config import Config, Epilogue, Problem, Prologue
+from ...device import interpreted
 
 PLAIN = Epilogue()
 
@@ -24,11 +25,14 @@ def flags(epilogue: Epilogue, prologue: Prologue | None) -> dict[str, Any]:
 
 
 def geometry(problem: Problem) -> dict[str, Any]:
-    """Kernel arguments that every form takes: kernel, stride, padding, dilation and precision of the dot."""
+    """Kernel arguments that every form takes: kernel, stride, padding, dilation and precision of the dot.
+
+    The interpreter, which has no tensor cores, multiplies tf32 as the float32 that it is.
+    """
     pairs = dict(K=problem.kernel, S=problem.stride, P=problem.padding, D=problem.dilation)
     return {
         **{name + axis: pair[i] for name, pair in pairs.items() for i, axis in enumerate("HW")},
-        "PRECISION": "tf32" if problem.dtype == "tf32" else "ieee",
+        "PRECISION": "tf32" if problem.dtype == "tf32" and not interpreted() else "ieee",
     }
 
 

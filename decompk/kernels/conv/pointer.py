@@ -17,6 +17,7 @@ from triton import cdiv
 
 from ...config import Config, Epilogue, Problem, Prologue, power_of_two
 from ..launch import launch
+from ..product import dot
 from .operands import PLAIN, flags, geometry, split
 
 
@@ -92,7 +93,7 @@ def conv_pointer(
             (r < KH * KW * R)[:, None] & (f < F)[None, :],
             0.0,
         )
-        acc = tl.dot(a, b, acc, input_precision=PRECISION)
+        acc = dot(a, b, acc, PRECISION)
     if BIAS:
         acc += tl.load(bias + k * F + f, f < F, 0.0).to(tl.float32)[None, :]
     if MOMENTS:
@@ -147,7 +148,7 @@ def wgrad_pointer(
         n = (p // (HO * WO)).to(tl.int64)
         pixel = n * yn + (p // WO % HO).to(tl.int64) * yh + (p % WO).to(tl.int64) * yw
         g = tl.load(dy + k.to(tl.int64) * yk + pixel[:, None] + o[None, :], inside[:, None] & (o < O)[None, :], 0.0)
-        acc = tl.dot(g.T, tl.load(address, valid, 0.0), acc, input_precision=PRECISION)
+        acc = dot(g.T, tl.load(address, valid, 0.0), acc, PRECISION)
     weight = out + (k.to(tl.int64) * O + o)[:, None] * (KH * KW * C) + r[None, :]
     mask = (o < O)[:, None] & (r < KH * KW * C)[None, :]
     if ATOMIC:

@@ -22,6 +22,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ...config import Config, Epilogue, Problem, Prologue, power_of_two
 from ..launch import launch
+from ..product import dot
 from .operands import PLAIN, flags, geometry, split
 from .taps import count, first, step
 
@@ -68,7 +69,7 @@ def _accumulate(
             b = W.load([k, r0, kh * KW + kw, free]).reshape(BR, BF)
         else:
             b = W.load([k, free, kh * KW + kw, r0]).reshape(BF, BR).T
-        acc = tl.dot(a, b, acc, input_precision=PRECISION)
+        acc = dot(a, b, acc, PRECISION)
     return acc
 
 
@@ -408,17 +409,11 @@ def _correlate(
         else:
             g = G.load([k, n0, h0, w0, free]).reshape(BN * BH * BW, BO).T
         if LIVE_A:
-            a = tl.dot(
-                g, _shifted(A, k, n0, h0 + dh, w0 + dwa, reduced, BN, BH, BW, BC, MERGED), a, input_precision=PRECISION
-            )
+            a = dot(g, _shifted(A, k, n0, h0 + dh, w0 + dwa, reduced, BN, BH, BW, BC, MERGED), a, PRECISION)
         if TAPS == 3 and LIVE_B:
-            b = tl.dot(
-                g, _shifted(B, k, n0, h0 + dh, w0 + dwb, reduced, BN, BH, BW, BC, MERGED), b, input_precision=PRECISION
-            )
+            b = dot(g, _shifted(B, k, n0, h0 + dh, w0 + dwb, reduced, BN, BH, BW, BC, MERGED), b, PRECISION)
         if TAPS == 3 and LIVE_C:
-            c = tl.dot(
-                g, _shifted(C, k, n0, h0 + dh, w0 + dwc, reduced, BN, BH, BW, BC, MERGED), c, input_precision=PRECISION
-            )
+            c = dot(g, _shifted(C, k, n0, h0 + dh, w0 + dwc, reduced, BN, BH, BW, BC, MERGED), c, PRECISION)
     return a, b, c
 
 
