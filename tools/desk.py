@@ -101,7 +101,7 @@ def in_miniature() -> Plan:
     """float32 and float16: what bf16 products give in Triton's interpreter is wrong."""
     tiny = Tiny("resnet32", (1, 2), 4)
     return Plan(
-        torch.device("cpu"), "float32", ("float16",), {tiny: 1.0}, tiny, (tiny,), batch=2, lacks=CPU_LACKS, few=4,
+        torch.device("cpu"), "float32", ("float16",), {tiny: 1.0}, tiny, (tiny,), batch=2, lacks=CPU_LACKS, few=6,
         roofs=(2**20, 2**14, 64), first=(2, 1, 4, 4, 5, 6), runs=1,
     )  # fmt: skip
 

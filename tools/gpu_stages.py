@@ -260,10 +260,16 @@ def main(argv: list[str] | None = None) -> int:
     own = args.stage in ("checks", "odd", "steps", "layers", "rest")
     compiler = Compiler(plan.arch if own else 0)
     desk = Desk(plan, journal, args.until, compiler, args.out)
-    with plan.backend():
-        STAGES[args.stage](desk)
+    try:
+        with plan.backend():
+            STAGES[args.stage](desk)
+    except SystemExit as lost:  # of the GPU: whatever would be tidied up now may hang
+        compiler.close()
+        sys.stdout.flush()
+        os._exit(lost.code)
+    finally:
+        compiler.close()
     journal.note("done", late=desk.late)
-    compiler.close()
     return 0
 
 

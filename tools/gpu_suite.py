@@ -56,14 +56,16 @@ class Stage:
     seconds: float
 
 
-STAGES = (  # measured on no GPU yet; what each is estimated to need stands beside it
+STAGES = (  # what each is estimated to need is counted, not measured; a kernel takes 1.5 s to compile, 14 do at a time
     Stage("machine", 30),  # 20 of them for it, 10 for torch from a cold disk
-    Stage("checks", 100),  # 330 checks, 400 kernels of 1 to 2 s on 14 processes: 45 s; compiled step 20 s
+    Stage(
+        "checks", 100
+    ),  # 430 checks of 50 ms, 350 kernels: 38 s of compiling beside 22 of running, then 20 s compiled
     Stage("sanitize", 40),  # twice 8 s to import under the tool, then some 30 checks of 0.3 s
-    Stage("steps", 150),  # 13 contestants of three networks: 2 to 6 s each
-    Stage("layers", 120),  # 79 passes by 9 to 12 contestants: 1 to 2 s each
-    Stage("odd", 40),  # 600 checks and as many kernels: about a half
-    Stage("rest", 40),  # never done
+    Stage("steps", 150),  # three networks, 13 contestants each of 2 to 5 s
+    Stage("layers", 120),  # 79 passes beside 7 to 12 contestants, 1 to 1.5 s each, the most of it cuDNN's search
+    Stage("odd", 40),  # 1800 checks with 1500 kernels: a fifth
+    Stage("rest", 30),  # never done
 )
 BESIDE = "ahead"  # compiles while these run, of which nothing is timed
 UNTIMED = ("checks", "sanitize")

@@ -153,7 +153,7 @@ def ahead(desk: Desk) -> None:
     lacking = desk.lacks("extension", **extension_key) or desk.journal.has(**extension_key)
     building = None if lacking else build(plan.arch)
     # A rehearsal compiles, too, if little.
-    compiler = Compiler(plan.arch or 90, nice=10, processes=0 if plan.arch else 1)
+    compiler = Compiler(plan.arch or 90, nice=10, processes=6 if plan.arch else 1)  # the checks have the others
     for title, ask in wanted(desk):
         key = {"part": "ahead", "case": title}
 
