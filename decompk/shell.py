@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import re
 from collections.abc import Callable
@@ -12,6 +11,8 @@ from typing import Any
 import torch
 from torch import fx, nn
 from torch.fx.node import map_arg
+
+from .imports import imported
 
 
 class Shell(nn.Module):
@@ -105,7 +106,7 @@ def _compiled(source: str, imports: dict[str, Any]) -> Callable:
     scope: dict[str, Any] = {}
     for name, value in imports.items():
         if isinstance(value, tuple):
-            found: Any = importlib.import_module(value[0])
+            found: Any = imported(value[0], f"the network calls the module '{value[0]}', which is not found here")
             for part in filter(None, value[1].split(".")):
                 found = getattr(found, part)
             value = found

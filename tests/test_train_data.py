@@ -1,7 +1,10 @@
 """Every source of images with real files, its refusals, and orders that depend on (seed, epoch) alone."""
 
 import builtins
+import hashlib
+import json
 import multiprocessing
+import pickle
 import shutil
 import sys
 import types
@@ -13,6 +16,7 @@ import pytest
 import torch
 from PIL import Image
 from torch.nn import functional as F
+from zoo import torchvision as real_torchvision
 
 from decompk import DecompkError
 from decompk.train import data
@@ -442,6 +446,78 @@ def test_what_torchvision_does_not_find_is_named_with_the_place(torchvision, kin
 def test_torchvision_is_asked_for_by_name(monkeypatch, kind):
     monkeypatch.setitem(sys.modules, "torchvision", None)
     refused(f"{kind}:/nowhere", "is read with torchvision: pip install torchvision")
+
+
+needs_torchvision = pytest.mark.skipif(real_torchvision is None, reason="torchvision is not installed")
+
+
+def write_cifar(root, cls, monkeypatch, images=6):
+    """Miniature batches in the layout of `cls`, whose table of MD5 sums is made theirs; the pixels by file name."""
+    table, pixels, random = {}, {}, np.random.default_rng(0)
+    fine = cls.meta["key"].startswith("fine")
+
+    def write(name, content):
+        file = root / cls.base_folder / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(pickle.dumps(content, protocol=2))
+        table[name] = hashlib.md5(file.read_bytes()).hexdigest()
+
+    for name, _ in cls.train_list + cls.test_list:
+        pixels[name] = random.integers(0, 256, (images, 3, 32, 32), dtype=np.uint8)
+        labels = [i % 3 for i in range(images)]
+        named = {"coarse_labels": [0] * images, "fine_labels": labels} if fine else {"labels": labels}
+        write(name, {"data": pixels[name].reshape(images, 3072), **named})
+    write(cls.meta["filename"], {cls.meta["key"]: ["ant", "bee", "cow"], "coarse_label_names": ["animal"]})
+    for split in ("train_list", "test_list"):
+        monkeypatch.setattr(cls, split, [[name, table[name]] for name, _ in getattr(cls, split)])
+    monkeypatch.setattr(cls, "meta", {**cls.meta, "md5": table[cls.meta["filename"]]})
+    return pixels
+
+
+@needs_torchvision
+@pytest.mark.parametrize(("kind", "files"), [("cifar10", 5), ("cifar100", 1)])
+def test_torchvisions_own_cifar_is_opened_from_its_pickled_batches(tmp_path, monkeypatch, kind, files):
+    cls = getattr(real_torchvision.datasets, kind.upper())
+    pixels = write_cifar(tmp_path, cls, monkeypatch)
+    cifar = open_data(f"{kind}:{tmp_path}")
+    assert (cifar.name, cifar.input_size, cifar.classes) == (kind, (3, 32, 32), ("ant", "bee", "cow"))
+    assert (len(cifar.train), len(cifar.test)) == (6 * files, 6)
+    for images, listed in ((cifar.train, cls.train_list), (cifar.test, cls.test_list)):
+        x, y = everything(images)
+        assert np.array_equal(x, np.concatenate([pixels[name] for name, _ in listed])) and x.is_contiguous()
+        assert y.tolist() == [0, 1, 2] * (2 * len(listed)) and y.dtype == torch.int64
+    batch = tmp_path / cls.base_folder / cls.train_list[0][0]
+    batch.write_bytes(batch.read_bytes()[:-1])
+    refused(f"{kind}:{tmp_path}", "is not there, or not whole (Dataset not found or corrupted")
+    batch.unlink()
+    refused(f"{kind}:{tmp_path}", f"download it with torchvision.datasets.{kind.upper()}, or name another folder")
+
+
+@needs_torchvision
+def test_torchvisions_own_food101_is_opened_from_its_lists_and_pictures(tmp_path):
+    root = tmp_path / "food-101"
+    listed = {"train": {"waffles": [3, 4], "apple_pie": [0, 1, 2]}, "test": {"apple_pie": [5], "waffles": [6]}}
+    (root / "meta").mkdir(parents=True)
+    (root / "meta" / "classes.txt").write_text("apple_pie\nwaffles\n")
+    for split, found in listed.items():
+        names = {name: [f"{name}/{number}" for number in numbers] for name, numbers in found.items()}
+        (root / "meta" / f"{split}.json").write_text(json.dumps(names))
+        (root / "meta" / f"{split}.txt").write_text("\n".join(sum(names.values(), [])))
+        for name in sum(names.values(), []):
+            draw(root / "images" / f"{name}.jpg", int(name.rpartition("/")[2]), (48, 40))
+    draw(root / "images" / "apple_pie" / "9.jpg", 9, (48, 40))  # in neither list
+    food = open_data(f"food101:{tmp_path}", size=16)
+    assert (food.name, food.input_size, food.classes) == ("food101", (3, 16, 16), ("apple_pie", "waffles"))
+    for images, number in ((food.train, [3, 4, 0, 1, 2]), (food.test, [5, 6])):
+        x, y = everything(images)
+        assert [int(file.stem) for file in images.files] == number and not images.resident
+        assert y.tolist() == [int(n in (3, 4, 6)) for n in number]
+        background = [n * 7 % 256 for n in number]  # the red of the corner that `draw` leaves
+        assert (x[:, 0, -1, -1].int() - torch.tensor(background)).abs().max() <= 8
+    (root / "meta" / "test.json").unlink()
+    refused(f"food101:{tmp_path}", "is not there, or not whole ([Errno 2] No such file or directory")
+    shutil.rmtree(root / "meta")
+    refused(f"food101:{tmp_path}", "is not there, or not whole (Dataset not found")
 
 
 @pytest.mark.parametrize("spec", ["", "mnist", "cifar10", "cifar10:", "/no/such/folder", "images.tar"])

@@ -1,6 +1,6 @@
 """Build the C++ extension into decompk/lib, on any machine with a compiler, GPU or not.
 
-    python tools/build_ext.py [--arch 80,90a,100] [--emulation]
+    python tools/build_ext.py [--arch 80,90a,100] [--emulation] [--into DIR]
 
 --arch: the architectures to compile for, as in sm_90a; --emulation: the same kernels for the host, with g++ alone, for
 tests. Beside the library stands what it was built from and for; while neither changes, nothing is built again.
@@ -101,9 +101,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--arch", default=",".join(ARCHITECTURES), help="architectures, as in sm_90a")
     parser.add_argument("--emulation", action="store_true", help="for the host, with g++ alone")
+    parser.add_argument("--into", type=Path, default=LIBRARIES, metavar="DIR", help="in place of decompk/lib")
     args = parser.parse_args()
     try:
-        print(build(args.emulation, tuple(args.arch.split(","))))
+        print(build(args.emulation, tuple(args.arch.split(",")), args.into))
     except BuildError as error:
         print(error, file=sys.stderr)
         return 1

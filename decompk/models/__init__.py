@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import os
 import sys
@@ -14,6 +13,7 @@ from typing import Any
 from torch import nn
 
 from ..errors import DecompkError
+from ..imports import imported, what_failed, why_torchvision
 from .alexnet import alexnet
 from .basic import cifar_resnet8, cifar_resnet32, cifar_resnet56, cifar_resnet110, resnet18x2
 from .kinds import Elman, ElmanBlock, Recurrent, autoencoder, conv_autoencoder, mlp, signal_cnn, volume_cnn
@@ -120,7 +120,8 @@ def _users_own(name: str, options: dict[str, Any]) -> nn.Module:
         try:
             model = target()
         except Exception as error:
-            raise DecompkError(f"'{name}' cannot be called without arguments: {_reason(error)}; repair it.") from error
+            wrong = f"'{name}' cannot be called without arguments: {what_failed(error)}; repair it"
+            raise DecompkError(f"{why_torchvision(error) or wrong}.") from error
     finally:
         sys.path.remove(here)
     if not isinstance(model, nn.Module):
@@ -129,17 +130,7 @@ def _users_own(name: str, options: dict[str, Any]) -> nn.Module:
 
 
 def _attribute(path: str, attribute: str) -> Any:
-    try:
-        module = importlib.import_module(path)
-    except Exception as error:  # the user's module may raise anything while it is imported
-        raise DecompkError(
-            f"the module '{path}' cannot be imported: {_reason(error)}; check its path from {os.getcwd()} and its code."
-        ) from error
+    module = imported(path, f"no module '{path}' is found; check its name, and its path from {os.getcwd()}")
     if not hasattr(module, attribute):
         raise DecompkError(f"the module '{path}' has no '{attribute}'; name a function or class that it defines.")
     return getattr(module, attribute)
-
-
-def _reason(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0].rstrip(".") if lines else type(error).__name__

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib
 import math
 import zipfile
 import zlib
@@ -20,6 +19,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from ..errors import DecompkError
+from ..imports import brief, imported
 from ..partition import by
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
@@ -84,7 +84,7 @@ class FileImages(Images):
     resident = False
 
     def __init__(self, files: Sequence[Path], labels: Sequence[int], size: tuple[int, int], workers: int = 0):
-        _imported("PIL.Image", "image files are decoded with Pillow: pip install 'decompk[train]'")
+        imported("PIL.Image", "image files are decoded with Pillow: pip install 'decompk[train]'")
         self.files, self.labels = list(files), torch.tensor(labels, dtype=torch.int64)
         self.shape, self.workers = (3, *size), workers
 
@@ -211,8 +211,8 @@ def _dataset(name: str, classes: Sequence[str], train: Images, test: Images) -> 
 
 def _digits(size: tuple[int, int]) -> Dataset:
     needs = "'digits' are scikit-learn's: pip install 'decompk[train]'"
-    load = _imported("sklearn.datasets", needs).load_digits
-    split = _imported("sklearn.model_selection", needs).train_test_split
+    load = imported("sklearn.datasets", needs).load_digits
+    split = imported("sklearn.model_selection", needs).train_test_split
     images, labels = load(return_X_y=True)
     x = torch.from_numpy(images).reshape(-1, 1, 8, 8) * (255 / 16)
     x = F.interpolate(x, size, mode="bilinear").round().to(torch.uint8).numpy()
@@ -223,14 +223,14 @@ def _digits(size: tuple[int, int]) -> Dataset:
 
 def _torchvision(kind: str, root: Path, size: tuple[int, int] | None, workers: int) -> Dataset:
     name = TORCHVISION[kind]
-    make = getattr(_imported("torchvision", f"{name} is read with torchvision: pip install torchvision").datasets, name)
+    make = getattr(imported("torchvision", f"{name} is read with torchvision: pip install torchvision").datasets, name)
     food = kind == "food101"
     splits = [{"split": "train"}, {"split": "test"}] if food else [{"train": True}, {"train": False}]
     try:
         parts = [make(str(root), download=False, **split) for split in splits]
     except (RuntimeError, OSError, ValueError) as error:
         raise DecompkError(
-            f"{name} was looked for in {root} and is not there, or not whole ({_brief(error)}): "
+            f"{name} was looked for in {root} and is not there, or not whole ({brief(error)}): "
             f"download it with torchvision.datasets.{name}, or name another folder."
         ) from error
     if food:
@@ -284,7 +284,7 @@ def _npz(path: Path, size: tuple[int, int] | None) -> Dataset:
     except KeyError as error:
         raise DecompkError(f"{path} holds no array {name}; it needs {', '.join(names)}.") from error
     except (zipfile.BadZipFile, zlib.error, ValueError, EOFError, RuntimeError) as error:
-        raise DecompkError(f"{path}: {name} cannot be read as a plain array ({_brief(error)}).") from error
+        raise DecompkError(f"{path}: {name} cannot be read as a plain array ({brief(error)}).") from error
     x_train, x_test = (_npz_images(f"{path}: {name}", arrays.pop(name)) for name in ("x_train", "x_test"))
     if x_train.shape[1:] != x_test.shape[1:] or x_train.dtype != x_test.dtype:
         what = f"{x_train.dtype} {by(x_train.shape[1:])} and {x_test.dtype} {by(x_test.shape[1:])}"
@@ -341,18 +341,6 @@ def _decoded(files: list[Path], size: tuple[int, int]) -> Tensor | str:
             with Image.open(file) as image:
                 picture = ImageOps.fit(image.convert("RGB"), (width, height), Image.Resampling.BILINEAR)
         except Exception as error:  # decoders raise anything: OSError, SyntaxError, struct.error, …
-            return f"{file} cannot be read as an image: {_brief(error)}; repair or remove it."
+            return f"{file} cannot be read as an image: {brief(error)}; repair or remove it."
         batch[i] = torch.from_numpy(np.array(picture)).permute(2, 0, 1)
     return batch
-
-
-def _imported(module: str, needs: str) -> Any:
-    try:
-        return importlib.import_module(module)
-    except (ImportError, RuntimeError) as error:  # RuntimeError: torchvision made for another torch
-        raise DecompkError(f"{needs} ({_brief(error)}).") from error
-
-
-def _brief(error: BaseException) -> str:
-    lines = str(error).splitlines() or [type(error).__name__]
-    return lines[0].rstrip(".")
