@@ -11,9 +11,9 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from layers import Captured, side_by_side
 from layers import Case as Cut
 from race import Build, Contestant, Result, Work
+from steps import Captured, side_by_side
 from torch import Tensor, nn
 
 import decompk

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -462,15 +463,12 @@ def clip_grad_norm_(packed: nn.Module, max_norm: Number | Tensor, norm_type: flo
     """torch.nn.utils.clip_grad_norm_ for each member alone; returns their norms before clipping, (K,), on the device.
 
     max_norm: one value, K values, or a tensor of () or (K,). A member whose norm is not finite touches no other.
+    A CUDA graph captures one value, K values after one call with them outside it, and tensors on the device.
     Raises DecompkError.
     """
     K = packed.K
     grads = [p.grad for p in packed.parameters() if p.grad is not None]
-    if not isinstance(max_norm, Tensor):
-        limits = _per_member("max_norm", max_norm, K)
-        max_norm = limits[0] if len(set(limits)) == 1 else torch.tensor(limits, dtype=torch.float64)
-    elif max_norm.shape not in ((), (K,)):
-        raise DecompkError(f"max_norm of {tuple(max_norm.shape)} is neither one value nor one for each of {K} members.")
+    max_norm = limits(packed, max_norm, grads[0].device if grads else torch.device("cpu"))
     if not grads:
         return torch.zeros(K)
     rows = [grad.unsqueeze(-1) for grad in grads]  # (K,) has no dimension to reduce
@@ -482,6 +480,26 @@ def clip_grad_norm_(packed: nn.Module, max_norm: Number | Tensor, norm_type: flo
     for grad in grads:
         grad.mul_(factors.view(K, *[1] * (grad.dim() - 1)))
     return total
+
+
+def limits(packed: nn.Module, max_norm: Number | Tensor, device: torch.device) -> float | Tensor:
+    """`max_norm` as a CUDA graph can read it: a number, or unequal values on the device, put there once."""
+    if isinstance(max_norm, Tensor):
+        if max_norm.shape not in ((), (packed.K,)):
+            raise DecompkError(
+                f"max_norm of {tuple(max_norm.shape)} is neither one value nor one for each of {packed.K} members."
+            )
+        return max_norm
+    values = _per_member("max_norm", max_norm, packed.K)
+    return values[0] if len(set(values)) == 1 else _on_device(tuple(values), device)
+
+
+@functools.lru_cache(maxsize=1024)
+def _on_device(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """The values on the device; kept, so that a captured graph copies nothing from the host."""
+    if _capturing():
+        raise DecompkError("a CUDA graph can capture clipping by unequal norms after one call with them outside it.")
+    return torch.tensor(values, dtype=torch.float64, device=device)
 
 
 def _per_member(name: str, value: Any, K: int) -> list[Any]:

@@ -4,11 +4,25 @@ import copy
 
 import numpy as np
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from decompk.packed import pack
 from decompk.train import open_data
 
 OUTPUT, GRADIENT, TRAINED = 1e-10, 1e-9, 1e-8  # float64
+
+
+class HostValues(TorchDispatchMode):
+    """Names what makes tensors of Python's numbers: on a GPU that copy, of pageable memory, ends a capture."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.name() in ("aten::lift_fresh", "aten::lift_fresh_copy", "aten::scalar_tensor"):
+            self.names.append(function.name())
+        return function(*args, **(kwargs or {}))
 
 
 def leaves(tree):

@@ -1,497 +1,467 @@
-"""The GPU suite without a GPU: its lists, its arithmetic, and every stage once on CPU tensors with a timer of paper."""
+"""The GPU suite without a GPU: what is left when stages break, hang or are killed, and each stage in miniature."""
 # ruff: noqa: E402 (the tools stand beside the package)
 
-import contextlib
 import json
-import math
+import os
+import re
+import signal
 import subprocess
 import sys
-from dataclasses import dataclass, replace
+import tarfile
+import threading
+import time
+from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
-from torch import nn
 
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT / "tools")]
 
+import gpu_results
+import gpu_stages
 import gpu_suite
+import gpu_summary
+import journal
+import layer_bench
+import machine
+import step_bench
+import steps
 import timing
-import train_speed
 import tune
-from layers import CASES, Captured, Case, Layer, fitting_batch, layers, norms, problem, training_step
+from checks import Checks
+from compiling import Compiler, launches_of
+from desk import KEYS, Desk, in_miniature
+from journal import Journal, append, read
+from layers import problem
 
-import decompk
 from decompk import device as devices
 from decompk import dispatch
-from decompk.config import PASSES, Config
+from decompk.config import Config
 from decompk.device import interpreted
 
 CPU = torch.device("cpu")
-DIRECTIONS = ("forward", "backward")
 needs_interpreter = pytest.mark.skipif(not interpreted(), reason="runs kernels on the CPU")
 
-
-@dataclass(frozen=True)
-class Tiny(Case):
-    """A network of one convolution."""
-
-    def decomposition(self):
-        parts = nn.Conv2d(3, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()
-        return decompk.decompose(nn.Sequential(*parts, nn.Linear(8, 10)), (3, 32, 32), (1, 2), crop_size=self.crop)
-
-
-TINY = Tiny("resnet32", (1, 2), 8)
-
-
-def paper_timer(contestants, cold=True, seconds=0.05, runs=50):
-    """Runs everyone and finds that it takes a millisecond."""
-    for call in contestants.values():
-        call()
-    return {name: timing.Timing(1.0, 0.9, 1.1, 2) for name in contestants}
-
-
-# ---- lists ----------------------------------------------------------------------------------------------------------
-
-
-def test_the_layers_are_those_of_the_members():
-    found = {layer.name: layer for layer in layers(CASES[1])}
-    assert CASES[1].title == "resnet50 K=16@70"
-    assert found["4→4 3×3/1 @18×18"].count == 2
-    assert found["3→4 7×7/2 @70×70"].first
-    assert found["128→32 1×1/1 @3×3"].problem.aligned
-    assert not found["4→4 1×1/1 @18×18"].problem.aligned
-    assert sum(layer.count for layer in found.values() if layer.problem.layout == "member") == 53
-    assert found["3→4 7×7/2 @70×70 of crops"].image == (224, 224)
-    assert sum(norm.count for norm in norms(CASES[1])) == 53
-    kinds = [one.kind for one in found["3→4 7×7/2 @70×70"].passes()]
-    assert kinds == ["fprop", "wgrad"]
-
-
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32", "tf32"])
-@pytest.mark.parametrize("layout", ["member", "grouped", "strided", "crops"])
-def test_a_trial_knows_what_the_operator_asks_dispatch_for(dtype, layout, monkeypatch):
-    asked, choose = [], dispatch.choose
-    monkeypatch.setattr(dispatch, "choose", lambda one, device: asked.append(one) or choose(one, device))
-    for kernel, padding in (((1, 1), (0, 0)), ((3, 3), (1, 1))):
-        for kind in PASSES if layout != "crops" else ("fprop", "wgrad"):
-            one = problem(kind, dtype, (2, 3, 4, 8, 5, 6), kernel, layout, padding=padding)
-            trial = timing.Trial(one, CPU)
-            trial.by_op()
-            assert asked.pop() == trial.asked == timing.Trial(one, "meta").asked
-            assert trial.asked == one or kernel == (1, 1)
-
-
-def test_a_batch_is_halved_until_it_fits():
-    assert fitting_batch(TINY, math.inf) == 128
-    assert fitting_batch(TINY, 1e6) < 32
-
-
-# ---- measuring ------------------------------------------------------------------------------------------------------
-
-
-def test_the_gate_lets_pass_what_is_as_exact_as_torch_and_no_nan():
-    reference = torch.tensor([1.0, -2.0], dtype=torch.float64)
-    gate = timing.Gate(reference, reference + 1e-3)
-    assert gate(reference - 1.9e-3)[1] is None
-    assert "norm" in gate(reference + 3e-3)[1]
-    assert gate(torch.tensor([1.0, math.nan]))[0] == math.inf
-    assert "instead of" in gate(reference[:1])[1]
-
-
-def test_the_timer_takes_contestants_in_turn(monkeypatch):
-    clock = iter(range(10_000))
-
-    class Event:
-        def __init__(self, enable_timing):
-            assert enable_timing
-
-        def record(self):
-            self.at = next(clock)
-
-        def elapsed_time(self, other):
-            return float(other.at - self.at)
-
-    monkeypatch.setattr(torch.cuda, "Event", Event)
-    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: None, raising=False)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda *a: None)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(L2_cache_size=2**10))
-    timer = timing.Timer(CPU)
-    timer.other = timer.other[:8]
-    calls = []
-    found = timer({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, runs=5)
-    assert found["a"] == timing.Timing(1.0, 1.0, 1.0, 5)
-    assert "".join(calls) == "aabb" + "abbaabbaab"
-    assert timing.Timing.of([3.0, 1.0, 2.0]).ms == 2.0
+# ---- records --------------------------------------------------------------------------------------------------------
 
 
 def test_the_journal_remembers_what_broke(tmp_path):
-    path = tmp_path / "journal.json"
-    journal = timing.Journal(path, ("case", "impl"), {"device": "paper"})
-    journal.add(case="a", impl="x", ms=1.0)
-    journal.begin(case="a", impl="y")
-    again = timing.Journal(path, ("case", "impl"))
+    path = tmp_path / "records.jsonl"
+    first = Journal(path, ("case", "impl"), "bench", run=1)
+    first.add(case="a", impl="x", ms=1.0, rel_error=float("inf"))
+    first.begin(case="a", impl="y")
+    append(path, {"stage": "another", "begun": {"case": "z"}})
+    again = Journal(path, ("case", "impl"), "bench", run=2)
     assert again.has(case="a", impl="x") and again.has(case="a", impl="y") and not again.has(case="b", impl="x")
-    assert "broke" in again.records[1]["error"]
-    again.add(case="b", impl="x", rel_error=math.inf)
-    again.end(complete=True)
-    known = json.loads(path.read_text())
-    assert (len(known["records"]), known["begun"]) == (3, None)
-    assert known["head"] == {"device": "paper", "complete": True}
+    assert "broke" in again.records[1]["error"] and len(again.records) == 2
+    again.note("stopped")
+    assert len(Journal(path, ("case", "impl"), "bench").records) == 2
+    kept = [line for line in read(path) if line.get("impl") == "x"][0]
+    assert kept["rel_error"] == "inf" and kept["run"] == 1 and {"at", "seconds"} <= kept.keys()
 
 
-@pytest.mark.parametrize("layout", ["member", "crops"])
-@pytest.mark.parametrize("kind", ["fprop", "dgrad", "wgrad"])
-def test_the_rivals_compute_what_ours_computes(kind, layout):
-    if (kind, layout) == ("dgrad", "crops"):
-        return
-    one = problem(kind, "float32", (2, 3, 4, 6, 7, 5), (3, 3), layout, stride=(2, 2), padding=(1, 1))
-    trial = timing.Trial(one, CPU)
-    gate = trial.gate()
-    results = {name: view(call()) for name, (call, view) in timing.rivals(trial).items()}
-    results |= {form: trial.by_library(form) for form in dispatch.library_forms(one)}
-    for name, result in {**results, "op": trial.by_op()}.items():
-        assert gate(result)[1] is None, name
+def test_a_line_that_was_torn_harms_no_other(tmp_path):
+    path = tmp_path / "records.jsonl"
+    append(path, {"case": "a"})
+    with open(path, "ab") as file:
+        file.write(b'{"case": "b", "ms": 1.')
+    append(path, {"case": "c"})
+    assert [line["case"] for line in read(path)] == ["a", "c"]
 
 
-# ---- stages on paper ------------------------------------------------------------------------------------------------
+# ---- stages that break ----------------------------------------------------------------------------------------------
+
+FAKE = """
+import os, sys, time
+sys.path.insert(0, {tools!r})
+from pathlib import Path
+from journal import Journal
+stage, out = sys.argv[1], Path(sys.argv[2])
+{before}
+journal = Journal(out / "records.jsonl", ("part", "case"), stage, run=1)
+for i in range({count}):
+    key = dict(part="item", case=str(i))
+    if journal.has(**key):
+        continue
+    journal.begin({patience}, **key)
+    {body}
+    journal.add(**key, outcome="right")
+journal.note("done", late=0)
+"""
+
+
+@pytest.fixture
+def suite(tmp_path, monkeypatch):
+    """Stages of these names and boxes, whose processes run `bodies`; ahead does nothing."""
+
+    def make(bodies, boxes=None, minutes=0.3, **fills):
+        def command(self, name, until):
+            known = {
+                "before": "",
+                "count": 5,
+                "patience": 20,
+                "body": "pass",
+                **fills,
+                **bodies.get(name, {"count": 0}),
+            }
+            code = FAKE.format(tools=str(ROOT / "tools"), **known)
+            return [sys.executable, "-c", code, name, str(tmp_path / "out")]
+
+        monkeypatch.setattr(gpu_suite.Suite, "command", command)
+        monkeypatch.setattr(gpu_suite, "ENDING", 1.0)
+        boxes = boxes or dict.fromkeys(bodies, 12)
+        monkeypatch.setattr(gpu_suite, "STAGES", tuple(gpu_suite.Stage(*pair) for pair in boxes.items()))
+        return gpu_suite.Suite(tmp_path / "out", minutes)
+
+    return make
+
+
+def outcomes(lines, stage):
+    return [r.get("outcome") or r.get("error") for r in gpu_summary.results(lines, stage)]
+
+
+def test_a_stage_that_is_killed_goes_on_behind_that_place(suite, tmp_path):
+    one = suite({"checks": {"body": "os.kill(os.getpid(), 9) if i == 2 else None"}, "odd": {}})
+    assert one.run(["checks", "odd"]) == 1
+    found = outcomes(read(one.records), "checks")
+    assert found[:2] == found[3:] == ["right", "right"] and "SIGKILL" in found[2]
+    assert outcomes(read(one.records), "odd") == 5 * ["right"]
+    text = (one.out / "summary.md").read_text()
+    assert "checks: finished" in text and "SIGKILL" in text and "VERDICT: 1 failures" in text
+
+
+def test_a_stage_that_hangs_says_where_and_goes_on(suite):
+    one = suite({"checks": {"body": "time.sleep(60) if i == 1 else None", "patience": 1}, "odd": {}})
+    one.run(["checks", "odd"])
+    found = gpu_summary.results(read(one.records), "checks")
+    assert [r["case"] for r in found] == list("01234") and "hung for 1 s" in found[1]["error"]
+    assert "most recent call first" in found[1]["trace"]
+    assert len(outcomes(read(one.records), "odd")) == 5
+
+
+def test_a_stage_has_no_more_than_its_box_and_the_last_gets_what_is_left(suite):
+    boxes = {"checks": 2, "odd": 0.5}
+    one = suite({"checks": {"body": "time.sleep(0.4)", "count": 99}, "odd": {"body": "time.sleep(0.3)"}}, boxes)
+    began = time.time()
+    assert one.run(["checks", "odd"]) == 0
+    lines = read(one.records)
+    assert time.time() - began < 15 and 1 < len(outcomes(lines, "checks")) < 99
+    assert len(outcomes(lines, "odd")) == 5
+    assert "--resume would go on with: checks" in gpu_summary.summary(lines, 9999)
+
+
+def test_a_stage_that_cannot_begin_is_given_up_with_what_it_said(suite):
+    one = suite({"checks": {"before": "import no_such_module"}, "odd": {}})
+    assert one.run(["checks", "odd"]) == 1
+    assert "ModuleNotFoundError: No module named 'no_such_module'" in outcomes(read(one.records), "checks")[0]
+    assert len(outcomes(read(one.records), "odd")) == 5
+
+
+def test_what_comes_back_has_room_however_much_a_stage_says(suite, monkeypatch):
+    monkeypatch.setattr(gpu_suite, "LOG", 20_000)
+    one = suite({"checks": {"body": "print('x' * 99 + chr(10) * (i == 0), *range(9999), sep=chr(10))"}, "odd": {}})
+    one.run(["checks", "odd"])
+    names = {path.name: path.stat().st_size for path in one.out.iterdir()}
+    assert names.keys() == {"records.jsonl", "summary.md", gpu_suite.ARCHIVE} and max(names.values()) < 2**24
+    assert all(re.fullmatch(r"[A-Za-z0-9._-]+", name) for name in names)
+    with tarfile.open(one.out / gpu_suite.ARCHIVE) as tar:
+        log = tar.extractfile("logs/checks.log").read()
+        assert {"records.jsonl", "summary.md", "logs/odd.log"} <= set(tar.getnames())
+    assert log.startswith(b"item 0" if log.startswith(b"item") else b"x" * 99) and log.rstrip().endswith(b"item 4")
+    assert len(log) < 42_000
+
+
+def test_a_signal_ends_it_with_archive_and_summary(tmp_path):
+    code = f"""
+import sys; sys.path.insert(0, {str(ROOT / "tools")!r})
+import gpu_suite
+gpu_suite.Suite.command = lambda self, name, until: [sys.executable, "-c", "import time; time.sleep(60)"]
+sys.exit(gpu_suite.main(["--rehearse", "--out", {str(tmp_path / "out")!r}, "--only", "checks"]))
+"""
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    while not (tmp_path / "out" / "running.log").exists():
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    said = process.communicate(timeout=20)[0]
+    assert "VERDICT" in said and (tmp_path / "out" / gpu_suite.ARCHIVE).exists()
+
+
+def test_without_torch_every_stage_is_a_recorded_failure_and_the_suite_ends_well(tmp_path):
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch" / "__init__.py").write_text("raise ImportError('this torch is broken')\n")
+    command = [sys.executable, str(ROOT / "tools" / "gpu_suite.py"), "--rehearse", "--out", str(tmp_path / "out")]
+    done = subprocess.run(
+        [*command, "--only", "machine,odd"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+    )
+    assert done.returncode == 1, done.stderr
+    assert done.stdout.count("ImportError: this torch is broken") >= 2
+    assert (tmp_path / "out" / gpu_suite.ARCHIVE).exists()
 
 
 def test_without_a_gpu_it_says_so_in_a_sentence(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(gpu_suite, "gpu", lambda: False)
     assert gpu_suite.main(["--out", str(tmp_path)]) == 2
-    assert capsys.readouterr().err == "gpu_suite needs an NVIDIA GPU, and torch sees none.\n"
+    assert "needs an NVIDIA GPU" in capsys.readouterr().err
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert tune.main([]) == 2
     assert capsys.readouterr().err == "tune needs an NVIDIA GPU, and torch sees none.\n"
 
 
-@pytest.fixture
-def benched(tmp_path):
-    gpu_suite.build(tmp_path, CPU, paper_timer, copied=2**12, side=16)
-    environment = json.loads((tmp_path / "environment.json").read_text())
-    journal = timing.Journal(tmp_path / "bench.json", gpu_suite.KEYS, environment)
-    return gpu_suite.Bench(
-        CPU, paper_timer, journal, environment["roofs"], timing.Compiler(CPU), lambda: 99.0, dtype="float32", batch=2
-    )
+def test_a_second_call_goes_on_where_the_first_stopped(suite, tmp_path, monkeypatch):
+    bodies = {"machine": {}, "checks": {"body": "1 / (i - 2)" if False else "i == 2 and os._exit(7)"}, "odd": {}}
+    first = suite(bodies)
+    first.run(["machine", "checks"])
+    archive = tmp_path / "first.tar.gz"
+    os.rename(first.out / gpu_suite.ARCHIVE, archive)
+    for retry, again in ((False, 0), (True, 1)):
+        for file in first.out.iterdir():
+            file.unlink()
+        gpu_suite.resume(archive, first.out, retry)
+        before = len(outcomes(read(first.records), "checks"))
+        second = suite({**bodies, "checks": {}})
+        assert second.number == 2
+        second.run(["machine", "checks", "odd"])
+        lines = read(second.records)
+        assert len(outcomes(lines, "checks")) - before == again
+        assert len(outcomes(lines, "odd")) == len(outcomes(lines, "machine")) == 5
+        assert len(outcomes(lines, "machine, run 1")) == 5
 
 
-@needs_interpreter
-def test_a_bench_has_a_record_of_every_contestant_and_none_twice(benched, tmp_path):
-    assert benched.run((TINY,))
-    records = benched.journal.records
-    assert not [r for r in records if "error" in r]
-    names = {(r["part"], r["pass"]): set() for r in records}
-    for r in records:
-        names[r["part"], r["pass"]].add(r["impl"])
-    rivals = {"cudnn_grouped", "cudnn_grouped_copied", "cudnn_loop", "cudnn_dense"}
-    assert names["layers", "fprop"] >= rivals | {"ours", "triton_pointer"}
-    assert names["layers", "wgrad"] >= rivals | {"ours", "triton_pointer"}
-    assert names["norms", "backward"] == {"ours", "native_grouped", "native_loop"}
-    eager = {"packed", "packed_fused", "cudnn_groups", "members_in_turn"}
-    assert names["steps", "step"] == {f"{name}, eager" for name in eager}
-    assert all(r["roof_percent"] > 0 and r["rel_error"] < 1e-3 for r in records if r["part"] != "steps")
-    count = len(records)
-    assert replace(benched, only="layers").run((TINY,))
-    assert len(records) == count
-    assert not replace(benched, journal=timing.Journal(tmp_path / "new.json", gpu_suite.KEYS), left=lambda: 1.0).run(
-        (TINY,)
-    )
-    text = gpu_suite.summary(json.loads((tmp_path / "bench.json").read_text()))
-    assert "| not measured |" in text and "resnet32 K=2@8" in text
+# ---- the summary, and the way home ----------------------------------------------------------------------------------
 
 
-@needs_interpreter
-def test_a_failure_is_a_record_and_a_wrong_result_is_not_timed(benched, monkeypatch):
-    monkeypatch.setattr(timing.Trial, "by_kernel", lambda self, config: self.out.fill_(1))
-    monkeypatch.setattr(gpu_suite, "rivals", lambda trial: {"cudnn_loop": (lambda: 1 / 0, torch.stack)})
-    replace(benched, only="layers").run((TINY,))
-    wrong = {r["impl"] for r in benched.journal.records if r.get("wrong")}
-    assert wrong == {"triton_pointer"} | {r["impl"] for r in benched.journal.records if "triton" in r["impl"]}
-    failed = next(r for r in benched.journal.records if r["impl"] == "cudnn_loop")
-    assert failed["error"] == "ZeroDivisionError: division by zero"
-    assert {r["impl"] for r in benched.journal.records if "ms" in r} == {"ours"}
+def layer(case, kind, impl, ms, **more):
+    key = {"stage": "layers", "part": "layers", "net": "n", "case": case, "pass": kind, "impl": impl}
+    return {**key, "ms": ms, "roof_percent": 50.0, "predicted_ms": 2 * ms, "config": f"{impl} 1×8×8", **more}
 
 
-@needs_interpreter
-def test_stages_run_alone(tmp_path, monkeypatch):
-    monkeypatch.setattr(gpu_suite, "CASES", ())
-    monkeypatch.setattr(gpu_suite, "roofs", lambda device, timer: [("copy_gbps", 1.0)])
-    for stage in ("build", "bench"):
-        gpu_suite.alone(stage, tmp_path, lambda: 99.0, "", CPU, paper_timer)
-    assert json.loads((tmp_path / "bench.json").read_text())["head"]["complete"]
-    monkeypatch.setattr(tune, "CASES", (TINY,))
-    files = ["--out", str(tmp_path / "table.json"), "--log", str(tmp_path / "tune.json")]
-    tune.run(tune.parsed([*files, "--again", "--minutes", "0"]), CPU, paper_timer)
-    assert not (tmp_path / "table.json").exists()
-
-
-def test_a_captured_step_is_replayed(monkeypatch):
-    replayed = []
-    graph = SimpleNamespace(replay=lambda: replayed.append(1))
-    stream = SimpleNamespace(wait_stream=lambda other: None)
-    for name, value in dict(
-        Stream=lambda: stream,
-        current_stream=lambda: stream,
-        stream=lambda stream: contextlib.nullcontext(),
-        CUDAGraph=lambda: graph,
-        graph=lambda graph: contextlib.nullcontext(),
-    ).items():
-        monkeypatch.setattr(torch.cuda, name, value)
-    net = nn.Sequential(nn.Flatten(), nn.Linear(4, 3))
-    step = Captured(training_step([(net, lambda: torch.ones(2, 1, 2, 2))], torch.zeros(2, dtype=torch.long), 1))
-    losses = [float(step()), float(step())]
-    assert (len(replayed), losses[0]) == (2, losses[1])
-
-
-@needs_interpreter
-def test_the_tuner_keeps_the_fastest_that_is_right_and_does_not_try_twice(tmp_path, monkeypatch):
-    one = problem("dgrad", "float32", (2, 2, 4, 4, 5, 5), (3, 3), padding=(1, 1))
-    monkeypatch.setattr(dispatch, "TABLES", tmp_path)
-    candidates, variations = dispatch.candidates, tune.variations
-    forms = ("loop", "pointer", "tile")
-    monkeypatch.setattr(dispatch, "candidates", lambda *a: [c for c in candidates(*a) if c.form in forms])
-    monkeypatch.setattr(tune, "variations", lambda config: variations(config)[:2])
-    here, wanted = devices.of(CPU), {one: Layer(one.of("fprop"), 1, False, (5, 5))}
-    journal = timing.Journal(tmp_path / "log" / "tune.json", tune.KEYS)
-
-    def timer(contestants):
-        return {
-            name: timing.Timing(1.0 if "pointer" in name else 2.0, 0.9, 3.0, 5) for name in paper_timer(contestants)
-        }
-
-    def tuner():
-        table = tune.Table(dispatch.table_path(here), here)
-        return tune.Tuner(CPU, timer, journal, table, timing.Compiler(CPU), lambda: 99.0)
-
-    tuner().run(wanted)
-    known = json.loads(dispatch.table_path(here).read_text())
-    assert {"device", "versions", "command", "date", "entries"} == known.keys()
-    entry = known["entries"][dispatch.key_of(one)]
-    assert (entry["form"], entry["refined"], entry["ms"]) == ("pointer", True, 1.0)
-    assert not [r for r in journal.records if "error" in r]
-    count = len(journal.records)
-    tuner().run(wanted)
-    assert len(journal.records) == count
-    dispatch.table.cache_clear()
-    choice = dispatch.lookup(one, here)
-    assert choice.config.form == "pointer" and choice.ms == 1.0
-    dispatch.table.cache_clear()
-
-
-def test_a_tuned_entry_is_found_again_and_an_illegal_one_is_not(tmp_path, monkeypatch):
-    monkeypatch.setattr(dispatch, "TABLES", tmp_path)
-    here = devices.KNOWN[100]
-    one = problem("fprop", "bfloat16", (4, 128, 16, 16, 9, 9), (3, 3), padding=(1, 1))
-    good = Config("tile", (2, 8, 8), 16, 16, warps=8, stages=2)
-    table = tune.Table(dispatch.table_path(here), here)
-    table.keep(dispatch.key_of(one), dispatch.Choice("triton", "tile", good, 0.5, "timed"), refined=True)
-    table.keep(dispatch.key_of(one.of("dgrad")), dispatch.Choice("torch", "loop", None, 0.5, "timed"), refined=False)
-    bad = replace(good, tile=(3, 8, 8))
-    table.keep(dispatch.key_of(one.of("wgrad")), dispatch.Choice("triton", "tile", bad, 0.5, "timed"), refined=False)
-    dispatch.table.cache_clear()
-    assert dispatch.lookup(one, here).config == good
-    assert dispatch.lookup(one.of("dgrad"), here).form == "loop"
-    assert dispatch.lookup(one.of("wgrad"), here) is None
-    assert dispatch.lookup(replace(one, N=64), here) is None
-    dispatch.table.cache_clear()
-
-
-def test_variations_differ_in_warps_stages_and_splits_alone():
-    config = Config("tile", (2, 8, 8), 16, 16, warps=4, stages=3, splits=8)
-    found = tune.variations(config)
-    assert config not in found and len(set(found)) == len(found) == 11
-    assert all(replace(one, warps=4, stages=3, splits=8, atomic=False) == config for one in found)
-
-
-# ---- the table ------------------------------------------------------------------------------------------------------
-
-
-def record(case, kind, impl, ms, moved=1e6, percent=50.0, bound="memory"):
-    quantiles = dict(ms_p20=0.95 * ms, ms_p80=1.05 * ms, bytes=moved, roof_percent=percent, bound=bound)
-    return {"part": "layers", "net": "n", "case": case, "pass": kind, "impl": impl, "ms": ms, **quantiles}
-
-
-def made_up(**head):
-    times = {  # ours, grouped, loop
-        ("a", "fprop"): (1.0, 4.0, 8.0),
-        ("a", "dgrad"): (1.0, 3.0, 2.0),
-        ("a", "wgrad"): (2.0, 9.0, 1.0),
-        ("b", "fprop"): (2.0, 2.0, 4.0),
-        ("b", "wgrad"): (1.0, 1.02, 4.0),
+def step(impl, ms, **more):
+    return {
+        "stage": "steps",
+        "part": "steps",
+        "net": "resnet50 K=4@140",
+        "pass": "step",
+        "impl": impl,
+        "ms": ms,
+        **more,
     }
-    records = [
-        record(*where, impl, ms, moved=1e8 if where[0] == "a" else 1e6, percent=80.0 if impl == "ours" else 10.0)
-        for where, each in times.items()
-        for impl, ms in zip(("ours", "cudnn_grouped", "cudnn_loop"), each, strict=True)
-    ]
-    return {"head": {"device": "paper", "roofs": {"copy_gbps": 1.0}, **head}, "records": records}
 
 
-def test_speedups_are_geometric_means_over_layers():
-    records = made_up()["records"]
-    assert gpu_suite.speedups(records, "cudnn_grouped", "forward") == [4.0, 1.0]
-    assert gpu_suite.speedups(records, "cudnn_grouped", "backward") == [4.0, 1.02]
-    assert gpu_suite.speedups(records, "cudnn_loop", "backward", "n") == [1.0, 4.0]
-    assert gpu_suite.speedups(records, "cudnn_loop", "forward", "another") == []
-    assert gpu_suite.geometric_mean([4.0, 1.0]) == pytest.approx(2.0)
-    assert math.isnan(gpu_suite.geometric_mean([]))
+def made_up(many=1):
+    versions = {"stage": "machine", "run": 1, "part": "machine", "case": "versions", "device": "NVIDIA H100 80GB HBM3"}
+    lines = [{**versions, "table": "nvidia-h100-80gb-hbm3.json", "assumed": {"copy_gbps": 3000.0, "launch_ms": 0.003}}]
+    lines += [{"stage": "machine", "part": "roof", "case": "copy_gbps", "value": 2950.0}]
+    for i in range(many):
+        lines += [layer(f"{i}→{i}", "fprop", "ours", 2.0 + i), layer(f"{i}→{i}", "fprop", "cudnn_grouped", 1.0)]
+        lines += [{"stage": "checks", "part": "fprop", "case": f"tile {i}", "outcome": "right"}]
+        wrong = {"fault": f"wrong: norm {i}.5e-3, torch 1e-3", "marks": ["8 warps"], "outcome": "wrong"}
+        lines += [{"stage": "checks", "part": "dgrad", "case": f"band {i} 8 warps " + 99 * "x", **wrong}]
+        error = {"error": f"RuntimeError: {chr(97 + i % 26) * 80}", "trace": 5000 * "y"}
+        lines += [{"stage": "odd", "part": f"kind {i % 40}", "case": str(i), **error}]
+    lines += [step("ours fused, graph", 5.0), step("grouped, graph", 10.0), step("global, graph", 20.0)]
+    return lines
 
 
-def test_the_targets_are_held_against_the_records():
-    bench = made_up(complete=True)
-    behind = gpu_suite.slower(bench["records"])
-    assert [(o["case"], o["pass"], b["impl"]) for o, b in behind] == [("a", "wgrad", "cudnn_loop")]
-    slowest, roof, speed = gpu_suite.targets(bench)
-    assert (slowest.measured, slowest.verdict) == ("1 of 5 slower", "NOT MET")
-    assert (roof.measured, roof.verdict) == ("3 of 3, least 80 %", "met")
-    assert (speed.measured, speed.verdict) == ("forward 2.00×, backward 2.02×", "met")
-    broken = record("c", "fprop", "ours", 1.0)
-    del broken["ms"]
-    bench["records"] += [{**broken, "error": "wrong"}, record("a", "fprop", "ours", 1.0, 1e9, 69.0)]
-    bench["head"]["complete"] = False
-    slowest, roof, _ = gpu_suite.targets(bench)
-    assert slowest.measured == "1 of 6 slower, 1 not timed (unfinished)"
-    assert (roof.measured, roof.met) == ("3 of 4, least 69 % (unfinished)", False)
-    assert {target.met for target in gpu_suite.targets({"head": {}, "records": []})} == {None}
-    text = gpu_suite.summary(bench)
-    assert "| n | 2.00 | 2.02 |" in text and "| n | a | wgrad | 2.0000 | 1.0000 | cudnn_loop |  |" in text
-    assert "| n | c | fprop | ours | wrong |" in text
+def test_the_summary_fits_whatever_happened():
+    for many in (1, 50, 3000):
+        assert len(gpu_summary.summary(made_up(many), 10_000)) <= 10_000
+    assert "VERDICT: nothing failed" in gpu_summary.summary([], 10_000)
 
 
-# ---- processes ------------------------------------------------------------------------------------------------------
-
-
-def test_a_stage_that_breaks_is_started_again_behind_that_place(tmp_path, monkeypatch):
-    journal = tmp_path / "journal.json"
-    body = "import sys, os, pathlib; p = pathlib.Path(sys.argv[1]); n = len(p.read_text()) if p.exists() else 0; "
-    crash = body + "p.write_text('x' * (n + 1)); os._exit(3 if n < 2 else 0)"
-
-    def supervise(code, seconds=60.0):
-        journal.unlink(missing_ok=True)
-        return gpu_suite.supervise(lambda: [sys.executable, "-c", code, str(journal)], journal, lambda: seconds)
-
-    assert supervise(crash)
-    assert journal.read_text() == "xxx"
-    assert not supervise("raise SystemExit(3)")
-    monkeypatch.setattr(gpu_suite, "QUIET", 0.3)
-    assert not supervise("import time; time.sleep(60)")
-
-
-def test_outcomes_are_read_from_pytest_and_its_workers(tmp_path):
-    lines = [
-        "tests/test_gpu.py::test_a[x-1] PASSED   [ 10%]",
-        "[gw3] [ 20%] FAILED tests/test_gpu.py::test_b[y] ",
-        "FAILED tests/test_gpu.py::test_b[y] - AssertionError: PASSED",
-        "ERROR tests/test_c.py - ImportError",
-        "tests/test_gpu.py::test_d SKIPPED",
-    ]
-    journal = timing.Journal(tmp_path / "tests.json", ("case",))
-    command = [sys.executable, "-c", f"print({chr(10).join(lines)!r}); raise SystemExit(1)"]
-    with open(tmp_path / "log", "w") as log:
-        assert gpu_suite.pytest(command, journal, log, lambda: 60.0) == 1
-    outcomes = {r["case"].rpartition("/")[2]: r["outcome"] for r in journal.records}
-    assert outcomes == {
-        "test_gpu.py::test_a[x-1]": "PASSED",
-        "test_gpu.py::test_b[y]": "FAILED",
-        "test_c.py": "ERROR",
-    }
-    assert "SKIPPED" in (tmp_path / "log").read_text()
+def test_the_summary_holds_ours_beside_the_best_peer():
+    text = gpu_summary.summary(made_up(2), 10_000)
+    assert "ours fused, graph is 2.00× as fast as the best peer, grouped, graph, 4.00× faster than global" in text
+    assert "copy_gbps 2950 (assumed 3e+03)" in text
+    assert "- 0.33× 1→1 fprop: 3 ms" in text and "measured ÷ predicted: cudnn_grouped 0.50" in text
+    assert "2× dgrad band 0 8 warps" in text and "with 8 warps 0/2/0/0" in text
+    assert len(gpu_summary.failures(made_up(2))) == 4
 
 
 @pytest.mark.parametrize(
-    ("code", "clean", "outcome"), [(0, True, "PASSED"), (86, False, "FAILED"), (1, True, "could not run")]
+    ("text", "code", "outcome"),
+    [
+        ("sanitized 2 of 9: x\n========= ERROR SUMMARY: 0 errors", 0, "clean"),
+        (
+            "sanitized 2 of 9: x\n========= Invalid __global__ read\n========= ERROR SUMMARY: 1 error",
+            86,
+            "found errors",
+        ),
+        ("========= Error: Device not supported", 1, "could not run"),
+        ("sanitized 2 of 9: x", -9, "could not run"),
+    ],
 )
-def test_the_sanitizers_verdict_is_its_exit_code(tmp_path, monkeypatch, code, clean, outcome):
-    binary = tmp_path / "compute-sanitizer"
-    binary.write_text(f"#!/bin/sh\necho '========= ERROR SUMMARY: 1 error'\nexit {code}\n")
-    binary.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
-    journal = timing.Journal(tmp_path / "tests.json", ("case",))
-    with open(tmp_path / "log", "w") as log:
-        assert gpu_suite.sanitize("memcheck", journal, log, lambda: 100.0) is clean
-    assert journal.records == [{"case": "memcheck", "outcome": outcome, "said": ["ERROR SUMMARY: 1 error"]}]
+def test_the_sanitizers_verdict_is_its_exit_code(text, code, outcome):
+    found = gpu_stages.verdict(text, code)
+    assert found["outcome"] == outcome
+    assert found["checks"] == ("2 of 9" if "2 of 9" in text else "none")
+    assert ("fault" in found) == (code == 86) and ("error" in found) == (outcome == "could not run")
 
 
-def test_a_child_process_finds_the_package_and_compiles_its_kernels(monkeypatch):
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    found = gpu_suite.environment()
-    assert "TRITON_INTERPRET" not in found
-    assert found["PYTHONPATH"].startswith(f"{ROOT}:{ROOT / 'tools'}")
+def archive_of(tmp_path, lines):
+    (tmp_path / "records.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with tarfile.open(tmp_path / "a.tar.gz", "w:gz") as tar:
+        for path in (tmp_path / "records.jsonl", tmp_path / "tuned.json"):
+            if path.exists():
+                tar.add(path, path.name)
+    return tmp_path / "a.tar.gz"
 
 
-def test_stages_end_in_files_and_an_exit_code(tmp_path, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    ran = []
-
-    def supervise(command, journal, left):
-        ran.append(command())
-        if journal.name == "bench.json":
-            journal.write_text(json.dumps(made_up()))
-        return True
-
-    monkeypatch.setattr(gpu_suite, "supervise", supervise)
-    monkeypatch.setattr(gpu_suite, "test", lambda out, left: True)
-    monkeypatch.setattr(gpu_suite, "race", lambda out, left, only: True)
-    monkeypatch.setattr(dispatch, "TABLES", tmp_path / "tables")
-    monkeypatch.setattr(devices, "of", lambda device: devices.KNOWN[90])
-    (tmp_path / "tables").mkdir()
-    (tmp_path / "tables" / "h100.json").write_text("{}")
-    out = tmp_path / "out"
-    assert gpu_suite.main(["--out", str(out), "--minutes", "10"]) == 0
-    names = [Path(command[1]).name for command in ran]
-    assert names == ["gpu_suite.py", "gpu_suite.py", "gpu_suite.py", "train_speed.py", "tune.py"]
-    assert {path.name for path in out.iterdir()} == {"bench.json", "bench.md", "h100.json"}
-    monkeypatch.setattr(gpu_suite, "test", lambda out, left: False)
-    assert gpu_suite.main(["--out", str(out), "--stage", "test", "--minutes", "10"]) == 1
-    assert gpu_suite.main(["--out", str(out), "--minutes", "0.1"]) == 0
+def test_an_archive_is_laid_where_dispatch_and_readers_look(tmp_path, monkeypatch):
+    here = replace(devices.KNOWN[90], name="NVIDIA H100 80GB HBM3")
+    one = problem("fprop", "bfloat16", (4, 128, 16, 16, 9, 9), (3, 3), padding=(1, 1))
+    config = Config("tile", (2, 8, 8), 16, 16, warps=8, stages=2)
+    table = tune.Table(tmp_path / "tuned.json", here)
+    table.keep(dispatch.key_of(one), dispatch.Choice("triton", "tile", config, 0.5, "timed"), refined=True)
+    monkeypatch.setattr(dispatch, "TABLES", tmp_path / "decompk" / "configs")
+    known = dispatch.table_path(here)
+    old = {"form": "loop", "backend": "torch", "config": None, "ms": 1.0}
+    journal.write(known, tune.table_text({"device": "old"}, {"another": old}))
+    written = gpu_results.install(archive_of(tmp_path, made_up()), tmp_path)
+    assert written[-1] == known and json.loads(known.read_text())["entries"].keys() == {"another", dispatch.key_of(one)}
+    dispatch.table.cache_clear()
+    assert dispatch.lookup(one, here).config == config
+    dispatch.table.cache_clear()
+    folder = tmp_path / "bench" / "results" / "nvidia-h100-80gb-hbm3"
+    assert not any("trace" in line for line in read(folder / "gpu_suite.jsonl"))
+    assert "NVIDIA H100" in (folder / "gpu_suite.md").read_text()
+    with pytest.raises(ValueError, match="no GPU"):
+        gpu_results.install(archive_of(tmp_path, [{**made_up()[0], "device": "cpu"}]), tmp_path)
+    assert gpu_results.main([str(tmp_path / "none.tar.gz")]) == 2
 
 
-def test_the_races_are_those_of_the_bench_and_what_is_done_stays_when_time_is_up(tmp_path, monkeypatch, capsys):
-    files = {path.name for path in (gpu_suite.ROOT / "bench").glob("test_*")}
-    assert {f"test_{name}.py" for name in gpu_suite.RACES} == files
-    ran = []
-
-    def run(command, timeout, **_):
-        ran.append(Path(command[3]).stem)
-        if len(ran) == 3:
-            raise subprocess.TimeoutExpired(command, timeout)
-        return subprocess.CompletedProcess(command, {1: 0, 2: gpu_suite.NOTHING_CHOSEN}.get(len(ran), 1))
-
-    monkeypatch.setattr(subprocess, "run", run)
-    assert gpu_suite.race(tmp_path, lambda: 9.0, "")
-    assert ran == ["test_training", "test_recurrent", "test_layers"] and "stopped for time" in capsys.readouterr().out
-    assert not gpu_suite.race(tmp_path, lambda: 9.0, "")  # a wrong result: pytest's exit code is 1
-    monkeypatch.setattr(gpu_suite.importlib.util, "find_spec", lambda name: None)
-    assert not gpu_suite.race(tmp_path, lambda: 9.0, "") and "decompk[bench]" in capsys.readouterr().out
+# ---- stages in miniature --------------------------------------------------------------------------------------------
 
 
-def test_a_layer_knows_its_passes():
-    one = problem("fprop", "bfloat16", (4, 2, 4, 4, 6, 6), (3, 3))
-    assert Layer(one, 1, False, (6, 6)).passes() == [one.of(kind) for kind in PASSES]
+@pytest.fixture
+def desk(tmp_path):
+    """A desk of a rehearsal."""
+    plan = replace(in_miniature(), few=2)
+    return Desk(plan, Journal(tmp_path / "records.jsonl", KEYS, "layers"), time.time() + 99, Compiler(0), tmp_path)
 
 
-def test_the_speed_of_training_is_measured_of_right_results_only(tmp_path, monkeypatch):
-    case = train_speed.Case("tiny", "vgg8", (1, 16, 16), 4, None, batch=4)
-    monkeypatch.setattr(train_speed, "CPU", (case,))
-    monkeypatch.setattr(
-        train_speed,
-        "HOWS",
-        {
-            "eager": {},
-            "wrong": {"loss": lambda *given: -decompk.losses.cross_entropy(*given)},
-            "graph": {"graph": True},
-        },
-    )
-    monkeypatch.setattr(train_speed, "ROUNDS", 1)
-    whole = train_speed.measure
-    monkeypatch.setattr(train_speed, "measure", lambda *given: whole(*given[:4], 0.0, train_speed.HOWS))
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert train_speed.main(["--out", str(tmp_path / "train.json")]) == 1
-    records = {(r["network"], r["how"]): r for r in json.loads((tmp_path / "train.json").read_text())["records"]}
-    for network in ("members", "global"):
-        assert records[network, "eager"]["images_per_s"] > 0
-        assert "loss is off" in records[network, "wrong"]["wrong"]
-        assert "not on a GPU" in records[network, "graph"]["error"]
-    assert "×" in (tmp_path / "train.md").read_text()
+@needs_interpreter
+def test_the_machine_is_described_before_it_is_measured(desk):
+    machine.machine(desk)
+    records = {r["case"]: r for r in desk.journal.records}
+    assert list(records)[:2] == ["versions", "info"]
+    assert records["versions"]["torch"] == torch.__version__ and "launch_ms" in records["versions"]["assumed"]
+    assert records["copy_gbps"]["value"] > 0 and "missing" in records["graph_node_ms"]
+    assert machine.known_roofs(desk)["copy_gbps"] == records["copy_gbps"]["value"]
+
+
+@needs_interpreter
+def test_every_contestant_of_a_layer_has_a_record_and_none_twice(desk):
+    bench = layer_bench.Bench(desk, desk.plan.timer(), machine.known_roofs(desk))
+    with desk.plan.backend():
+        bench.run(desk.plan.layers)
+        count = len(desk.journal.records)
+        bench.run(desk.plan.layers)
+    records = desk.journal.records
+    assert len(records) == count and not [r for r in records if "error" in r or "fault" in r]
+    impls = {r["impl"] for r in records if r["part"] == "layers" and r["pass"] == "fprop"}
+    assert impls >= {"cudnn_grouped", "cudnn_grouped_copied", "cudnn_loop", "cudnn_dense", "ours", "timing"}
+    assert impls >= {"ours, moments in the epilogue", "ours, moments behind", "cudnn_grouped, moments behind"}
+    assert all(r["roof_percent"] > 0 and r["rel_error"] < 1e-3 for r in records if "ms" in r)
+    assert {r["impl"] for r in records if r["part"] == "norms"} == {"ours", "native_grouped", "native_loop", "timing"}
+
+
+@needs_interpreter
+def test_what_is_wrong_is_not_timed_and_what_fails_is_a_record(desk, monkeypatch):
+    monkeypatch.setattr(timing.Trial, "by_op", lambda self: self.out.fill_(1))
+    monkeypatch.setattr(layer_bench, "rivals", lambda trial: {"cudnn_grouped": (lambda: 1 / 0, torch.stack)})
+    monkeypatch.setattr(layer_bench, "kernels", lambda problem, device: {})
+    with desk.plan.backend():
+        layer_bench.Bench(desk, desk.plan.timer(), machine.known_roofs(desk)).run(desk.plan.layers)
+    found = [r for r in desk.journal.records if r["part"] == "layers"]
+    assert "wrong" in next(r for r in found if r["impl"] == "ours")["fault"]
+    failed = next(r for r in found if r["impl"] == "cudnn_grouped")
+    assert failed["error"] == "ZeroDivisionError: division by zero" and "Traceback" in failed["trace"]
+    assert not any("ms" in r for r in found if r["impl"] in ("ours", "cudnn_grouped"))
+
+
+@needs_interpreter
+def test_everybody_trains_and_who_has_another_loss_is_not_timed(desk, monkeypatch):
+    order = [
+        ("grouped", "eager"),
+        ("members in turn", "eager"),
+        ("global", "eager"),
+        ("vmap", "eager"),
+        ("wrong", "eager"),
+    ]
+    monkeypatch.setattr(step_bench, "ORDER", [("members on streams", "graph"), *order])
+
+    def wrong(field):
+        jobs = steps.grouped(field)
+        for parameter in jobs[0][0].parameters():
+            parameter.data.add_(0.5)
+        return jobs
+
+    monkeypatch.setitem(step_bench.WAYS, "wrong", wrong)
+    step_bench.run(desk)
+    found = {r["impl"]: r for r in desk.journal.records if r["pass"] == "step"}
+    for way, mode in order[:-1]:
+        assert found[f"{way}, {mode}"]["ms"] > 0 and found[f"{way}, {mode}"]["host_ms"] > 0, way
+    assert "off the members' own" in found["wrong, eager"]["fault"] and "ms" not in found["wrong, eager"]
+    assert "no CUDA graphs" in found["members on streams, graph"]["missing"]
+
+
+def test_launches_are_told_apart_and_the_longest_come_first():
+    found = steps.tally([("conv", 3.0), ("Memcpy DtoD", 1.0), ("conv", 5.0), ("Memset", 1.0), ("norm", 9.0)])
+    assert (found["kernels"], found["copies"], found["fills"], found["launches"]) == (3, 1, 1, 5)
+    assert found["top"][:2] == [("norm", 1, 0.009), ("conv", 2, 0.008)] and found["busy_ms"] == pytest.approx(0.019)
+
+
+@needs_interpreter
+def test_checks_find_what_is_wrong_and_each_has_a_name_of_its_own(monkeypatch):
+    plan = in_miniature()
+    found = plan.checks()
+    firsts = found.firsts()
+    kinds = {"fprop", "dgrad", "wgrad", "fused", "moments", "batch norm", "block", "operator"}
+    assert {check.kind for check in firsts} == kinds
+    names = [(check.kind, check.name) for check in found.every()]
+    assert len(set(names)) == len(names) > 500
+    with plan.backend():
+        chosen = [check for check in firsts if check.kind in ("wgrad", "operator", "batch norm")][::3]
+        assert [check.run() for check in chosen] == [None] * len(chosen)
+        monkeypatch.setattr(timing.Trial, "by_kernel", lambda self, config: self.out)
+        assert "wrong: norm inf" in next(check for check in firsts if check.kind == "fprop").run()
+
+
+def test_8_warps_and_tf32_are_marked():
+    marked = Checks(CPU, cases=(in_miniature().layers,), later=(), first=(2, 2, 16, 16, 9, 8)).marked()
+    assert marked and all("8 warps" in check.marks or "tf32" in check.marks for check in marked)
+
+
+def test_kernels_are_compiled_for_a_gpu_that_is_not_there(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    one = problem("fprop", "bfloat16", (2, 3, 16, 16, 9, 8), (3, 3), padding=(1, 1))
+    config = Checks(CPU).configs(one)[0][0]
+    launches = launches_of(lambda: timing.Trial(one, "meta").by_kernel(config))
+    compiler = Compiler(90, processes=1)
+    compiler.ask(launches)
+    compiler.wait(launches, 60)
+    assert compiler.counts() == {"asked": 1, "done": 1, "failed": 0} and list(tmp_path.rglob("*.cubin"))
+    compiler.close()
+
+
+@needs_interpreter
+def test_a_real_stage_killed_half_way_leaves_its_records_and_goes_on(tmp_path):
+    suite = gpu_suite.Suite(tmp_path, 5, rehearse=True)
+
+    def kill():
+        while len(gpu_summary.results(read(suite.records))) < 3:
+            time.sleep(0.02)
+        os.kill(suite.processes[0].pid, signal.SIGKILL)
+
+    threading.Thread(target=kill, daemon=True).start()
+    assert suite.supervise("machine", time.time() + 60) == "finished"
+    found = gpu_summary.results(read(suite.records), "machine")
+    names = [(r["part"], r["case"]) for r in found if r["part"] != "stage"]  # it may be killed between two
+    assert len(set(names)) == len(names) == 10
+    assert [r for r in found if "SIGKILL" in r.get("error", "")]
+    assert sum("value" in r for r in found) >= 6

@@ -7,6 +7,7 @@ from collections import OrderedDict
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import HostValues
 from torch import nn
 from torch.optim import lr_scheduler
 
@@ -722,6 +723,30 @@ def test_a_step_under_capture_uploads_nothing_and_makes_no_state(monkeypatch):
         assert all(
             torch.allclose(p, q, rtol=1e-6) for p, q in zip(packed.parameters(), other.parameters(), strict=True)
         )
+
+
+@each_kind
+def test_a_captured_step_with_unequal_clipping_makes_no_tensor_of_host_values(kind, monkeypatch):
+    _, packed = members_and_packed()
+    optimizer = together(packed, kind, capturable=True)
+    limits = [0.1, 0.2 + list(KINDS).index(kind), 3.0]  # no other test has put them on the device
+    feed(packed, [], 0)
+    with monkeypatch.context() as patch, pytest.raises(DecompkError, match="after one call with them outside it"):
+        patch.setattr(optim, "_capturing", lambda: True)
+        optim.clip_grad_norm_(packed, limits)
+    for t in range(2):
+        feed(packed, [], t)
+        optim.clip_grad_norm_(packed, limits)
+        optimizer.step()
+    for group in optimizer.param_groups:
+        group["lr"] *= 0.5
+    optimizer.prepare()
+    feed(packed, [], 2)
+    with monkeypatch.context() as patch, HostValues() as made:
+        patch.setattr(optim, "_capturing", lambda: True)
+        optim.clip_grad_norm_(packed, limits)
+        optimizer.step()
+    assert made.names == []
 
 
 @pytest.mark.gpu

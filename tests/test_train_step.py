@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from helpers import HostValues
 from torch import nn
 
 import decompk
@@ -178,6 +179,30 @@ def test_each_shape_is_captured_once_after_eager_steps_and_again_when_members_st
     captured(*full[1])
     assert [shape[0] for shape, _ in FakeGraph.made] == [6, 3, 6, 3]
     assert captured.read().images == 8 * 9 + 6 * 3 + 3
+
+
+@pytest.mark.parametrize("kind", [optim.SGD, optim.Adam, optim.AdamW])
+def test_nothing_of_the_host_is_in_a_graph_with_unequal_clipping_and_new_norms_are_captured_anew(kind, monkeypatch):
+    made = HostValues()
+
+    class Watched(FakeGraph):
+        def replay(self, x, y):
+            with made:
+                super().replay(x, y)
+
+    FakeGraph.made = []
+    monkeypatch.setattr(steps, "_Graph", Watched)
+    net = packed()
+    captured = train.Step(net, kind(net, [0.1, 0.2, 0.3, 0.4], capturable=True))
+    captured.graph = True
+    for clip, data in (([0.1, 0.5, 2.0, 9.0], batches(5)), ([0.2, 0.7, 3.0, 1.0], batches(2)), (0.5, batches(2))):
+        captured.clip = clip
+        for x, y in data:
+            captured(x, y)
+    assert len(FakeGraph.made) == 3 and made.names == []
+    captured.set_sums(None)
+    captured(*batches(1)[0])
+    assert len(FakeGraph.made) == 3 and captured.read().images == 6  # the sums are made outside of a graph
 
 
 def test_where_capturing_fails_the_step_goes_on_eagerly_and_says_why(captured):

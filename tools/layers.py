@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 from collections import Counter
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from math import prod
 
 import torch
 from timing import Trial
-from torch import Tensor, nn
+from torch import nn
 
 import decompk
 from decompk import cost
@@ -137,123 +134,3 @@ def fitting_batch(case: Case, memory: float, batch: int = BATCH) -> int:
     while batch > 1 and 64 * values * batch > memory:  # some copies in float64, ten in bfloat16
         batch //= 2
     return batch
-
-
-# ---- whole networks -------------------------------------------------------------------------------------------------
-
-
-class GroupedLinear(nn.Module):
-    """K linear layers on features side by side: (N, K·in) → (N, K·out)."""
-
-    def __init__(self, members: list[nn.Linear]):
-        super().__init__()
-        self.weight = nn.Parameter(torch.stack([m.weight.detach() for m in members]))
-        self.bias = nn.Parameter(torch.cat([m.bias.detach() for m in members]))
-
-    def forward(self, x: Tensor) -> Tensor:
-        K, _, features = self.weight.shape
-        y = x.view(-1, K, features).transpose(0, 1) @ self.weight.mT.to(x.dtype)
-        return y.transpose(0, 1).flatten(1) + self.bias
-
-
-def side_by_side(members: list[nn.Module]) -> nn.Module:
-    """The members as channel groups of one network, as one writes it without decompk: (N, K·C, H, W) → (N, K·O)."""
-    net = copy.deepcopy(members[0])
-    for path, leaf in list(net.named_modules()):
-        leaves = [member.get_submodule(path) for member in members]
-        if isinstance(leaf, nn.Conv2d):
-            wide = nn.Conv2d(
-                len(members) * leaf.in_channels,
-                len(members) * leaf.out_channels,
-                leaf.kernel_size,
-                leaf.stride,
-                leaf.padding,
-                leaf.dilation,
-                len(members) * leaf.groups,
-                leaf.bias is not None,
-            )
-        elif isinstance(leaf, nn.BatchNorm2d):
-            wide = nn.BatchNorm2d(len(members) * leaf.num_features)
-        elif isinstance(leaf, nn.Linear):
-            net.set_submodule(path, GroupedLinear(leaves))
-            continue
-        else:
-            continue
-        states = [one.state_dict() for one in leaves]
-        wide.load_state_dict({k: torch.cat([s[k] for s in states]) if v.dim() else v for k, v in states[0].items()})
-        net.set_submodule(path, wide)
-    return net
-
-
-Job = tuple[nn.Module, Callable[[], Tensor]]  # a network and what makes its input
-
-
-def networks(members: list[nn.Module], crops: Sequence[decompk.Crop], image: Tensor) -> dict[str, list[Job]]:
-    """Who trains `members` on crops of `image`: copies of them, the jobs of one run one after the other."""
-    device = image.device
-
-    def ready(net: nn.Module) -> nn.Module:
-        return net.to(device, memory_format=torch.channels_last).train()
-
-    def cut(crop: decompk.Crop) -> Tensor:
-        return crop.cut(image).contiguous(memory_format=torch.channels_last)
-
-    def packed() -> decompk.Packed:
-        return decompk.pack(members, crops=crops).to(device).train()
-
-    found = {"packed": [(packed(), lambda: image)]}
-    if hasattr(decompk, "fuse"):
-        found["packed_fused"] = [(decompk.fuse(packed()), lambda: image)]
-    groups = ready(side_by_side(members))
-    found["cudnn_groups"] = [(groups, lambda: torch.cat([cut(crop) for crop in crops], 1))]
-    pairs = zip(members, crops, strict=True)
-    found["members_in_turn"] = [(ready(copy.deepcopy(member)), partial(cut, crop)) for member, crop in pairs]
-    return found
-
-
-def training_step(jobs: list[Job], target: Tensor, K: int) -> Callable[[], Tensor]:
-    """Forward in bfloat16, loss, backward and SGD of every job in turn; returns the sum of the losses."""
-    optimizers = [torch.optim.SGD(net.parameters(), lr=0.01, momentum=0.9, foreach=True) for net, _ in jobs]
-
-    def step() -> Tensor:
-        total = torch.zeros((), device=target.device)
-        for (net, make), optimizer in zip(jobs, optimizers, strict=True):
-            optimizer.zero_grad(set_to_none=True)
-            with torch.autocast(target.device.type, torch.bfloat16):
-                logits = net(make())
-            members = K // len(jobs)
-            if logits.dim() == 2:  # of one member, or side by side
-                logits = logits.unflatten(1, (members, -1)).transpose(0, 1)
-            loss = decompk.losses.cross_entropy(logits.float(), target)
-            loss.backward()
-            optimizer.step()
-            total += loss.detach()
-        return total
-
-    return step
-
-
-class Captured:
-    """A training step as one CUDA graph, captured at its first call, when it has run `warm` times."""
-
-    warm = 3
-
-    def __init__(self, step: Callable[[], Tensor]):
-        self.step, self.graph = step, None
-
-    def __call__(self) -> Tensor:
-        if self.graph is None:
-            self._capture()
-        self.graph.replay()
-        return self.loss
-
-    def _capture(self) -> None:
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(self.warm):
-                self.step()
-        torch.cuda.current_stream().wait_stream(side)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            self.loss = self.step()

@@ -1,32 +1,24 @@
-"""How a kernel is measured: a problem's tensors, the gate before the timer, the timer, the journal.
-
-`tools/gpu_suite.py`, `tools/tune.py` and `tests/test_gpu.py` share it.
-"""
+"""How a kernel is measured: a problem's tensors, who else computes it, the gate before the timer, the timer."""
 
 from __future__ import annotations
 
 import contextlib
-import json
 import math
-import multiprocessing
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
+from journal import sentence
 from torch import Tensor
 
 from decompk import ops
 from decompk.config import Config, Epilogue, Problem, Prologue
 from decompk.dispatch import Choice
 from decompk.kernels import conv
-from decompk.kernels.launch import recording
 from decompk.ops import library
 from decompk.ops.conv import operands
 from decompk.ops.fused import cut
@@ -291,9 +283,15 @@ class Timer:
         self.other = torch.ones(4 * max(l2, 2**26) // 4, device=device)
 
     def __call__(
-        self, contestants: dict[str, Callable[[], Any]], cold: bool = True, seconds: float = 0.05, runs: int = 50
+        self,
+        contestants: dict[str, Callable[[], Any]],
+        cold: bool = True,
+        seconds: float = 0.05,
+        runs: int = 50,
+        least: int = 5,
     ) -> dict[str, Timing]:
-        plans = {name: self._plan(call, seconds, runs) for name, call in contestants.items()}
+        """Of each the median of as many runs as take `seconds`, of `runs` at most and `least` at least."""
+        plans = {name: self._plan(call, seconds, runs, least) for name, call in contestants.items()}
         events: dict[str, list] = {name: [] for name in contestants}
         names = list(contestants)
         for turn in range(max(count for count, _ in plans.values())):
@@ -313,7 +311,7 @@ class Timer:
         torch.cuda.synchronize()
         return {name: Timing.of([a.elapsed_time(b) for a, b in pairs]) for name, pairs in events.items()}
 
-    def _plan(self, call: Callable[[], Any], seconds: float, runs: int) -> tuple[int, int]:
+    def _plan(self, call: Callable[[], Any], seconds: float, runs: int, least: int) -> tuple[int, int]:
         """(how often to run, clock cycles the host needs to launch it)."""
         call()
         torch.cuda.synchronize()
@@ -322,80 +320,22 @@ class Timer:
         launched = time.perf_counter() - begin
         torch.cuda.synchronize()
         took = time.perf_counter() - begin
-        return min(runs, max(5, int(seconds / took))), int(min(launched, 0.02) * 2e9) + 20_000
+        return min(runs, max(least, int(seconds / took))), int(min(launched, 0.02) * 2e9) + 20_000
 
 
-# ---- the journal ----------------------------------------------------------------------------------------------------
+class HostTimer:
+    """The same on a CPU, by the clock: to see that everything runs, not how fast."""
+
+    def __call__(self, contestants: dict[str, Callable[[], Any]], **_: Any) -> dict[str, Timing]:
+        times: dict[str, list[float]] = {name: [] for name in contestants}
+        for name, call in 2 * list(contestants.items()):
+            begin = time.perf_counter()
+            call()
+            times[name].append(1e3 * (time.perf_counter() - begin))
+        return {name: Timing.of(found) for name, found in times.items()}
 
 
-SHOWN = ("outcome", "ms", "gbps", "roof_percent", "config", "error")
-
-
-class Journal:
-    """Records in a JSON file, rewritten whole after each one, and a line on the screen.
-
-    What was begun is written down, too: where the file says so at the start, the process before broke or hung in it,
-    and it becomes a record with an error. So whoever starts again skips what is there.
-    """
-
-    def __init__(self, path: Path, keys: tuple[str, ...], head: dict[str, Any] | None = None):
-        known = json.loads(path.read_text()) if path.exists() else {}
-        self.path, self.keys, self.head = path, keys, head or known.get("head", {})
-        self.records: list[dict[str, Any]] = []
-        self.lines: list[str] = []
-        self.seen: set[tuple] = set()
-        for record in known.get("records", []):
-            self._keep(record)
-        if known.get("begun"):
-            self.add(**known["begun"], error="the process broke or hung here")
-
-    def begin(self, **key: Any) -> None:
-        self._write(key)
-
-    def add(self, **record: Any) -> None:
-        self._keep(record)
-        self._write(None)
-        shown = [str(record[name]) for name in self.keys if name in record]
-        for name in (name for name in SHOWN if name in record):
-            value = record[name]
-            shown.append(f"{name}={value:.4g}" if isinstance(value, float) else f"{name}={value}")
-        print(*shown, flush=True)
-
-    def end(self, **head: Any) -> None:
-        """Say in the head what the whole is."""
-        self.head = {**self.head, **head}
-        self._write(None)
-
-    def has(self, **key: Any) -> bool:
-        return self._key(key) in self.seen
-
-    def _key(self, record: dict[str, Any]) -> tuple:
-        return tuple(record.get(name) for name in self.keys)
-
-    def _keep(self, record: dict[str, Any]) -> None:
-        record = {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
-        self.records.append(record)
-        self.lines.append(json.dumps(record, ensure_ascii=False))
-        self.seen.add(self._key(record))
-
-    def _write(self, begun: dict[str, Any] | None) -> None:
-        records = ",\n".join(self.lines)
-        head, begun = json.dumps(self.head, ensure_ascii=False), json.dumps(begun, ensure_ascii=False)
-        write(self.path, f'{{"head": {head},\n"begun": {begun},\n"records": [\n{records}\n]}}\n')
-
-
-def write(path: Path, text: str) -> None:
-    """Write a file at once: whoever reads sees the old or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(path.name + ".draft")
-    draft.write_text(text)
-    os.replace(draft, path)
-
-
-def sentence(error: BaseException) -> str:
-    """An exception in a line."""
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text[:300]}"
+# ---- the GPU ---------------------------------------------------------------------------------------------------------
 
 
 def free_memory(device: torch.device) -> float:
@@ -422,39 +362,3 @@ def describe(choice: Choice) -> str:
     tile, shared = "×".join(map(str, c.tile)), f" {c.splits} splits" if c.splits > 1 else ""
     atomic = " atomic" if c.atomic else ""
     return f"{c.form} {tile} {c.block_in}→{c.block_out} {c.warps} warps {c.stages} stages{shared}{atomic}"
-
-
-# ---- compiling ------------------------------------------------------------------------------------------------------
-
-
-class Compiler:
-    """Compiles kernels before they are wanted, in other processes, into Triton's cache; on a CPU it does nothing."""
-
-    def __init__(self, device: torch.device):
-        self.pool, self.jobs = None, {}
-        if device.type == "cuda":
-            processes = max(1, len(os.sched_getaffinity(0)) - 2)
-            self.pool = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"))
-
-    def ask(self, problem: Problem, config: Config, image: tuple[int, int] | None = None) -> None:
-        if self.pool and (problem, config) not in self.jobs:
-            with contextlib.suppress(RuntimeError):  # a broken pool: the launch compiles
-                self.jobs[problem, config] = self.pool.submit(compile_kernels, problem, config, image)
-
-    def wait(self, problem: Problem, config: Config) -> None:
-        job: Future | None = self.jobs.pop((problem, config), None)
-        if job:
-            job.exception()  # the launch will raise it again
-
-    def close(self) -> None:
-        if self.pool:
-            self.pool.shutdown(wait=False, cancel_futures=True)
-
-
-def compile_kernels(problem: Problem, config: Config, image: tuple[int, int] | None = None) -> int:
-    """Compile what `config` launches for a Trial of `problem`, as the launch would; returns how many kernels."""
-    with recording() as launches:
-        Trial(problem, "meta", image).by_kernel(config)
-    for one in launches:
-        one.kernel.warmup(grid=one.grid, num_warps=one.warps, num_stages=one.stages, **one.arguments)
-    return len(launches)

@@ -1,6 +1,6 @@
 """Images per second of decompk.train's step: members and the global network, eager, compiled, as a CUDA graph.
 
-    python tools/train_speed.py --out FILE.json [--minutes M] [--only TEXT]
+    python tools/train_speed.py --out FILE.jsonl [--minutes M] [--only TEXT]
 
 Synthetic images. On a GPU CIFAR ResNet32 and ResNet50 at the paper's crops, bf16 and channels_last, 128 images a batch;
 on a CPU the quick preset's network alone. Each way first trains a few steps beside the eager one from the same weights
@@ -26,7 +26,7 @@ from torch import nn
 
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
 
-from timing import Journal
+from journal import Journal
 
 import decompk
 from decompk import optim, train
@@ -184,7 +184,8 @@ def main(argv: list[str] | None = None) -> int:
         "torch": torch.__version__,
         "precision": "bf16" if gpu else "float32",
     }
-    journal = Journal(arguments.out, KEYS, head)
+    journal = Journal(arguments.out, KEYS, "train")
+    journal.note("head", **head)
     for case in GPU if gpu else CPU:
         if arguments.only in case.name and time.monotonic() < end:
             hows = HOWS if gpu else {how: o for how, o in HOWS.items() if "graph" not in o}

@@ -12,7 +12,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -23,8 +23,10 @@ import triton
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 
-from layers import CASES, Layer, fitting_batch, layers
-from timing import Compiler, Gate, Journal, Timer, Trial, describe, end_if_lost, free_memory, sentence, write
+from compiling import Compiler, launches_of
+from journal import Journal, sentence, write
+from layers import BATCH, CASES, Case, Layer, fitting_batch, layers
+from timing import Gate, Timer, Trial, describe, end_if_lost, free_memory
 
 from decompk import device as devices
 from decompk import dispatch
@@ -60,9 +62,14 @@ class Table:
 
     def keep(self, key: str, choice: Choice, refined: bool) -> None:
         self.entries[key] = {**dispatch.entry_of(choice), "refined": refined}
-        entries = ",\n".join(f"  {json.dumps(k)}: {json.dumps(v)}" for k, v in sorted(self.entries.items()))
-        head = ",\n".join(f" {json.dumps(k)}: {json.dumps(v)}" for k, v in self.head.items())
-        write(self.path, f'{{\n{head},\n "entries": {{\n{entries}\n }}\n}}\n')
+        write(self.path, table_text(self.head, self.entries))
+
+
+def table_text(head: dict, entries: dict[str, dict]) -> str:
+    """A table's file, an entry a line."""
+    lines = ",\n".join(f"  {json.dumps(key)}: {json.dumps(entry)}" for key, entry in sorted(entries.items()))
+    above = ",\n".join(f" {json.dumps(key)}: {json.dumps(value)}" for key, value in head.items())
+    return f'{{\n{above},\n "entries": {{\n{lines}\n }}\n}}\n'
 
 
 @dataclass
@@ -87,20 +94,19 @@ class Tuner:
     def _variations(self, problem: Problem) -> list[Choice]:
         """The winner so far and variations of the best two kernels."""
         key, here = dispatch.key_of(problem), devices.of(self.device)
-        winner = _choice(self.table.entries[key])
+        winner = dispatch.choice_of(self.table.entries[key])
         timed = [record["entry"] for record in self.journal.records if record["key"] == key and "ms" in record]
-        ranked = [winner, *(_choice(entry) for entry in sorted(timed, key=lambda entry: entry["ms"]))]
+        ranked = [winner, *(dispatch.choice_of(entry) for entry in sorted(timed, key=lambda entry: entry["ms"]))]
         best = list(dict.fromkeys(choice.config for choice in ranked if choice.config))[:2]
         configs = dict.fromkeys(one for config in best for one in variations(config))
         legal = [config for config in configs if conv.why_not(problem, config, here) is None]
-        return [winner, *(Choice("triton", config.form, config, 0.0, "a variation") for config in legal)]
+        backend = dispatch.backend_of
+        return [winner, *(Choice(backend(c.form), c.form, c, 0.0, "a variation") for c in legal)]
 
     def _sweep(self, work: list[tuple[Problem, list[Choice]]], refined: bool) -> None:
         for problem, choices in work:
             for choice in choices:
-                if choice.config:
-                    layer = self.problems[problem]
-                    self.compiler.ask(layer.problem.of(problem.kind), choice.config, layer.image)
+                self.compiler.ask(self._launches(problem, choice))
         for problem, choices in work:
             if self.left() < 10:
                 print("stopped for time", flush=True)
@@ -117,7 +123,7 @@ class Tuner:
             layer = self.problems[problem]
             trial = Trial(layer.problem.of(problem.kind), self.device, layer.image)
             gate = trial.gate()
-            sound = {describe(choice): choice for choice in choices if self._sound(key, trial, gate, choice)}
+            sound = {describe(choice): choice for choice in choices if self._sound(problem, trial, gate, choice)}
             self.journal.begin(key=key, choice="timing")
             timings = self.timer({name: partial(trial.by_choice, choice) for name, choice in sound.items()})
         except Exception as error:
@@ -131,36 +137,42 @@ class Tuner:
         winner = min(timings, key=lambda name: timings[name].ms)
         self.table.keep(key, replace(sound[winner], ms=timings[winner].ms), refined)
 
-    def _sound(self, key: str, trial: Trial, gate: Gate, choice: Choice) -> bool:
+    def _launches(self, problem: Problem, choice: Choice) -> list:
+        if choice.backend != "triton" or not self.compiler.pool:
+            return []
+        layer = self.problems[problem]
+        return launches_of(lambda: Trial(layer.problem.of(problem.kind), "meta", layer.image).by_kernel(choice.config))
+
+    def _sound(self, problem: Problem, trial: Trial, gate: Gate, choice: Choice) -> bool:
         """Whether `choice` runs and is right; what was found wrong once is not run again."""
-        name = describe(choice)
+        key, name = dispatch.key_of(problem), describe(choice)
         if self.journal.has(key=key, choice=name):
             return any(r["choice"] == name and r["key"] == key and "ms" in r for r in self.journal.records)
-        if choice.config:
-            self.compiler.wait(trial.problem, choice.config)
+        self.compiler.wait(self._launches(problem, choice), max(self.left(), 0.0))
         self.journal.begin(key=key, choice=name)
         try:
             trial.poison()
             error, fault = gate(trial.by_choice(choice))
-        except Exception as problem:
-            self.journal.add(key=key, choice=name, error=sentence(problem))
+        except Exception as broken:
+            self.journal.add(key=key, choice=name, error=sentence(broken))
             end_if_lost(trial.device)
             return False
         if fault:
-            self.journal.add(key=key, choice=name, error=fault, rel_error=error, wrong=True)
+            self.journal.add(key=key, choice=name, fault=fault, rel_error=error)
         return fault is None
 
 
-def _choice(entry: dict) -> Choice:
-    config = entry["config"] and Config(**{**entry["config"], "tile": tuple(entry["config"]["tile"])})
-    return Choice(entry["backend"], entry["form"], config, entry["ms"], "measured when tuned")
-
-
-def problems(memory: float, only: list[str] = ()) -> dict[Problem, Layer]:
+def problems(
+    memory: float,
+    only: Sequence[str] = (),
+    cases: Sequence[Case] = CASES,
+    dtype: str = "bfloat16",
+    batch: int = BATCH,
+) -> dict[Problem, Layer]:
     """Every pass of every layer once; `only`: those whose network or key holds one of these texts."""
     found = {}
-    for case in CASES:
-        for layer in layers(case, batch=fitting_batch(case, memory)):
+    for case in cases:
+        for layer in layers(case, dtype, fitting_batch(case, memory, batch)):
             for problem in layer.passes():
                 texts = (case.title, dispatch.key_of(problem))
                 if not only or any(text in where for text in only for where in texts):
@@ -174,7 +186,7 @@ def parsed(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=1e9)
     parser.add_argument("--problems", nargs="*", default=[], metavar="TEXT", help="only these networks or keys")
     parser.add_argument("--again", action="store_true", help="tune what the table already holds, too")
-    parser.add_argument("--log", type=Path, default=ROOT / "build" / "tune.json", help="a record of each candidate")
+    parser.add_argument("--log", type=Path, default=ROOT / "build" / "tune.jsonl", help="a record of each candidate")
     return parser.parse_args(argv)
 
 
@@ -184,12 +196,12 @@ def run(args: argparse.Namespace, device: torch.device, timer: Callable) -> None
     if args.again:
         args.log.unlink(missing_ok=True)
     table = Table(args.out or dispatch.table_path(devices.of(device)), devices.of(device))
-    journal = Journal(args.log, KEYS, table.head)
-    compiler = Compiler(device)
+    journal = Journal(args.log, KEYS, "tune")
+    compiler = Compiler(devices.of(device).capability if device.type == "cuda" else 0)
     wanted = problems(free_memory(device), args.problems)
     Tuner(device, timer, journal, table, compiler, lambda: deadline - time.monotonic()).run(wanted, args.again)
     compiler.close()
-    wrong = sum(record.get("wrong", False) for record in journal.records)
+    wrong = sum("fault" in record for record in journal.records)
     print(f"{len(table.entries)} entries in {table.path}; {wrong} candidates were wrong")
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from .. import losses
 from ..ahead import can_compile, compile_launches, kept_buffers, launches_of
 from ..errors import DecompkError
-from ..optim import clip_grad_norm_
+from ..optim import clip_grad_norm_, limits
 
 PRECISIONS = ("float32", "bf16", "float64")
 EAGER_STEPS = 3  # before a graph is captured: lazy state, cuDNN's and Triton's choices
@@ -74,7 +74,7 @@ class Step:
             self._eager_steps[key] += 1
             self._train(x, y, weight)
             return
-        version = self.optimizer.prepare() if hasattr(self.optimizer, "prepare") else None
+        version = self._constants()
         if key not in self._graphs or self._graphs[key].version != version:
             self._graphs.pop(key, None)
             try:
@@ -102,6 +102,7 @@ class Step:
         """Go on from the `sums` of a checkpoint."""
         self._sums = None if sums is None else sums.to(self._device, copy=True)
         self._graphs.clear()  # they add to the sums that were
+        self._eager_steps.clear()  # no graph may make the sums: each replay would start them anew
 
     def _train(self, x: Tensor, y: Tensor, weight: float) -> None:
         logits = self._gradients(x, y, weight)
@@ -138,6 +139,14 @@ class Step:
         self._sums[0] += each.view(K, N).sum(1)
         self._sums[1] += right.sum(1)
         self._sums[2] += N
+
+    def _constants(self) -> Any:
+        """What a graph of this step holds and its caller may change; what is on the device is brought up to date."""
+        prepared = self.optimizer.prepare() if hasattr(self.optimizer, "prepare") else None
+        clip = tuple(self.clip) if isinstance(self.clip, Sequence) else self.clip
+        if clip and hasattr(self.net, "K"):
+            self._limits = limits(self.net, clip, self._device)  # held as long as a graph may read it
+        return prepared, clip
 
     def _may_capture(self) -> bool:
         if self._device.type != "cuda":

@@ -174,8 +174,9 @@ def configs(problem: Problem) -> list[Config]:
     blocks = power_of_two(min(problem.taps * reduced, 32), 16), power_of_two(min(free, 32), 16)
     if problem.kind == "dgrad":
         blocks = blocks[::-1]
-    # Addresses fill the registers: of larger blocks, or of 64 pixels in two stages, some spill on some architecture.
-    found = [Config("pointer", (1, 1, 32), *blocks, stages=2)]
+    # Addresses fill the registers: of larger blocks, or of 64 pixels in two stages, some spill on some architecture;
+    # of tf32's, which are rounded in registers, 32 pixels in two stages do.
+    found = [Config("pointer", (1, 1, 32), *blocks, stages=1 if problem.dtype == "tf32" else 2)]
     if problem.element_size == 2:
         found.insert(0, Config("pointer", (1, 1, 64), *blocks, stages=1))
     if problem.kind == "wgrad":
