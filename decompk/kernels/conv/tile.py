@@ -118,10 +118,9 @@ def conv_tile(
                 mean = tl.sum(tl.where(inside[:, None], value, 0.0), 0) / number
                 off = tl.where(inside[:, None], value - mean[None, :], 0.0)
                 piece = moments + (tile.to(tl.int64) * 3) * F + f
-                exists = f < (BF if MERGED_OUT else F)  # merged, they all do: that mask makes triton 3.6 spill
-                tl.store(piece, mean * 0 + number, exists)
-                tl.store(piece + F, mean, exists)
-                tl.store(piece + 2 * F, tl.sum(off * off, 0), exists)
+                tl.store(piece, mean * 0 + number, f < F)
+                tl.store(piece + F, mean, f < F)
+                tl.store(piece + 2 * F, tl.sum(off * off, 0), f < F)
             if AFFINE:
                 acc = acc * tl.load(scale + k * F + f, f < F, 0.0)[None, :]
                 acc += tl.load(shift + k * F + f, f < F, 0.0)[None, :]
