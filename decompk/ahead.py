@@ -71,7 +71,8 @@ def compile_launches(launches: Sequence[Launch], device: torch.device) -> int:
         with AsyncCompileMode(threads, ignore_errors=True) as compiling:
             for one in launches:
                 one.kernel.warmup(grid=one.grid, num_warps=one.warps, num_stages=one.stages, **one.arguments)
-        compiled = [one.kernel for one in compiling.future_kernels.values() if one.kernel is not None]
+            found = compiling.future_kernels  # from Triton 3.9 on the mode forgets them when it ends
+        compiled = [one.kernel for one in found.values() if one.kernel is not None]
         list(threads.map(build_launcher, compiled))  # Triton 3.6 builds a C module for each; later ones build none
     return len(compiled)
 

@@ -10,35 +10,28 @@ from typing import Any
 
 def children(tree: Any) -> list | None:
     """What a container holds, in order; None for anything else."""
-    if _is_dataclass(tree):
+    if isinstance(tree, tuple | list):  # first: dynamo of torch 2.11 cannot ask a tuple's class for fields
+        return list(tree)
+    if dataclasses.is_dataclass(tree) and not isinstance(tree, type):
         return [getattr(tree, field.name) for field in dataclasses.fields(tree)]
     if isinstance(tree, dict):
         return list(tree.values())
-    if isinstance(tree, tuple | list):
-        return list(tree)
     return None
-
-
-def _is_dataclass(tree: Any) -> bool:
-    """Whether tree is an instance of one; dataclasses.is_dataclass says as much, but dynamo of torch 2.11 cannot."""
-    return hasattr(type(tree), "__dataclass_fields__")
 
 
 def rebuild(tree: Any, parts: list) -> Any:
     """A container like `tree` that holds `parts` instead."""
-    if _is_dataclass(tree):
+    if isinstance(tree, tuple | list):
+        return type(tree)(*parts) if hasattr(tree, "_fields") else type(tree)(parts)
+    if dataclasses.is_dataclass(tree):
         names = [field.name for field in dataclasses.fields(tree)]
         return dataclasses.replace(tree, **dict(zip(names, parts, strict=True)))
-    if isinstance(tree, dict):
-        if type(tree) is dict:
-            return dict(zip(tree, parts, strict=True))
-        new = copy.copy(tree)
-        for key, part in zip(tree, parts, strict=True):
-            new[key] = part
-        return new
-    if hasattr(tree, "_fields"):
-        return type(tree)(*parts)
-    return type(tree)(parts)
+    if type(tree) is dict:
+        return dict(zip(tree, parts, strict=True))
+    new = copy.copy(tree)
+    for key, part in zip(tree, parts, strict=True):
+        new[key] = part
+    return new
 
 
 def tree_map(function: Callable, tree: Any, *others: Any) -> Any:
