@@ -53,21 +53,28 @@ def launches_of(net: nn.Module, run: Callable[[], Any]) -> list[Launch]:
 
 
 def compile_launches(launches: Sequence[Launch], device: torch.device) -> int:
-    """Compile `launches` for the GPU `device` on all cores; returns how many kernels were not compiled before.
+    """Compile `launches` for the GPU `device` on all cores; returns how many kernels this process had not compiled.
 
     What cannot be compiled is left to the launch, which says why.
     """
     from triton import AsyncCompileMode
+    from triton.runtime import driver
+
+    def build_launcher(kernel: Any) -> None:
+        with contextlib.suppress(Exception):  # the launch says what is wrong
+            driver.active.launcher_cls(kernel.src, kernel.metadata)
 
     with (
         torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext(),
         ThreadPoolExecutor(len(os.sched_getaffinity(0))) as threads,
-        AsyncCompileMode(threads, ignore_errors=True) as compiling,
     ):
-        for one in launches:
-            one.kernel.warmup(grid=one.grid, num_warps=one.warps, num_stages=one.stages, **one.arguments)
-        count = len(compiling.raw_futures)  # from triton 3.9 on they are gone when the mode ends
-    return count
+        with AsyncCompileMode(threads, ignore_errors=True) as compiling:
+            for one in launches:
+                one.kernel.warmup(grid=one.grid, num_warps=one.warps, num_stages=one.stages, **one.arguments)
+            found = compiling.future_kernels  # from Triton 3.9 on the mode forgets them when it ends
+        compiled = [one.kernel for one in found.values() if one.kernel is not None]
+        list(threads.map(build_launcher, compiled))  # Triton 3.6 builds a C module for each; later ones build none
+    return len(compiled)
 
 
 @contextlib.contextmanager

@@ -70,6 +70,20 @@ def interpreted() -> bool:
     return bool(triton.knobs.runtime.interpret)
 
 
+@functools.lru_cache
+def why_no_interpreter() -> str | None:
+    """Why Triton's interpreter fails with this numpy, None where it runs."""
+    import numpy
+    import triton
+
+    old, new = (tuple(map(int, module.__version__.split(".")[:2])) for module in (triton, numpy))
+    if old < (3, 7) and new >= (2, 4):
+        return (
+            f"the interpreter of triton {triton.__version__} fails with numpy {numpy.__version__}: it needs numpy<2.4"
+        )
+    return None
+
+
 def why_not_triton_on(device: torch.device) -> str | None:
     """Why Triton kernels cannot run on tensors of `device`, None where they can."""
     if reason := why_no_triton():
@@ -78,5 +92,7 @@ def why_not_triton_on(device: torch.device) -> str | None:
         capability = 10 * torch.cuda.get_device_capability(device)[0]
         return None if capability >= 80 else f"sm_{capability} is older than sm_80"
     if device.type == "cpu":
-        return None if interpreted() else "on a CPU Triton runs only interpreted: set TRITON_INTERPRET=1"
+        return (
+            why_no_interpreter() if interpreted() else "on a CPU Triton runs only interpreted: set TRITON_INTERPRET=1"
+        )
     return f"no Triton on {device.type}"

@@ -59,6 +59,8 @@ class Paper:  # a GPU that compiles and runs nothing
     get_current_device = lambda self: 0
     get_current_stream = lambda self, device: 0
     get_current_target = lambda self: GPUTarget("cuda", 90, 32)
+    launchers = []
+    launcher_cls = lambda self, source, metadata: self.launchers.append(metadata.name)
 
 
 driver.set_active(Paper())
@@ -77,6 +79,7 @@ print(compile_launches(launches, torch.device("cpu")))
 print(compile_launches(launches, torch.device("cpu")))
 one = launches[0]
 found = one.kernel.warmup(grid=one.grid, num_warps=one.warps, num_stages=one.stages, **one.arguments)
+print(len(Paper.launchers))
 print("wgmma" in found.asm["ptx"] or "mma.sync" in found.asm["ptx"])
 """
 
@@ -85,4 +88,4 @@ def test_what_was_compiled_ahead_is_not_compiled_again(tmp_path):
     variables = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
     variables.pop("TRITON_INTERPRET", None)
     run = subprocess.run([sys.executable, "-c", COMPILED], env=variables, capture_output=True, text=True)
-    assert run.stdout.split() == ["2", "0", "True"], run.stdout + run.stderr
+    assert run.stdout.split() == ["2", "0", "2", "True"], run.stdout + run.stderr

@@ -295,3 +295,19 @@ def test_a_grid_over_the_limit_of_an_axis_is_refused():
             with pytest.raises(BackendError, match="programs"):
                 launch(kernel, grid, 4, 1)
     assert len(launches) == 1
+
+
+# ---- what cannot run ------------------------------------------------------------------------------------------------
+
+
+def test_an_interpreter_that_its_numpy_breaks_is_named(monkeypatch):
+    import numpy
+    import triton
+
+    for versions, runs in ((("3.6.0", "2.3.5"), True), (("3.7.1", "2.5"), True), (("3.6.0", "2.4.1"), False)):
+        devices.why_no_interpreter.cache_clear()
+        monkeypatch.setattr(triton, "__version__", versions[0])
+        monkeypatch.setattr(numpy, "__version__", versions[1])
+        reason = devices.why_no_interpreter()
+        assert reason is None if runs else "needs numpy<2.4" in reason
+    devices.why_no_interpreter.cache_clear()

@@ -56,11 +56,10 @@ class Stage:
     seconds: float
 
 
-STAGES = (  # what each is estimated to need is counted, not measured; a kernel takes 1.5 s to compile, 14 do at a time
+# What each is estimated to need is counted, not measured; a kernel takes 1.5 s to compile, and 14 are compiled at once.
+STAGES = (
     Stage("machine", 30),  # 20 of them for it, 10 for torch from a cold disk
-    Stage(
-        "checks", 100
-    ),  # 430 checks of 50 ms, 350 kernels: 38 s of compiling beside 22 of running, then 20 s compiled
+    Stage("checks", 100),  # 430 checks of 50 ms, 350 kernels: 38 s of compiling beside 22 of running, then the steps
     Stage("sanitize", 40),  # twice 8 s to import under the tool, then some 30 checks of 0.3 s
     Stage("steps", 150),  # three networks, 13 contestants each of 2 to 5 s
     Stage("layers", 120),  # 79 passes beside 7 to 12 contestants, 1 to 1.5 s each, the most of it cuDNN's search

@@ -29,6 +29,8 @@ ENDS = ("oldest", "newest")
 PACKAGES = ("torch", "triton", "torchvision", "numpy")
 # By torch: every release of torchvision is built for one torch, and without a pin pip would take the newest.
 TORCHVISION = {"2.11.0": "0.26.0"}
+# Triton 3.6's interpreter, which the tests run kernels in, takes int() of arrays of one value; numpy 2.4 refuses it.
+OLDEST_ALSO = ("numpy<2.4",)
 CHECKS = {
     "import": ("-c", "import decompk"),
     "info": ("-m", "decompk", "info"),
@@ -143,7 +145,8 @@ def environment(end: str, python: str | None, envs: Path) -> Path:
     if wrong:
         print(f"{end}: installing", flush=True)
         upgrade = [] if pins else ["--upgrade", "--upgrade-strategy", "eager"]
-        _asked([*pip, "--quiet", *upgrade, "--editable", ".[dev]", *(f"{name}=={pin}" for name, pin in pins.items())])
+        exact = [*(f"{name}=={pin}" for name, pin in pins.items()), *OLDEST_ALSO] if pins else []
+        _asked([*pip, "--quiet", *upgrade, "--editable", ".[dev]", *exact])
     return binary
 
 
