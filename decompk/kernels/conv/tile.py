@@ -148,17 +148,10 @@ def why_not(problem: Problem, config: Config) -> str | None:
         return "a descriptor's block has at most 256 values a dimension"
     if min(config.block_in, config.block_out, config.pixels) < 16:
         return "blocks below 16 have no matrix product"
-    if config.stages > _deepest(problem):
-        return "in more than two stages the parities of float32 spill (Triton 3.6, sm_90: 8 bytes with moments)"
     sums = SUMS if size == 2 else SUMS // 2
     if config.pixels * _free(problem, config) > sums * 32 * config.warps:
         return f"more than {sums} sums a thread leave no registers for what is fused"
     return None
-
-
-def _deepest(problem: Problem) -> int:
-    """Stages of the pipeline at most."""
-    return 2 if problem.dtype == "float32" and max(problem.stride) > 1 else 4
 
 
 def thread_values(problem: Problem, config: Config) -> int:
@@ -183,7 +176,7 @@ def configs(problem: Problem) -> list[Config]:
         for block_out in {power_of_two(min(problem.O, cap), 16) for cap in (wide, narrow)}:
             for block_in in {power_of_two(min(problem.C, cap), 16) for cap in (narrow, wide)}:
                 config = Config("tile", tile, block_in, block_out, warps)
-                stages = min(_deepest(problem), max(2, 160 * 1024 // max(1, _stage_bytes(problem, config))))
+                stages = min(4, max(2, 160 * 1024 // max(1, _stage_bytes(problem, config))))
                 found.append(replace(config, stages=stages))
     if problem.kind == "wgrad":
         found = [split(problem, c, programs(problem, c), _tiles(problem, c)) for c in found]
