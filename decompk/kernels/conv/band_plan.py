@@ -327,7 +327,7 @@ def _warps(problem: Problem, config: Config) -> int:
     four, eight = (replace(config, warps=warps) for warps in (4, 8))
     p = plan(problem, four)
     gathers = not p.load or problem.layout == "crops"
-    if gathers and p.product_rows * max(p.block_read, p.run * p.stack) > (1024 if problem.kind == "wgrad" else 4096):
+    if gathers and p.product_rows * max(p.block_read, p.run * p.stack) > (1024 if problem.kind == "wgrad" else 2048):
         return 8
     if problem.kind == "wgrad" and row_groups(p, four) != row_groups(p, eight):
         return 8
