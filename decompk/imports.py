@@ -16,7 +16,6 @@ import torch
 from .errors import DecompkError
 
 LIBRARIES = tuple({sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")})
-BUILDS = re.compile(r"\+(cpu|xpu|cu\d+|rocm[\d.]+)$")  # the wheels of download.pytorch.org
 
 
 def imported(name: str, missing: str) -> ModuleType:
@@ -49,8 +48,8 @@ def why_torchvision(error: BaseException) -> str | None:
     if isinstance(error, ModuleNotFoundError) and str(error.name).partition(".")[0] not in ("torch", "torchvision"):
         return f"{what}, as it needs {error.name}: install that"
     plain, *_ = torch.__version__.partition("+")
-    from_index = BUILDS.search(importlib.metadata.version("torch"))
-    index = f" --index-url https://download.pytorch.org/whl/{from_index[1]}" if from_index else ""
+    build = importlib.metadata.version("torch").partition("+")[2]
+    index = f", both from the index of {build} builds" if build else ""
     return (
         f"{what}, as it is built for another torch ({brief(error)}); install the one that belongs to this torch: "
         f"pip uninstall torchvision, then pip install torchvision torch=={plain}{index}"
