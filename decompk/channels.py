@@ -21,7 +21,7 @@ import torch
 from torch import fx, nn
 from torch.fx.node import map_aggregate, map_arg
 
-from .errors import MISFITS, DecompkError, PartitionError, UnsupportedOperation
+from .errors import MISFITS, DecompkError, PartitionError, UnsupportedOperation, brief
 from .graph import MetaInterpreter, dtype_of, on_meta, trace, where, windows
 from .ops.recurrent import GATES
 from .partition import Crop, Part, by, owners
@@ -225,7 +225,7 @@ class _Pass:
                 except DecompkError:
                     raise
                 except Exception as error:  # an operation used in a way that its rule does not foresee
-                    self.refuse(f"it cannot be followed ({type(error).__name__}: {_first_line(error)})")
+                    self.refuse(f"it cannot be followed ({type(error).__name__}: {brief(error)})")
             self.values[self.mode] = self.env
         self._finish(self.values)
         return self.plan
@@ -308,7 +308,7 @@ class _Pass:
 
     def _does_not_fit(self, x: T, error: Exception) -> PartitionError:
         return PartitionError(
-            f"{where(self.node)}: a member's {by(x.part.shape[1:])} does not fit here ({_first_line(error)}); "
+            f"{where(self.node)}: a member's {by(x.part.shape[1:])} does not fit here ({brief(error)}); "
             "choose other crops or another number of partitions."
         )
 
@@ -985,10 +985,6 @@ def _reads_features(modules: dict[str, nn.Module], graph: fx.Graph) -> bool:
             if module is None or not any(True for _ in module.parameters()):
                 pending.append(user)
     return False
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
 def _call_method(name: str, owner: Any, *args: Any, **kwargs: Any) -> Any:

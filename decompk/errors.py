@@ -27,3 +27,9 @@ class BackendError(DecompkError):
 
 # What torch raises where shapes do not fit; the meta kernels of some versions assert.
 MISFITS = (RuntimeError, AssertionError, IndexError, ValueError)
+
+
+def brief(error: BaseException) -> str:
+    """The first line that `error` says, without its full stop."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0].rstrip(".")

@@ -13,7 +13,7 @@ from types import ModuleType
 
 import torch
 
-from .errors import DecompkError
+from .errors import DecompkError, brief
 
 LIBRARIES = tuple({sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")})
 
@@ -64,12 +64,6 @@ def what_failed(error: BaseException) -> str:
     if isinstance(error, SyntaxError) or not own:  # a SyntaxError names its line itself
         return said
     return f"{said} ({Path(own[-1].filename).name}, line {own[-1].lineno})"
-
-
-def brief(error: BaseException) -> str:
-    """The first line that `error` says, without its full stop."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[0].rstrip(".")
 
 
 def _torchvision_version() -> str:

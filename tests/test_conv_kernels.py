@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from decompk import device
 from decompk.config import Config, Epilogue, Problem, Prologue
 from decompk.kernels import conv
+from decompk.kernels.launch import recording
 from decompk.ops.layout import strides_of
 
 H100 = device.KNOWN[90]
@@ -213,6 +214,16 @@ def test_atomic_and_two_pass_weight_gradients_agree_and_two_passes_repeat_bit_fo
         assert torch.equal(results[0], results[1])
         torch.testing.assert_close(results[0], results[2])
         assert conv.why_not(replace(p, deterministic=True), replace(config, atomic=True), H100)
+
+
+def test_three_products_share_no_dy_of_merged_rows_beside_an_x_of_plain_ones():
+    p = Problem("wgrad", "bfloat16", 1, 4, 64, 64, 4, 4, (3, 3), (1, 1), (1, 1))
+    dy, x, dw = torch.empty(1, 4, 4, 4, 64), torch.empty(1, 4, 4, 4, 64), torch.empty(1, 1, 64, 3, 3, 64)
+    for block_in, merged in ((64, True), (32, False)):
+        with recording() as launches:
+            conv.wgrad(p, Config("tile", (4, 4, 4), block_in, 64), dy.bfloat16(), x.bfloat16(), dw)
+        flags = launches[0].arguments
+        assert (flags["MERGED"], flags["MERGED_OUT"]) == (merged, merged)
 
 
 def test_illegal_configs_are_named():

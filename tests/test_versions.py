@@ -4,12 +4,14 @@ import ast
 import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tools"))
 
+import inspect_kernels  # noqa: E402
 import versions  # noqa: E402
 
 from decompk.layers import nest  # noqa: E402
@@ -210,3 +212,14 @@ def test_the_extension_is_built_for_the_oldest_torch():
     flags = re.search(r"TORCH_TARGET_VERSION=0x(\w{2})(\w{2})", (ROOT / "tools" / "build_ext.py").read_text())
     oldest = versions.bounds((ROOT / "pyproject.toml").read_text())["torch"]
     assert [int(part, 16) for part in flags.groups()] == [int(part) for part in oldest.split(".")[:2]]
+
+
+def test_a_kernel_that_does_not_compile_is_a_fault_and_the_gate_goes_on(monkeypatch):
+    def fails(*_, **__):
+        raise RuntimeError("PassManager::run failed\nand more of it")
+
+    monkeypatch.setattr(inspect_kernels, "ASTSource", lambda *_: None)
+    monkeypatch.setattr(inspect_kernels.triton, "compile", fails)
+    launch = SimpleNamespace(kernel=None, specialisation=lambda: (), warps=4, stages=2)
+    report = inspect_kernels.inspect(inspect_kernels.Kernel("wgrad", launch), 100)
+    assert report.faults == ("does not compile: PassManager::run failed",)

@@ -33,7 +33,7 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 import layers
 
 from decompk import device as devices
-from decompk import dispatch
+from decompk import dispatch, errors
 from decompk.config import Config, Epilogue, Problem, Prologue
 from decompk.kernels import batch_norm, block_conv, conv
 from decompk.kernels.launch import Launch, recording
@@ -106,7 +106,10 @@ def inspect(kernel: Kernel, arch: int) -> Report:
     launch = kernel.launch
     source = ASTSource(launch.kernel, *launch.specialisation())
     options = {"num_warps": launch.warps, "num_stages": launch.stages}
-    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    try:
+        compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    except Exception as error:  # of the compiler's own passes, which say more on stderr
+        return Report(kernel.label, arch, 0, 0, 0, {}, (f"does not compile: {errors.brief(error)}",))
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
@@ -196,7 +199,8 @@ def main() -> int:
         reports = list(pool.map(_inspect_job, range(len(JOBS)), chunksize=4))
     rows = []
     for r in reports:
-        figures = (f"sm_{r.arch}", r.registers, r.stack, r.shared, *r.counts.values(), "; ".join(r.faults))
+        counts = [r.counts.get(name, 0) for name in (TENSOR_CORES, TENSOR_COPIES, ROUNDING)]
+        figures = (f"sm_{r.arch}", r.registers, r.stack, r.shared, *counts, "; ".join(r.faults))
         rows.append(f"| {r.label} | {' | '.join(map(str, figures))} |")
     head = "| kernel | arch | registers | stack | shared | tensor cores | tensor copies | rounded | faults |"
     table = "\n".join([head, "|---" * 9 + "|", *rows])

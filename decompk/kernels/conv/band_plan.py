@@ -316,7 +316,10 @@ def _resources(problem: Problem, config: Config, warps: int | None = None) -> Co
     if problem.kind != "wgrad":
         return replace(config, stages=min(len(p.rows) + 1, 4, fit))
     shares = row_groups(p, config)[1]
-    return replace(config, stages=min(3, fit), splits=max(1, min(p.member_tiles, PROGRAMS // (problem.K * shares))))
+    deepest = 2 if problem.layout == "crops" else 3  # in three, what is gathered from crops spills on sm_100
+    return replace(
+        config, stages=min(deepest, fit), splits=max(1, min(p.member_tiles, PROGRAMS // (problem.K * shares)))
+    )
 
 
 def _warps(problem: Problem, config: Config) -> int:

@@ -496,7 +496,8 @@ def wgrad(dy: Tensor, x: Tensor, out: Tensor, problem: Problem, config: Config, 
     `out` is (splits, K, O, kh, kw, C), of which every split is written; or with config.atomic one zeroed (1, K, …).
     """
     merged = problem.stride == (1, 1) and _merges(problem, config, problem.C, config.block_in)
-    merged_out = _merges(problem, config, problem.O, config.block_out)
+    # A dy of merged rows beside an x of plain ones: Triton 3.6 cannot pipeline what three products of sm_100 share.
+    merged_out = (merged or config.block_out < 64) and _merges(problem, config, problem.O, config.block_out)
     block = (*config.tile, config.block_in)
     inputs, live = ([_descriptor(x, block, merged)] * 4, 1) if merged else _parities(x, problem, block)
     tiles = dict(zip(("TN", "TH", "TW"), map(cdiv, (problem.N, *problem.out_size), config.tile), strict=True))
