@@ -32,16 +32,27 @@ EXTENSION = ("cuda", "emulation")  # the C++ kernels, on a GPU and built for the
 _forced: contextvars.ContextVar[str | None] = contextvars.ContextVar("the backend asked for by name", default=None)
 
 
+class _Traced:
+    """The backend of whoever asked last, which compiled code is guarded by: a ContextVar cannot be traced."""
+
+    name: str | None = None
+
+
+_traced = _Traced()
+
+
 @contextlib.contextmanager
 def backend(name: str) -> Iterator[None]:
     """Run every operation inside on one backend: "torch", "triton" (on a CPU only with TRITON_INTERPRET=1), "cuda".
 
     "cpu" is the C++ kernels for processors (float32).
     "loop" is torch's own operators, one member after the other: every member computes, to the bit on a CPU, what it
-    would compute alone. "cuda" is the C++ extension, which convolves only (batch norms stay on Triton), "emulation"
+    would compute alone of the same memory: of images that lie channels_last, as packed ones do. "cuda" is the C++ extension, which convolves only (batch norms stay on Triton), "emulation"
     the same on the CPU.
     Raises BackendError where that backend does not exist here; an operation it cannot run raises it later. A backward
-    runs where its forward ran, whenever and in whichever thread that is: autograd has threads of its own.
+    runs where its forward ran, whenever and in whichever thread that is: autograd has threads of its own. Compiled code
+    is compiled again for each backend. What torch.utils.checkpoint computes again is a forward of its own, which runs
+    where whoever calls backward is: call that inside, too, or give a `context_fn`.
     """
     _check_backend(name)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -54,10 +65,12 @@ def backend(name: str) -> Iterator[None]:
         reason = extension.why_not(name)
     if reason:
         raise BackendError(f"backend '{name}' cannot run here: {reason}.")
-    token = _forced.set(name)
+    token, before = _forced.set(name), _traced.name
+    _traced.name = name
     try:
         yield
     finally:
+        _traced.name = before
         _forced.reset(token)
 
 
@@ -80,6 +93,8 @@ def resumed(backend: str | None) -> Iterator[None]:
     if backend is None:
         yield
         return
+    if backend != ANY:
+        _check_backend(backend)
     token = _forced.set(None if backend == ANY else backend)
     try:
         yield
@@ -88,13 +103,18 @@ def resumed(backend: str | None) -> Iterator[None]:
 
 
 def runs_on_cpu() -> bool:
-    """Whether the C++ kernels for processors may run: they are built here, and no other backend was asked for."""
-    return _forced.get() in (None, "cpu") and cpu.why_not() is None
+    """Whether the C++ kernels for processors may run: built here, no other backend asked for, and nothing compiled."""
+    return in_force() in (None, "cpu") and not torch.compiler.is_compiling() and cpu.why_not() is None
 
 
 def asked_for(name: str) -> bool:
-    """Whether backend `name` is in force; never in compiled code, where a ContextVar cannot be read."""
-    return not torch.compiler.is_compiling() and _forced.get() == name
+    """Whether backend `name` is in force."""
+    return in_force() == name
+
+
+def in_force() -> str | None:
+    """The backend asked for. Code that reads it while it is compiled is guarded by it."""
+    return _traced.name if torch.compiler.is_compiling() else _forced.get()
 
 
 def exact(dtype: torch.dtype) -> bool:
@@ -228,6 +248,10 @@ def candidates(problem: Problem, device: Device) -> list[Choice]:
 
 def backend_of(form: str) -> str:
     """The backend of a form that has Configs."""
+    from .kernels import conv
+
+    if form not in conv.FORMS:
+        raise BackendError(f"there is no form '{form}': choose one of {', '.join(conv.FORMS)}.")
     return "cuda" if form == "halo" else "triton"
 
 

@@ -23,6 +23,8 @@ SCHEMA = (
 
 def library(kind: str) -> Path:
     """Where the library of `kind`, "cuda" or "emulation", stands once it is built."""
+    if kind not in BUILD:
+        raise BackendError(f"there is no extension '{kind}': choose one of {', '.join(BUILD)}.")
     return LIBRARIES / f"halo_{kind}.so"
 
 

@@ -24,7 +24,8 @@ from .layers.conv import PackedConv2d
 from .layers.norm import PackedBatchNorm2d
 from .layers.per_member import PerMember
 from .ops import on_cpu
-from .ops.conv import arguments, output_shape
+from .ops.conv import arguments
+from .ops.layout import output_shape
 from .packed import Packed
 from .partition import Crop
 from .shell import Rewritten, Shell
@@ -472,8 +473,6 @@ def _layer(
 
 def _on_kernels(x: Tensor) -> bool:
     """Whether Triton runs here: torch's own operators need a pass of their own for what the kernels do on the way."""
-    if torch.compiler.is_compiling():  # a ContextVar cannot be traced
-        return x.is_cuda
     return asked_for("triton") or (x.is_cuda and not asked_for("torch"))
 
 

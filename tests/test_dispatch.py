@@ -228,6 +228,25 @@ def test_a_compiled_backward_keeps_its_backend(asked):
     assert {(one.kind, choice.backend) for one, choice in asked} == {("dgrad", "triton"), ("wgrad", "triton")}
 
 
+@needs_interpreter
+@pytest.mark.parametrize("fused", [False, True])
+def test_compiled_code_is_compiled_for_each_backend(fused, asked):
+    parts = torch.nn.Conv2d(4, 8, 3), torch.nn.BatchNorm2d(8), torch.nn.ReLU(), torch.nn.Conv2d(8, 8, 1)
+    net = decompk.pack([torch.nn.Sequential(*parts) for _ in range(2)])
+    net = decompk.fuse(net) if fused else net
+    compiled, x = torch.compile(net, backend="aot_eager"), torch.randn(2, 4, 6, 6)
+    for name in ("torch", "triton", "cpu", "triton"):
+        asked.clear()
+        with decompk.backend(name):
+            y = compiled(x)
+        in_a_thread_of_autograds(y.sum().backward)
+        assert {choice.backend for _, choice in asked} == {name}
+        assert {one.kind for one, _ in asked} == {"fprop", "dgrad", "wgrad"}
+    with decompk.backend("loop"):  # torch's own, as they are
+        wanted, found = net(x), compiled(x)
+    assert torch.equal(wanted, found)
+
+
 # ---- names that nobody has ------------------------------------------------------------------------------------------
 
 

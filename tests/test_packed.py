@@ -984,6 +984,26 @@ def test_samples_outside_dimension_zero_are_refused_and_the_remedy_works():
     assert_packed_equals_separate(members, double(*IMAGE), 2, pack(members, member_by_member=[""]))
 
 
+@pytest.mark.parametrize(
+    "layer", [nn.Conv2d(3, 8, 3), nn.Conv1d(3, 8, 3), nn.BatchNorm2d(3), nn.ConvTranspose2d(3, 8, 3)]
+)
+@pytest.mark.parametrize("channels", [1, 4, 64])
+def test_another_number_of_channels_is_refused_by_the_layers_name(layer, channels):
+    packed = pack(
+        [nn.Sequential(copy.deepcopy(layer)) for _ in range(3)], input_dims=3 if isinstance(layer, nn.Conv1d) else 4
+    )
+    with pytest.raises(errors.PackError, match=r"'0' takes 3 channels, and got an input of"):
+        packed(torch.randn(4, channels, *[9] * (1 if isinstance(layer, nn.Conv1d) else 2)))
+
+
+def test_weights_of_another_shape_never_reach_a_kernel():
+    packed = pack([nn.Sequential(nn.Conv2d(4, 8, 3)) for _ in range(3)])
+    conv = packed.get_submodule("0")
+    conv.weight = nn.Parameter(torch.randn(3, 8, 3, 3, 3))
+    with pytest.raises(errors.DecompkError, match="members of 4 channels"):
+        packed(torch.randn(4, 4, 9, 9))
+
+
 def test_outputs_that_are_not_one_row_per_sample_are_refused():
     class Scalar(Residual):
         def forward(self, x):

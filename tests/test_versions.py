@@ -115,6 +115,21 @@ def test_tests_that_ended_badly_without_a_name_are_failures(code):
     assert versions.judge("tests", code, "5 passed in 2.00s\n").failed
 
 
+def test_a_damaged_page_is_made_again(machine, monkeypatch):
+    _, _, page = machine
+    versions.PAGE.write_bytes(b"| | oldest | newest |\n| --- | --- | --- |\n| import \xff|\n")
+    assert call(monkeypatch, "oldest", "--only", "import") == 0
+    assert page()["oldest"]["import"].startswith("ok") and "newest" not in page()
+
+
+def test_a_python_that_is_not_there_is_a_sentence(tmp_path):
+    with pytest.raises(versions.VersionsError, match="none/python cannot be run: No such file"):
+        versions.environment("oldest", "none/python", tmp_path)
+    (tmp_path / "newest").mkdir()
+    with pytest.raises(versions.VersionsError, match="cannot be run"):
+        versions.environment("newest", None, tmp_path)
+
+
 def test_a_missing_nvcc_is_said_and_is_no_failure():
     for check, code in (("nvcc", 1), ("extension", 0)):
         verdict = versions.judge(check, code, "nvcc is not installed: there is none in PATH.\n")

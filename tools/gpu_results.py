@@ -12,6 +12,7 @@ import argparse
 import json
 import sys
 import tarfile
+import zlib
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -55,7 +56,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         print(*install(args.archive, ROOT), sep="\n")
-    except (OSError, ValueError, tarfile.TarError) as error:
+    except (OSError, ValueError, EOFError, zlib.error, tarfile.TarError) as error:
         print(f"gpu_results: {error}", file=sys.stderr)
         return 2
     return 0

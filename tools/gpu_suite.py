@@ -26,6 +26,7 @@ import tarfile
 import tempfile
 import threading
 import time
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +35,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent))
 
 from gpu_summary import failures, summary
-from journal import PATIENCE, append, parse, read, write
+from journal import PATIENCE, append, parse, read, sentence, write
 
 ROOT = Path(__file__).parents[1]
 ARCHIVE = "gpu_suite.tar.gz"
@@ -82,6 +83,7 @@ class Suite:
         self.records, self.live = out / "records.jsonl", out / "running.log"
         self.logs = Path(tempfile.mkdtemp(prefix="gpu-suite-"))
         self.processes: list[subprocess.Popen] = []
+        self.broken = False
         out.mkdir(parents=True, exist_ok=True)
         self.number = 1 + max((line.get("run", 0) for line in read(self.records)), default=0)
 
@@ -92,29 +94,45 @@ class Suite:
         with stopping() as signals:
             try:
                 for stage in todo:
-                    if beside is None and stage.name in UNTIMED:
-                        beside = self.start(BESIDE, self.end, self.logs / f"{BESIDE}.log")
-                    if beside is not None and stage.name not in UNTIMED:
-                        self.end_beside(beside)
-                    until = self.end if stage is todo[-1] else min(time.time() + stage.seconds, self.end)
-                    self.stage(stage.name, until)
+                    with self.whole():
+                        if beside is None and stage.name in UNTIMED:
+                            beside = self.start(BESIDE, self.end, self.logs / f"{BESIDE}.log")
+                        if beside is not None and stage.name not in UNTIMED:
+                            self.end_beside(beside)
+                        until = self.end if stage is todo[-1] else min(time.time() + stage.seconds, self.end)
+                        self.stage(stage.name, until)
             except Stopped:
-                self.note("suite", "stopped", reason="a signal")
+                with self.whole():
+                    self.note("suite", "stopped", reason="a signal")
             signals.clear()
             for process in list(self.processes):
                 self.stop(process)
-            self.keep_log("stopped")
-            text = self.pack()
+            text = summary(read(self.records), SHOWN)
+            with self.whole():
+                self.keep_log("stopped")
+                text = self.pack()
         print(f"\n{text}", flush=True)
-        return 1 if failures(read(self.records)) else 0
+        return 1 if self.broken or failures(read(self.records)) else 0
+
+    @contextlib.contextmanager
+    def whole(self) -> Iterator[None]:
+        """What breaks inside, as where the disk is full, is said and does not end the rest."""
+        try:
+            yield
+        except Exception as error:
+            self.broken = True
+            print(f"the suite itself broke here: {sentence(error)}", file=sys.stderr, flush=True)
 
     def end_beside(self, process: subprocess.Popen) -> None:
         """Nothing compiles while something is timed."""
         if process in self.processes:
             code = process.poll()
-            ended = "finished" if code == 0 else f"ended with {ending(code)}: {''.join(process.tail)[-300:]}"
             self.stop(process)
-            self.note(BESIDE, "stopped", reason="out of time" if code is None else ended)
+            if code is None:
+                reason = "out of time"
+            else:
+                reason = "finished" if code == 0 else f"ended with {ending(code)}: {''.join(process.tail)[-300:]}"
+            self.note(BESIDE, "stopped", reason=reason)
 
     def done(self, name: str) -> bool:
         """Whether a call before this one has finished the stage; a new machine is always measured."""
@@ -323,14 +341,16 @@ def gpu() -> bool:
 
 
 def resume(archive: Path, out: Path, retry: bool) -> None:
-    """Begin `out` with what an earlier call left: an archive, or `out` itself."""
+    """Begin `out` with what an earlier call left: what lies in `out`, which is never older, or else an archive."""
     records = out / "records.jsonl"
-    if archive.is_file():
-        out.mkdir(parents=True, exist_ok=True)
+    if archive.is_file() and not records.exists():
+        found = {}
         with tarfile.open(archive) as tar:
             for name in ("records.jsonl", "tuned.json"):
                 with contextlib.suppress(KeyError):
-                    (out / name).write_bytes(tar.extractfile(name).read())
+                    found[name] = tar.extractfile(name).read()
+        for name, content in found.items():
+            (out / name).write_bytes(content)
     lines = read(records)
     stages = {line.get("stage", "") for line in lines}
     again = {stage for stage in stages if any(failed(line) for line in lines if line.get("stage") == stage)}
@@ -343,7 +363,8 @@ def resume(archive: Path, out: Path, retry: bool) -> None:
             line = {**line, "stage": f"{stage}, run {line.get('run')}"}
         kept.append(line)
     # What was under way was killed with all of the call, and not by what it did.
-    kept += [{"stage": stage, "event": "stopped", "reason": "the call ended"} for stage in stages]
+    left = [stage.name for stage in STAGES if stage.name in stages and stage.name != "machine"]
+    kept += [{"stage": stage, "event": "stopped", "reason": "the call ended"} for stage in left]
     write(records, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept))
 
 
@@ -363,18 +384,29 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--retry", action="store_true", help="with --resume: run again what failed")
     parser.add_argument("--rehearse", action="store_true", help="in miniature, on the CPU")
     args = parser.parse_args(argv)
-    wanted = args.only.split(",")
+    wanted = [name.strip() for name in args.only.split(",")]
     if unknown := set(wanted) - set(names):
         parser.error(f"there is no stage {', '.join(sorted(unknown))}; choose of {', '.join(names)}")
     if not args.rehearse and not gpu():
         print("gpu_suite needs an NVIDIA GPU, and finds none; --rehearse runs it in miniature.", file=sys.stderr)
         return 2
+    if args.minutes is not None and not args.minutes > 0:
+        parser.error("--minutes is more than 0")
     out = args.out.resolve()
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"{out} cannot be a folder of results: {sentence(error)}")
     if args.resume is not None:
-        resume(args.resume.resolve(), out, args.retry)
+        if args.resume != Path() and not args.resume.is_file():
+            parser.error(f"there is no archive {args.resume}")
+        try:
+            resume(args.resume.resolve(), out, args.retry)
+        except (OSError, EOFError, zlib.error, tarfile.TarError) as error:
+            parser.error(f"{args.resume} is no whole archive of this tool: {sentence(error)}")
     elif (out / "records.jsonl").exists():
         parser.error(f"{out} holds records: --resume goes on with them, or choose another --out")
-    minutes = args.minutes or (REHEARSAL if args.rehearse else MINUTES)
+    minutes = args.minutes if args.minutes is not None else (REHEARSAL if args.rehearse else MINUTES)
     return Suite(out, minutes, args.rehearse).run(wanted)
 
 

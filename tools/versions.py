@@ -85,9 +85,9 @@ def first_error(lines: list[str]) -> str:
 
 
 def read(page: str) -> Page:
-    """The cells of a page that `render` made; of an empty one, none."""
+    """The cells of a page that `render` made; of an empty or damaged one, none."""
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in page.splitlines() if line.startswith("|")]
-    if not rows:
+    if not rows or len({len(row) for row in rows}) > 1:
         return {}
     return {end: {row[0].split(":")[0]: row[i] for row in rows[2:]} for i, end in enumerate(rows[0]) if end}
 
@@ -176,7 +176,7 @@ def check_end(end: str, binary: Path, checks: list[str]) -> int:
         text = verdict.text.replace(f"{ROOT}/", "").replace(f"{binary.parents[1]}/", "").replace("|", "/")
         cells[check] = f"{text}; {time.monotonic() - began:.0f} s, {today}"
         print(cells[check], flush=True)
-        page = read(PAGE.read_text()) if PAGE.exists() else {}
+        page = read(PAGE.read_text(errors="replace")) if PAGE.exists() else {}
         PAGE.write_text(render(merged(page, end, cells)))
     return failed
 
@@ -205,7 +205,10 @@ def _versions(binary: Path) -> dict[str, str]:
 
 
 def _asked(command: list[str]) -> str:
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    try:
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    except OSError as error:
+        raise VersionsError(f"{command[0]} cannot be run: {error.strerror}.") from error
     if done.returncode:
         said = [line.strip() for line in done.stderr.splitlines() if line.strip()]
         raise VersionsError(f"{shlex.join(command)} failed: {first_error(said)}")

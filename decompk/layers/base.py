@@ -76,13 +76,16 @@ class Twin:
         finally:
             self._parameters.update(stacks)
 
-    def check(self, x: Tensor) -> None:
+    def check(self, x: Tensor, channels: int | None = None) -> None:
+        """Raise PackError where x does not have the dimensions, the packed batch's rows or these many channels."""
         if self.input_dims is not None and x.dim() != self.input_dims:
             raise PackError(
                 f"'{self.path}' got an input of {tuple(x.shape)}: in a packed module {self._get_name()} takes "
                 f"{self.input_dims} dimensions, the samples first."
             )
         check_rows(x.shape[0] if x.dim() else 1, self.K, self.path, x.shape)
+        if channels is not None and x.dim() > 1 and x.shape[1] != channels:
+            raise PackError(f"'{self.path}' takes {channels} channels, and got an input of {tuple(x.shape)}.")
 
     def each_member(self, function: Callable[..., Tensor], x: Tensor, *stacks: Any) -> Tensor:
         """Concatenate `function(x_k, *slices_k)` over members; a stack is a (K, …) tensor, a sequence of K, or None."""

@@ -15,7 +15,7 @@ class _PackedConv(Twin):
     """x (K·N, c, *spatial), weight (K, O, c / groups, *kernel), bias (K, O) → (K·N, O, *spatial')."""
 
     def forward(self, x: Tensor) -> Tensor:
-        self.check(x)
+        self.check(x, self.in_channels)
         padding = self.padding
         if self.padding_mode != "zeros":
             x = F.pad(x, self._reversed_padding_repeated_twice, mode=self.padding_mode)
@@ -89,7 +89,7 @@ class _PackedConvTranspose(_PackedConv):
     """x (K·N, c, *spatial), weight (K, c, O / groups, *kernel), bias (K, O) → (K·N, O, *spatial')."""
 
     def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
-        self.check(x)
+        self.check(x, self.in_channels)
         extra = self._output_padding(
             x, output_size, self.stride, self.padding, self.kernel_size, x.dim() - 2, self.dilation
         )

@@ -20,7 +20,7 @@ class _PackedBatchNorm(Twin):
 
     def forward(self, x: Tensor, residual: Tensor | None = None, relu: bool = False) -> Tensor:
         """relu(batch norm(x) + residual), the latter two for `fuse`; the residual is of x's shape."""
-        self.check(x)
+        self.check(x, self.num_features)
         self._check_input_dim(x)
         batch_statistics = self.training or (self.running_mean is None and self.running_var is None)
         tracks = not self.training or self.track_running_stats
@@ -58,7 +58,9 @@ class _PackedBatchNorm(Twin):
     def _on_cpu(self, x: Tensor, residual: Tensor | None, training: bool, *statistics: Tensor | None) -> bool:
         if not on_cpu.takes(x, self.weight, self.bias, residual, *statistics):
             return False
-        dense = all(t is None or t.is_contiguous() for t in statistics)
+        vectors, shape = (self.weight, self.bias, *statistics), (self.K, x.shape[1])
+        fit = all(t is None or t.shape == shape for t in vectors) and (residual is None or residual.shape == x.shape)
+        dense = fit and all(t is None or t.is_contiguous() for t in statistics)
         return dense and x.numel() > (self.K * self.num_features if training else 0)  # one value has no variance
 
 

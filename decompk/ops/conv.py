@@ -21,11 +21,13 @@ from .layout import (
     aligned,
     as_strided_like,
     channels_inside,
+    check_shapes,
     empty_like_layout,
     empty_weight,
     layout_of,
     nhwc,
     ohwi,
+    output_shape,
     sizes,
     stream,
 )
@@ -121,17 +123,6 @@ def _pair(value, name: str, least: int) -> Pair:
     return values
 
 
-def output_shape(
-    x: Sequence[int], weight: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
-) -> tuple[int, ...]:
-    """(K, N, O, H', W')."""
-    spatial = [
-        (size + 2 * p - d * (k - 1) - 1) // s + 1
-        for size, k, s, p, d in zip(x[3:], weight[3:], stride, padding, dilation, strict=True)
-    ]
-    return (x[0], x[1], weight[1], *spatial)
-
-
 def check(x: Tensor, weight: Tensor, bias: Tensor | None, stride, padding, dilation) -> tuple[int, ...]:
     """The output's shape; raises DecompkError where the tensors do not fit each other."""
     if x.dim() != 5 or weight.dim() != 5:
@@ -139,27 +130,7 @@ def check(x: Tensor, weight: Tensor, bias: Tensor | None, stride, padding, dilat
             f"grouped_conv2d takes x (K, N, C, H, W) and weight (K, O, C, kh, kw), not {sizes(x, weight)}."
         )
     check_alike("grouped_conv2d", x, x=x, weight=weight, bias=bias)
-    if x.shape[0] != weight.shape[0] or x.shape[2] != weight.shape[2]:
-        raise DecompkError(
-            f"x {sizes(x)} has {x.shape[0]} members of {x.shape[2]} channels, weight {sizes(weight)} has "
-            f"{weight.shape[0]} of {weight.shape[2]}."
-        )
-    if bias is not None and bias.shape != weight.shape[:2]:
-        raise DecompkError(f"bias {sizes(bias)} does not fit weight {sizes(weight)}: it has to be (K, O).")
-    if min(*stride, *dilation) < 1 or min(padding) < 0:
-        raise DecompkError(
-            f"stride {tuple(stride)}, padding {tuple(padding)} and dilation {tuple(dilation)}: strides and dilations "
-            "start at 1 and padding at 0."
-        )
-    if not x.shape[0] or not x.shape[2] or not weight.shape[1] or not weight.shape[3] * weight.shape[4]:
-        raise DecompkError(f"x {sizes(x)} and weight {sizes(weight)}: only the batch may be empty.")
-    shape = output_shape(x.shape, weight.shape, stride, padding, dilation)
-    if min(shape[3:]) < 1:
-        raise DecompkError(
-            f"a {weight.shape[3]}×{weight.shape[4]} kernel of dilation {tuple(dilation)} does not fit images of "
-            f"{x.shape[3]}×{x.shape[4]} pixels with padding {tuple(padding)}."
-        )
-    return shape
+    return check_shapes(x.shape, weight.shape, None if bias is None else bias.shape, stride, padding, dilation)
 
 
 def check_alike(operator: str, x: Tensor, /, **operands: Tensor | None) -> None:

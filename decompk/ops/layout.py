@@ -1,4 +1,4 @@
-"""How K activations lie in memory: member-major, channel-grouped, or otherwise; and allocating like them."""
+"""How K activations lie in memory, member-major, channel-grouped or otherwise; allocating like them; their shapes."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
+
+from ..errors import DecompkError
 
 # Dimensions of (K, N, C, H, W) from the outermost in memory to the innermost.
 ORDERS = {"member": (0, 1, 3, 4, 2), "grouped": (1, 3, 4, 0, 2)}
@@ -96,3 +98,47 @@ def aligned(tensors: Iterable[Tensor]) -> bool:
 def sizes(*tensors: Tensor) -> str:
     """The shapes of tensors, for a message."""
     return " and ".join(str(tuple(t.shape)) for t in tensors)
+
+
+def output_shape(
+    x: Sequence[int], weight: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
+) -> tuple[int, ...]:
+    """(K, N, O, H', W')."""
+    spatial = [
+        (size + 2 * p - d * (k - 1) - 1) // s + 1
+        for size, k, s, p, d in zip(x[3:], weight[3:], stride, padding, dilation, strict=True)
+    ]
+    return (x[0], x[1], weight[1], *spatial)
+
+
+def check_shapes(
+    x: Sequence[int],
+    weight: Sequence[int],
+    bias: Sequence[int] | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> tuple[int, ...]:
+    """`output_shape` of x (K, N, C, H, W), weight (K, O, C, kh, kw) and bias (K, O); raises DecompkError for others."""
+    if x[0] != weight[0] or x[2] != weight[2]:
+        members, channels = x[0], x[2]
+        raise DecompkError(
+            f"x {tuple(x)} has {members} members of {channels} channels, weight {tuple(weight)} has {weight[0]} of "
+            f"{weight[2]}."
+        )
+    if bias is not None and tuple(bias) != tuple(weight[:2]):
+        raise DecompkError(f"bias {tuple(bias)} does not fit weight {tuple(weight)}: it has to be (K, O).")
+    if min(*stride, *dilation) < 1 or min(padding) < 0:
+        raise DecompkError(
+            f"stride {tuple(stride)}, padding {tuple(padding)} and dilation {tuple(dilation)}: strides and dilations "
+            "start at 1 and padding at 0."
+        )
+    if not x[0] or not x[2] or not weight[1] or not weight[3] * weight[4]:
+        raise DecompkError(f"x {tuple(x)} and weight {tuple(weight)}: only the batch may be empty.")
+    shape = output_shape(x, weight, stride, padding, dilation)
+    if min(shape[3:]) < 1:
+        raise DecompkError(
+            f"a {weight[3]}×{weight[4]} kernel of dilation {tuple(dilation)} does not fit images of {x[3]}×{x[4]} "
+            f"pixels with padding {tuple(padding)}."
+        )
+    return shape

@@ -16,6 +16,7 @@ from .. import dispatch
 from ..config import PASSES, Problem
 from ..kernels import cpu
 from . import library
+from .layout import check_shapes
 from .library import Pair
 
 Geometry = tuple[Pair, Pair, Pair]  # stride, padding, dilation
@@ -24,7 +25,7 @@ _PLAIN = (Tensor, nn.Parameter)
 
 def takes(x: Tensor, *others: Tensor | None) -> bool:
     """Whether float32 tensors on a CPU are computed here and now: no mode, transform or compiler looks on."""
-    if torch.compiler.is_compiling() or not dispatch.runs_on_cpu():
+    if not dispatch.runs_on_cpu():
         return False
     for t in (x, *others):
         if t is not None and (type(t) not in _PLAIN or t.dtype is not torch.float32 or t.device.type != "cpu"):
@@ -60,9 +61,11 @@ class _Plan:
 
 
 @functools.lru_cache(maxsize=4096)
-def _plan(x: torch.Size, weight: torch.Size, geometry: Geometry, backend: str) -> _Plan:
+def _plan(x: torch.Size, weight: torch.Size, bias: torch.Size | None, geometry: Geometry, backend: str) -> _Plan:
+    """Raises DecompkError for shapes that do not fit: the kernels take pointers, and look at nothing."""
     K, O, C, *kernel = weight
-    rows, _, H, W = x
+    rows, channels, H, W = x
+    check_shapes((K, rows // K, channels, H, W), weight, bias, *geometry)
     return _Plan(Problem("fprop", "float32", K, rows // K, C, O, H, W, tuple(kernel), *geometry), backend)
 
 
@@ -75,7 +78,7 @@ class _Conv(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
         x = channels_last(x)
-        plan = _plan(x.shape, weight.shape, geometry, dispatch.noted())
+        plan = _plan(x.shape, weight.shape, None if bias is None else bias.shape, geometry, dispatch.noted())
         ctx.plan, ctx.geometry, ctx.has_bias = plan, geometry, bias is not None
         ctx.save_for_backward(x, weight)
         y = library.forward(plan.form("fprop"), x.unflatten(0, (plan.K, -1)), weight, bias, *geometry)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ...cache import folder, processor
 from ...config import Problem
+from ...errors import BackendError
 
 Pair = tuple[int, int]
 
@@ -128,6 +129,8 @@ FORMS = ("direct", "winograd")
 
 def why_not_conv(problem: Problem, form: str = "direct") -> str | None:
     """Why `form` does not compute this convolution, None where it does."""
+    if form not in FORMS:
+        raise BackendError(f"the processor's kernels have no form '{form}': choose one of {', '.join(FORMS)}.")
     p = problem
     outputs = p.C if p.kind == "dgrad" else p.O
     if p.dtype != "float32":
