@@ -47,12 +47,12 @@ def backend(name: str) -> Iterator[None]:
 
     "cpu" is the C++ kernels for processors (float32).
     "loop" is torch's own operators, one member after the other: every member computes, to the bit on a CPU, what it
-    would compute alone of the same memory: of images that lie channels_last, as packed ones do. "cuda" is the C++ extension, which convolves only (batch norms stay on Triton), "emulation"
-    the same on the CPU.
+    would compute alone of images that lie channels_last, as the packed ones do. "cuda" is the C++ extension, which
+    convolves only (batch norms stay on Triton), "emulation" the same on the CPU.
     Raises BackendError where that backend does not exist here; an operation it cannot run raises it later. A backward
     runs where its forward ran, whenever and in whichever thread that is: autograd has threads of its own. Compiled code
-    is compiled again for each backend. What torch.utils.checkpoint computes again is a forward of its own, which runs
-    where whoever calls backward is: call that inside, too, or give a `context_fn`.
+    is compiled again for each backend. What torch.utils.checkpoint computes again is a forward of its own, and needs
+    `context_fn=lambda: (nullcontext(), backend(name))`.
     """
     _check_backend(name)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
