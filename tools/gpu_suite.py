@@ -374,7 +374,7 @@ def failed(line: dict[str, Any]) -> bool:
 
 def main(argv: list[str] | None = None) -> int:
     names = [stage.name for stage in STAGES]
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
     parser.add_argument("--minutes", type=float, help=f"for all of it; default {MINUTES}, of a rehearsal {REHEARSAL}")
     parser.add_argument("--only", default=",".join(names), metavar="STAGE,...", help=f"of {', '.join(names)}")
