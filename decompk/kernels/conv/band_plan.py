@@ -316,10 +316,7 @@ def _resources(problem: Problem, config: Config, warps: int | None = None) -> Co
     if problem.kind != "wgrad":
         return replace(config, stages=min(len(p.rows) + 1, 4, fit))
     shares = row_groups(p, config)[1]
-    deepest = 2 if problem.layout == "crops" else 3  # in three, what is gathered from crops spills on sm_100
-    return replace(
-        config, stages=min(deepest, fit), splits=max(1, min(p.member_tiles, PROGRAMS // (problem.K * shares)))
-    )
+    return replace(config, stages=min(3, fit), splits=max(1, min(p.member_tiles, PROGRAMS // (problem.K * shares))))
 
 
 def _warps(problem: Problem, config: Config) -> int:
@@ -329,12 +326,18 @@ def _warps(problem: Problem, config: Config) -> int:
     """
     four, eight = (replace(config, warps=warps) for warps in (4, 8))
     p = plan(problem, four)
-    gathers = not p.load or problem.layout == "crops"
-    if gathers and p.product_rows * max(p.block_read, p.run * p.stack) > (1024 if problem.kind == "wgrad" else 2048):
+    if _gathers(p) and p.product_rows * max(p.block_read, p.run * p.stack) > (
+        1024 if problem.kind == "wgrad" else 2048
+    ):
         return 8
     if problem.kind == "wgrad" and row_groups(p, four) != row_groups(p, eight):
         return 8
     return 4 if _fits_registers(p, four) else 8
+
+
+def _gathers(p: Plan) -> bool:
+    """Whether threads hold addresses of single values: crops may begin anywhere."""
+    return not p.load or p.problem.layout == "crops"
 
 
 def _fits_registers(p: Plan, config: Config) -> bool:
@@ -342,7 +345,7 @@ def _fits_registers(p: Plan, config: Config) -> bool:
     threads = 32 * config.warps
     if p.problem.kind != "wgrad":
         return 2 * p.product_rows * p.run * p.stack <= ACCUMULATORS * threads  # the rest is for what is fused
-    addressed = 0 if p.load else p.product_rows * p.block_read * row_groups(p, config)[0]
+    addressed = p.product_rows * p.block_read * row_groups(p, config)[0] if _gathers(p) else 0
     return 4 * p.block_read * p.run <= ACCUMULATORS * threads and addressed <= 32 * threads
 
 
