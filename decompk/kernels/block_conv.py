@@ -171,8 +171,10 @@ def _pixels_of(problem: Problem) -> int:
 
 def config_of(problem: Problem, plan: BlockPlan) -> Config:
     """The config for `problem`, from shapes alone."""
-    blocks = (power_of_two(min(size, LARGEST), 16) for size in (plan.in_block, plan.out_block))
-    found = Config("blocks", (1, 1, _pixels_of(problem)), *blocks, stages=3)
+    blocks = [power_of_two(min(size, LARGEST), 16) for size in (plan.in_block, plan.out_block)]
+    # Operands of tf32 are rounded in registers: of 64 × 64 values, four warps spill 8 bytes on sm_100.
+    warps = 8 if problem.dtype == "tf32" and min(blocks) == LARGEST else 4
+    found = Config("blocks", (1, 1, _pixels_of(problem)), *blocks, warps, stages=3)
     if problem.kind != "wgrad":
         return found
     programs = plan.blocks * problem.taps * cdiv(plan.in_block, found.block_in) * cdiv(plan.out_block, found.block_out)
