@@ -346,7 +346,8 @@ def _fits_registers(p: Plan, config: Config) -> bool:
     if p.problem.kind != "wgrad":
         return 2 * p.product_rows * p.run * p.stack <= ACCUMULATORS * threads  # the rest is for what is fused
     addressed = p.product_rows * p.block_read * row_groups(p, config)[0] if _gathers(p) else 0
-    return 4 * p.block_read * p.run <= ACCUMULATORS * threads and addressed <= 32 * threads
+    each = 16 if p.problem.layout == "crops" else 32  # a crop's windows have an offset, too
+    return 4 * p.block_read * p.run <= ACCUMULATORS * threads and addressed <= each * threads
 
 
 def _gathers(p: Plan) -> int:
