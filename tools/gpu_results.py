@@ -12,14 +12,13 @@ import argparse
 import json
 import sys
 import tarfile
-import zlib
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 
 from gpu_summary import results, summary
-from journal import parse, write
+from journal import TORN, parse, write
 from tune import table_text
 
 from decompk.cache import slug
@@ -56,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         print(*install(args.archive, ROOT), sep="\n")
-    except (OSError, ValueError, EOFError, zlib.error, tarfile.TarError) as error:
+    except TORN as error:
         print(f"gpu_results: {error}", file=sys.stderr)
         return 2
     return 0

@@ -26,7 +26,6 @@ import tarfile
 import tempfile
 import threading
 import time
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,7 +34,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent))
 
 from gpu_summary import failures, summary
-from journal import PATIENCE, append, parse, read, sentence, write
+from journal import PATIENCE, TORN, append, parse, read, sentence, write
 
 ROOT = Path(__file__).parents[1]
 ARCHIVE = "gpu_suite.tar.gz"
@@ -402,7 +401,7 @@ def main(argv: list[str] | None = None) -> int:
             parser.error(f"there is no archive {args.resume}")
         try:
             resume(args.resume.resolve(), out, args.retry)
-        except (OSError, EOFError, zlib.error, tarfile.TarError) as error:
+        except TORN as error:
             parser.error(f"{args.resume} is no whole archive of this tool: {sentence(error)}")
     elif (out / "records.jsonl").exists():
         parser.error(f"{out} holds records: --resume goes on with them, or choose another --out")

@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import math
 import os
+import tarfile
 import time
+import zlib
 from pathlib import Path
 from typing import Any
 
 PATIENCE = 30.0  # seconds that a piece of work may take before it counts as hung, where it does not say more
+TORN = (OSError, ValueError, EOFError, zlib.error, tarfile.TarError)  # what an archive may raise that is not whole
 SHOWN = ("fault", "error", "missing", "ms", "roof_percent", "config")
 
 

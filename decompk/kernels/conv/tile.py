@@ -167,9 +167,9 @@ def thread_values(problem: Problem, config: Config) -> int:
 def configs(problem: Problem) -> list[Config]:
     """Candidates from shapes alone, best guess first."""
     # Limits found by compiling with Triton 3.6 to 3.9: beyond them what is fused into float32 spills 8 or 16 bytes.
-    exact = problem.dtype == "float32" and problem.kind == "fprop"
-    deepest = 2 if problem.dtype == "float32" and max(problem.stride) > 1 else 4
-    if problem.dtype == "float32":  # without tensor cores the operands of a product live in registers, too
+    exact = problem.dtype == "float32"
+    deepest = 2 if exact and max(problem.stride) > 1 else 4
+    if exact:  # without tensor cores the operands of a product live in registers, too
         sizes, wide, narrow = (32,), 32, 16
     else:
         sizes, wide, narrow = (128, 64), *((64, 32) if problem.kind == "wgrad" else (128, 64))
@@ -178,7 +178,7 @@ def configs(problem: Problem) -> list[Config]:
         tile = _best_tile(problem, pixels)
         for block_out in {power_of_two(min(problem.O, cap), 16) for cap in (wide, narrow)}:
             for block_in in {power_of_two(min(problem.C, cap), 16) for cap in (narrow, wide)}:
-                if exact and pixels * block_out > 128 * warps:
+                if exact and problem.kind == "fprop" and pixels * block_out > EXACT_SUMS * 32 * warps:
                     continue
                 config = Config("tile", tile, block_in, block_out, warps)
                 stages = min(deepest, max(2, 160 * 1024 // max(1, _stage_bytes(problem, config))))
@@ -214,6 +214,7 @@ def _tiles(problem: Problem, config: Config) -> int:
 
 
 SUMS = 64  # a thread, of 2-byte dtypes; with twice as many every flag of the epilogue spills, 64 to 88 bytes
+EXACT_SUMS = 4  # a thread, of float32 with what may be fused
 
 # (images, rows, columns); few, since each is a kernel to compile.
 TILES = {
