@@ -143,7 +143,8 @@ def test_a_seed_gives_the_same_members_and_leaves_the_random_state_alone():
     first, second = d.subnets(seed=3), d.subnets(seed=3)
     assert torch.equal(torch.random.get_rng_state(), state)
     for a, b in zip(first, second, strict=True):
-        assert all(torch.equal(v, b.state_dict()[key]) for key, v in a.state_dict().items())
+        other = b.state_dict()
+        assert all(torch.equal(v, other[key]) for key, v in a.state_dict().items())
     assert not torch.equal(first[0].a.weight, first[1].a.weight)
 
 

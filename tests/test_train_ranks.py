@@ -70,26 +70,28 @@ def assert_alike(one, other, tolerance):
 @pytest.fixture(scope="module")
 def alone(digits, tmp_path_factory):
     out = tmp_path_factory.mktemp("one") / "out"
-    done = run(digits, out, 1)
-    assert done.returncode == 0, done.stderr
+    train.train(train.load_recipe("quick", changes=SETTINGS), digits, out, report=False)
     return out
 
 
-@pytest.mark.parametrize(("processes", "parallel"), [(2, "ddp"), (3, "ddp"), (2, "fsdp")])
-def test_processes_together_end_where_one_alone_does(processes, parallel, digits, alone, tmp_path):
-    out = tmp_path / "out"
-    done = run(digits, out, processes, parallel=parallel)
-    assert done.returncode == 0, done.stderr
+def assert_same_run(alone, out, tolerance):
     for name in ("members", "composed"):
         assert_alike(weights(alone, name), weights(out, name), 0)
     for name in ("global", "random"):
-        assert_alike(weights(alone, name), weights(out, name), TOLERANCE[parallel])
+        assert_alike(weights(alone, name), weights(out, name), tolerance)
     one, other = (json.loads((o / "result.json").read_text())["runs"][0] for o in (alone, out))
     for phase in ("members", "global", "random"):
         for what in ("accuracy", "images", "lr"):
             assert one[phase][what] == other[phase][what], f"{phase} {what}"
-        assert np.allclose(one[phase]["test_loss"], other[phase]["test_loss"], rtol=TOLERANCE[parallel])
-        assert np.allclose(one[phase]["loss"], other[phase]["loss"], rtol=TOLERANCE[parallel])
+        assert np.allclose(one[phase]["test_loss"], other[phase]["test_loss"], rtol=tolerance)
+        assert np.allclose(one[phase]["loss"], other[phase]["loss"], rtol=tolerance)
+
+
+def test_processes_together_end_where_one_alone_does(digits, alone, tmp_path):
+    processes, out = 3, tmp_path / "out"
+    done = run(digits, out, processes)
+    assert done.returncode == 0, done.stderr
+    assert_same_run(alone, out, TOLERANCE["ddp"])
     assert done.stderr.count("seed 0 composed, not trained further") == 1
     assert (out / "summary.md").exists()
     for rank in range(1, processes):
@@ -121,8 +123,7 @@ def test_processes_killed_in_the_global_phase_go_on_together(parallel, digits, a
     done = run(digits, out, 2, "--resume", save_steps=1, parallel=parallel)
     assert done.returncode == 0, done.stderr
     assert "members: trained before" in done.stderr and "global: going on in epoch 1" in done.stderr
-    for name in ("members", "composed", "global", "random"):
-        assert_alike(weights(alone, name), weights(out, name), TOLERANCE[parallel])
+    assert_same_run(alone, out, TOLERANCE[parallel])
 
 
 def test_ranks_take_runs_of_members_in_order_and_share_out_the_rest():
@@ -144,28 +145,30 @@ def test_members_begun_by_other_processes_are_not_begun_anew(digits, tmp_path):
         )
 
 
-def _one_of_two(rank, port, parts, results):
+def _one_of_two(rank, port, whole, cuts, results):
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE="2")
     torch.distributed.init_process_group("gloo")
-    x = parts[rank].clone().requires_grad_()
-    norm = SyncedBatchNorm(3).double()
-    (norm(x) ** 3).sum().backward()
-    results[rank] = (x.grad, norm.running_mean.clone(), norm.running_var.clone(), norm.weight.grad)
+    for cut in cuts:
+        x = (whole[:cut], whole[cut:])[rank].clone().requires_grad_()
+        norm = SyncedBatchNorm(3).double()
+        (norm(x) ** 3).sum().backward()
+        results[cut, rank] = (x.grad, norm.running_mean.clone(), norm.running_var.clone(), norm.weight.grad)
     torch.distributed.destroy_process_group()
 
 
 def test_a_batch_norm_over_ranks_is_that_of_the_whole_batch_even_where_a_rank_has_none():
     import torch.multiprocessing as mp
 
-    whole = torch.randn(5, 3, 4, dtype=torch.double)
-    for cut in (2, 5):
+    whole, cuts = torch.randn(5, 3, 4, dtype=torch.double), (2, 5)
+    with mp.get_context("spawn").Manager() as manager:
+        shared = manager.dict()
+        mp.spawn(_one_of_two, (29711, whole, cuts, shared), nprocs=2)
+        results = dict(shared)
+    for cut in cuts:
         x = whole.clone().requires_grad_()
         norm = nn.BatchNorm1d(3).double()
         (norm(x) ** 3).sum().backward()
-        with mp.get_context("spawn").Manager() as manager:
-            results = manager.dict()
-            mp.spawn(_one_of_two, (29711 + cut, (whole[:cut], whole[cut:]), results), nprocs=2)
-            (g0, mean, var, w0), (g1, _, _, w1) = results[0], results[1]
+        (g0, mean, var, w0), (g1, _, _, w1) = results[cut, 0], results[cut, 1]
         assert torch.allclose(torch.cat([g0, g1]), x.grad, atol=1e-10)
         assert torch.allclose(mean, norm.running_mean) and torch.allclose(var, norm.running_var)
         assert torch.allclose(w0 + w1, norm.weight.grad)

@@ -163,12 +163,8 @@ def _choices(here: devices.Device, only: str) -> Iterator[tuple[str, Problem, Co
 
 
 def _key(launch: Launch) -> tuple:
-    """What decides the machine code, but for sizes: whether they are 1 or multiples of 16 changes addresses only."""
-    sizes = {n for n, v in launch.arguments.items() if isinstance(v, int) and not n.isupper()}
-    signature, constants, _ = launch.specialisation()
-    kinds = [(n, k) for n, k in signature.items() if n not in sizes and k not in ("i32", "i64", "constexpr")]
-    flags = {p.name: launch.arguments[p.name] for p in launch.kernel.params if p.is_constexpr}
-    return launch.kernel.__name__, *sorted(kinds), *sorted(map(str, flags.items())), launch.warps, launch.stages
+    """What decides the machine code: the kernel as the compiler is given it."""
+    return launch.kernel.__name__, *map(str, launch.specialisation()), launch.warps, launch.stages
 
 
 def _promises(problem: Problem, config: Config, launch: Launch) -> tuple[str, ...]:
