@@ -38,7 +38,7 @@ CHECKS = {
     "emulation": ("tools/build_ext.py", "--emulation"),
     "kernels": ("tools/inspect_kernels.py", "--only", "resnet32 K=4@16"),
     "extension": ("tools/inspect_ext.py",),
-    "tests": ("-m", "pytest", "-q", "-n", "auto"),
+    "tests": ("-m", "pytest", "-q", "-n", "auto", "--dist", "worksteal"),
 }
 MARK = "made-by-decompk-versions"
 HEAD = ("last run", "Python", *PACKAGES)
