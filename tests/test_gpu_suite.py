@@ -1,7 +1,9 @@
 """The GPU suite without a GPU: what is left when stages break, hang or are killed, and each stage in miniature."""
 # ruff: noqa: E402 (the tools stand beside the package)
 
+import io
 import json
+import lzma
 import os
 import re
 import signal
@@ -381,7 +383,51 @@ def test_what_cannot_be_gone_on_with_is_said_and_nothing_is_overwritten(tmp_path
         with pytest.raises(SystemExit):
             gpu_suite.main(["--rehearse", *arguments])
         assert sentence in capsys.readouterr().err
-    assert gpu_results.main([str(torn)]) == 2
     (out / "records.jsonl").write_text(newer)
     gpu_suite.resume(archive, out, retry=False)
     assert [line["case"] for line in read(out / "records.jsonl") if "case" in line] == ["a"]
+
+
+def test_an_archive_that_is_not_whole_or_not_ours_is_one_sentence_and_installs_nothing(tmp_path, capsys, monkeypatch):
+    whole = archive_of(tmp_path, made_up()).read_bytes()
+    monkeypatch.setattr(gpu_results, "ROOT", tmp_path / "root")
+    lines = (json.dumps(made_up()[0]) + "\n").encode()
+
+    def tar(**files):
+        text = io.BytesIO()
+        with tarfile.open(fileobj=text, mode="w:gz") as archive:
+            archive.addfile(tarfile.TarInfo("."))  # any foreign archive has one
+            for name, content in files.items():
+                entry = tarfile.TarInfo(name.replace("_", "."))
+                entry.size = len(content)
+                archive.addfile(entry, io.BytesIO(content))
+        return text.getvalue()
+
+    flipped = bytearray(whole)
+    flipped[-6] ^= 1
+    cases = {
+        "empty": b"",
+        "no archive": b"no archive",
+        "xz": lzma.compress(whole),
+        "cut": whole[:-20],
+        "flipped": bytes(flipped),
+        "foreign": tar(README_md=b"hello"),
+        "no line": tar(records_jsonl=b"[" * 100_000),
+    }
+    table = "nowhere/else.json"
+    other = {
+        "no table": tar(records_jsonl=lines, tuned_json=b'{"entries": [1]}'),
+        "elsewhere": tar(
+            records_jsonl=json.dumps({**made_up()[0], "table": table}).encode(), tuned_json=b'{"entries": {}}'
+        ),
+    }
+    for name, content in {**cases, **other}.items():
+        archive = tmp_path / "given.tar.gz"
+        archive.write_bytes(content)
+        assert gpu_results.main([str(archive)]) == 2, name
+        assert capsys.readouterr().err.count("\n") == 1, name
+        assert not (tmp_path / "root").exists(), name
+        if name in cases:
+            with pytest.raises(SystemExit):
+                gpu_suite.main(["--rehearse", "--out", str(tmp_path / "new"), "--resume", str(archive)])
+            assert str(archive) in capsys.readouterr().err and not [*(tmp_path / "new").iterdir()], name

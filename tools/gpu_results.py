@@ -11,14 +11,14 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import tarfile
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 
 from gpu_summary import results, summary
-from journal import TORN, parse, write
+from journal import parse, unpack, write
 from tune import table_text
 
 from decompk.cache import slug
@@ -29,24 +29,40 @@ LEFT_OUT = ("trace", "text")
 
 def install(archive: Path, root: Path) -> list[Path]:
     """Write the files; returns their paths. Raises ValueError where the archive is of no GPU."""
-    with tarfile.open(archive) as tar:
-        files = {name: tar.extractfile(name).read() for name in tar.getnames() if not name.startswith("logs/")}
-    lines = [line for line in parse(files.get("records.jsonl", b"")) if "begun" not in line]
-    versions = [line for line in results(lines) if line.get("case") == "versions" and line.get("device") != "cpu"]
+    files = unpack(archive)
+    lines = [line for line in parse(files["records.jsonl"]) if "begun" not in line]
+    versions = [
+        line for line in results(lines) if line.get("case") == "versions" and line.get("device") not in (None, "cpu")
+    ]
     if not versions:
         raise ValueError(f"{archive} says of no GPU that it was measured on: a rehearsal's figures are nobody's")
+    tuned = _tuned(archive, files.get("tuned.json"))
+    device, table = (str(versions[-1].get(name, "")) for name in ("device", "table"))
+    if tuned and (Path(table).name != table or not table.endswith(".json")):
+        raise ValueError(f"{archive} names no file of its table: {table!r}")
     kept = [{name: value for name, value in line.items() if name not in LEFT_OUT} for line in lines]
-    folder = root / "bench" / "results" / slug(versions[-1]["device"])
+    folder = root / "bench" / "results" / slug(device)
     written = [folder / "gpu_suite.jsonl", folder / "gpu_suite.md"]
     write(written[0], "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept))
     write(written[1], f"```\n{summary(kept, LIMIT)}\n```\n")
-    if "tuned.json" in files:
-        written.append(root / "decompk" / "configs" / versions[-1]["table"])
+    if tuned:
+        written.append(root / "decompk" / "configs" / table)
         known = json.loads(written[-1].read_text())["entries"] if written[-1].exists() else {}
-        tuned = json.loads(files["tuned.json"])
         entries = tuned.pop("entries")
         write(written[-1], table_text(tuned, {**known, **entries}))
     return written
+
+
+def _tuned(archive: Path, text: bytes | None) -> dict[str, Any] | None:
+    if text is None:
+        return None
+    try:
+        tuned = json.loads(text)
+        if all(isinstance(entry, dict) for entry in tuned["entries"].values()):
+            return tuned
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        pass
+    raise ValueError(f"the tuned.json of {archive} is no table")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -55,7 +71,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         print(*install(args.archive, ROOT), sep="\n")
-    except TORN as error:
+    except (OSError, ValueError) as error:
         print(f"gpu_results: {error}", file=sys.stderr)
         return 2
     return 0

@@ -34,7 +34,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent))
 
 from gpu_summary import failures, summary
-from journal import PATIENCE, TORN, append, parse, read, sentence, write
+from journal import PATIENCE, append, parse, read, sentence, unpack, write
 
 ROOT = Path(__file__).parents[1]
 ARCHIVE = "gpu_suite.tar.gz"
@@ -343,12 +343,7 @@ def resume(archive: Path, out: Path, retry: bool) -> None:
     """Begin `out` with what an earlier call left: what lies in `out`, which is never older, or else an archive."""
     records = out / "records.jsonl"
     if archive.is_file() and not records.exists():
-        found = {}
-        with tarfile.open(archive) as tar:
-            for name in ("records.jsonl", "tuned.json"):
-                with contextlib.suppress(KeyError):
-                    found[name] = tar.extractfile(name).read()
-        for name, content in found.items():
+        for name, content in unpack(archive).items():
             (out / name).write_bytes(content)
     lines = read(records)
     stages = {line.get("stage", "") for line in lines}
@@ -401,8 +396,8 @@ def main(argv: list[str] | None = None) -> int:
             parser.error(f"there is no archive {args.resume}")
         try:
             resume(args.resume.resolve(), out, args.retry)
-        except TORN as error:
-            parser.error(f"{args.resume} is no whole archive of this tool: {sentence(error)}")
+        except (OSError, ValueError) as error:
+            parser.error(str(error))
     elif (out / "records.jsonl").exists():
         parser.error(f"{out} holds records: --resume goes on with them, or choose another --out")
     minutes = args.minutes if args.minutes is not None else (REHEARSAL if args.rehearse else MINUTES)

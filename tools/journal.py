@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gzip
+import io
 import json
 import math
 import os
@@ -12,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 PATIENCE = 30.0  # seconds that a piece of work may take before it counts as hung, where it does not say more
-TORN = (OSError, ValueError, EOFError, zlib.error, tarfile.TarError)  # what an archive may raise that is not whole
 SHOWN = ("fault", "error", "missing", "ms", "roof_percent", "config")
 
 
@@ -87,10 +88,24 @@ def parse(text: bytes) -> list[dict[str, Any]]:
     for line in text.splitlines():
         try:
             value = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
         if isinstance(value, dict):
             found.append(value)
+    return found
+
+
+def unpack(archive: Path) -> dict[str, bytes]:
+    """records.jsonl and, where kernels were tuned, tuned.json. Raises ValueError where they are not whole."""
+    try:
+        text = gzip.decompress(archive.read_bytes())  # whole, or its checksum says so
+        with tarfile.open(fileobj=io.BytesIO(text), mode="r:") as tar:
+            members = [m for m in tar if m.isfile() and m.name in ("records.jsonl", "tuned.json")]
+            found = {member.name: tar.extractfile(member).read() for member in members}
+    except (OSError, EOFError, zlib.error, tarfile.TarError) as error:
+        raise ValueError(f"{archive} is no whole archive of this tool: {sentence(error)}") from error
+    if not parse(found.get("records.jsonl", b"")):
+        raise ValueError(f"{archive} holds no records of gpu_suite")
     return found
 
 
