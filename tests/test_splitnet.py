@@ -4,7 +4,6 @@ import copy
 import functools
 import json
 import pickle
-from statistics import median
 
 import numpy as np
 import pytest
@@ -243,7 +242,7 @@ def test_a_weight_that_a_function_uses_and_a_transposed_convolution_are_refused(
 
 # ---- a planted problem ----------------------------------------------------------------------------------------------
 
-GROUPS, SEEDS = 3, range(5)
+GROUPS, SEEDS = 3, range(10)
 
 
 def planted(seed):
@@ -294,11 +293,11 @@ def recovered(seed, parametrisation):
 
 @pytest.mark.parametrize("parametrisation", SETTINGS)
 def test_planted_groups_are_found_exactly(parametrisation):
-    assert sum(recovered(seed, parametrisation)[1] for seed in SEEDS) >= len(SEEDS) - 1
+    assert sum(recovered(seed, parametrisation)[1] for seed in SEEDS) >= 9
 
 
 def test_the_reduced_gradient_settles_in_fewer_steps_as_the_supplement_claims():
-    simplex, softmax = (median(recovered(seed, kind)[0] for seed in SEEDS) for kind in ("simplex", "softmax"))
+    simplex, softmax = (sorted(recovered(seed, kind)[0] for seed in SEEDS)[5] for kind in ("simplex", "softmax"))
     assert simplex < softmax
 
 
@@ -679,7 +678,7 @@ SHORT = ["--width", "1", "--epochs", "1,2,1", "--seeds", "0"]
 
 def test_the_command_trains_every_variant_and_goes_on_where_it_was(tmp_path, capsys, monkeypatch):
     out = tmp_path / "out"
-    names = ("dense", "Deep", "Hierarchical", "Deep random", "Deep overlap", "SSL 1.1")
+    names = ("dense", "FC", "Deep", "Hierarchical", "Deep random", "Deep overlap", "SSL 1.1")
     assert set(names) < set(DEFAULT["wrn_16_8"])
     command = ["split", "--out", str(out), "--variants", ",".join(names), "--width", "1", "--epochs", "1,1,1"]
     assert main([*command, "--seeds", "0"]) == 0
@@ -688,7 +687,7 @@ def test_the_command_trains_every_variant_and_goes_on_where_it_was(tmp_path, cap
     known = json.loads((out / "result.json").read_text())["runs"]
     assert set(known) == {f"{name} 0" for name in names}
     dense = known["dense 0"]
-    for name in ("Deep", "Hierarchical", "Deep random"):
+    for name in ("FC", "Deep", "Hierarchical", "Deep random"):
         assert known[f"{name} 0"]["params"] < dense["params"] and known[f"{name} 0"]["flops"] < dense["flops"]
         assert known[f"{name} 0"]["flops"] <= known[f"{name} 0"]["done"] <= dense["done"] == dense["flops"]
     assert known["Deep random 0"]["done"] < dense["done"]

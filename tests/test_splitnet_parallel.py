@@ -206,7 +206,7 @@ def test_what_looks_across_groups_is_refused_and_what_is_handed_over_has_any_dty
 
 def test_the_command_runs_groups_on_two_processes_as_on_one(tmp_path, capsys):
     command = ["split", "--width", "1", "--epochs", "1,1,1", "--seeds", "0", "--device", "cpu"]
-    command += ["--variants", "dense,Shallow overlap", "--out"]
+    command += ["--variants", "dense,Deep random,Shallow overlap", "--out"]
     runs = []
     for processes in (1, 2):
         out = tmp_path / str(processes)
@@ -222,7 +222,7 @@ def test_the_command_runs_groups_on_two_processes_as_on_one(tmp_path, capsys):
     for key, run in one["runs"].items():
         for what in ("params", "flops", "split"):
             assert run.get(what) == two["runs"][key].get(what), (key, what)
-    for name in ("dense", "shallow-overlap"):
+    for name in ("dense", "deep-random", "shallow-overlap"):
         a, b = (torch.load(out / f"{name}-seed0.pt", weights_only=True) for _, out in runs)
         one, two = (torch.cat([value.double().flatten() for value in part.values()]) for part in (a, b))
         assert (one - two).norm() < 5e-3 * one.norm(), (

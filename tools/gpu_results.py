@@ -28,7 +28,7 @@ LEFT_OUT = ("trace", "text")
 
 
 def install(archive: Path, root: Path) -> list[Path]:
-    """Write the files; returns their paths. Raises ValueError where the archive is of no GPU."""
+    """Write the files; returns their paths. Raises ValueError where the archive is not whole or of no GPU."""
     files = unpack(archive)
     lines = [line for line in parse(files["records.jsonl"]) if "begun" not in line]
     versions = [
