@@ -1,5 +1,4 @@
 # make demo | test | lint | inspect | bench: each sets up a .venv of its own first; only Python 3.10+ is needed.
-# --no-compile: Python compiles the few modules that are imported, pip all of torch's (55 s of 97).
 PYTHON ?= python3
 BIN := .venv/bin
 
@@ -29,6 +28,7 @@ bench: .venv/ready
 .venv/ready: pyproject.toml tools/constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --no-compile --constraint tools/constraints.txt --editable ".[dev]"
+	-@$(BIN)/python -m compileall -qq -j 0 .venv/lib # what pip would do on one core
 	@touch $@
 
 clean:

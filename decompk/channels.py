@@ -22,7 +22,7 @@ from torch import fx, nn
 from torch.fx.node import map_aggregate, map_arg
 
 from .errors import MISFITS, DecompkError, PartitionError, UnsupportedOperation, brief
-from .graph import MetaInterpreter, dtype_of, on_meta, trace, where, windows
+from .graph import MetaInterpreter, dtype_of, on_meta, shape_of, trace, where, windows
 from .ops.recurrent import GATES
 from .partition import Crop, Part, by, owners
 from .roles import (
@@ -755,7 +755,8 @@ class _Pass:
         if known is not leaf:
             self.strands.tie(known.inputs, leaf.inputs)
         shapes = {name: (own,) for name, _ in _vectors(module)}
-        full, part = on_meta(module)(x.full), narrow(module, attributes, shapes)(x.part)
+        full = shape_of(on_meta(module), x.full)
+        part = shape_of(narrow(module, attributes, shapes), x.part)
         return self.wrap(full, part, role, x.scale)
 
     def pool(self, target: str, module: nn.Module, args: tuple, kwargs: dict) -> Any:

@@ -149,6 +149,20 @@ def on_meta(module: nn.Module) -> nn.Module:
     return copy.deepcopy(module, memo)
 
 
+def shape_of(leaf: nn.Module, x: Any, *more: Any, **named: Any) -> Any:
+    """What a leaf without data returns for meta tensors.
+
+    A batch norm keeps its input's shape: torch finds that by references in Python, 5 ms a call.
+    """
+    plain = getattr(leaf.forward, "__func__", None) is nn.modules.batchnorm._BatchNorm.forward
+    if plain and not (leaf._forward_hooks or leaf._forward_pre_hooks):
+        fits = x.dim() > 1 and x.shape[1] == leaf.num_features and x.numel() > x.shape[1]
+        if fits and (leaf.weight is None or leaf.weight.dtype == x.dtype):
+            leaf._check_input_dim(x)
+            return torch.empty_like(x)
+    return leaf(x, *more, **named)
+
+
 def dtype_of(model: nn.Module) -> torch.dtype:
     """The floating dtype the network computes in: that of its first floating parameter."""
     return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.get_default_dtype())
@@ -175,7 +189,7 @@ class MetaInterpreter(fx.Interpreter):
         return self.values[node]
 
     def call_module(self, target: str, args: tuple, kwargs: dict) -> Any:
-        return on_meta(self.fetch_attr(target))(*args, **kwargs)
+        return shape_of(on_meta(self.fetch_attr(target)), *args, **kwargs)
 
     def get_attr(self, target: str, args: tuple, kwargs: dict) -> Any:
         value = self.fetch_attr(target)

@@ -9,6 +9,7 @@ from zoo import torchvision
 
 import decompk
 from decompk import PartitionError, UnsupportedOperation, decompose
+from decompk.graph import on_meta, shape_of
 
 
 class Between(nn.Module):
@@ -235,3 +236,34 @@ def test_numbers_that_break_the_sum_are_noted_and_scaling_is_not():
     assert "Softmax" in noted(nn.Sequential(*head, nn.Softmax(1)))[0]
     assert "a size that differs" in noted(Call(lambda x: x / x.shape[1]))[0]
     assert not noted(Call(lambda x: x / x.shape[0]))
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("options", [{}, {"affine": False}, {"track_running_stats": False}])
+@pytest.mark.parametrize(
+    "kind, axes", [(nn.BatchNorm1d, 0), (nn.BatchNorm1d, 1), (nn.BatchNorm2d, 2), (nn.BatchNorm3d, 3)]
+)
+def test_a_batch_norm_keeps_its_inputs_shape_as_torch_finds(kind, axes, options, training):
+    for dtype in (torch.float32, torch.bfloat16):
+        leaf = on_meta(kind(6, **options, dtype=dtype)).train(training)
+        x = torch.empty(2, 6, *(5, 4, 3)[:axes], device="meta", dtype=dtype)
+        found, known = shape_of(leaf, x), leaf(x)
+        assert found.shape == known.shape and found.dtype == known.dtype == dtype and found.is_meta
+
+
+def test_a_batch_norm_that_torch_refuses_is_refused_and_one_with_a_forward_of_its_own_is_run():
+    for shape in ((2, 5, 4, 4), (2, 6, 4), (2, 6, 4, 4, 4), (6,), (1, 6, 1, 1)):
+        with pytest.raises((ValueError, RuntimeError)) as known:
+            nn.BatchNorm2d(6, device="meta")(torch.empty(shape, device="meta"))
+        with pytest.raises(type(known.value)) as found:
+            shape_of(nn.BatchNorm2d(6, device="meta"), torch.empty(shape, device="meta"))
+        assert str(found.value) == str(known.value)
+
+    class Pooled(nn.BatchNorm2d):
+        def forward(self, x):
+            return F.avg_pool2d(super().forward(x), 2)
+
+    x, hooked = torch.empty(2, 6, 4, 4, device="meta"), nn.BatchNorm2d(6, device="meta")
+    hooked.register_forward_hook(lambda module, inputs, output: output[..., 1:])
+    assert shape_of(Pooled(6, device="meta"), x).shape == (2, 6, 2, 2)
+    assert shape_of(hooked, x).shape == (2, 6, 4, 3)

@@ -1,12 +1,10 @@
 """The groups of a split network on several processes compute and train as one process does: gloo on a CPU."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
+from helpers import run_ranks, save_digits
 from torch import nn
 
 from decompk import models
@@ -14,7 +12,7 @@ from decompk.cli import main
 from decompk.errors import DecompkError, UnsupportedOperation
 from decompk.splitnet import Assignment, Nodes, Parallel, split, split_points
 from decompk.splitnet.run import deal
-from decompk.train.ranks import Ranks
+from decompk.train.ranks import Ranks, start, stop
 
 SIZE = (1, 16, 16)
 WRN = {"Deep": 2, "Hierarchical": 2, "FC": 4}
@@ -72,46 +70,27 @@ OPTIMIZERS = {
     "Adam": lambda parameters: torch.optim.Adam(parameters, 1e-3),
 }
 
-SCRIPT = """
-import json, sys
-sys.path.insert(0, {here!r})
-import torch
-import test_splitnet_parallel as t
-from decompk.splitnet import Parallel
-from decompk.train.ranks import start, stop
-ranks = start("cpu")
-found = []
-for case, overlap, name in t.CASES[ranks.size]:
-    result = t.made(case, overlap)
-    alone, masked = t.made(case, overlap), t.OPTIMIZERS[name]
-    parallel = Parallel(result, ranks)
-    mine = sum(p.numel() for p in parallel.parameters())
-    ours, theirs = t.trained(parallel, masked), t.trained(alone.fast(), masked)
-    net = parallel.gathered().state_dict()
-    apart = max(((net[k] - v).abs().max() / (1 + v.abs().max())).item() for k, v in alone.dense.state_dict().items())
-    outputs = [(a - b).abs().max().item() for a, b in zip(ours, theirs)]
-    found.append([case, overlap, max(outputs), apart, ranks.from_all(mine)])
-if ranks.first:
-    print(json.dumps(found))
-stop(ranks)
-"""
 
-
-def torchrun(processes, *command):
-    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, *launch, *command], capture_output=True, text=True, env=environment, timeout=300
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
+def compare(path):
+    ranks, found = start("cpu"), []
+    for case, overlap, name in CASES[ranks.size]:
+        result, alone, optimizer = made(case, overlap), made(case, overlap), OPTIMIZERS[name]
+        parallel = Parallel(result, ranks)
+        mine = sum(p.numel() for p in parallel.parameters())
+        ours, theirs = trained(parallel, optimizer), trained(alone.fast(), optimizer)
+        net, whole = parallel.gathered().state_dict(), alone.dense.state_dict()
+        apart = max(((net[key] - value).abs().max() / (1 + value.abs().max())).item() for key, value in whole.items())
+        outputs = [(a - b).abs().max().item() for a, b in zip(ours, theirs, strict=True)]
+        found.append([case, overlap, max(outputs), apart, ranks.from_all(mine)])
+    if ranks.first:
+        path.write_text(json.dumps(found))
+    stop(ranks)
 
 
 @pytest.mark.parametrize("processes", [2, 3])
 def test_processes_train_what_one_would(tmp_path, processes):
-    script = tmp_path / "compare.py"
-    script.write_text(SCRIPT.format(here=os.path.dirname(__file__)))
-    found = json.loads(torchrun(processes, str(script)).strip().splitlines()[-1])
+    run_ranks(processes, tmp_path, compare, tmp_path / "found.json")
+    found = json.loads((tmp_path / "found.json").read_text())
     assert len(found) == len(CASES[processes])
     for case, overlap, outputs, weights, parameters in found:
         assert outputs < 1e-9 and weights < 1e-9, (case, overlap)
@@ -149,32 +128,6 @@ def test_what_cannot_run_apart_is_refused():
         Parallel(whole({"2": 2}, net), Ranks(torch.device("cpu"), 0, 2))
 
 
-LOOKS_ACROSS = """
-import sys
-sys.path.insert(0, {here!r})
-import torch
-from torch import nn
-import test_splitnet_parallel as t
-from decompk.errors import UnsupportedOperation
-from decompk.splitnet import Assignment, Nodes, Parallel, split
-from decompk.splitnet.run import deal
-from decompk.train.ranks import start, stop
-ranks, refused = start("cpu"), 0
-for norm in (nn.LayerNorm(16), nn.GroupNorm(1, 16)):
-    net = nn.Sequential(nn.Linear(5, 16), nn.ReLU(), nn.Linear(16, 16), norm, nn.ReLU(), nn.Linear(16, 4)).double()
-    assignment = Assignment(Nodes(net, (5,)), {{"2": 2, "5": 2}})
-    deal(assignment, 0)
-    try:
-        Parallel(split(net, assignment), ranks)
-    except UnsupportedOperation as error:
-        refused += "looks across channels" in str(error)
-result = t.made("Deep", False)
-result.dense.float()
-parallel, x = Parallel(result, ranks).eval(), torch.randn(4, *t.SIZE)
-with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
-    away = (parallel(x) - result.dense.eval()(x)).abs().max() / result.dense(x).abs().max()
-
-
 class Steps(nn.Module):
     def __init__(self):
         super().__init__()
@@ -185,27 +138,39 @@ class Steps(nn.Module):
         return self.c(torch.relu(self.b(y)))
 
 
-net = Steps().double()
-assignment = Assignment(Nodes(net, (7, 5)), {{"b": 2, "c": 2}}, ("b",))
-deal(assignment, 0)
-steps, x = Parallel(split(net, assignment), ranks), torch.randn(3, 7, 5, dtype=torch.double)
-if ranks.first:
-    print(refused, away.item() < 0.05, steps(x).shape == (21, 4))
-else:
-    steps(x)
-torch.distributed.barrier()  # who has its sum may not close the connection while the other still reads
-stop(ranks)
-"""
+def look_across():
+    torch.manual_seed(0)
+    ranks = start("cpu")
+    for norm in (nn.LayerNorm(16), nn.GroupNorm(1, 16)):
+        net = nn.Sequential(nn.Linear(5, 16), nn.ReLU(), nn.Linear(16, 16), norm, nn.ReLU(), nn.Linear(16, 4)).double()
+        assignment = Assignment(Nodes(net, (5,)), {"2": 2, "5": 2})
+        deal(assignment, 0)
+        with pytest.raises(UnsupportedOperation, match="looks across channels"):
+            Parallel(split(net, assignment), ranks)
+    result = made("Deep", False)
+    result.dense.float()
+    parallel, x = Parallel(result, ranks).eval(), torch.randn(4, *SIZE)
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        away = (parallel(x) - result.dense.eval()(x)).abs().max() / result.dense(x).abs().max()
+    net = Steps().double()
+    assignment = Assignment(Nodes(net, (7, 5)), {"b": 2, "c": 2}, ("b",))
+    deal(assignment, 0)
+    steps = Parallel(split(net, assignment), ranks)(torch.randn(3, 7, 5, dtype=torch.double))
+    if ranks.first:  # only there is the output
+        assert away.item() < 0.05
+        assert steps.shape == (21, 4)
+    torch.distributed.barrier()  # who has its sum may not close the connection while the other still reads
+    stop(ranks)
 
 
 def test_what_looks_across_groups_is_refused_and_what_is_handed_over_has_any_dtype_and_length(tmp_path):
-    script = tmp_path / "across.py"
-    script.write_text(LOOKS_ACROSS.format(here=os.path.dirname(__file__)))
-    assert torchrun(2, str(script)).strip().splitlines()[-1] == "2 True True"
+    run_ranks(2, tmp_path, look_across)
 
 
 def test_the_command_runs_groups_on_two_processes_as_on_one(tmp_path, capsys):
+    digits = save_digits(tmp_path / "digits.npz", 300, 100)
     command = ["split", "--width", "1", "--epochs", "1,1,1", "--seeds", "0", "--device", "cpu"]
+    command += ["--model", "wrn_16_8", "--data", digits, "--pixels", "16"]
     command += ["--variants", "dense,Deep random,Shallow overlap", "--out"]
     runs = []
     for processes in (1, 2):
@@ -214,7 +179,7 @@ def test_the_command_runs_groups_on_two_processes_as_on_one(tmp_path, capsys):
             assert main([*command, str(out)]) == 0
             printed = capsys.readouterr().out
         else:
-            printed = torchrun(processes, "-m", "decompk", *command, str(out))
+            printed = run_ranks(processes, tmp_path, main, [*command, str(out)])[0]
         assert printed.count("Shallow overlap") == 1 and "Weights, figures" in printed
         runs.append((json.loads((out / "result.json").read_text()), out))
     (one, _), (two, _) = runs

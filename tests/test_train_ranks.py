@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -10,11 +9,12 @@ import time
 import numpy as np
 import pytest
 import torch
-from helpers import save_digits
+from helpers import run_ranks, save_digits, start_ranks
 from torch import nn
 
 from decompk import train
-from decompk.train.ranks import Ranks, SyncedBatchNorm
+from decompk.cli import main
+from decompk.train.ranks import Ranks, SyncedBatchNorm, start, stop
 
 SETTINGS = {
     "seeds": [0],
@@ -31,25 +31,15 @@ SETTINGS = {
 }
 
 
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
-
-
 @pytest.fixture(scope="module")
 def digits(tmp_path_factory):
     path = tmp_path_factory.mktemp("data") / "digits.npz"
     return save_digits(path, 93, 41)  # nothing divides by 2 or 3
 
 
-def command(digits, out, processes, **changes):
+def command(digits, out, *more, **changes):
     settings = [f"--set={key}={json.dumps(value)}" for key, value in {**SETTINGS, **changes}.items()]
-    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
-    start = [sys.executable, *launch, "-m", "decompk", "train", "--data", digits, "--preset", "quick", "--device=cpu"]
-    return [*start, "--out", str(out), *settings]
-
-
-def run(digits, out, processes, *more, **changes):
-    whole = [*command(digits, out, processes, **changes), *more]
-    return subprocess.run(whole, capture_output=True, text=True, env=ENVIRONMENT, timeout=300)
+    return ["train", "--data", digits, "--preset", "quick", "--device=cpu", "--out", str(out), *settings, *more]
 
 
 def weights(out, name):
@@ -89,7 +79,10 @@ def assert_same_run(alone, out, tolerance):
 
 def test_processes_together_end_where_one_alone_does(digits, alone, tmp_path):
     processes, out = 3, tmp_path / "out"
-    done = run(digits, out, processes)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    start = [*launch, "-m", "decompk", *command(digits, out)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(start, capture_output=True, text=True, env=environment, timeout=300)
     assert done.returncode == 0, done.stderr
     assert_same_run(alone, out, TOLERANCE["ddp"])
     assert done.stderr.count("seed 0 composed, not trained further") == 1
@@ -102,27 +95,16 @@ def test_processes_together_end_where_one_alone_does(digits, alone, tmp_path):
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_processes_killed_in_the_global_phase_go_on_together(parallel, digits, alone, tmp_path):
     out = tmp_path / "out"
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
-    both = [
-        subprocess.Popen(
-            command(digits, out, 1, save_steps=1, parallel=parallel),
-            stderr=subprocess.DEVNULL,
-            env={**ENVIRONMENT, **place, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-        )
-        for rank in range(2)
-    ]
+    both = start_ranks(2, tmp_path, main, command(digits, out, save_steps=1, parallel=parallel))
     while len(list((out / "seed0" / "global").glob("step-*.ckpt"))) < 2:
-        assert all(process.poll() is None for process in both)
+        assert all(process.exitcode is None for process in both)
         time.sleep(0.002)
     for process in both:
         process.kill()
-        process.wait()
+        process.join()
     assert not (out / "seed0" / "random.pt").exists()
-    done = run(digits, out, 2, "--resume", save_steps=1, parallel=parallel)
-    assert done.returncode == 0, done.stderr
-    assert "members: trained before" in done.stderr and "global: going on in epoch 1" in done.stderr
+    said, _ = run_ranks(2, tmp_path, main, command(digits, out, "--resume", save_steps=1, parallel=parallel))
+    assert "members: trained before" in said and "global: going on in epoch 1" in said
     assert_same_run(alone, out, TOLERANCE[parallel])
 
 
@@ -145,30 +127,25 @@ def test_members_begun_by_other_processes_are_not_begun_anew(digits, tmp_path):
         )
 
 
-def _one_of_two(rank, port, whole, cuts, results):
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE="2")
-    torch.distributed.init_process_group("gloo")
+def normalise(whole, cuts, folder):
+    ranks = start("cpu")
     for cut in cuts:
-        x = (whole[:cut], whole[cut:])[rank].clone().requires_grad_()
+        x = (whole[:cut], whole[cut:])[ranks.rank].clone().requires_grad_()
         norm = SyncedBatchNorm(3).double()
         (norm(x) ** 3).sum().backward()
-        results[cut, rank] = (x.grad, norm.running_mean.clone(), norm.running_var.clone(), norm.weight.grad)
-    torch.distributed.destroy_process_group()
+        found = (x.grad, norm.running_mean, norm.running_var, norm.weight.grad)
+        torch.save(found, folder / f"{cut}-{ranks.rank}.pt")
+    stop(ranks)
 
 
-def test_a_batch_norm_over_ranks_is_that_of_the_whole_batch_even_where_a_rank_has_none():
-    import torch.multiprocessing as mp
-
+def test_a_batch_norm_over_ranks_is_that_of_the_whole_batch_even_where_a_rank_has_none(tmp_path):
     whole, cuts = torch.randn(5, 3, 4, dtype=torch.double), (2, 5)
-    with mp.get_context("spawn").Manager() as manager:
-        shared = manager.dict()
-        mp.spawn(_one_of_two, (29711, whole, cuts, shared), nprocs=2)
-        results = dict(shared)
+    run_ranks(2, tmp_path, normalise, whole, cuts, tmp_path)
     for cut in cuts:
         x = whole.clone().requires_grad_()
         norm = nn.BatchNorm1d(3).double()
         (norm(x) ** 3).sum().backward()
-        (g0, mean, var, w0), (g1, _, _, w1) = results[cut, 0], results[cut, 1]
+        (g0, mean, var, w0), (g1, _, _, w1) = (torch.load(tmp_path / f"{cut}-{rank}.pt") for rank in range(2))
         assert torch.allclose(torch.cat([g0, g1]), x.grad, atol=1e-10)
         assert torch.allclose(mean, norm.running_mean) and torch.allclose(var, norm.running_var)
         assert torch.allclose(w0 + w1, norm.weight.grad)
