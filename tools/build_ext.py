@@ -27,7 +27,7 @@ ARCHITECTURES = ("80", "90a", "100")
 # The oldest torch whose stable ABI is used, 2.11: one library serves all later ones.
 FLAGS = ("-std=c++17", "-O2", "-fPIC", "-DTORCH_TARGET_VERSION=0x020b000000000000")
 EMULATION_FLAGS = ("-O1", "-U_FORTIFY_SOURCE", "-DHALO_EMULATION")  # fibers jump between stacks
-NVCC_FLAGS = ("-std=c++17", "-O3", "-Xcompiler", "-fPIC")
+NVCC_FLAGS = ("-std=c++17", "-O3", "--split-compile=0", "-Xcompiler", "-fPIC")  # on all cores: the same machine code
 
 
 class BuildError(Exception):
