@@ -8,6 +8,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
+from helpers import save_digits
 from torch import nn
 from torch.nn import functional as F
 
@@ -745,7 +746,8 @@ def test_wrong_arguments_end_in_a_sentence(tmp_path, capsys, wrong, words):
 
 def test_a_run_stopped_anywhere_goes_on_to_the_same_bits(tmp_path, capsys, monkeypatch):
     names = ("Shallow overlap simplex", "SSL 1.1")
-    command = ["split", *SHORT, "--variants", ",".join(names), "--out"]
+    digits = ["--model", "wrn_16_8", "--data", save_digits(tmp_path / "digits.npz", 300, 100), "--pixels", "16"]
+    command = ["split", *SHORT, *digits, "--variants", ",".join(names), "--out"]
     monkeypatch.setattr(run, "draw_weights", lambda *_: None)  # another test's, and slow
     monkeypatch.setattr(run, "draw_assignments", lambda *_: None)
     assert main([*command, str(tmp_path / "whole")]) == 0
