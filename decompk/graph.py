@@ -149,18 +149,20 @@ def on_meta(module: nn.Module) -> nn.Module:
     return copy.deepcopy(module, memo)
 
 
-def shape_of(leaf: nn.Module, x: Any, *more: Any, **named: Any) -> Any:
+def shape_of(leaf: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
     """What a leaf without data returns for meta tensors.
 
     A batch norm keeps its input's shape: torch finds that by references in Python, 5 ms a call.
     """
     plain = getattr(leaf.forward, "__func__", None) is nn.modules.batchnorm._BatchNorm.forward
-    if plain and not (leaf._forward_hooks or leaf._forward_pre_hooks):
+    if plain and len(args) == 1 and not (kwargs or leaf._forward_hooks or leaf._forward_pre_hooks):
+        (x,) = args
+        vectors = [t for t in (leaf.weight, leaf.bias, leaf.running_mean, leaf.running_var) if t is not None]
         fits = x.dim() > 1 and x.shape[1] == leaf.num_features and x.numel() > x.shape[1]
-        if fits and (leaf.weight is None or leaf.weight.dtype == x.dtype):
+        if fits and all(t.shape == x.shape[1:2] and t.dtype == x.dtype for t in vectors):
             leaf._check_input_dim(x)
             return torch.empty_like(x)
-    return leaf(x, *more, **named)
+    return leaf(*args, **kwargs)
 
 
 def dtype_of(model: nn.Module) -> torch.dtype:

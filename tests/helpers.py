@@ -4,6 +4,8 @@ import copy
 import multiprocessing
 import os
 import socket
+import subprocess
+import sys
 import time
 
 import numpy as np
@@ -134,6 +136,7 @@ def _rank(environment, log, function, arguments):
         for descriptor in (1, 2):
             os.dup2(file.fileno(), descriptor)
     torch.set_num_threads(1)
+    torch.seed()  # what is not seeded differs from rank to rank
     raise SystemExit(function(*arguments))
 
 
@@ -170,3 +173,12 @@ def run_ranks(size, folder, function, *arguments, seconds=300):
     printed = [(folder / f"rank{rank}.txt").read_text() for rank in range(size)]
     assert codes == [0] * size, "\n".join(f"exit {c}: {text[-3000:]}" for c, text in zip(codes, printed, strict=True))
     return printed
+
+
+def torchrun(size, *command):
+    """`decompk` with these words on `size` processes, started as users start them; what subprocess.run returns."""
+    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={size}", "-m", "decompk"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [sys.executable, *launch, *command], capture_output=True, text=True, env=environment, timeout=300
+    )

@@ -9,6 +9,7 @@ from zoo import torchvision
 
 import decompk
 from decompk import PartitionError, UnsupportedOperation, decompose
+from decompk.errors import DecompkError
 from decompk.graph import on_meta, shape_of
 
 
@@ -258,6 +259,11 @@ def test_a_batch_norm_that_torch_refuses_is_refused_and_one_with_a_forward_of_it
         with pytest.raises(type(known.value)) as found:
             shape_of(nn.BatchNorm2d(6, device="meta"), torch.empty(shape, device="meta"))
         assert str(found.value) == str(known.value)
+    for name in ("weight", "running_mean"):  # of another length than the norm says
+        net = nn.Sequential(conv(3, 8), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 16, 5))
+        setattr(net[1], name, nn.Parameter(torch.ones(16)) if name == "weight" else torch.ones(16))
+        with pytest.raises(DecompkError, match=f"{name} should contain 8 elements not 16"):
+            decompose(net, (3, 4, 4))
 
     class Pooled(nn.BatchNorm2d):
         def forward(self, x):
@@ -267,3 +273,31 @@ def test_a_batch_norm_that_torch_refuses_is_refused_and_one_with_a_forward_of_it
     hooked.register_forward_hook(lambda module, inputs, output: output[..., 1:])
     assert shape_of(Pooled(6, device="meta"), x).shape == (2, 6, 2, 2)
     assert shape_of(hooked, x).shape == (2, 6, 4, 3)
+
+
+def test_what_a_module_is_called_with_is_its_own_affair():
+    class Attends(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.a, self.last = conv(4, 4), nn.MultiheadAttention(4, 1), conv(4, 4)
+
+        def forward(self, x):
+            y = self.conv(x).flatten(2).transpose(1, 2)
+            return self.last(self.a(query=y, key=y, value=y)[0].transpose(1, 2).unflatten(2, (8, 8)))
+
+    with pytest.raises(UnsupportedOperation, match="MultiheadAttention mixes channels or has no rule"):
+        decompose(Attends(), (4, 8, 8), head="concat")
+
+    class Twofold(nn.Conv2d):
+        def forward(self, inp, x=None):
+            return super().forward(inp)
+
+    class Calls(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.leaf, self.last = Twofold(4, 4, 1), nn.Conv2d(4, 4, 1)
+
+        def forward(self, image):
+            return self.last(self.leaf(image, x=None))
+
+    assert decompose(Calls(), (4, 8, 8), head="concat").K == 4

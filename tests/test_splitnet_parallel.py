@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from helpers import run_ranks, save_digits
+from helpers import run_ranks, save_digits, torchrun
 from torch import nn
 
 from decompk import models
@@ -179,7 +179,9 @@ def test_the_command_runs_groups_on_two_processes_as_on_one(tmp_path, capsys):
             assert main([*command, str(out)]) == 0
             printed = capsys.readouterr().out
         else:
-            printed = run_ranks(processes, tmp_path, main, [*command, str(out)])[0]
+            done = torchrun(processes, *command, str(out))  # by which sets have another order in each process
+            assert done.returncode == 0, done.stderr
+            printed = done.stdout
         assert printed.count("Shallow overlap") == 1 and "Weights, figures" in printed
         runs.append((json.loads((out / "result.json").read_text()), out))
     (one, _), (two, _) = runs
@@ -190,7 +192,5 @@ def test_the_command_runs_groups_on_two_processes_as_on_one(tmp_path, capsys):
     for name in ("dense", "deep-random", "shallow-overlap"):
         a, b = (torch.load(out / f"{name}-seed0.pt", weights_only=True) for _, out in runs)
         one, two = (torch.cat([value.double().flatten() for value in part.values()]) for part in (a, b))
-        assert (one - two).norm() < 5e-3 * one.norm(), (
-            name,
-            (one - two).norm() / one.norm(),
-        )  # an epoch of Adam in float32; in float64 it is 1e-9, above
+        apart = (one - two).norm() / one.norm()
+        assert apart < 5e-4, (name, apart)  # an epoch of Adam in float32; in float64 it is 1e-9, above

@@ -1,15 +1,12 @@
 """Several processes train what one would: gloo on a CPU, started as users start them."""
 
 import json
-import os
-import subprocess
-import sys
 import time
 
 import numpy as np
 import pytest
 import torch
-from helpers import run_ranks, save_digits, start_ranks
+from helpers import run_ranks, save_digits, start_ranks, torchrun
 from torch import nn
 
 from decompk import train
@@ -79,10 +76,7 @@ def assert_same_run(alone, out, tolerance):
 
 def test_processes_together_end_where_one_alone_does(digits, alone, tmp_path):
     processes, out = 3, tmp_path / "out"
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    start = [*launch, "-m", "decompk", *command(digits, out)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(start, capture_output=True, text=True, env=environment, timeout=300)
+    done = torchrun(processes, *command(digits, out))
     assert done.returncode == 0, done.stderr
     assert_same_run(alone, out, TOLERANCE["ddp"])
     assert done.stderr.count("seed 0 composed, not trained further") == 1
@@ -96,12 +90,14 @@ def test_processes_together_end_where_one_alone_does(digits, alone, tmp_path):
 def test_processes_killed_in_the_global_phase_go_on_together(parallel, digits, alone, tmp_path):
     out = tmp_path / "out"
     both = start_ranks(2, tmp_path, main, command(digits, out, save_steps=1, parallel=parallel))
-    while len(list((out / "seed0" / "global").glob("step-*.ckpt"))) < 2:
-        assert all(process.exitcode is None for process in both)
-        time.sleep(0.002)
-    for process in both:
-        process.kill()
-        process.join()
+    try:
+        while len(list((out / "seed0" / "global").glob("step-*.ckpt"))) < 2:
+            assert all(process.exitcode is None for process in both)
+            time.sleep(0.002)
+    finally:
+        for process in both:
+            process.kill()
+            process.join()
     assert not (out / "seed0" / "random.pt").exists()
     said, _ = run_ranks(2, tmp_path, main, command(digits, out, "--resume", save_steps=1, parallel=parallel))
     assert "members: trained before" in said and "global: going on in epoch 1" in said
