@@ -1,12 +1,6 @@
 """The first property of everything here: a packed module trains each member as if it were alone."""
 
 import copy
-import multiprocessing
-import os
-import socket
-import subprocess
-import sys
-import time
 
 import numpy as np
 import torch
@@ -123,62 +117,3 @@ def save_digits(path, train, test):
         images[f"x_{name}"], images[f"y_{name}"] = split.pixels[:count, 0].numpy(), split.labels[:count].numpy()
     np.savez(path, **images)
     return str(path)
-
-
-# Processes in milliseconds: forked from one that has the modules, which take 7 s to import.
-FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["torch", "torch._dynamo", "torch.distributed", "sklearn.datasets", "decompk.cli"])
-
-
-def _rank(environment, log, function, arguments):
-    os.environ.update(environment)
-    with open(log, "w") as file:
-        for descriptor in (1, 2):
-            os.dup2(file.fileno(), descriptor)
-    torch.set_num_threads(1)
-    torch.seed()  # what is not seeded differs from rank to rank
-    raise SystemExit(function(*arguments))
-
-
-def start_ranks(size, folder, function, *arguments):
-    """`function(*arguments)` in `size` processes that find each other as torchrun's do; returns the processes.
-
-    function: of a module's top level; what it returns is the process's exit status. What rank r prints is in
-    folder/rank<r>.txt.
-    """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": str(size)}
-    processes = []
-    for rank in range(size):
-        environment = {**os.environ, **place, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-        log = str(folder / f"rank{rank}.txt")
-        processes.append(FORKS.Process(target=_rank, args=(environment, log, function, arguments), daemon=True))
-        processes[-1].start()
-    return processes
-
-
-def run_ranks(size, folder, function, *arguments, seconds=300):
-    """The same, to the end: returns what each printed, in rank order. Once one fails the others are killed."""
-    processes, end = start_ranks(size, folder, function, *arguments), time.monotonic() + seconds
-    try:
-        codes = [None] * size
-        while None in codes and not any(codes) and time.monotonic() < end:
-            time.sleep(0.01)
-            codes = [process.exitcode for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-            process.join()
-    printed = [(folder / f"rank{rank}.txt").read_text() for rank in range(size)]
-    assert codes == [0] * size, "\n".join(f"exit {c}: {text[-3000:]}" for c, text in zip(codes, printed, strict=True))
-    return printed
-
-
-def torchrun(size, *command):
-    """`decompk` with these words on `size` processes, started as users start them; what subprocess.run returns."""
-    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={size}", "-m", "decompk"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [sys.executable, *launch, *command], capture_output=True, text=True, env=environment, timeout=300
-    )

@@ -4,7 +4,8 @@ import json
 
 import pytest
 import torch
-from helpers import run_ranks, save_digits, torchrun
+from helpers import save_digits
+from processes import run_ranks, torchrun
 from torch import nn
 
 from decompk import models

@@ -1,4 +1,4 @@
-"""Several processes train what one would: gloo on a CPU, started as users start them."""
+"""Several processes train what one would: gloo on a CPU, once started as users start them."""
 
 import json
 import time
@@ -6,7 +6,8 @@ import time
 import numpy as np
 import pytest
 import torch
-from helpers import run_ranks, save_digits, start_ranks, torchrun
+from helpers import save_digits
+from processes import run_ranks, running_ranks, torchrun
 from torch import nn
 
 from decompk import train
@@ -89,15 +90,10 @@ def test_processes_together_end_where_one_alone_does(digits, alone, tmp_path):
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_processes_killed_in_the_global_phase_go_on_together(parallel, digits, alone, tmp_path):
     out = tmp_path / "out"
-    both = start_ranks(2, tmp_path, main, command(digits, out, save_steps=1, parallel=parallel))
-    try:
+    with running_ranks(2, tmp_path, main, command(digits, out, save_steps=1, parallel=parallel)) as both:
         while len(list((out / "seed0" / "global").glob("step-*.ckpt"))) < 2:
             assert all(process.exitcode is None for process in both)
             time.sleep(0.002)
-    finally:
-        for process in both:
-            process.kill()
-            process.join()
     assert not (out / "seed0" / "random.pt").exists()
     said, _ = run_ranks(2, tmp_path, main, command(digits, out, "--resume", save_steps=1, parallel=parallel))
     assert "members: trained before" in said and "global: going on in epoch 1" in said
