@@ -133,10 +133,10 @@ class Members(ZeroSkipping, Packed):
     one for all.
     """
 
-    def _run(self, x: Tensor, cuts: bool, args: tuple, kwargs: dict) -> Any:
-        if args or kwargs or torch.compiler.is_compiling() or not self._runs_in_turn(x):
-            return super()._run(x, cuts, args, kwargs)
-        rows = [t.contiguous(memory_format=torch.channels_last) if t.dim() == 4 else t for t in split(x, self.K)]
+    def _run(self, x: Tensor, cuts: bool) -> Any:
+        if torch.compiler.is_compiling() or not self._runs_in_turn(x):
+            return super()._run(x, cuts)
+        rows = [t.contiguous(memory_format=torch.channels_last) if t.dim() == 4 else t for t in split(x, self._K)]
         with as_one_member(self._inner) as members:
             outputs = [functional_call(self._inner, *call) for call in zip(members, rows, strict=True)]
         return tree_map(lambda *leaves: torch.cat(leaves) if isinstance(leaves[0], Tensor) else leaves[0], *outputs)
@@ -154,11 +154,10 @@ class Members(ZeroSkipping, Packed):
         if any(isinstance(m, PerMember) for m in modules):
             return False
         layers = [m.weight[0].numel() for m in modules if isinstance(m, nn.modules.conv._ConvNd)]
-        return x.shape[0] // self.K * x[0, 0].numel() // 16 * statistics.median(layers or [0]) > 2**23
+        return x.shape[0] // self._K * x[0, 0].numel() // 16 * statistics.median(layers or [0]) > 2**23
 
-    def _by_member(self, N: int, leaf: Any) -> Any:
-        leaf = super()._by_member(N, leaf)
-        return leaf.sum(0) if isinstance(leaf, Tensor) else leaf
+    def _by_member(self, leaf: Tensor) -> Tensor:
+        return leaf.sum(0)
 
     def ensemble(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """The network's output itself: its members are joined already."""
@@ -171,8 +170,8 @@ class Members(ZeroSkipping, Packed):
                 module.widen()
             elif type(module) in HEADS.values():
                 hold_each(module)
-        members = Packed(inner, self.K, None, self.input_dims).unpack()
-        return self.decomposition.compose(members).train(self.training)
+        members = Packed(inner, self._K, None, self._input_dims).unpack()
+        return self._decomposition.compose(members).train(self.training)
 
 
 def _as_members(net: nn.Module, input_size: Sequence[int] | None) -> tuple[Members | None, str]:
@@ -238,7 +237,7 @@ def _why_not_members(net: nn.Module, d: Decomposition) -> str | None:
 
 def _members(net: nn.Module, d: Decomposition, counts: dict[str, int]) -> Members:
     packed = pack(d.extract(net))
-    fast = Members(packed._inner, d.K, None, packed.input_dims)
+    fast = Members(packed._inner, d.K, None, packed._input_dims, rehearse=False)
     fast.decomposition = d
     for name in d.plan.summed:
         head = fast._inner.get_submodule(name.rpartition(".")[0])

@@ -23,6 +23,7 @@ from .layers.base import HOOKS, Twin
 from .layers.conv import PackedConv2d
 from .layers.norm import PackedBatchNorm2d
 from .layers.per_member import PerMember
+from .layers.rehearsal import Changes
 from .ops import on_cpu
 from .ops.conv import arguments
 from .ops.layout import output_shape
@@ -56,9 +57,9 @@ class Fused(Packed):
     """A Packed that runs fused; built by `fuse`."""
 
     def __init__(self, packed: Packed):
-        super().__init__(packed._inner, packed.K, packed.crops, packed.input_dims)
-        program = _Program(packed._inner, packed.crops)
-        vars(self).update(_original=packed, _program=program, decomposition=packed.decomposition)
+        super().__init__(packed._inner, packed._K, packed._crops, packed._input_dims, packed._shared, packed._rehearse)
+        program = _Program(packed._inner, packed._crops)
+        vars(self).update(_original=packed, _program=program, _decomposition=packed._decomposition, _ways=packed._ways)
 
     def unfuse(self) -> Packed:
         """The packed network this one was made of, with all that was learned since."""
@@ -66,21 +67,31 @@ class Fused(Packed):
 
     def train(self, mode: bool = True) -> Fused:
         self._original.train(mode)
-        self.training = self._inner.training
         return self
 
-    def _run(self, x: Tensor, cuts: bool, args: tuple, kwargs: dict) -> Any:
+    def _run(self, x: Tensor, cuts: bool) -> Any:
         program = self._program
-        if args or kwargs or not program.applies():
-            return super()._run(x, cuts, args, kwargs)
+        if program is None or not program.applies():
+            return super()._run(x, cuts)
         windows = cuts and program.windows()
-        return program(self._cut(x) if cuts and not windows else x, self.crops if windows else None)
+        return program(self._cut(x) if cuts and not windows else x, self._crops if windows else None)
 
-    def _by_member(self, N: int, leaf: Any) -> Any:
-        return self._original._by_member(N, leaf)
+    def _change(self, changes: Changes) -> None:
+        self._original._change(changes)
+        vars(self)["_inner"] = self._original._inner
+        if changes.whole:
+            try:
+                program = _Program(self._inner, self._crops)
+            except UnsupportedOperation:  # nothing is left that could be fused
+                program = None
+            vars(self)["_program"] = program
+
+    def _by_member(self, leaf: Tensor) -> Tensor:
+        return self._original._by_member(leaf)
 
     def _how(self, twin: Twin) -> str:
-        return f"twin, {self._program.notes()[twin.path]}" if twin.path in self._program.notes() else "twin"
+        note = None if self._program is None else self._program.notes().get(twin.path)
+        return super()._how(twin) + (f", {note}" if note else "")
 
 
 class _Program(Rewritten):
@@ -423,7 +434,13 @@ def _only_argument(node: fx.Node) -> bool:
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def _layer(
+def _layer(x: Tensor, crops: Sequence[Crop] | None, conv: nn.Module, norm: nn.Module | None, *further: Any) -> Tensor:
+    """`_run_layer`, laid out as its last twin is to be."""
+    y = _run_layer(x, crops, conv, norm, *further)
+    return (conv if norm is None else norm).laid_out(y)
+
+
+def _run_layer(
     x: Tensor,
     crops: Sequence[Crop] | None,
     conv: nn.Module,

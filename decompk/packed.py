@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
-import functools
-from collections.abc import Collection, Iterator, Sequence
+import inspect
+import warnings
+from collections.abc import Collection, Hashable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -13,11 +14,23 @@ from torch import Tensor, nn
 from .dispatch import EXACT
 from .errors import PackError, PartitionError
 from .layers.alike import check_members
-from .layers.base import Twin, dotted, packed_batch
-from .layers.forward_code import read_forward
-from .layers.nest import tree_map
-from .layers.per_member import PerMember, description, member_of, per_member_kind
+from .layers.base import Twin, packed_batch
+from .layers.nest import leaves, spread, tree_map
+from .layers.per_member import PerMember, description, own_module, per_member_kind
 from .layers.plan import input_dims_of, plan
+from .layers.rehearsal import (
+    SAME,
+    Changes,
+    Rehearsal,
+    Role,
+    Rows,
+    Unknown,
+    Way,
+    first_line,
+    member_alone,
+    possible,
+    without_insides,
+)
 from .partition import Part, by
 from .shell import Shell
 
@@ -28,15 +41,18 @@ def pack(
     *,
     input_dims: int | None = None,
     member_by_member: Collection[str] = (),
+    shared: Collection[str] | None = None,
+    rehearse: bool = True,
 ) -> Packed:
     """K networks of one architecture as one module that trains them all, each as if it were alone.
 
     The members stay as they are; the packed module holds copies. With `crops`, one per member, the module takes the
     global batch and cuts it. `input_dims` is the number of dimensions of one member's batch, needed where the first
-    layer does not tell it. `member_by_member` names modules to run whole, once per member, that would not be
-    recognised as needing it: the members' own code sees all K·N samples at once, so where it mixes samples, or moves
-    them out of dimension 0, it must run so. `describe()` lists what does. Raises PackError where the members differ in
-    more than their values.
+    layer does not tell it. `member_by_member` names modules to run whole, once per member, beside those that are found
+    to need it: the members' own code sees all K·N samples at once, so where it mixes samples, or moves them out of
+    dimension 0, it must run so. `describe()` lists what does. `shared` names arguments of forward, beside the first,
+    that are the same for all members, where the first call shall not find out; `rehearse=False` skips all that
+    it does (see Packed). Raises PackError where the members differ in more than their values.
     """
     members = list(members)
     check_members(members)
@@ -57,108 +73,315 @@ def pack(
         if id(module) in shells:
             continue
         inner = _copy(module, dict(stacks))
-        shells[id(module)] = per_member_kind(module)(inner, K, path, reason, _state(members, path, inner))
+        own = [own_module(member.get_submodule(path)) for member in members]
+        shells[id(module)] = per_member_kind(module)(inner, K, path, reason, own)
     net = _copy(first, {**stacks, **shells})
     for path, kind in twins.items():
         leaf = net.get_submodule(path)
         if not isinstance(leaf, Twin):  # registered under two names
             kind.adopt(leaf, K, path)
-    return Packed(net, K, crops, input_dims or input_dims_of(first))
+    return Packed(net, K, crops, input_dims or input_dims_of(first), shared, rehearse)
+
+
+_PUBLIC = {"K": "_K", "crops": "_crops", "input_dims": "_input_dims", "decomposition": "_decomposition"}
 
 
 class Packed(Shell):
     """K members in one module; built by `pack`.
 
     Input: (N, …) shared by all members, or (K, N, …); with crops the global batch (N, C, *spatial), or crops already
-    cut, (K, N, C, *crop size). Further tensor arguments follow the first one: those that start with its N samples,
-    or K and N, belong to the batch, and anything else is handed on as it is. Output: every tensor the members return,
-    stacked to (K, N, …). Parameters and buffers have the members' names and a leading dimension K.
+    cut, (K, N, C, *crop size). It is called as a member is: by position or keyword, tensors in tuples, lists, dicts
+    and dataclasses. Further tensors belong to the batch, shared or (K, N, …), or are the same for all members; which,
+    the first call of a kind finds out by what the members do with them (or `pack(shared=…)` says). Output: every tensor
+    the members return, stacked to (K, N, …), a scalar to (K,). Parameters and buffers have the members' names and a
+    leading dimension K.
+
+    That first call also runs a few samples through one member alone and through all of them packed, unseen by their
+    buffers, the random state and hooks. Where the two differ (samples that see each other, a `view` of what lies
+    otherwise, outputs that are no rows), the smallest module that mends it runs member by member from then on, as
+    `describe()` says, or a layer lays out its output as alone. `pack(rehearse=False)` leaves that out.
     """
 
-    decomposition: Any = None
-
-    def __init__(self, net: nn.Module, K: int, crops: tuple[Part, ...] | None, input_dims: int | None):
+    def __init__(
+        self,
+        net: nn.Module,
+        K: int,
+        crops: tuple[Part, ...] | None,
+        input_dims: int | None,
+        shared: Collection[str] | None = None,
+        rehearse: bool = True,
+    ):
         super().__init__(net)
-        vars(self).update(K=K, crops=crops, input_dims=input_dims)
+        vars(self).update(_K=K, _crops=crops, _input_dims=input_dims, _decomposition=None)
+        vars(self).update(_ways={}, _shared=shared, _rehearse=rehearse)
+        for store in (net._modules, net._parameters, net._buffers):  # a network's own names win over our methods'
+            vars(self).update({name: value for name, value in store.items() if hasattr(type(self), name)})
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if not isinstance(x, Tensor):
-            raise PackError(f"a packed module takes a tensor first, not {type(x).__name__}.")
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            private, inner = _PUBLIC.get(name), vars(self).get("_inner")
+            if private in vars(self):
+                return vars(self)[private]
+            while isinstance(inner, Shell):
+                inner = vars(inner).get("_inner")
+            if inner is None or name.startswith("_") or name not in vars(inner):
+                raise
+            return vars(inner)[name]
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        inner = vars(self).get("_inner")
+        while isinstance(inner, Shell):
+            inner = inner._inner
+        if inner is None or name.startswith("_") or any(name in store for store in (inner._modules, inner._parameters)):
+            super().__setattr__(name, value)
+        elif name in vars(inner) and name != "training":  # what the network's code reads
+            vars(inner)[name] = value
+        elif name in _PUBLIC:
+            vars(self)[_PUBLIC[name]] = value
+        else:
+            super().__setattr__(name, value)
+
+    def forward(self, /, *args: Any, **kwargs: Any) -> Any:
+        x = args[0] if len(args) == 1 and not kwargs else None
+        if not isinstance(x, Tensor) or not x.dim():
+            return self._forward_any(args, kwargs)
         shared = self._is_shared(x)
+        kind = (self.training, shared, x.dim())
+        way = self._ways.get(kind) or self._way(kind, args, kwargs, [x], shared)
+        if isinstance(self._inner, PerMember):
+            return self._members_apart(way, args, kwargs, shared)
+        cuts = shared and len(self._crops or ()) > 0
         N = x.shape[0] if shared else x.shape[1]
+        rows = x if cuts else torch.cat([x] * self._K) if shared else x.flatten(0, 1)
+        if torch.compiler.is_compiling():
+            return self._stacked(self._run(rows, cuts), way, N)
+        with packed_batch(self._K * N):
+            out = self._run(rows, cuts)
+        out = self._stacked(out, way, N)
+        self._ways.setdefault(kind, way)
+        return out
 
-        def spread_rows(leaf: Any) -> Any:
+    def _forward_any(self, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """A call with other arguments than one tensor."""
+        tensors = [leaf for leaf in leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        x = next((t for t in tensors if t.dim()), None)
+        if self._crops and args and isinstance(args[0], list | tuple):
+            raise PackError("a packed module takes crops as one tensor (K, N, C, …): give it torch.stack(crops).")
+        if x is None:
+            self._change(Changes(whole={"": "it is called without a tensor"}))
+        if isinstance(self._inner, PerMember) and x is None:
+            return self._members_apart(Way((SAME,) * len(tensors)), args, kwargs, True)
+        shared = self._is_shared(x, strict=False)
+        N = x.shape[0] if shared else x.shape[1]
+        kind = (self.training, shared, *self._kind(args, kwargs, N))
+        way = self._ways.get(kind) or self._way(kind, args, kwargs, tensors, shared)
+        if isinstance(self._inner, PerMember):
+            return self._members_apart(way, args, kwargs, shared)
+        roles = iter(way.roles)
+
+        def rows(leaf: Any) -> Any:
+            role = next(roles) if isinstance(leaf, Tensor) else SAME
+            if role is SAME:
+                return leaf
+            if role.own:
+                return leaf.movedim(0, role.dim).flatten(role.dim, role.dim + 1)
+            return self._cut(leaf) if leaf is x and self._crops else torch.cat([leaf] * self._K, role.dim)
+
+        args, kwargs = tree_map(rows, (args, kwargs))
+        if torch.compiler.is_compiling():
+            return self._stacked(self._inner(*args, **kwargs), way, N)
+        with packed_batch(self._K * N):
+            out = self._inner(*args, **kwargs)
+        out = self._stacked(out, way, N)
+        self._ways.setdefault(kind, way)
+        return out
+
+    def _kind(self, args: tuple, kwargs: dict[str, Any], N: int) -> Iterator[Hashable]:
+        """What calls of one kind have in common: names, plain values, and which sizes of tensors are K or N."""
+        yield len(args), *kwargs
+        for leaf in leaves((args, kwargs)):
+            if isinstance(leaf, Tensor):
+                yield leaf.dim(), leaf.shape[:1] == (self._K,), *(size == N for size in leaf.shape[:3])
+            else:
+                yield leaf if isinstance(leaf, bool | str | None) else type(leaf)
+
+    def _run(self, x: Tensor, cuts: bool) -> Any:
+        """What the members return for their rows x (K·N, …), or, if it cuts, for their crops of the image x."""
+        return self._inner(self._cut(x) if cuts else x)
+
+    def _members_apart(self, way: Way, args: tuple, kwargs: dict[str, Any], shared: bool) -> Any:
+        """What the members return, each called with its own arguments, stacked."""
+        roles, first = iter(way.roles), iter([True])
+
+        def each(leaf: Any) -> list:
+            if not isinstance(leaf, Tensor):
+                return [leaf] * self._K
+            role = next(roles)
+            if shared and self._crops and leaf.dim() and next(first, False):
+                return [crop.cut(leaf) for crop in self._crops]
+            return list(leaf.unbind(0)) if role is not SAME and role.own else [leaf] * self._K
+
+        outputs = self._inner._run(spread(each, (args, kwargs), self._K))
+        return tree_map(self._stack, *outputs)
+
+    def _stack(self, *parts: Any) -> Any:
+        """One output of all members: tensors (K, …), numbers that differ as a tensor (K,), other values as a list."""
+        if all(isinstance(part, Tensor) for part in parts):
+            if len({part.shape for part in parts}) == 1:
+                return self._by_member(torch.stack(parts))
+            raise PackError(f"the members return tensors of {sorted({tuple(part.shape) for part in parts})}.")
+        if all(part is parts[0] for part in parts) or all(isinstance(part, str | type(None)) for part in parts):
+            return parts[0] if len(set(parts)) == 1 else list(parts)
+        if all(isinstance(part, bool | int | float | complex) for part in parts):
+            return parts[0] if len(set(parts)) == 1 else torch.tensor(parts)
+        return list(parts)
+
+    def _stacked(self, out: Any, way: Way, N: int) -> Any:
+        """What the members return as rows, by member: (K, N, …)."""
+        if type(out) is Tensor and way.outs in (None, (0,)):
+            return self._by_member(self._unflattened(out, 0, N))
+        places = iter(way.outs or ())
+
+        def by_member(leaf: Any) -> Any:
             if not isinstance(leaf, Tensor):
                 return leaf
-            if shared:
-                return torch.cat([leaf] * self.K) if leaf.shape[:1] == (N,) else leaf
-            return leaf.flatten(0, 1) if leaf.shape[:2] == (self.K, N) else leaf
+            place = next(places, 0)
+            return self._by_member(
+                leaf.expand(self._K, *leaf.shape) if place is None else self._unflattened(leaf, place, N)
+            )
 
-        cuts = shared and len(self.crops or ()) > 0
-        x = x if cuts else spread_rows(x)
-        args, kwargs = tree_map(spread_rows, (args, kwargs))
-        if torch.compiler.is_compiling():
-            out = self._run(x, cuts, args, kwargs)
-        else:
-            with packed_batch(self.K * N):
-                out = self._run(x, cuts, args, kwargs)
-        return tree_map(functools.partial(self._by_member, N), out)
+        return tree_map(by_member, out)
 
-    def _run(self, x: Tensor, cuts: bool, args: tuple, kwargs: dict) -> Any:
-        """What the members return for their rows x (K·N, …), or, if it cuts, for their crops of the image x."""
-        return self._inner(self._cut(x) if cuts else x, *args, **kwargs)
+    def _unflattened(self, leaf: Tensor, place: int, N: int) -> Tensor:
+        if leaf.dim() <= place or leaf.shape[place] % self._K or (place == 0 and N and leaf.shape[0] % (self._K * N)):
+            raise PackError(
+                f"the members return a tensor of {tuple(leaf.shape)} for {self._K} · {N} samples, which is no row per "
+                "sample: call the packed network once as it is, before it is compiled or traced, and it runs member by "
+                "member; or pack(..., member_by_member=[''])."
+            )
+        y = leaf.unflatten(place, (self._K, -1) if place or leaf.numel() else (self._K, N))
+        return y.movedim(place, 0) if place else y
 
-    def _is_shared(self, x: Tensor) -> bool:
-        """Whether x is one batch for all members (True) or already has the member dimension (False)."""
-        shape, dims = tuple(x.shape), self.input_dims
+    def _by_member(self, leaf: Tensor) -> Tensor:
+        """What is returned for a tensor (K, …) of the members' outputs."""
+        return leaf
+
+    # ---- how a kind of call runs ------------------------------------------------------------------------------------
+
+    def _way(self, kind: tuple, args: tuple, kwargs: dict[str, Any], tensors: Sequence[Tensor], shared: bool) -> Way:
+        """How a kind of call runs that is met for the first time; the network is changed where that is needed."""
+        x = next(t for t in tensors if t.dim())
+        N = x.shape[0] if shared else x.shape[1]
+        named = None if self._shared is None or len(tensors) == 1 else self._named_roles(args, kwargs, shared, N)
+        one = Way((Rows(0, not shared),)) if len(tensors) == 1 else named and Way(named)
+        if one and (isinstance(self._inner, PerMember) or not self._rehearse):
+            return one
+        if not N or not possible(tensors):
+            if one:
+                return one
+            raise PackError(
+                "which of these arguments belong to the batch is found out at the first plain call: call the packed "
+                "network once before it is compiled or traced, or name those that do not in pack(..., shared=[...])."
+            )
+        crops = self._crops
+        cut = (lambda t, k: crops[k].cut(t)) if crops else None
+        rehearsal = Rehearsal(self._inner, self._K, args, kwargs, shared, N, cut, named)
+        try:
+            if isinstance(self._inner, PerMember):
+                return Way(rehearsal.roles())
+            way, changes = rehearsal.run()
+        except Unknown as unknown:
+            if one:
+                return one
+            way, changes = self._unknown(args, kwargs, tensors, shared, unknown)
+        self._change(changes)
+        self._ways[kind] = way
+        return way
+
+    def _unknown(self, args: tuple, kwargs: dict, tensors: Sequence[Tensor], shared: bool, unknown: Unknown) -> tuple:
+        """Arguments of which nothing can be told: what all members share is given to each as it is."""
+        if not shared or self._crops:
+            raise PackError(
+                "it cannot be told which of these arguments belong to the batch, because a member does not take "
+                "another number of samples: name those that do not in pack(..., shared=[...])."
+            ) from unknown
+        try:
+            with torch.no_grad():
+                member_alone(self._inner, 0, copies=False)(*args, **kwargs)
+        except Exception as error:  # whatever the members raise
+            raise PackError(f"a member alone does not take these arguments: {first_line(error)}.") from error
+        return Way((SAME,) * len(tensors)), Changes(whole={"": "it cannot be told what belongs to the batch"})
+
+    def _named_roles(self, args: tuple, kwargs: dict[str, Any], shared: bool, N: int) -> tuple[Role, ...]:
+        """Each tensor's role where `pack(shared=…)` names the arguments that are the same for all members."""
+        net = self._inner
+        while isinstance(net, Shell):
+            net = net._inner
+        bound = inspect.signature(net.forward).bind(*args, **kwargs).arguments
+        roles: list[Role] = []
+        names = {id(leaf): name for name, value in bound.items() for leaf in leaves(value)}
+        for leaf in leaves((args, kwargs)):
+            if isinstance(leaf, Tensor):
+                own = leaf.shape[:2] == (self._K, N)
+                batch = leaf.dim() > 0 and names.get(id(leaf)) not in self._shared
+                roles.append(Rows(0, own if not shared or leaf.shape[:1] != (N,) else False) if batch else SAME)
+        return tuple(roles)
+
+    def _change(self, changes: Changes) -> None:
+        """Let the network run as a rehearsal found that it must."""
+        vars(self)["_inner"] = changes.applied(self._inner, self._K)
+        for path, reason in changes.whole.items():
+            what = f"'{path}'" if path else "the network"
+            warnings.warn(f"{what} runs member by member: {reason}.", stacklevel=6)
+
+    def _is_shared(self, x: Tensor, strict: bool = True) -> bool:
+        """Whether x is one batch for all members (True) or already has the member dimension (False).
+
+        Not `strict` where further arguments make it uncertain that x goes to the network's first layer.
+        """
+        shape, dims = tuple(x.shape), self._input_dims
         if dims is None:
-            if x.dim() in (1, 2):
+            if x.dim() in (1, 2) or not strict:
                 return True
             raise PackError(
                 f"an input of {shape} may be one batch for all members or one per member: tell pack with input_dims=, "
                 "the number of dimensions of one member's batch."
             )
-        if self.crops:
-            size = self.crops[0].size
+        if self._crops:
+            size = self._crops[0].size
             spatial = shape[-len(size) :]
             if x.dim() == dims:
                 self._check_image(spatial)
             elif x.dim() == dims + 1 and spatial != size:
                 raise PartitionError(f"an input of {shape} is not cut into crops of {by(size)} pixels.")
-        if x.dim() == dims or (x.dim() == dims + 1 and x.shape[0] == self.K):
+        if x.dim() == dims or (x.dim() == dims + 1 and x.shape[0] == self._K):
             return x.dim() == dims
-        if self.crops:
+        if not strict and not self._crops:
+            return True
+        if self._crops:
             raise PartitionError(
-                f"an input of {shape} is neither a global batch of {dims} dimensions nor ({self.K}, N, C, …) crops."
+                f"an input of {shape} is neither a global batch of {dims} dimensions nor ({self._K}, N, C, …) crops."
             )
         raise PackError(
-            f"an input of {shape} is neither one batch of {dims} dimensions for all members nor ({self.K}, N, …) of "
+            f"an input of {shape} is neither one batch of {dims} dimensions for all members nor ({self._K}, N, …) of "
             f"{dims + 1}; if the members' batches have another number of dimensions, tell pack with input_dims=."
         )
 
     def _check_image(self, spatial: tuple[int, ...]) -> None:
-        whole = getattr(self.decomposition, "input_size", spatial)[-len(spatial) :]
+        whole = getattr(self._decomposition, "input_size", spatial)[-len(spatial) :]
         if tuple(whole) != spatial:
             raise PartitionError(
                 f"an image of {by(spatial)} pixels does not fit this packed module, which was "
                 f"decomposed for {by(whole)}; resize it."
             )
-        for crop in self.crops:
+        for crop in self._crops:
             if any(stop > pixels for stop, pixels in zip(crop.stop, spatial, strict=True)):
                 raise PartitionError(f"{crop} does not fit an image of {by(spatial)} pixels.")
 
     def _cut(self, x: Tensor) -> Tensor:
-        return torch.cat([crop.cut(x) for crop in self.crops])
-
-    def _by_member(self, N: int, leaf: Any) -> Any:
-        if not isinstance(leaf, Tensor):
-            return leaf
-        if leaf.shape[:1] != (self.K * N,):
-            raise PackError(
-                f"the members return a tensor of {tuple(leaf.shape)} for {self.K} · {N} samples: only outputs with one "
-                "row per sample can be packed."
-            )
-        return leaf.unflatten(0, (self.K, N))
+        return torch.cat([crop.cut(x) for crop in self._crops])
 
     def ensemble(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Σ_k of the members' outputs: (N, classes) for classifiers."""
@@ -166,31 +389,21 @@ class Packed(Shell):
 
     def unpack(self) -> list[nn.Module]:
         """The K members as ordinary, independent modules of their own classes, with the packed module's modes."""
-        return [self._member(k) for k in range(self.K)]
-
-    def _member(self, k: int) -> nn.Module:
-        memo: dict[int, Any] = {}
-        for tensor in (*self._inner.parameters(), *self._inner.buffers()):
-            own = tensor.detach()[k].clone(memory_format=torch.contiguous_format)
-            memo[id(tensor)] = nn.Parameter(own, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else own
-        for shell in _without_insides(self._inner):
-            if isinstance(shell, PerMember):
-                memo[id(shell)] = member_of(shell, k, dict(memo))
-        return _release(copy.deepcopy(self._inner, memo))
+        return [member_alone(self._inner, k) for k in range(self._K)]
 
     def compose(self, head: str = "sum") -> nn.Module:
         """The global network made of the members (2.11)–(2.14); needs `decomposition`, which grouped_subnets sets."""
-        if self.decomposition is None:
+        if self._decomposition is None:
             raise PackError(
                 "this packed module knows no decomposition: build it with decompk.grouped_subnets, or call "
                 "decompk.decompose(...).compose(packed.unpack())."
             )
-        return self.decomposition.compose(self.unpack(), head=head)
+        return self._decomposition.compose(self.unpack(), head=head)
 
     def describe(self) -> str:
         """A table of the layers: which run as twins, and which member by member and why."""
         rows = []
-        for module in _without_insides(self._inner):
+        for module in without_insides(self._inner):
             if isinstance(module, PerMember):
                 rows.append(description(module))
             elif isinstance(module, Twin):
@@ -198,11 +411,11 @@ class Packed(Shell):
         net = description(self._inner)[1] if isinstance(self._inner, PerMember) else type(self._inner).__name__
         widths = [max((len(row[i]) for row in rows), default=0) for i in range(2)]
         lines = [f"{path or '.':<{widths[0]}}  {kind:<{widths[1]}}  {how}" for path, kind, how in rows]
-        return "\n".join([f"{self.K} members of {net}", *lines])
+        return "\n".join([f"{self._K} members of {net}", *lines])
 
     def _how(self, twin: Twin) -> str:
         """How a layer runs, for `describe`."""
-        return "twin"
+        return "twin" + ", laid out for a view" * twin.contiguous_output
 
     def to(self, *args: Any, memory_format: torch.memory_format | None = None, **kwargs: Any) -> Packed:
         """nn.Module.to; `memory_format` is each member's: channels_last makes weights (K, OHWI) in memory."""
@@ -214,7 +427,7 @@ class Packed(Shell):
         return self
 
     def extra_repr(self) -> str:
-        return f"K={self.K}" + (f", crops={self.crops}" if self.crops else "")
+        return f"K={self._K}" + (f", crops={self._crops}" if self._crops else "")
 
 
 def _laid_out(stack: Tensor, memory_format: torch.memory_format) -> Tensor:
@@ -228,26 +441,6 @@ def _laid_out(stack: Tensor, memory_format: torch.memory_format) -> Tensor:
     strides = list(stack.stride())
     strides[2] = 1  # with one channel any stride fits, and torch knows the format by this one
     return stack.as_strided(stack.shape, strides)
-
-
-def _without_insides(module: nn.Module) -> Iterator[nn.Module]:
-    """Every module once, but none inside a module that runs member by member."""
-    seen: set[nn.Module] = set()
-    queue = [module]
-    while queue:
-        module = queue.pop()
-        if module not in seen:
-            seen.add(module)
-            yield module
-            if not isinstance(module, PerMember):
-                queue += reversed([child for child in module._modules.values() if child is not None])
-
-
-def _release(net: nn.Module) -> nn.Module:
-    for module in net.modules():
-        if isinstance(module, Twin):
-            module.release()
-    return net
 
 
 def _copy(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
@@ -272,24 +465,3 @@ def _stack_tensors(members: list[nn.Module], channels_last: set[str]) -> dict[in
                     stack = _laid_out(stack, torch.channels_last)
                 stacks[id(tensor)] = nn.Parameter(stack, tensor.requires_grad) if store == "_parameters" else stack
     return stacks
-
-
-def _state(members: list[nn.Module], path: str, inner: nn.Module) -> list:
-    """The plain attributes that forward code below `path` assigns: (module, names, each member's values)."""
-    state = []
-    for below, module in inner.named_modules():
-        if type(module).__module__.partition(".")[0] == "torch":
-            continue
-        name = dotted(path, below)
-        stored = read_forward(module).stored
-        empty = [key for key in stored if key in module._buffers and module._buffers[key] is None]
-        if empty or "data" in stored:
-            what = f"fills the buffer '{empty[0]}'" if empty else "assigns to .data"
-            raise PackError(
-                f"the forward of '{name}' {what}, which a packed module cannot follow; register it, use copy_."
-            )
-        names = tuple(sorted(stored - module._parameters.keys() - module._buffers.keys() - module._modules.keys()))
-        if names:
-            values = [vars(member.get_submodule(name)) for member in members]
-            state.append((module, names, [{n: copy.deepcopy(v[n]) for n in names if n in v} for v in values]))
-    return state

@@ -25,12 +25,21 @@ class Shell(nn.Module):
 
     def __init__(self, inner: nn.Module):
         super().__init__()
-        shared = ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set", "training")
+        shared = ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set")
         vars(self).update(_inner=inner, **{name: vars(inner)[name] for name in shared})
+
+    @property
+    def training(self) -> bool:
+        """The mode, which is the wrapped module's own: some set it by attribute, and list the shell alone."""
+        return self._inner.training
+
+    @training.setter
+    def training(self, mode: bool) -> None:
+        if "_inner" in vars(self):  # else nn.Module's own constructor sets it
+            self._inner.training = mode
 
     def train(self, mode: bool = True) -> Shell:
         self._inner.train(mode)
-        self.training = self._inner.training
         return self
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -38,6 +38,44 @@ def check_rows(count: int, K: int, path: str, shape: torch.Size) -> None:
         )
 
 
+class Record:
+    """Which tensors of one kind of call belong to the batch: found in a rehearsal, where a size tells, else guessed."""
+
+    def __init__(self) -> None:
+        self._inputs: tuple[bool, ...] | None = None
+        self._outputs: tuple[bool, ...] | None = None
+
+    def inputs(self, sizes: Sequence[int], guess: Sequence[bool]) -> Sequence[bool]:
+        """`sizes`: of dimension 0 of each tensor, where rows of all K members would be."""
+        if rows := _rehearsal_rows():
+            self._inputs = tuple(size > 0 and size % rows == 0 for size in sizes)
+        return guess if self._inputs is None else self._inputs
+
+    def outputs(self, sizes: Sequence[int | None], guess: Sequence[bool], K: int) -> Sequence[bool]:
+        """`sizes`: of dimension 0 of each tensor that one member returns, None where it has no dimension."""
+        if rows := _rehearsal_rows():
+            self._outputs = tuple(bool(size) and size % (rows // K) == 0 for size in sizes)
+        return guess if self._outputs is None or len(self._outputs) != len(sizes) else self._outputs
+
+
+_rehearsing = contextvars.ContextVar("K·N of the rehearsal under way", default=0)
+
+
+def _rehearsal_rows() -> int:
+    return 0 if torch.compiler.is_compiling() else _rehearsing.get()
+
+
+@contextlib.contextmanager
+def rehearsal_of(rows: int) -> Iterator[None]:
+    """While it runs, K·N = `rows` samples are under way, and no other tensor's size is a multiple of that."""
+    token = _rehearsing.set(rows)
+    try:
+        with packed_batch(rows):
+            yield
+    finally:
+        _rehearsing.reset(token)
+
+
 class Twin:
     """Mixin of a torch leaf whose parameters and statistics have a leading dimension of K members.
 
@@ -48,6 +86,7 @@ class Twin:
     path: str
     member_class: type[nn.Module]
     input_dims: int | None = None
+    contiguous_output = False  # for a `view` behind it: images come out channels first, as a member alone lays them out
 
     @classmethod
     def fits(cls, leaf: nn.Module) -> bool:
@@ -64,6 +103,7 @@ class Twin:
         """Turn a twin that already holds one member's tensors back into an ordinary leaf, in place."""
         self.__class__ = vars(self).pop("member_class")
         del self.K, self.path
+        vars(self).pop("contiguous_output", None)
 
     def reset_parameters(self) -> None:
         """Initialise every member as the leaf does: from its own fan-in, which the stack does not have."""
@@ -86,6 +126,9 @@ class Twin:
         check_rows(x.shape[0] if x.dim() else 1, self.K, self.path, x.shape)
         if channels is not None and x.dim() > 1 and x.shape[1] != channels:
             raise PackError(f"'{self.path}' takes {channels} channels, and got an input of {tuple(x.shape)}.")
+
+    def laid_out(self, y: Tensor) -> Tensor:
+        return y.contiguous() if self.contiguous_output else y
 
     def each_member(self, function: Callable[..., Tensor], x: Tensor, *stacks: Any) -> Tensor:
         """Concatenate `function(x_k, *slices_k)` over members; a stack is a (K, …) tensor, a sequence of K, or None."""

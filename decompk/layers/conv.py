@@ -21,14 +21,14 @@ class _PackedConv(Twin):
             x = F.pad(x, self._reversed_padding_repeated_twice, mode=self.padding_mode)
             padding = 0
         if self.groups == 1 and self._on_kernels(x):
-            return self._grouped(x, padding)
+            return self.laid_out(self._grouped(x, padding))
 
         def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> Tensor:
             if library.overruns(x, weight, self.stride):
                 x, weight = x.contiguous(), weight.contiguous()
             return self.function(x, weight, bias, self.stride, padding, self.dilation, groups)
 
-        return self._run(convolve, x)
+        return self.laid_out(self._run(convolve, x))
 
     def _on_kernels(self, x: Tensor) -> bool:
         """Whether the operator takes this: images, unless members compute in turn what each would compute alone."""
@@ -97,7 +97,7 @@ class _PackedConvTranspose(_PackedConv):
         def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> Tensor:
             return self.function(x, weight, bias, self.stride, self.padding, extra, groups, self.dilation)
 
-        return self._run(convolve, x)
+        return self.laid_out(self._run(convolve, x))
 
 
 class PackedConvTranspose1d(_PackedConvTranspose, nn.ConvTranspose1d):

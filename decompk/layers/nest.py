@@ -7,9 +7,13 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+from torch.nn.utils.rnn import PackedSequence
+
 
 def children(tree: Any) -> list | None:
-    """What a container holds, in order; None for anything else."""
+    """What a container holds, in order; None for anything else, such as a PackedSequence, which makes sense whole."""
+    if isinstance(tree, PackedSequence):
+        return None
     if isinstance(tree, tuple | list):  # first: dynamo of torch 2.11 cannot ask a tuple's class for fields
         return list(tree)
     if dataclasses.is_dataclass(tree) and not isinstance(tree, type):

@@ -35,13 +35,13 @@ class _PackedBatchNorm(Twin):
         options = (batch_statistics, factors[0], self.eps)
         alike = len(set(factors)) == 1 and x.dim() == 4 and not exact(x.dtype)
         if alike and self._on_cpu(x, residual, batch_statistics, mean, var):
-            return on_cpu.batch_norm(x, *vectors, self.K, *options, residual, relu)
+            return self.laid_out(on_cpu.batch_norm(x, *vectors, self.K, *options, residual, relu))
         if alike and (x.is_cuda or asked_for("triton")):
             y = ops.batch_norm(x.unflatten(0, (self.K, x.shape[0] // self.K)), *vectors, *options).flatten(0, 1)
         else:
             y = self._by_torch(x, *vectors, batch_statistics, factors)
         y = y if residual is None else y + residual
-        return y.relu() if relu else y
+        return self.laid_out(y.relu() if relu else y)
 
     def _by_torch(self, x: Tensor, weight, bias, mean, var, batch_statistics: bool, factors: list[float]) -> Tensor:
         form = norm_form(x.numel() // self.K, self.num_features, batch_statistics, x.dtype, x.is_cuda)

@@ -1,4 +1,4 @@
-"""Modules without a member-aware twin: they run whole, once per member, on that member's slices."""
+"""Modules without a member-aware twin: they run whole, once per member, each member's own module on its own slices."""
 
 from __future__ import annotations
 
@@ -13,75 +13,173 @@ from torch import Tensor, nn
 
 from ..errors import PackError
 from ..shell import Shell
-from .base import check_rows, split
+from .base import Record, check_rows, split
+from .forward_code import read_forward
 from .nest import leaves, spread, tree_map
 
-State = tuple[nn.Module, tuple[str, ...], list[dict[str, Any]]]
+Inputs = tuple[tuple, dict[str, Any]]
+_STORES = ("_parameters", "_buffers")
+_OF_EVERY_MODULE = {*vars(nn.Module()), "_inner"}  # its tensors, modules, hooks and mode
+_HOOKS = [name for name, value in vars(nn.Module()).items() if isinstance(value, dict) and "ward_" in name]
+_was_not = object()
 
 
 class PerMember(Shell):
-    """Runs `inner` member by member: exact for any module that returns one row per sample.
+    """Runs K modules in turn, each on its member's slices: exact whatever their code does.
 
-    The tensors of `inner` are stacked, (K, …). A call cuts every tensor argument with as many rows as the first one
-    into K, swaps the slices of member k in, and concatenates the outputs. Other methods of `inner` run the same way.
-    `state` lists the submodules whose forward assigns plain attributes: their names, and each member's values.
+    `inner` holds the stacked tensors (K, …): it names them, and is what a user sees and changes. `members` are what
+    runs: one member's module each, with its own plain attributes, caches and hooks, whose tensors are slices of the
+    stacks, laid in at each call (and left there, where a checkpoint finds them that computes again in backward). What
+    the user has changed in `inner` since, attributes, modes, hooks and modules, is brought over first.
     """
 
-    def __init__(self, inner: nn.Module, K: int, path: str, reason: str, state: list[State]):
+    def __init__(self, inner: nn.Module, K: int, path: str, reason: str, members: Sequence[nn.Module]):
         super().__init__(inner)
-        vars(self).update(_K=K, _path=path, _reason=reason, _state=state)
+        vars(self).update(_K=K, _path=path, _reason=reason, _members=list(members), _batch={})
+        self._note()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self._each_member(self._inner, *args, **kwargs)
+        return self._on_rows("forward", *args, **kwargs)
 
-    def _each_member(self, function: Callable, *args: Any, **kwargs: Any) -> Any:
-        """`function`, which uses inner's tensors, once per member."""
-        rows, inputs = self._cut(args, kwargs)
-        stores = [
-            (store, name)
-            for module in self._inner.modules()
-            for store in (module._parameters, module._buffers)
-            for name, tensor in store.items()
-            if tensor is not None
-        ]
-        stacks = [store[name] for store, name in stores]
-        slices = [_slices(stack) for stack in stacks]
+    def _on_rows(self, method: str, *args: Any, **kwargs: Any) -> Any:
+        """A method of every member on its rows of the arguments, which are all members', and the results as rows."""
+        rows, inputs, record = self._cut(args, kwargs)
+        return self._join(rows // self._K, self._run(inputs, method), record)
+
+    def _run(self, inputs: Sequence[Inputs], method: str = "") -> list:
+        """What each member returns for its own arguments; of a module call, or of a method by name."""
+        self._bring_over()
+        laid = self._lay_in()
         outputs = []
-        try:
-            for k, (member_args, member_kwargs) in enumerate(inputs):
-                for (store, name), parts in zip(stores, slices, strict=True):
-                    store[name] = parts[k]
-                self._load_state(k)
-                outputs.append(function(*member_args, **member_kwargs))
-                self._keep_state(k)
-                for (store, name), parts in zip(stores, slices, strict=True):
-                    if store[name] is not parts[k]:
-                        self._write_back(name, store[name], parts[k])
-        finally:
-            for (store, name), stack in zip(stores, stacks, strict=True):
-                store[name] = stack
-        return self._join(rows // self._K, outputs)
+        for member, (args, kwargs), slots in zip(self._members, inputs, laid, strict=True):
+            call = member if method in ("", "forward") else getattr(member, method)
+            outputs.append(call(*args, **kwargs))
+            for store, name, part, pointer in slots:
+                self._write_back(name, store[name], part, pointer)
+        if torch.compiler.is_compiling():
+            self._clear()
+        else:
+            self._promote()
+        return outputs
 
-    def _cut(self, args: tuple, kwargs: dict) -> tuple[int, list[tuple[tuple, dict]]]:
-        tensors = [leaf for leaf in leaves((args, kwargs)) if isinstance(leaf, Tensor) and leaf.dim()]
+    # ---- members' tensors -------------------------------------------------------------------------------------------
+
+    def _lay_in(self) -> list[list[tuple[dict, str, Tensor, int | None]]]:
+        """Give every member its slices; → for each what to look at when it has run: (store, name, slice, address)."""
+        laid: list[list] = [[] for _ in self._members]
+        slices: dict[int, Sequence[Tensor]] = {}
+        for stacked, name, stores in self._places:
+            stack = stacked[name]
+            if stack is None:
+                continue
+            if id(stack) not in slices:
+                slices[id(stack)] = _slices(stack)
+            for store, part, slots in zip(stores, slices[id(stack)], laid, strict=True):
+                store[name] = part
+                slots.append((store, name, part, part.data_ptr() if self._writes_data else None))
+        return laid
+
+    def _write_back(self, name: str, new: Tensor, old: Tensor, pointer: int | None) -> None:
+        """Bring what a member put in a slice's place, or laid under it by `.data`, into the stack."""
+        if new is old and (pointer is None or new.data_ptr() == pointer):
+            return
+        stack = old._base if new is old else old
+        if new is None or new.shape != old.shape or new.dtype != old.dtype or stack is None:
+            raise PackError(
+                f"'{self._path}' changed '{name}' from {tuple(old.shape)} {old.dtype} to "
+                f"{'None' if new is None else f'{tuple(new.shape)} {new.dtype}'} during forward; a packed tensor keeps "
+                "its shape and dtype."
+            )
+        with torch.no_grad():
+            old.copy_(new)
+
+    def _promote(self) -> None:
+        """A buffer that was None, and that every member has filled, is a stack from now on."""
+        for stacked, name, stores in self._places:
+            if stacked[name] is None and all(isinstance(store[name], Tensor) for store in stores):
+                with torch.no_grad():
+                    stacked[name] = torch.stack([store[name].detach() for store in stores])
+
+    def _clear(self) -> None:
+        for _, name, stores in self._places:
+            for store in stores:
+                store[name] = None
+
+    # ---- what a user changes in `inner` -----------------------------------------------------------------------------
+
+    def _note(self) -> None:
+        """Remember what `inner` is like, since its members are like it now."""
+        modules = list(self._inner.modules())
+        self.__dict__.update(
+            _was=[(m, m.training, _attributes(m), _hooks(m), dict(m._modules)) for m in modules],
+            _places=[
+                (getattr(m, kind), name, [getattr(own, kind) for own in members])
+                for m, *members in zip(modules, *(list(member.modules()) for member in self._members), strict=True)
+                for kind in _STORES
+                for name in getattr(m, kind)
+            ],
+            _writes_data=any("data" in read_forward(m).stored for m in modules if not _of_torch(m)),
+        )
+
+    def _bring_over(self) -> None:
+        """Members' modules, plain attributes, modes and hooks follow what has changed in `inner`."""
+        if all(_is_as(*was) for was in self._was):
+            return
+        for member in self._members:
+            for was, own in zip(self._was, list(member.modules()), strict=True):
+                _follow(own, *was)
+        self._note()
+
+    def train(self, mode: bool = True) -> PerMember:
+        self._bring_over()
+        self._inner.train(mode)
+        self._lay_in()
+        for member in self._members:  # what a network's own `train` does, it does to each member's own state
+            member.train(mode)
+        self._note()
+        return self
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> PerMember:
+        self._clear()
+        for tree in (self._inner, *self._members):
+            tree._apply(fn, recurse)
+        self._note()
+        return self
+
+    # ---- rows of all members ----------------------------------------------------------------------------------------
+
+    def _cut(self, args: tuple, kwargs: dict) -> tuple[int, list[Inputs], Record]:
+        """(rows of the first tensor, each member's arguments, what is known of the tensors of such a call)."""
+        found = leaves((args, kwargs))
+        tensors = [leaf for leaf in found if isinstance(leaf, Tensor) and leaf.dim()]
         if not tensors:
             raise PackError(
                 f"'{self._path}' got no tensor with samples: name the module that calls it in "
                 "pack(..., member_by_member=[...])."
             )
+        record = self._batch.setdefault(tuple(t.dim() for t in tensors), Record())
         rows = tensors[0].shape[0]
-        check_rows(rows, self._K, self._path, tensors[0].shape)
+        belongs = record.inputs([t.shape[0] for t in tensors], [t.shape[0] == rows for t in tensors])
+        verdict = iter(belongs)
+        first = next((t for t, own in zip(tensors, belongs, strict=True) if own), tensors[0])
+        rows = first.shape[0]
 
         def cut(leaf: Any) -> Any:
-            if isinstance(leaf, Tensor) and leaf.dim() and leaf.shape[0] == rows:
+            if isinstance(leaf, Tensor) and leaf.dim() and next(verdict):
+                check_rows(leaf.shape[0], self._K, self._path, leaf.shape)
                 return split(leaf, self._K)
             return [leaf] * self._K
 
-        return rows, spread(cut, (args, kwargs), self._K)
+        check_rows(rows, self._K, self._path, first.shape)
+        return rows, spread(cut, (args, kwargs), self._K), record
 
-    def _join(self, rows: int, outputs: list) -> Any:
+    def _join(self, rows: int, outputs: list, record: Record) -> Any:
+        first = [leaf for leaf in leaves(outputs[0]) if isinstance(leaf, Tensor)]
+        sizes = [leaf.shape[0] if leaf.dim() else None for leaf in first]
+        verdict = iter(record.outputs(sizes, [size == rows for size in sizes], self._K))
+
         def join(*parts: Any) -> Any:
-            if all(isinstance(part, Tensor) and part.dim() and part.shape[0] == rows for part in parts):
+            if isinstance(parts[0], Tensor) and next(verdict) and all(isinstance(p, Tensor) and p.dim() for p in parts):
                 return torch.cat(parts)
             if any(isinstance(part, Tensor) for part in parts):
                 shape = next(tuple(part.shape) for part in parts if isinstance(part, Tensor))
@@ -95,26 +193,6 @@ class PerMember(Shell):
 
         return tree_map(join, *outputs)
 
-    def _write_back(self, name: str, new: Tensor, old: Tensor) -> None:
-        if new.shape != old.shape or new.dtype != old.dtype:
-            raise PackError(
-                f"'{self._path}' changed '{name}' from {tuple(old.shape)} {old.dtype} to {tuple(new.shape)} "
-                f"{new.dtype} during forward; a packed tensor keeps its shape and dtype."
-            )
-        with torch.no_grad():
-            old.copy_(new)
-
-    def _load_state(self, k: int) -> None:
-        """Give inner the plain attributes of member k."""
-        for module, names, values in self._state:
-            for name in names:
-                vars(module).pop(name, None)
-            vars(module).update(values[k])
-
-    def _keep_state(self, k: int) -> None:
-        for module, names, values in self._state:
-            values[k] = {name: vars(module)[name] for name in names if name in vars(module)}
-
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
@@ -123,14 +201,30 @@ class PerMember(Shell):
                 raise
         value = getattr(self._inner, name)
         if isinstance(value, MethodType) and value.__self__ is self._inner:
-            return functools.partial(self._each_member, value)
+            return functools.partial(self._on_rows, name)
         return value
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in vars(self):
+        if name in vars(self) or name == "training":
             super().__setattr__(name, value)
         else:
             setattr(self._inner, name, value)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PerMember:
+        new = self.__new__(type(self))
+        memo[id(self)] = new
+        new.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        return new
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the members' slices, which only the stacks own."""
+        derived = ("_was", "_places", "_writes_data")
+        state = {name: value for name, value in vars(self).items() if name not in derived}
+        return {**state, "_members": [own_module(member) for member in self._members]}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._note()
 
 
 def _slices(stack: Tensor) -> Sequence[Tensor]:
@@ -141,10 +235,68 @@ def _slices(stack: Tensor) -> Sequence[Tensor]:
     return [part.squeeze(0) for part in stack.unsafe_split(1)]
 
 
+def _attributes(module: nn.Module) -> dict[str, Any]:
+    """What a module holds beside tensors, modules, hooks and its mode."""
+    return {name: value for name, value in vars(module).items() if name not in _OF_EVERY_MODULE}
+
+
+def _hooks(module: nn.Module) -> list[dict]:
+    return [dict(getattr(module, name)) for name in _HOOKS]
+
+
+def _is_as(module: nn.Module, mode: bool, attributes: dict, hooks: list[dict], children: dict) -> bool:
+    now = vars(module)
+    return (
+        module.training is mode
+        and now["_modules"] == children
+        and sum(name not in _OF_EVERY_MODULE for name in now) == len(attributes)
+        and all(now.get(name, _was_not) is value for name, value in attributes.items())
+        and all(now[name].keys() == known.keys() for name, known in zip(_HOOKS, hooks, strict=True))
+    )
+
+
+def _follow(own: nn.Module, module: nn.Module, mode: bool, attributes: dict, hooks: list[dict], children: dict) -> None:
+    """Bring into a member's module what has changed in inner's `module` since it was as told."""
+    own.training, own._is_full_backward_hook = module.training, module._is_full_backward_hook
+    now = _attributes(module)
+    for name in attributes.keys() - now.keys():
+        vars(own).pop(name, None)
+    for name, value in now.items():
+        if attributes.get(name, _was_not) is not value:
+            vars(own)[name] = _copied(value)
+    for name, known in zip(_HOOKS, hooks, strict=True):
+        theirs, ours = getattr(module, name), getattr(own, name)
+        for key in known.keys() - theirs.keys():
+            ours.pop(key, None)
+        ours.update({key: hook for key, hook in theirs.items() if key not in known})
+    for name in children.keys() - module._modules.keys():
+        own._modules.pop(name, None)
+    for name, child in module._modules.items():
+        if children.get(name) is not child:
+            own._modules[name] = None if child is None else own_module(child)
+
+
+def _copied(value: Any) -> Any:
+    try:
+        return copy.deepcopy(value)
+    except Exception:  # whatever an attribute raises that cannot be copied
+        return value
+
+
+def own_module(module: nn.Module) -> nn.Module:
+    """A copy of a member's module with None where its parameters and buffers were: places for slices."""
+    stores = [getattr(m, kind) for m in module.modules() for kind in _STORES]
+    return copy.deepcopy(module, {id(t): None for store in stores for t in store.values() if t is not None})
+
+
+def _of_torch(module: nn.Module) -> bool:
+    return type(module).__module__.partition(".")[0] == "torch"
+
+
 class RecurrentPerMember(PerMember):
     """An RNN, LSTM or GRU with batch_first: (K·N, L, I) → (K·N, L, H) and hidden states (layers, K·N, H)."""
 
-    def _cut(self, args: tuple, kwargs: dict) -> tuple[int, list[tuple[tuple, dict]]]:
+    def _cut(self, args: tuple, kwargs: dict) -> tuple[int, list[Inputs], Record]:
         def bind(input: Any, hx: Any = None) -> tuple:
             return input, hx
 
@@ -157,9 +309,10 @@ class RecurrentPerMember(PerMember):
             return [None] * self._K if leaf is None else leaf.split([leaf.shape[1] // self._K] * self._K, 1)
 
         states = spread(cut, hidden, self._K)
-        return x.shape[0], [((part, state), {}) for part, state in zip(split(x, self._K), states, strict=True)]
+        inputs = [((part, state), {}) for part, state in zip(split(x, self._K), states, strict=True)]
+        return x.shape[0], inputs, Record()
 
-    def _join(self, rows: int, outputs: list) -> Any:
+    def _join(self, rows: int, outputs: list, record: Record) -> Any:
         sequences, states = zip(*outputs, strict=True)
         return torch.cat(sequences), tree_map(lambda *parts: torch.cat(parts, 1), *states)
 
@@ -167,21 +320,27 @@ class RecurrentPerMember(PerMember):
 class AttentionPerMember(PerMember):
     """An nn.MultiheadAttention with batch_first: a 2-D attn_mask belongs to everyone, a 3-D one to the samples."""
 
-    def _cut(self, args: tuple, kwargs: dict) -> tuple[int, list[tuple[tuple, dict]]]:
+    def _cut(self, args: tuple, kwargs: dict) -> tuple[int, list[Inputs], Record]:
         names = ("query", "key", "value", "key_padding_mask", "need_weights", "attn_mask", "average_attn_weights")
         kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
         mask = kwargs.pop("attn_mask", None)
         if kwargs["query"].dim() != 3:
             raise PackError(f"'{self._path}' takes a batch (samples, tokens, features) in a packed module.")
-        rows, inputs = super()._cut((), kwargs)
+        rows, inputs, record = super()._cut((), kwargs)
         masks = split(mask, self._K) if mask is not None and mask.dim() == 3 else [mask] * self._K
-        return rows, [((), {**own, "attn_mask": part}) for (_, own), part in zip(inputs, masks, strict=True)]
+        return rows, [((), {**own, "attn_mask": part}) for (_, own), part in zip(inputs, masks, strict=True)], record
 
 
 def member_of(shell: PerMember, k: int, memo: dict[int, Any]) -> nn.Module:
-    """A copy of what the shell runs, as member k has it; `memo` maps id of each stacked tensor to member k's own."""
-    shell._load_state(k)
-    return copy.deepcopy(shell._inner, memo)
+    """A copy of member k's module with its own tensors; `memo` maps id of each stacked tensor to member k's own."""
+    shell._bring_over()
+    new = own_module(shell._members[k])
+    for module, own in zip(shell._inner.modules(), new.modules(), strict=True):
+        for kind in _STORES:
+            for name, stack in getattr(module, kind).items():
+                if stack is not None:
+                    getattr(own, kind)[name] = memo[id(stack)]
+    return new
 
 
 def description(shell: PerMember) -> tuple[str, str, str]:

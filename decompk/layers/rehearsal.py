@@ -1,0 +1,467 @@
+"""The first call of a kind, rehearsed on a few samples: packed beside one member alone, which tells what is what.
+
+Only the members' own code knows which of its arguments belong to the batch, whether its samples see each other, and
+what it returns; so a few samples go through one member alone and through all of them packed. Where the two differ, the
+smallest module is found that does not when it runs member by member, and from then on it does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import itertools
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
+from torch.nn.modules.module import _has_any_global_hook
+
+from ..dispatch import backend
+from .base import HOOKS, Twin, rehearsal_of
+from .nest import leaves, tree_map
+from .per_member import PerMember, member_of, own_module, per_member_kind
+
+COUNTS = (2, 3, 5, 7, 11)  # samples of a rehearsal: the first of which no other size is a multiple
+
+
+class Rows(NamedTuple):
+    """Where an argument has its samples: in dimension `dim` of one member's, which is `own` or shared by all."""
+
+    dim: int
+    own: bool
+
+
+SAME = None  # the role of an argument that is handed to all members as it is
+Role = Rows | None
+
+
+@dataclass(frozen=True)
+class Way:
+    """How one kind of call runs: each tensor argument's role, and where each tensor that comes back has its samples.
+
+    outs: the dimension, or None for what is the same for all members; None altogether before it is known.
+    """
+
+    roles: tuple[Role, ...]
+    outs: tuple[int | None, ...] | None = None
+
+
+class Unknown(Exception):
+    """The members alone do not run on other numbers of samples, so nothing can be told."""
+
+
+# ---- one network, changed -------------------------------------------------------------------------------------------
+
+
+def member_alone(net: nn.Module, k: int, copies: bool = True) -> nn.Module:
+    """Member k of a packed `net` as an ordinary module of its own class; without `copies`, which shares what it can."""
+    memo: dict[int, Any] = {}
+    for tensor in (*net.parameters(), *net.buffers()):
+        own, parameter = tensor.detach()[k], isinstance(tensor, nn.Parameter)
+        if copies or not parameter or own.dim() > 3:  # a kernel that lies channels_last makes its output lie so
+            own = own.clone(memory_format=torch.contiguous_format)
+        memo[id(tensor)] = nn.Parameter(own, tensor.requires_grad) if parameter else own
+    if isinstance(net, PerMember):
+        return member_of(net, k, memo)
+    for shell in without_insides(net):
+        if isinstance(shell, PerMember):
+            memo[id(shell)] = member_of(shell, k, dict(memo))
+    return _released(copy.deepcopy(net, memo))
+
+
+def without_insides(module: nn.Module) -> Iterator[nn.Module]:
+    """Every module once, but none inside a module that runs member by member."""
+    seen: set[nn.Module] = set()
+    queue = [module]
+    while queue:
+        module = queue.pop()
+        if module not in seen:
+            seen.add(module)
+            yield module
+            if not isinstance(module, PerMember):
+                queue += reversed([child for child in module._modules.values() if child is not None])
+
+
+def _released(net: nn.Module) -> nn.Module:
+    for module in net.modules():
+        if isinstance(module, Twin):
+            module.release()
+    return net
+
+
+def run_whole(net: nn.Module, K: int, path: str, reason: str) -> nn.Module:
+    """The packed `net` with its module at `path` run member by member from now on; its tensors stay what they are."""
+    module = net.get_submodule(path)
+    if isinstance(module, PerMember):
+        return net
+    members = [own_module(member_alone(module, k)) for k in range(K)]
+    for parent in list(without_insides(module)):
+        for name, child in parent._modules.items():
+            if isinstance(child, PerMember):
+                parent._modules[name] = child._inner
+    for tensor in (*_released(module).parameters(), *module.buffers()):
+        tensor.data = tensor.data.clone(memory_format=torch.contiguous_format)  # as alone, where outputs lie like them
+    shell = per_member_kind(module)(module, K, path, reason, members)
+    for parent in [m for m in net.modules() if module in m._modules.values()]:
+        parent._modules.update({name: shell for name, child in parent._modules.items() if child is module})
+    return shell if path == "" else net
+
+
+@dataclass
+class Changes:
+    """What a rehearsal changes in a network: layers whose output is laid out as alone, modules that run by members."""
+
+    contiguous: list[str] = field(default_factory=list)
+    whole: dict[str, str] = field(default_factory=dict)
+
+    def applied(self, net: nn.Module, K: int) -> nn.Module:
+        for path in self.contiguous:
+            layer = net.get_submodule(path)
+            if isinstance(layer, Twin):
+                layer.contiguous_output = True
+        for path, reason in self.whole.items():
+            net = run_whole(net, K, path, reason)
+        return net
+
+
+# ---- the rehearsal --------------------------------------------------------------------------------------------------
+
+
+def possible(tensors: Sequence[Tensor]) -> bool:
+    """Whether a network may be run here on a few samples, unseen: nothing watches, traces or transforms the call."""
+    return not (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or _has_any_global_hook()
+        or any(type(t) not in (Tensor, nn.Parameter) or t.is_meta for t in tensors)
+        or (torch.cuda.is_available() and torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing())
+    )
+
+
+@dataclass
+class Rehearsal:
+    """One kind of call of `net`, K packed members, on its arguments; `cut` gives member k's part of the first tensor.
+
+    named: the tensors' roles where they are known.
+    shared: whether the first tensor is one batch of N samples for all members; else it is (K, N, …).
+    """
+
+    net: nn.Module
+    K: int
+    args: tuple
+    kwargs: dict[str, Any]
+    shared: bool
+    N: int
+    cut: Callable[[Tensor, int], Tensor] | None = None
+    named: tuple[Role, ...] | None = None
+
+    def __post_init__(self) -> None:
+        self.tensors = [leaf for leaf in leaves((self.args, self.kwargs)) if isinstance(leaf, Tensor)]
+        self.anchor = next((i for i, t in enumerate(self.tensors) if t.dim()), None)
+        taken = {size for t in self.tensors for size in t.shape[: 2 if self.shared else 3]}
+        taken |= {size for t in (*self.net.parameters(), *self.net.buffers()) for size in t.shape[1:2]}
+        fits = [n for n in COUNTS if not any(size and (size % (self.K * n) == 0 or size == n) for size in taken)]
+        self.count = (fits or COUNTS[1:])[0]
+        self._evaluates = False
+        self._random = any(isinstance(m, _DropoutNd) and m.training and m.p for m in self.net.modules())
+
+    # -- what belongs to the batch
+
+    def roles(self) -> tuple[Role, ...]:
+        """The role of every tensor argument, found by what one member does with other numbers of samples.
+
+        Raises Unknown.
+        """
+        if self.named is not None:
+            return self.named
+        options = [self._options(i, t) for i, t in enumerate(self.tensors)]
+        if all(len(o) == 1 for o in options):
+            return tuple(o[0] for o in options)
+        for choice in itertools.islice(itertools.product(*options), 32):
+            if self._runs(choice, self.count):
+                break
+        else:
+            raise Unknown
+        found = list(choice)
+        for i, role in enumerate(choice):
+            if role is not SAME and i != self.anchor and SAME in options[i]:
+                free = self._runs(found, self.count, left=i)
+                alone = [*found[:i], SAME, *found[i + 1 :]]
+                if free and self._runs(alone, self.count):
+                    found[i] = SAME
+        return tuple(found)
+
+    def _options(self, i: int, t: Tensor) -> list[Role]:
+        """What a tensor may be, by its shape alone, the likeliest first."""
+        if i == self.anchor:
+            return [Rows(0, not self.shared)]
+        K, N, shape = self.K, self.N, tuple(t.shape)
+        own = [Rows(d, True) for d in (0, 1) if shape[:1] == (K,) and shape[1 + d : 2 + d] == (N,)]
+        shared = [Rows(d, False) for d in (0, 1) if shape[d : d + 1] == (N,)]
+        return [*(shared + own if self.shared else own + shared), SAME]
+
+    def _runs(self, roles: Sequence[Role], count: int, left: int | None = None) -> bool:
+        try:
+            self.alone(roles, left=left)
+        except Exception:  # whatever a network raises at arguments that do not fit each other
+            return False
+        return True
+
+    # -- arguments and runs
+
+    def part(self, i: int, role: Role, k: int, count: int, scaled: float = 1.0) -> Tensor:
+        """Member k's few samples of tensor i; every member has others, so that no one can stand in for another."""
+        t = self.tensors[i]
+        if role is SAME:
+            return t
+        if role.own:
+            t = t[k]
+        index = (torch.arange(count, device=t.device) + k) % t.shape[role.dim]
+        t = t.detach().index_select(role.dim, index)
+        if i == self.anchor:
+            if t.is_floating_point():
+                t = t * (scaled * (1 - k / (4 * self.K)))
+            if self.cut and self.shared:
+                t = self.cut(t, k)
+        return t
+
+    def given(self, tensors: Sequence[Tensor]) -> tuple[tuple, dict[str, Any]]:
+        """The arguments with other tensors in their places."""
+        others = iter(tensors)
+        return tree_map(lambda leaf: next(others) if isinstance(leaf, Tensor) else leaf, (self.args, self.kwargs))
+
+    def alone(
+        self, roles: Sequence[Role], left: int | None = None, scaled: float = 1.0, seed: int = 0, watch: Watch = None
+    ) -> Any:
+        """What the last member returns alone; `left`: a tensor that keeps another number of samples."""
+        k = self.K - 1
+        net = self._posed(member_alone(self.net, k, copies=False))
+        parts = [self.part(i, role, k, self.count + (i == left), scaled) for i, role in enumerate(roles)]
+        args, kwargs = self.given(parts)
+        with self._apart(seed), watch(net) if watch else contextlib.nullcontext():
+            return net(*args, **kwargs)
+
+    def together(self, roles: Sequence[Role], changes: Changes, watch: Watch = None) -> Any:
+        """What all members return together, as rows."""
+        memo = {id(p): nn.Parameter(p.detach(), p.requires_grad) for p in self.net.parameters()}
+        net = self._posed(changes.applied(copy.deepcopy(self.net, memo), self.K))
+        parts = [
+            self.tensors[i] if r is SAME else torch.cat([self.part(i, r, k, self.count) for k in range(self.K)], r.dim)
+            for i, r in enumerate(roles)
+        ]
+        args, kwargs = self.given(parts)
+        self._ran = {id(m): path for path, m in net.named_modules()}
+        self._shells = [m for m in without_insides(net) if isinstance(m, PerMember)]
+        with self._apart(0), rehearsal_of(self.K * self.count), watch(net) if watch else contextlib.nullcontext():
+            return net(*args, **kwargs)
+
+    def _posed(self, net: nn.Module) -> nn.Module:
+        _drop_hooks(net)
+        return net.eval() if self._evaluates else net
+
+    @contextlib.contextmanager
+    def _apart(self, seed: int) -> Iterator[None]:
+        """Without gradients, on operators that give the bits of a member alone, and unseen by the random state."""
+        devices = {t.device for t in self.net.parameters() if t.is_cuda}
+        with torch.no_grad(), torch.random.fork_rng(devices=devices), backend("loop"):
+            torch.manual_seed(seed)
+            yield
+
+    # -- the verdict
+
+    def run(self) -> tuple[Way, Changes]:
+        """How this kind of call runs, and what has to change in the network for it. Raises Unknown."""
+        roles = self.roles()
+        outs, changes = self._settled(roles, Changes())
+        if self._random and any(m.training for m in self.net.modules()):
+            self._evaluates, self._random = True, False
+            with contextlib.suppress(Unknown):
+                changes = self._settled(roles, changes)[1]
+        return Way(roles, None if "" in changes.whole else outs), changes
+
+    def _settled(self, roles: tuple[Role, ...], changes: Changes) -> tuple[tuple | None, Changes]:
+        try:
+            self._theirs = self.alone(roles)
+        except Exception as error:  # whatever the members raise
+            raise Unknown from error
+        outs: tuple | None = None
+        while outs is None and "" not in changes.whole:
+            found = self._outcome(roles, changes)
+            outs, changes = (None, found) if isinstance(found, Changes) else (found, changes)
+        return outs, changes
+
+    def _outcome(self, roles: tuple[Role, ...], changes: Changes) -> tuple | Changes:
+        """Where each output has its samples, if packed is as alone; else what to change further."""
+        order: list[str] = []
+        try:
+            ours = self.together(roles, changes, lambda net: _noting(net, order))
+        except Exception as error:  # whatever the packed network raises where a member alone does not
+            left = [path for path in reversed(order) if path not in changes.contiguous]
+            if "view size is not compatible" in str(error) and left:
+                return Changes([*changes.contiguous, *left[: max(1, len(changes.contiguous))]], changes.whole)
+            return self._by_members(changes, self._origin(error), f"packed it raises: {first_line(error)}")
+        outs = self._places(ours, self._theirs)
+        if outs is None:
+            return self._by_members(changes, "", "what it returns is not one row per sample")
+        if self._random or self._alike(ours, self._theirs, outs) or self._excused(roles, ours, outs):
+            return outs
+        return self._by_members(changes, self._where(roles, changes), "its samples see each other")
+
+    def _by_members(self, changes: Changes, path: str, reason: str) -> Changes:
+        """The module at `path`, or the first around it that does not do so yet, runs member by member, too."""
+        taken = {*changes.whole, *(shell._path for shell in self._shells)}
+        while path and any(path == p or path.startswith(f"{p}.") for p in taken):
+            path = path.rpartition(".")[0]
+        below = {p for p in changes.whole if p.startswith(f"{path}." if path else "")}
+        return Changes(changes.contiguous, {path: reason, **{p: r for p, r in changes.whole.items() if p not in below}})
+
+    def _origin(self, error: Exception) -> str:
+        """The innermost module whose own code was running when packed layers raised."""
+        path = ""
+        for frame, _ in traceback.walk_tb(error.__traceback__):
+            module = frame.f_locals.get("self")
+            if id(module) in self._ran:
+                path = self._ran[id(module)]
+                if isinstance(module, Twin):
+                    return path.rpartition(".")[0]
+        return path
+
+    def _places(self, ours: Any, theirs: Any) -> tuple[int | None, ...] | None:
+        """The dimension that holds the samples in each tensor of the outputs, or None where these are no rows."""
+        a, b = leaves(ours), leaves(theirs)
+        if len(a) != len(b):
+            return None
+        places = []
+        for packed, single in zip(a, b, strict=True):
+            if isinstance(packed, Tensor) and isinstance(single, Tensor):
+                place = self._place(packed.shape, single.shape)
+                if place == "nowhere":
+                    return None
+                places.append(place)
+            elif type(packed) is not type(single) or (isinstance(single, _PLAIN) and packed != single):
+                return None
+        return tuple(places)
+
+    def _place(self, packed: torch.Size, single: torch.Size) -> int | None | str:
+        if len(packed) == len(single):
+            for d, b in enumerate(single):
+                if b and b % self.count == 0 and packed == (*single[:d], self.K * b, *single[d + 1 :]):
+                    return d
+            if packed == single:
+                return None
+        return "nowhere"
+
+    def _mine(self, packed: Tensor, place: int | None) -> Tensor:
+        """The last member's part of a packed tensor."""
+        return packed if place is None else packed.unflatten(place, (self.K, -1)).select(place, self.K - 1)
+
+    def _alike(self, ours: Any, theirs: Any, outs: Sequence[int | None]) -> bool:
+        pairs = zip(_tensors(ours), _tensors(theirs), outs, strict=True)
+        return all(_close(self._mine(packed, place), single) for packed, single, place in pairs)
+
+    def _excused(self, roles: Sequence[Role], ours: Any, outs: Sequence[int | None]) -> bool:
+        """Whether rounding explains the difference, or the network draws random numbers, which are noted."""
+        again = self.alone(roles, seed=1)
+        if not all(_close(a, b) for a, b in zip(_tensors(again), _tensors(self._theirs), strict=True)):
+            self._random = True
+            return True
+        eps = torch.finfo(torch.get_default_dtype()).eps
+        dtypes = [t.dtype for t in self.net.parameters() if t.is_floating_point()]
+        nudged = self.alone(roles, scaled=1 + 8 * (torch.finfo(dtypes[0]).eps if dtypes else eps))
+        for packed, single, moved, place in zip(*map(_tensors, (ours, self._theirs, nudged)), outs, strict=True):
+            if single.is_floating_point() and not _close(self._mine(packed, place), single):
+                error, response = ((t - single).abs().nan_to_num().max() for t in (self._mine(packed, place), moved))
+                if error > 1000 * response:
+                    return False
+            elif not single.is_floating_point() and not _close(self._mine(packed, place), single):
+                return False
+        return True
+
+    def _where(self, roles: Sequence[Role], changes: Changes) -> str:
+        """The module in whose own code packed departs from alone."""
+        ours, theirs = [], []
+        self.together(roles, changes, lambda net: _recording(net, ours))
+        self.alone(roles, watch=lambda net: _recording(net, theirs))
+        opaque = [f"{shell._path}." for shell in self._shells]
+        theirs = [event for event in theirs if not event[0].startswith(tuple(opaque))]
+        for (path, entered, packed), (other, _, single) in zip(ours, theirs, strict=False):
+            if path != other:
+                break
+            if isinstance(packed, Tensor) and isinstance(single, Tensor):
+                place = self._place(packed.shape, single.shape)
+                if place == "nowhere" or not _close(self._mine(packed, place), single):
+                    return path.rpartition(".")[0] if entered else path
+        return ""
+
+
+_PLAIN = (bool, int, float, complex, str, bytes, type(None))
+Watch = Callable[[nn.Module], contextlib.AbstractContextManager] | None
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def _close(ours: Tensor, theirs: Tensor) -> bool:
+    """Whether only rounding parts two tensors: the root of their dtype's epsilon of the largest value is allowed."""
+    if ours.shape != theirs.shape or ours.dtype != theirs.dtype:
+        return False
+    if not theirs.is_floating_point() and not theirs.is_complex():
+        return theirs.numel() == 0 or bool((ours != theirs).double().mean() < 0.05)
+    finite = theirs.isfinite() & ours.isfinite()
+    error, size = (torch.where(finite, t, 0).abs() for t in (ours - theirs, theirs))
+    dtype = (
+        torch.get_autocast_dtype(theirs.device.type) if torch.is_autocast_enabled(theirs.device.type) else ours.dtype
+    )
+    return theirs.numel() == 0 or bool(error.max() <= torch.finfo(dtype).eps ** 0.5 * size.max())
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+
+
+def _drop_hooks(net: nn.Module) -> None:
+    """Drop the user's hooks of a copy, which may keep what they see; torch's own make weights."""
+    insides = [
+        m for shell in net.modules() if isinstance(shell, PerMember) for own in shell._members for m in own.modules()
+    ]
+    for module in (*net.modules(), *insides):
+        for hooks in (getattr(module, name) for name in HOOKS):
+            for key in [k for k, hook in hooks.items() if _home(hook) != "torch"]:
+                del hooks[key]
+
+
+def _home(hook: Any) -> str:
+    return str(getattr(hook, "__module__", type(hook).__module__)).partition(".")[0]
+
+
+@contextlib.contextmanager
+def _noting(net: nn.Module, order: list[str]) -> Iterator[None]:
+    """Note the layers that lay out images as they run; the network is a copy, so hooks may stay."""
+    for module in without_insides(net):
+        if isinstance(module, Twin) and module.input_dims == 4:
+            module.register_forward_hook(lambda twin, args, out: order.append(twin.path))
+    yield
+
+
+@contextlib.contextmanager
+def _recording(net: nn.Module, events: list[tuple[str, bool, Any]]) -> Iterator[None]:
+    """Record (path, whether it is entered or left, the first tensor) of every module, in order."""
+
+    def first(tree: Any) -> Any:
+        tensor = next(iter(_tensors(tree)), None)
+        return None if tensor is None else tensor.clone()
+
+    for path, module in net.named_modules():
+        module.register_forward_pre_hook(
+            lambda m, args, kwargs, path=path: events.append((path, True, first((args, kwargs)))), with_kwargs=True
+        )
+        module.register_forward_hook(lambda m, args, out, path=path: events.append((path, False, first(out))))
+    yield
