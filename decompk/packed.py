@@ -16,7 +16,7 @@ from .errors import PackError, PartitionError
 from .layers.alike import check_members
 from .layers.base import Twin, packed_batch
 from .layers.nest import leaves, spread, tree_map
-from .layers.per_member import PerMember, description, own_module, per_member_kind
+from .layers.per_member import PerMember, description, kept_values, own_module, per_member_kind
 from .layers.plan import input_dims_of, plan
 from .layers.rehearsal import (
     SAME,
@@ -64,6 +64,10 @@ def pack(
         if any(crop.size != crops[0].size for crop in crops):
             raise PartitionError(f"crops of unequal size {sorted({c.size for c in crops})} cannot be packed.")
         input_dims = input_dims or 2 + len(crops[0].size)
+    takes = inspect.signature(_innermost(first).forward).parameters
+    for name in shared or ():
+        if name not in takes and not any(p.kind is p.VAR_KEYWORD for p in takes.values()):
+            raise PackError(f"shared names '{name}', which is no argument of {type(first).__name__}.forward.")
     twins, whole = plan(first, member_by_member)
 
     stacks = _stack_tensors(members, {path for path, kind in twins.items() if kind.input_dims == 4})
@@ -122,18 +126,15 @@ class Packed(Shell):
             return super().__getattr__(name)
         except AttributeError:
             private, inner = _PUBLIC.get(name), vars(self).get("_inner")
+            inner = _innermost(inner)
+            if inner is not None and not name.startswith("_") and name in vars(inner):
+                return vars(inner)[name]
             if private in vars(self):
                 return vars(self)[private]
-            while isinstance(inner, Shell):
-                inner = vars(inner).get("_inner")
-            if inner is None or name.startswith("_") or name not in vars(inner):
-                raise
-            return vars(inner)[name]
+            raise
 
     def __setattr__(self, name: str, value: Any) -> None:
-        inner = vars(self).get("_inner")
-        while isinstance(inner, Shell):
-            inner = inner._inner
+        inner = _innermost(vars(self).get("_inner"))
         if inner is None or name.startswith("_") or any(name in store for store in (inner._modules, inner._parameters)):
             super().__setattr__(name, value)
         elif name in vars(inner) and name != "training":  # what the network's code reads
@@ -170,9 +171,11 @@ class Packed(Shell):
         if self._crops and args and isinstance(args[0], list | tuple):
             raise PackError("a packed module takes crops as one tensor (K, N, C, …): give it torch.stack(crops).")
         if x is None:
-            self._change(Changes(whole={"": "it is called without a tensor"}))
-        if isinstance(self._inner, PerMember) and x is None:
-            return self._members_apart(Way((SAME,) * len(tensors)), args, kwargs, True)
+            rehearsal = Rehearsal(self._inner, self._K, args, kwargs, True, 0)
+            way = Way(self._roles_apart(rehearsal))
+            if not isinstance(self._inner, PerMember):
+                self._change(Changes(whole={"": "it is called without a batch"}))
+            return self._members_apart(way, args, kwargs, True)
         shared = self._is_shared(x, strict=False)
         N = x.shape[0] if shared else x.shape[1]
         kind = (self.training, shared, *self._kind(args, kwargs, N))
@@ -277,6 +280,7 @@ class Packed(Shell):
         named = None if self._shared is None or len(tensors) == 1 else self._named_roles(args, kwargs, shared, N)
         one = Way((Rows(0, not shared),)) if len(tensors) == 1 else named and Way(named)
         if one and (isinstance(self._inner, PerMember) or not self._rehearse):
+            self._ways[kind] = one
             return one
         if not N or not possible(tensors):
             if one:
@@ -288,38 +292,36 @@ class Packed(Shell):
         crops = self._crops
         cut = (lambda t, k: crops[k].cut(t)) if crops else None
         rehearsal = Rehearsal(self._inner, self._K, args, kwargs, shared, N, cut, named)
+        apart = isinstance(self._inner, PerMember)
         try:
-            if isinstance(self._inner, PerMember):
-                return Way(rehearsal.roles())
-            way, changes = rehearsal.run()
+            way, changes = (Way(()), Changes()) if apart else rehearsal.run()
         except Unknown as unknown:
             if one:
                 return one
-            way, changes = self._unknown(args, kwargs, tensors, shared, unknown)
+            if not shared or self._crops:
+                raise PackError(
+                    "it cannot be told which of these arguments belong to the batch, because a member does not take "
+                    "another number of samples: name those that do not in pack(..., shared=[...])."
+                ) from unknown
+            changes = Changes(whole={"": "it cannot be told which of its arguments belong to the batch"})
+        if apart or "" in changes.whole:
+            way = one or Way(self._roles_apart(rehearsal))
         self._change(changes)
         self._ways[kind] = way
         return way
 
-    def _unknown(self, args: tuple, kwargs: dict, tensors: Sequence[Tensor], shared: bool, unknown: Unknown) -> tuple:
-        """Arguments of which nothing can be told: what all members share is given to each as it is."""
-        if not shared or self._crops:
-            raise PackError(
-                "it cannot be told which of these arguments belong to the batch, because a member does not take "
-                "another number of samples: name those that do not in pack(..., shared=[...])."
-            ) from unknown
+    def _roles_apart(self, rehearsal: Rehearsal) -> tuple[Role, ...]:
+        """Which arguments are the members' own, where members run one by one. Raises PackError."""
         try:
-            with torch.no_grad():
-                member_alone(self._inner, 0, copies=False)(*args, **kwargs)
-        except Exception as error:  # whatever the members raise
-            raise PackError(f"a member alone does not take these arguments: {first_line(error)}.") from error
-        return Way((SAME,) * len(tensors)), Changes(whole={"": "it cannot be told what belongs to the batch"})
+            return rehearsal.apart()
+        except Unknown as unknown:
+            raise PackError(
+                f"a member alone does not take these arguments: {first_line(unknown.__cause__)}."
+            ) from unknown.__cause__
 
     def _named_roles(self, args: tuple, kwargs: dict[str, Any], shared: bool, N: int) -> tuple[Role, ...]:
         """Each tensor's role where `pack(shared=…)` names the arguments that are the same for all members."""
-        net = self._inner
-        while isinstance(net, Shell):
-            net = net._inner
-        bound = inspect.signature(net.forward).bind(*args, **kwargs).arguments
+        bound = inspect.signature(_innermost(self._inner).forward).bind(*args, **kwargs).arguments
         roles: list[Role] = []
         names = {id(leaf): name for name, value in bound.items() for leaf in leaves(value)}
         for leaf in leaves((args, kwargs)):
@@ -430,6 +432,13 @@ class Packed(Shell):
         return f"K={self._K}" + (f", crops={self._crops}" if self._crops else "")
 
 
+def _innermost(net: Any) -> Any:
+    """The network itself, without shells around it."""
+    while isinstance(net, Shell):
+        net = vars(net).get("_inner")
+    return net
+
+
 def _laid_out(stack: Tensor, memory_format: torch.memory_format) -> Tensor:
     """(K, …) tensors with every member's slice in `memory_format`, where that format has its number of dimensions."""
     dims = {torch.channels_last: 4, torch.channels_last_3d: 5}.get(memory_format)
@@ -445,10 +454,9 @@ def _laid_out(stack: Tensor, memory_format: torch.memory_format) -> Tensor:
 
 def _copy(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
     try:
-        return copy.deepcopy(module, memo)
+        return copy.deepcopy(module, {**kept_values(module), **memo})
     except Exception as error:  # whatever the module's attributes raise
-        reason = str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error).__name__
-        raise PackError(f"member 0 cannot be copied, which packing needs: {reason}.") from error
+        raise PackError(f"member 0 cannot be copied, which packing needs: {first_line(error)}.") from error
 
 
 def _stack_tensors(members: list[nn.Module], channels_last: set[str]) -> dict[int, Tensor]:

@@ -118,6 +118,8 @@ class Twin:
 
     def check(self, x: Tensor, channels: int | None = None) -> None:
         """Raise PackError where x does not have the dimensions, the packed batch's rows or these many channels."""
+        if not isinstance(x, Tensor):
+            raise PackError(f"'{self.path}' takes a tensor, and got {type(x).__name__}.")
         if self.input_dims is not None and x.dim() != self.input_dims:
             raise PackError(
                 f"'{self.path}' got an input of {tuple(x.shape)}: in a packed module {self._get_name()} takes "

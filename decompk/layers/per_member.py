@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import MethodType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,18 @@ _STORES = ("_parameters", "_buffers")
 _OF_EVERY_MODULE = {*vars(nn.Module()), "_inner"}  # its tensors, modules, hooks and mode
 _HOOKS = [name for name, value in vars(nn.Module()).items() if isinstance(value, dict) and "ward_" in name]
 _was_not = object()
+
+
+class _Slot(NamedTuple):
+    """A slice of a stack in the place of a member's tensor."""
+
+    store: dict[str, Tensor | None]
+    kind: str
+    name: str
+    part: Tensor
+    pointer: int | None
+    stack: Tensor
+    k: int
 
 
 class PerMember(Shell):
@@ -54,81 +66,113 @@ class PerMember(Shell):
         for member, (args, kwargs), slots in zip(self._members, inputs, laid, strict=True):
             call = member if method in ("", "forward") else getattr(member, method)
             outputs.append(call(*args, **kwargs))
-            for store, name, part, pointer in slots:
-                self._write_back(name, store[name], part, pointer)
+            for slot in slots:
+                self._write_back(slot.store[slot.name], slot)
         if torch.compiler.is_compiling():
             self._clear()
         else:
-            self._promote()
+            self._renew()
         return outputs
 
     # ---- members' tensors -------------------------------------------------------------------------------------------
 
-    def _lay_in(self) -> list[list[tuple[dict, str, Tensor, int | None]]]:
-        """Give every member its slices; → for each what to look at when it has run: (store, name, slice, address)."""
-        laid: list[list] = [[] for _ in self._members]
+    def _lay_in(self) -> list[list[_Slot]]:
+        """Give every member its slices; → for each what to look at when it has run."""
+        laid: list[list[_Slot]] = [[] for _ in self._members]
         slices: dict[int, Sequence[Tensor]] = {}
-        for stacked, name, stores in self._places:
+        for stacked, kind, name, stores in self._places:
             stack = stacked[name]
             if stack is None:
                 continue
             if id(stack) not in slices:
                 slices[id(stack)] = _slices(stack)
-            for store, part, slots in zip(stores, slices[id(stack)], laid, strict=True):
+            for k, (store, part) in enumerate(zip(stores, slices[id(stack)], strict=True)):
                 store[name] = part
-                slots.append((store, name, part, part.data_ptr() if self._writes_data else None))
+                pointer = part.data_ptr() if self._writes_data else None
+                laid[k].append(_Slot(store, kind, name, part, pointer, stack, k))
+        for stacked, name, containers, key in self._aliases:
+            for container, part in zip(containers, slices[id(stacked[name])], strict=True):
+                container[key] = part
         return laid
 
-    def _write_back(self, name: str, new: Tensor, old: Tensor, pointer: int | None) -> None:
+    def _write_back(self, new: Tensor | None, slot: _Slot) -> None:
         """Bring what a member put in a slice's place, or laid under it by `.data`, into the stack."""
-        if new is old and (pointer is None or new.data_ptr() == pointer):
+        part = slot.part
+        if new is part and (slot.pointer is None or new.data_ptr() == slot.pointer):
             return
-        stack = old._base if new is old else old
-        if new is None or new.shape != old.shape or new.dtype != old.dtype or stack is None:
+        if new is not None and new.shape == slot.stack.shape[1:] and new.dtype == slot.stack.dtype:
+            with torch.no_grad():
+                (slot.stack.detach()[slot.k] if new is part else part).copy_(new)
+        elif slot.kind == "_parameters" or torch.compiler.is_compiling():
             raise PackError(
-                f"'{self._path}' changed '{name}' from {tuple(old.shape)} {old.dtype} to "
+                f"'{self._path}' changed '{slot.name}' from {tuple(slot.stack.shape[1:])} {slot.stack.dtype} to "
                 f"{'None' if new is None else f'{tuple(new.shape)} {new.dtype}'} during forward; a packed tensor keeps "
                 "its shape and dtype."
             )
-        with torch.no_grad():
-            old.copy_(new)
 
-    def _promote(self) -> None:
-        """A buffer that was None, and that every member has filled, is a stack from now on."""
-        for stacked, name, stores in self._places:
-            if stacked[name] is None and all(isinstance(store[name], Tensor) for store in stores):
-                with torch.no_grad():
-                    stacked[name] = torch.stack([store[name].detach() for store in stores])
+    def _renew(self) -> None:
+        """Buffers that every member has filled, or made in another shape, are stacks of these from now on."""
+        for stacked, kind, name, stores in self._places:
+            if kind == "_buffers":
+                values, stack = [store[name] for store in stores], stacked[name]
+                kinds = {None if v is None else (v.shape, v.dtype) for v in values}
+                if len(kinds) > 1:
+                    raise PackError(
+                        f"'{self._path}' made buffers '{name}' of {len(kinds)} shapes for {self._K} members."
+                    )
+                if kinds != {None if stack is None else (stack.shape[1:], stack.dtype)}:
+                    stacked[name] = None if kinds == {None} else torch.stack([v.detach() for v in values])
 
     def _clear(self) -> None:
-        for _, name, stores in self._places:
+        for _, _, name, stores in self._places:
             for store in stores:
                 store[name] = None
+        for _, _, containers, key in self._aliases:
+            for container in containers:
+                container[key] = None
 
     # ---- what a user changes in `inner` -----------------------------------------------------------------------------
 
     def _note(self) -> None:
         """Remember what `inner` is like, since its members are like it now."""
-        modules = list(self._inner.modules())
+        trees = zip(*(list(tree.modules()) for tree in (self._inner, *self._members)), strict=True)
+        rows = [(m, own) for m, *own in trees]
+        owners = {
+            id(t): [(getattr(m, kind), name)]
+            for m, _ in rows
+            for kind in _STORES
+            for name, t in getattr(m, kind).items()
+            if t is not None
+        }
         self.__dict__.update(
-            _was=[(m, m.training, _attributes(m), _hooks(m), dict(m._modules)) for m in modules],
+            _was=[((m, m.training, _attributes(m), _hooks(m), dict(m._modules)), own) for m, own in rows],
             _places=[
-                (getattr(m, kind), name, [getattr(own, kind) for own in members])
-                for m, *members in zip(modules, *(list(member.modules()) for member in self._members), strict=True)
+                (getattr(m, kind), kind, name, [getattr(o, kind) for o in own])
+                for m, own in rows
                 for kind in _STORES
                 for name in getattr(m, kind)
             ],
-            _writes_data=any("data" in read_forward(m).stored for m in modules if not _of_torch(m)),
+            _aliases=[
+                (store, name, [vars(o)[attribute] for o in own], key)
+                for m, own in rows
+                for attribute, key, value in _held(m)
+                for store, name in owners.get(id(value), ())
+            ],
+            _writes_data=any("data" in read_forward(m).stored for m, _ in rows if not _of_torch(m)),
         )
 
     def _bring_over(self) -> None:
         """Members' modules, plain attributes, modes and hooks follow what has changed in `inner`."""
-        if all(_is_as(*was) for was in self._was):
-            return
-        for member in self._members:
-            for was, own in zip(self._was, list(member.modules()), strict=True):
-                _follow(own, *was)
-        self._note()
+        if torch.compiler.is_compiling():  # a compiler guards modes, and follows no more
+            for (module, *_), members in self._was:
+                for own in members:
+                    if own.training != module.training:
+                        own.training = module.training
+        elif not all(_is_as(*was) for was, _ in self._was):
+            for was, members in self._was:
+                for own in members:
+                    _follow(own, *was)
+            self._note()
 
     def train(self, mode: bool = True) -> PerMember:
         self._bring_over()
@@ -218,7 +262,7 @@ class PerMember(Shell):
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the members' slices, which only the stacks own."""
-        derived = ("_was", "_places", "_writes_data")
+        derived = ("_was", "_places", "_aliases", "_writes_data")
         state = {name: value for name, value in vars(self).items() if name not in derived}
         return {**state, "_members": [own_module(member) for member in self._members]}
 
@@ -238,6 +282,15 @@ def _slices(stack: Tensor) -> Sequence[Tensor]:
 def _attributes(module: nn.Module) -> dict[str, Any]:
     """What a module holds beside tensors, modules, hooks and its mode."""
     return {name: value for name, value in vars(module).items() if name not in _OF_EVERY_MODULE}
+
+
+def _held(module: nn.Module) -> Iterator[tuple[str, Any, Any]]:
+    """(attribute, index or key, tensor) of the tensors in a module's lists and dicts, such as an RNN's flat weights."""
+    for attribute, container in _attributes(module).items():
+        pairs = enumerate(container) if isinstance(container, list) else ()
+        for key, value in container.items() if isinstance(container, dict) else pairs:
+            if isinstance(value, Tensor):
+                yield attribute, key, value
 
 
 def _hooks(module: nn.Module) -> list[dict]:
@@ -286,7 +339,14 @@ def _copied(value: Any) -> Any:
 def own_module(module: nn.Module) -> nn.Module:
     """A copy of a member's module with None where its parameters and buffers were: places for slices."""
     stores = [getattr(m, kind) for m in module.modules() for kind in _STORES]
-    return copy.deepcopy(module, {id(t): None for store in stores for t in store.values() if t is not None})
+    slots = {id(t): None for store in stores for t in store.values() if t is not None}
+    return copy.deepcopy(module, {**kept_values(module), **slots})
+
+
+def kept_values(module: nn.Module) -> dict[int, Tensor]:
+    """id of each tensor with a history that a module keeps in attributes → its value, for a copy; torch copies none."""
+    held = (leaf for m in module.modules() for value in _attributes(m).values() for leaf in leaves(value))
+    return {id(t): t.detach().clone() for t in held if isinstance(t, Tensor) and not t.is_leaf}
 
 
 def _of_torch(module: nn.Module) -> bool:
@@ -340,6 +400,9 @@ def member_of(shell: PerMember, k: int, memo: dict[int, Any]) -> nn.Module:
             for name, stack in getattr(module, kind).items():
                 if stack is not None:
                     getattr(own, kind)[name] = memo[id(stack)]
+        for attribute, key, stack in _held(module):
+            if id(stack) in memo:
+                vars(own)[attribute][key] = memo[id(stack)]
     return new
 
 

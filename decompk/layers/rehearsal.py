@@ -29,9 +29,12 @@ COUNTS = (2, 3, 5, 7, 11)  # samples of a rehearsal: the first of which no other
 
 
 class Rows(NamedTuple):
-    """Where an argument has its samples: in dimension `dim` of one member's, which is `own` or shared by all."""
+    """Where an argument has its samples: in dimension `dim` of one member's, which is `own` or shared by all.
 
-    dim: int
+    Of members that run apart nobody asks for the dimension.
+    """
+
+    dim: int | None
     own: bool
 
 
@@ -207,6 +210,27 @@ class Rehearsal:
         shared = [Rows(d, False) for d in (0, 1) if shape[d : d + 1] == (N,)]
         return [*(shared + own if self.shared else own + shared), SAME]
 
+    def apart(self) -> tuple[Role, ...]:
+        """Which tensors are the members' own, where members run one by one: only what no member takes whole.
+
+        Raises Unknown where a member takes them in no way.
+        """
+        options: list[list[Role]] = []
+        for i, t in enumerate(self.tensors):
+            own = i == self.anchor and not self.shared
+            batch = not self.shared and t.shape[:2] == (self.K, self.N)
+            choice = [SAME, Rows(None, True)] if t.shape[:1] == (self.K,) and i != self.anchor else [SAME]
+            options.append([Rows(None, True)] if own else choice[::-1] if batch else choice)
+        reasons = []
+        for roles in itertools.islice(itertools.product(*options), 32):
+            try:
+                self.alone(roles)
+            except Exception as error:  # whatever a network raises at arguments that do not fit each other
+                reasons.append(error)
+            else:
+                return roles
+        raise Unknown from reasons[0]
+
     def _runs(self, roles: Sequence[Role], count: int, left: int | None = None) -> bool:
         try:
             self.alone(roles, left=left)
@@ -223,6 +247,8 @@ class Rehearsal:
             return t
         if role.own:
             t = t[k]
+        if role.dim is None:
+            return t
         index = (torch.arange(count, device=t.device) + k) % t.shape[role.dim]
         t = t.detach().index_select(role.dim, index)
         if i == self.anchor:
@@ -245,6 +271,7 @@ class Rehearsal:
         net = self._posed(member_alone(self.net, k, copies=False))
         parts = [self.part(i, role, k, self.count + (i == left), scaled) for i, role in enumerate(roles)]
         args, kwargs = self.given(parts)
+        self._alone = net
         with self._apart(seed), watch(net) if watch else contextlib.nullcontext():
             return net(*args, **kwargs)
 
@@ -257,7 +284,7 @@ class Rehearsal:
             for i, r in enumerate(roles)
         ]
         args, kwargs = self.given(parts)
-        self._ran = {id(m): path for path, m in net.named_modules()}
+        self._ran, self._together = {id(m): path for path, m in net.named_modules()}, net
         self._shells = [m for m in without_insides(net) if isinstance(m, PerMember)]
         with self._apart(0), rehearsal_of(self.K * self.count), watch(net) if watch else contextlib.nullcontext():
             return net(*args, **kwargs)
@@ -291,6 +318,7 @@ class Rehearsal:
             self._theirs = self.alone(roles)
         except Exception as error:  # whatever the members raise
             raise Unknown from error
+        self._kept = dict(self._alone.named_buffers())
         outs: tuple | None = None
         while outs is None and "" not in changes.whole:
             found = self._outcome(roles, changes)
@@ -306,10 +334,14 @@ class Rehearsal:
             left = [path for path in reversed(order) if path not in changes.contiguous]
             if "view size is not compatible" in str(error) and left:
                 return Changes([*changes.contiguous, *left[: max(1, len(changes.contiguous))]], changes.whole)
-            return self._by_members(changes, self._origin(error), f"packed it raises: {first_line(error)}")
+            reason = first_line(error).partition(": name the module")[0]
+            return self._by_members(changes, self._origin(error), f"packed, {reason}")
         outs = self._places(ours, self._theirs)
-        if outs is None:
+        if outs is None or not self._same_for_all(ours, outs):
             return self._by_members(changes, "", "what it returns is not one row per sample")
+        kept = None if self._random else self._kept_otherwise()
+        if kept is not None:
+            return self._by_members(changes, kept.rpartition(".")[0], f"its samples share '{kept.rpartition('.')[2]}'")
         if self._random or self._alike(ours, self._theirs, outs) or self._excused(roles, ours, outs):
             return outs
         return self._by_members(changes, self._where(roles, changes), "its samples see each other")
@@ -361,6 +393,20 @@ class Rehearsal:
     def _mine(self, packed: Tensor, place: int | None) -> Tensor:
         """The last member's part of a packed tensor."""
         return packed if place is None else packed.unflatten(place, (self.K, -1)).select(place, self.K - 1)
+
+    def _same_for_all(self, ours: Any, outs: Sequence[int | None]) -> bool:
+        """Whether what has no rows is the same for a member alone."""
+        pairs = zip(_tensors(ours), _tensors(self._theirs), outs, strict=True)
+        return self._random or all(_close(packed, single) for packed, single, place in pairs if place is None)
+
+    def _kept_otherwise(self) -> str | None:
+        """The first buffer that a member alone has with other values afterwards."""
+        ours = dict(member_alone(self._together, self.K - 1).named_buffers())
+        for name in self._kept.keys() | ours.keys():
+            a, b = ours.get(name), self._kept.get(name)
+            if a is None or b is None or not _close(a, b):
+                return name
+        return None
 
     def _alike(self, ours: Any, theirs: Any, outs: Sequence[int | None]) -> bool:
         pairs = zip(_tensors(ours), _tensors(theirs), outs, strict=True)
