@@ -620,6 +620,45 @@ def test_changes_of_a_packed_networks_modules_reach_every_member():
     assert seen == [(4, 6)] * K
 
 
+class NormAct(nn.BatchNorm2d):
+    def forward(self, x):
+        return super().forward(x).relu()
+
+
+def test_loops_over_modules_find_norms_that_run_member_by_member():
+    members = members_of(lambda: nn.Sequential(nn.Conv2d(3, 4, 3), NormAct(4)))
+    packed, batches = pack(members), [double(5, 3, 8, 8) for _ in range(2)]
+    for net in (packed, *members):
+        torch.optim.swa_utils.update_bn(batches, net)
+    for k, member in enumerate(members):
+        for name, buffer in member.named_buffers():
+            torch.testing.assert_close(packed.get_buffer(name)[k], buffer)
+    for m in packed.modules():
+        if isinstance(m, nn.BatchNorm2d):
+            m.eval()
+    before = packed.get_buffer("1.running_mean").clone()
+    packed(batches[0])
+    assert torch.equal(packed.get_buffer("1.running_mean"), before)
+
+
+def test_traced_networks_pack_too():
+    class Traced(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.s = nn.Linear(6, 6), nn.Parameter(torch.rand(6))
+
+        def forward(self, x):
+            return self.a(x) * self.s
+
+    traced = torch.fx.symbolic_trace(members_of(Traced)[0])
+    members = [copy.deepcopy(traced) for _ in range(K)]
+    with torch.no_grad():
+        for member in members:
+            member.s.uniform_()
+    kinds = {type(member) for member in members}
+    assert_as_alone(members if len(kinds) == 1 else [traced] * K, double(4, 6))
+
+
 # ---- modes ----------------------------------------------------------------------------------------------------------
 
 

@@ -55,6 +55,8 @@ class PerMember(Shell):
 
     def _on_rows(self, method: str, *args: Any, **kwargs: Any) -> Any:
         """A method of every member on its rows of the arguments, which are all members', and the results as rows."""
+        if method != "forward" and not any(isinstance(leaf, Tensor) for leaf in leaves((args, kwargs))):
+            return tree_map(self._agreed, *self._run([(args, kwargs)] * self._K, method))
         rows, inputs, record = self._cut(args, kwargs)
         return self._join(rows // self._K, self._run(inputs, method), record)
 
@@ -231,11 +233,28 @@ class PerMember(Shell):
                     f"'{self._path}' returned a tensor of {shape} for {rows} rows: name the module that calls it in "
                     "pack(..., member_by_member=[...]), so that it runs member by member, too."
                 )
-            if any(type(part) is not type(parts[0]) or part != parts[0] for part in parts):
-                raise PackError(f"'{self._path}' returned a value that is not a tensor and differs between members.")
-            return parts[0]
+            return self._agreed(*parts)
 
         return tree_map(join, *outputs)
+
+    def _agreed(self, *parts: Any) -> Any:
+        """What all members return alike, other than rows of tensors."""
+        alike = all(type(part) is type(parts[0]) and not isinstance(part, Tensor) for part in parts)
+        if not alike or any(part != parts[0] for part in parts):
+            raise PackError(
+                f"'{self._path}' returned a value that is no rows of a tensor and differs between members: name the "
+                "module that calls it in pack(..., member_by_member=[...])."
+            )
+        return parts[0]
+
+    @property
+    def __class__(self) -> type:
+        """A norm is one to who asks by isinstance, too: loops look for them so, to freeze or to update them."""
+        inner = vars(self).get("_inner")
+        return type(inner) if isinstance(inner, nn.modules.batchnorm._NormBase) else type(self)
+
+    def __reduce_ex__(self, protocol: Any) -> tuple:
+        return _blank, (type(self),), self.__getstate__()
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -269,6 +288,10 @@ class PerMember(Shell):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._note()
+
+
+def _blank(kind: type[PerMember]) -> PerMember:
+    return kind.__new__(kind)
 
 
 def _slices(stack: Tensor) -> Sequence[Tensor]:
@@ -338,9 +361,14 @@ def _copied(value: Any) -> Any:
 
 def own_module(module: nn.Module) -> nn.Module:
     """A copy of a member's module with None where its parameters and buffers were: places for slices."""
-    stores = [getattr(m, kind) for m in module.modules() for kind in _STORES]
-    slots = {id(t): None for store in stores for t in store.values() if t is not None}
-    return copy.deepcopy(module, {**kept_values(module), **slots})
+    tensors = [t for m in module.modules() for kind in _STORES for t in getattr(m, kind).values() if t is not None]
+    # None itself would not do: a GraphModule's own copy sorts what it finds by its class.
+    places = {id(t): nn.Parameter(torch.empty(0)) if isinstance(t, nn.Parameter) else torch.empty(0) for t in tensors}
+    new = copy.deepcopy(module, {**kept_values(module), **places})
+    for m in new.modules():
+        for store in (m._parameters, m._buffers):
+            store.update({name: None for name, t in store.items() if any(t is place for place in places.values())})
+    return new
 
 
 def kept_values(module: nn.Module) -> dict[int, Tensor]:
