@@ -307,6 +307,7 @@ class Packed(Shell):
         if apart or "" in changes.whole:
             way = one or Way(self._roles_apart(rehearsal))
         self._change(changes)
+        rehearsal.hand_over(self._inner)
         self._ways[kind] = way
         return way
 

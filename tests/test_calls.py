@@ -108,6 +108,30 @@ def test_dicts_of_tensors_follow_the_batch(N):
     )
 
 
+@pytest.mark.parametrize("N", [2, 4, 5])
+def test_a_table_given_to_a_module_that_runs_member_by_member_stays_whole_whatever_its_length(N):
+    class Looks(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(torch.rand(6))
+
+        def forward(self, x, table):
+            return (x * self.scale) @ table.T
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.looks, self.b = nn.Linear(6, 6), Looks(), nn.Linear(12, 2)
+
+        def forward(self, x):
+            return self.b(self.looks(self.a(x), torch.linspace(0, 1, 72, dtype=x.dtype).view(12, 6)))
+
+    packed = pack(members_of(Net))  # 12 rows are K · N of four samples
+    packed(double(5, 6))
+    assert_as_alone(members_of(Net), double(N, 6), packed=packed)
+    assert packed.describe().count("member by member") == 1
+
+
 def test_labels_may_be_each_members_own():
     class Loss(nn.Module):
         def __init__(self):

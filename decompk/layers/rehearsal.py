@@ -173,6 +173,7 @@ class Rehearsal:
         fits = [n for n in COUNTS if not any(size and (size % (self.K * n) == 0 or size == n) for size in taken)]
         self.count = (fits or COUNTS[1:])[0]
         self._evaluates = False
+        self._shells: list[PerMember] = []
         self._random = any(isinstance(m, _DropoutNd) and m.training and m.p for m in self.net.modules())
 
     # -- what belongs to the batch
@@ -312,6 +313,13 @@ class Rehearsal:
             with contextlib.suppress(Unknown):
                 changes = self._settled(roles, changes)[1]
         return Way(roles, None if "" in changes.whole else outs), changes
+
+    def hand_over(self, net: nn.Module) -> None:
+        """Tell the modules of `net` that run member by member which of their arguments had the batch's rows."""
+        found = {shell._path: shell._batch for shell in self._shells}
+        for shell in without_insides(net):
+            if isinstance(shell, PerMember):
+                shell._batch.update(found.get(shell._path, {}))
 
     def _settled(self, roles: tuple[Role, ...], changes: Changes) -> tuple[tuple | None, Changes]:
         try:
