@@ -126,8 +126,13 @@ class Each(nn.Module):
                 raise PackError(f"each takes a criterion, or a list of one a member, not {type(one).__name__}.")
         self.criteria = nn.ModuleList(criteria) if all(isinstance(one, nn.Module) for one in criteria) else criteria
         self.shared = shared
+        one = None if self._several or shared is not None else criterion
+        self._is_cross_entropy = type(one) is nn.CrossEntropyLoss and one.reduction == "mean"  # one call, not K
 
     def forward(self, out: Any, *targets: Any, **further: Any) -> Tensor:
+        if self._is_cross_entropy and len(targets) == 1 and not further and isinstance(out, Tensor):
+            one = self.criteria[0]
+            return cross_entropy(out, *targets, one.weight, one.label_smoothing, one.ignore_index)
         K, N = _members_and_samples(out)
         criteria = list(self.criteria) if self._several else [*self.criteria] * K
         if len(criteria) != K:
