@@ -8,6 +8,7 @@ from .dispatch import backend
 from .errors import BackendError, CheckpointError, DecompkError, PackError, PartitionError, UnsupportedOperation
 from .explain import explain
 from .fuse import fuse
+from .initialise import initialise
 from .packed import Packed, pack
 from .partition import Crop, Indices
 
@@ -32,6 +33,7 @@ __all__ = [
     "explain",
     "fuse",
     "grouped_subnets",
+    "initialise",
     "losses",
     "models",
     "ops",

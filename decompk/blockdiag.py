@@ -6,7 +6,7 @@ import copy
 import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,7 +18,7 @@ from .decompose import Decomposition
 from .dispatch import asked_for
 from .errors import DecompkError, PackError
 from .graph import on_meta
-from .layers.base import HOOKS, split
+from .layers.base import HOOKS, dotted, split
 from .layers.block import (
     BLOCK_LAYERS,
     HEADS,
@@ -27,9 +27,13 @@ from .layers.block import (
     WindowedLinear,
     as_one_member,
     count_components,
+    filled,
     find_blocks,
+    hold,
     hold_each,
     hold_once,
+    keeps_zeros,
+    let_go,
 )
 from .layers.linear import PackedLinear
 from .layers.nest import tree_map
@@ -49,7 +53,8 @@ GAIN = 1.2  # a layer is worth swapping from here on: less is lost in smaller pr
 class Decision:
     """What becomes of one layer: `kept` is the share of its multiply-accumulates that is left; dense layers keep all.
 
-    form: "members" (runs as a part of K packed sub-networks), "blocks" (a zero-skipping layer), "dense" (as it was).
+    form: "members" (runs as a part of K packed sub-networks), "blocks" (a zero-skipping layer), "masked" (computed
+    with its zeros, which get no gradient), "dense" (as it was). The reason says where training does not keep zeros.
     """
 
     path: str
@@ -67,14 +72,15 @@ class Decision:
 
 
 def block_diagonal(net: nn.Module, input_size: Sequence[int] | None = None) -> ZeroSkipping:
-    """`net` without its zero blocks: the same outputs, and in training the zeros stay zero.
+    """`net` without its zero blocks: the same outputs, and in training the zeros between channels stay zero.
 
     A network that is uniformly block-diagonal throughout, as a composed one is, becomes K packed members that share the
     full input and whose heads are added. It holds *copies* of the parameters, each with a leading dimension K, and of a
     first fully connected layer only the columns that some spatial window fills. Otherwise every Conv2d and Linear with
     exact zero blocks, perhaps after a permutation of its channels, becomes a zero-skipping layer and all else stays;
     the result then *shares* every parameter and buffer with `net`. A dense network comes back as it is.
-    `fast.decisions` lists what was done with each layer, and why.
+    Zeros between channels (of a convolution: whole kernels) that are not skipped are kept by a mask on the weight.
+    `fast.decisions` lists what was done with each layer, and why, and where zeros do not stay.
 
     `input_size`: (C, *spatial) of one sample, to follow shapes with; without it common sizes are tried. Nothing
     depends on it but whether the network is recognised as a whole. `densify` is the way back. Raises DecompkError
@@ -163,15 +169,19 @@ class Members(ZeroSkipping, Packed):
         """The network's output itself: its members are joined already."""
         return self(x, *args, **kwargs)
 
-    def _dense(self) -> nn.Module:
+    def unpack(self) -> list[nn.Module]:
+        """The K members as ordinary modules; the biases of heads are in the first."""
         inner = copy.deepcopy(self._inner)
+        let_go(inner)
         for module in inner.modules():
             if isinstance(module, WindowedLinear):
                 module.widen()
             elif type(module) in HEADS.values():
                 hold_each(module)
-        members = Packed(inner, self._K, None, self._input_dims).unpack()
-        return self._decomposition.compose(members).train(self.training)
+        return Packed(inner, self._K, None, self._input_dims).unpack()
+
+    def _dense(self) -> nn.Module:
+        return self._decomposition.compose(self.unpack()).train(self.training)
 
 
 def _as_members(net: nn.Module, input_size: Sequence[int] | None) -> tuple[Members | None, str]:
@@ -252,8 +262,10 @@ def _members(net: nn.Module, d: Decomposition, counts: dict[str, int]) -> Member
         if type(twin) is PackedLinear and WindowedLinear.narrow(twin):
             share = twin.weight.numel() / whole
             what += f", {twin.weight.shape[2]} of {twin.in_features} columns"
+        if hold(twin, filled(twin.weight, 3)):
+            what += ", its zeros kept by a mask"
         decisions.append(Decision(path, "members", share, what))
-    fast.decisions = tuple(decisions)
+    fast.decisions = _with_losses(fast._inner, decisions, 3)
     return fast.train(net.training)
 
 
@@ -268,6 +280,7 @@ class Layerwise(ZeroSkipping, Shell):
 
     def _dense(self) -> nn.Module:
         dense = _sharing(self._inner)
+        let_go(dense)
         for module in dense.modules():
             if type(module) in BLOCK_LAYERS.values():
                 module.release()
@@ -278,17 +291,23 @@ def layer_by_layer(net: nn.Module, why: str = "not asked for", masks: Mapping[st
     """`net` with a zero-skipping layer for each that has blocks of zeros; `why` it is not run as members.
 
     masks: name of a weight → where it may hold anything, for weights of which that is known; elsewhere values tell.
+    With masks it is for the caller to keep the zeros that are not skipped.
     """
     fast = Layerwise(_sharing(net))
     decisions = []
     for path, module in fast._inner.named_modules():
         if not isinstance(module, (nn.Linear, nn.modules.conv._ConvNd)):
             continue
-        blocks, reason = _skippable(module, (masks or {}).get(f"{path}.weight", module.weight.detach()))
+        weight = (masks or {}).get(f"{path}.weight", module.weight.detach())
+        holds = filled(weight) if masks is None else None
+        blocks, reason = _skippable(module, weight)
+        form = "blocks" if blocks else "dense"
         if blocks:
-            BLOCK_LAYERS[type(module)].adopt(module, blocks)
-        decisions.append(Decision(path, "blocks" if blocks else "dense", blocks.kept if blocks else 1.0, reason))
-    fast.decisions = tuple(decisions)
+            BLOCK_LAYERS[type(module)].adopt(module, blocks, holds)
+        elif holds is not None and hold(module, holds):
+            form, reason = "masked", f"{reason}; its zeros are kept by a mask"
+        decisions.append(Decision(path, form, blocks.kept if blocks else 1.0, reason))
+    fast.decisions = tuple(decisions) if masks is not None else _with_losses(fast._inner, decisions, 2)
     fast.why_not_members = why
     return fast
 
@@ -318,3 +337,39 @@ def _skippable(module: nn.Module, weight: Tensor) -> tuple[Blocks | None, str]:
 def _sharing(net: nn.Module) -> nn.Module:
     """A copy of `net`'s modules around the same parameters and buffers."""
     return copy.deepcopy(net, {id(t): t for t in (*net.parameters(), *net.buffers())})
+
+
+# ---- zeros that nothing skips ---------------------------------------------------------------------------------------
+
+
+def _with_losses(net: nn.Module, decisions: list[Decision], dims: int) -> tuple[Decision, ...]:
+    """The decisions, with a word, or one more, for every weight of the swapped `net` whose zeros training fills.
+
+    `dims`: how many dimensions of a weight are no kernel: output and input, and before them the member of stacks.
+    """
+    modules = dict(net.named_modules())
+    owners: dict[int, list[str]] = {}
+    for path, module in modules.items():
+        for name, p in module._parameters.items():
+            if p is not None and not (keeps_zeros(module) and name == "weight"):
+                owners.setdefault(id(p), []).append(dotted(path, name))
+    found = {}
+    for path, module in modules.items():
+        for name, p in module._parameters.items():
+            if p is not None and p.dim() >= dims and not p.is_meta and id(p) in owners and bool((p == 0).any()):
+                if isinstance(module, nn.Embedding) and _padded_alone(module, p, dims):
+                    continue
+                where = f"'{owners[id(p)][0]}' is the same tensor, and " if keeps_zeros(module) else ""
+                found.setdefault(path, f"{where}training does not keep the zeros of its {name}")
+    known = {decision.path for decision in decisions}
+    more = [Decision(path, "dense", 1.0, word) for path, word in found.items() if path not in known]
+    said = [replace(d, reason=f"{d.reason}; {found[d.path]}") if d.path in found else d for d in decisions]
+    return (*said, *more)
+
+
+def _padded_alone(table: nn.Embedding, weight: Tensor, dims: int) -> bool:
+    """Whether a table's only zeros are its padding, which gets no gradient."""
+    if table.padding_idx is None:
+        return False
+    rest = torch.arange(weight.shape[dims - 2], device=weight.device) != table.padding_idx
+    return bool((weight.detach().movedim(dims - 2, 0)[rest] != 0).all())

@@ -1,11 +1,53 @@
-"""Losses of packed networks: sums over members, so that each member gets its own gradient."""
+"""Losses of packed networks: sums over members, so that each member gets its own gradient.
+
+A packed output is (K, N, …). A criterion of torch's takes it for a batch of K: F.cross_entropy(packed(x), y) fails
+inside torch, and the mean of F.mse_loss is over members as well, which leaves a K-th of each member's gradient. Write
+`losses.cross_entropy(packed(x), y)`, or `losses.each(criterion)(packed(x), y)` for any criterion.
+"""
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from .errors import PackError
+from .layers.nest import leaves, spread
+
+INDICES = (nn.CrossEntropyLoss, nn.NLLLoss, nn.MultiMarginLoss)  # targets (N, …) of outputs (N, C, …)
+ALIKE = (  # targets of the outputs' own shape
+    nn.L1Loss, nn.MSELoss, nn.SmoothL1Loss, nn.HuberLoss, nn.BCELoss, nn.BCEWithLogitsLoss, nn.KLDivLoss,
+    nn.PoissonNLLLoss, nn.GaussianNLLLoss, nn.SoftMarginLoss, nn.HingeEmbeddingLoss, nn.MultiLabelMarginLoss,
+    nn.MultiLabelSoftMarginLoss, nn.TripletMarginLoss,
+)  # fmt: skip
+FUNCTIONS = {
+    F.cross_entropy: INDICES, F.nll_loss: INDICES, F.multi_margin_loss: INDICES, F.l1_loss: ALIKE, F.mse_loss: ALIKE,
+    F.smooth_l1_loss: ALIKE, F.huber_loss: ALIKE, F.binary_cross_entropy: ALIKE, F.kl_div: ALIKE,
+    F.binary_cross_entropy_with_logits: ALIKE, F.poisson_nll_loss: ALIKE, F.gaussian_nll_loss: ALIKE,
+    F.soft_margin_loss: ALIKE, F.hinge_embedding_loss: ALIKE, F.multilabel_margin_loss: ALIKE,
+    F.multilabel_soft_margin_loss: ALIKE, F.triplet_margin_loss: ALIKE,
+}  # fmt: skip
+
+
+def each(criterion: Callable | Sequence[Callable], shared: bool | None | Sequence[bool | None] = None) -> Each:
+    """`criterion`, a function or module for outputs (N, …), for packed outputs: call it with (out, target, …).
+
+    out: (K, N, …), or tuples, dicts or dataclasses of such. What follows, by place or by keyword, is each shared by all
+    members, (N, …), or their own, (K, N, …), and nothing is read into sizes: the losses of torch say by their number of
+    dimensions which it is. To any other criterion tensors of one or no dimension, and all that is no tensor, go as they
+    are; of a tensor with more, `shared` says it: True, False, or one value for each argument, None where it is known.
+
+    Returns Σ_k of the members' losses, a scalar, so that member k gets its own gradient, be the reduction "mean" or
+    "sum"; losses that are no scalar (reduction="none": (N, …)) come stacked, (K, N, …): reduce each member's own before
+    the sum, `loss.mean(1).sum()`. Parameters of a criterion are one for all members and get the sum of their gradients;
+    for parameters of their own, or a criterion that changes as it runs, give a list of K criteria.
+    Raises PackError.
+    """
+    return Each(criterion, shared)
 
 
 def cross_entropy(
@@ -70,3 +112,138 @@ def _for_each(predictions: Tensor, target: Tensor) -> Tensor:
 
 def _mean_of_each(errors: Tensor) -> Tensor:
     return errors.sum() / (errors.numel() // errors.shape[0])
+
+
+class Each(nn.Module):
+    """What `each` returns: a criterion of packed outputs, whose submodules are the criteria that it was given."""
+
+    def __init__(self, criterion: Callable | Sequence[Callable], shared: bool | None | Sequence[bool | None]):
+        super().__init__()
+        self._several = isinstance(criterion, list | tuple | nn.ModuleList)
+        criteria = list(criterion) if self._several else [criterion]
+        for one in criteria:
+            if not callable(one):
+                raise PackError(f"each takes a criterion, or a list of one a member, not {type(one).__name__}.")
+        self.criteria = nn.ModuleList(criteria) if all(isinstance(one, nn.Module) for one in criteria) else criteria
+        self.shared = shared
+        one = None if self._several or shared is not None else criterion
+        self._is_cross_entropy = type(one) is nn.CrossEntropyLoss and one.reduction == "mean"  # one call, not K
+
+    def forward(self, out: Any, *targets: Any, **further: Any) -> Tensor:
+        if self._is_cross_entropy and len(targets) == 1 and not further and isinstance(out, Tensor):
+            one = self.criteria[0]
+            return cross_entropy(out, *targets, one.weight, one.label_smoothing, one.ignore_index)
+        K, N = _members_and_samples(out)
+        criteria = list(self.criteria) if self._several else [*self.criteria] * K
+        if len(criteria) != K:
+            raise PackError(f"{len(criteria)} criteria do not fit {K} members: give one for all, or {K}.")
+        parts = self._targets(criteria[0], out, K, N, {**dict(enumerate(targets)), **further})
+        outs = spread(lambda leaf: list(leaf.unbind()) if isinstance(leaf, Tensor) else [leaf] * K, out, K)
+        losses = []
+        for k, (one, own) in enumerate(zip(criteria, outs, strict=True)):
+            args, kwargs = ([parts[i][k] for i in range(len(targets))], {name: parts[name][k] for name in further})
+            kept = {} if self._several or K == 1 or torch.compiler.is_compiling() else _buffers(one)
+            losses.append(one(own, *args, **kwargs))
+            _check_kept(one, kept)
+        if not all(isinstance(loss, Tensor) for loss in losses):
+            raise PackError(f"{_name(criteria[0])} returns a {type(losses[0]).__name__}: let it return the loss alone.")
+        stacked = torch.stack(losses)
+        return stacked.sum() if stacked.dim() == 1 else stacked
+
+    def _targets(self, criterion: Callable, out: Any, K: int, N: int, values: dict) -> dict[int | str, list]:
+        """K values of each argument behind the output, by place or name."""
+        shared = self.shared if isinstance(self.shared, list | tuple) else [self.shared] * len(values)
+        if len(shared) != len(values):
+            raise PackError(
+                f"shared has {len(shared)} values for {len(values)} arguments: give one for all, or one each."
+            )
+        kind = _kind(criterion) if isinstance(out, Tensor) else ()
+        parts = {}
+        for i, ((place, value), how) in enumerate(zip(values.items(), shared, strict=True)):
+            first = place in (0, "target") or (i == 0 and len(values) == 1)
+            expected = None
+            if how is None and isinstance(value, Tensor) and (first or (kind is ALIKE and value.dim() > 1)):
+                expected = _expected(kind, out, value)
+            where = f"argument {place + 2}" if isinstance(place, int) else f"'{place}'"
+            split = functools.partial(_for_members, K, N, f"{where} of {_name(criterion)}", how, expected)
+            parts[place] = spread(split, value, K)
+        return parts
+
+    def extra_repr(self) -> str:
+        names = ", ".join(map(_name, self.criteria))
+        return names if self.shared is None else f"{names}, shared={self.shared}"
+
+
+def _members_and_samples(out: Any) -> tuple[int, int]:
+    shapes = [leaf.shape for leaf in leaves(out) if isinstance(leaf, Tensor)]
+    if not shapes or any(not shape or shape[0] != shapes[0][0] for shape in shapes):
+        what = [tuple(shape) for shape in shapes] or type(out).__name__
+        raise PackError(f"{what} is no packed output: give tensors (K, N, …), as packed(x) returns them.")
+    return shapes[0][0], next((shape[1] for shape in shapes if len(shape) > 1), 1)
+
+
+def _kind(criterion: Callable) -> tuple:
+    """INDICES or ALIKE, where the targets of a criterion are known, or ()."""
+    while isinstance(criterion, functools.partial):
+        criterion = () if criterion.args else criterion.func
+    if isinstance(criterion, nn.Module):
+        for kind in (INDICES, ALIKE):
+            if any(isinstance(criterion, known) and type(criterion).forward is known.forward for known in kind):
+                return kind
+        return ()
+    return FUNCTIONS.get(criterion, ()) if callable(criterion) else ()
+
+
+def _expected(kind: tuple, out: Tensor, target: Tensor) -> torch.Size | None:
+    """The shape of a target that all members share; None if nobody knows."""
+    if kind is INDICES:
+        if out.dim() < 3:
+            raise PackError(f"logits of {tuple(out.shape)} are not (K, N, C, …).")
+        return out.shape[1:] if target.is_floating_point() else out.shape[1:2] + out.shape[3:]
+    return out.shape[1:] if kind is ALIKE else None
+
+
+def _for_members(K: int, N: int, where: str, shared: bool | None, expected: torch.Size | None, leaf: Any) -> list:
+    """K values of an argument's leaf."""
+    if not isinstance(leaf, Tensor):
+        return [leaf] * K
+    if expected is not None:
+        if leaf.shape not in (expected, (K, *expected)):
+            raise PackError(
+                f"{where} is {tuple(leaf.shape)}, which does not fit: give {tuple(expected)}, shared by all members, "
+                f"or {(K, *expected)}."
+            )
+        shared = leaf.shape == expected
+    if shared is None and leaf.dim() > 1:
+        raise PackError(
+            f"{where} is {tuple(leaf.shape)}, which may be (N, …), shared by all members, or (K, N, …): say which with "
+            "each(criterion, shared=True) or shared=False."
+        )
+    if shared is False and leaf.dim() and leaf.shape[:2] != (K, N):
+        raise PackError(f"{where} is {tuple(leaf.shape)}: with shared=False it must be ({K}, {N}, …).")
+    return list(leaf.unbind()) if shared is False and leaf.dim() else [leaf] * K
+
+
+def _buffers(criterion: Any) -> dict[str, tuple[Tensor, int, Tensor]]:
+    if not isinstance(criterion, nn.Module):
+        return {}
+    return {name: (b, b._version, b.clone()) for name, b in criterion.named_buffers() if not b.is_inference()}
+
+
+@torch.no_grad()
+def _check_kept(criterion: Any, kept: dict[str, tuple[Tensor, int, Tensor]]) -> None:
+    """Raise, with the buffers as they were, if one member's loss has changed what the next one would read."""
+    now = dict(criterion.named_buffers()) if kept else {}
+    changed = [name for name, (b, version, _) in kept.items() if now.get(name) is not b or b._version != version]
+    for name in changed:
+        path, _, last = name.rpartition(".")
+        kept[name][0].copy_(kept[name][2])
+        setattr(criterion.get_submodule(path), last, kept[name][0])
+    if changed:
+        raise PackError(f"{_name(criterion)} changes its buffer '{changed[0]}' as it runs: give a list of K of it.")
+
+
+def _name(criterion: Any) -> str:
+    while isinstance(criterion, functools.partial):
+        criterion = criterion.func
+    return getattr(criterion, "__name__", type(criterion).__name__)

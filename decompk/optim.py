@@ -1,4 +1,18 @@
-"""Optimizers of packed networks: K members in one step, each with its own hyperparameters, each free to stop."""
+"""Optimizers of packed networks: K members in one step, each with its own hyperparameters, each free to stop.
+
+Code for one network sees stacks (K, …) in a packed one. What it does to them over `packed.parameters()`:
+
+- torch's SGD, Adam, AdamW, Adamax, NAdam, RAdam, Adagrad, Adadelta, RMSprop, Rprop and ASGD: what they do to each
+  member alone. `SGD`, `Adam` and `AdamW` here give every member hyperparameters of its own.
+- Adafactor, Muon, LARS, LAMB, whatever reads a tensor's norm, rows or columns: couples the members, or refuses the
+  stacks' shapes; `each(packed, build)` runs one such optimizer a member.
+- LBFGS, which searches along one line: couples the members; train those of `packed.unpack()`.
+- SparseAdam: refuses the gradients, which are dense; Adam does not.
+- nn.utils.clip_grad_norm_, one norm for all: couples the members; `clip_grad_norm_` here is each member's own.
+- torch.amp.GradScaler: an inf of one member skips the step of all; bfloat16 needs no scaler.
+- "no weight decay where p.ndim <= 1": decays biases and norms, which are (K, c); `decay_groups` counts a member's
+  dimensions.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +27,7 @@ from torch import Tensor, nn
 from torch.optim.sgd import sgd
 
 from .errors import CheckpointError, DecompkError, PackError
+from .packed import Packed
 
 VECTOR = 64  # elements, a multiple of every CPU's vector; torch's fused loops round the tail behind the last otherwise
 
@@ -51,14 +66,7 @@ class _MemberOptimizer(torch.optim.Optimizer):
     _age: type = float  # what an update depends on of the step count
 
     def __init__(self, params: Groups, packed: nn.Module | None, numbers: tuple, flags: tuple, capturable: bool):
-        packed = params if packed is None else packed
-        packed = getattr(packed, "_orig_mod", packed)  # torch.compile's wrapper puts its own prefix before the names
-        if not isinstance(getattr(packed, "K", None), int):
-            raise PackError(
-                f"{type(packed).__name__} has no members: give the packed module, or groups of its parameters and "
-                "packed=, the module."
-            )
-        self.packed = packed
+        self.packed = inside(params if packed is None else packed)
         self._saved: dict[int, dict[str, Tensor]] = {}
         if isinstance(params, nn.Module):
             params = [{"params": list(params.parameters())}]
@@ -68,7 +76,7 @@ class _MemberOptimizer(torch.optim.Optimizer):
 
     @property
     def K(self) -> int:
-        return self.packed.K
+        return _count(self.packed)
 
     @property
     def stopped(self) -> tuple[int, ...]:
@@ -466,7 +474,8 @@ def clip_grad_norm_(packed: nn.Module, max_norm: Number | Tensor, norm_type: flo
     A CUDA graph captures one value, K values after one call with them outside it, and tensors on the device.
     Raises DecompkError.
     """
-    K = packed.K
+    packed = inside(packed)
+    K = _count(packed)
     grads = [p.grad for p in packed.parameters() if p.grad is not None]
     max_norm = limits(packed, max_norm, grads[0].device if grads else torch.device("cpu"))
     if not grads:
@@ -484,13 +493,14 @@ def clip_grad_norm_(packed: nn.Module, max_norm: Number | Tensor, norm_type: flo
 
 def limits(packed: nn.Module, max_norm: Number | Tensor, device: torch.device) -> float | Tensor:
     """`max_norm` as a CUDA graph can read it: a number, or unequal values on the device, put there once."""
+    K = _count(inside(packed))
     if isinstance(max_norm, Tensor):
-        if max_norm.shape not in ((), (packed.K,)):
+        if max_norm.shape not in ((), (K,)):
             raise DecompkError(
-                f"max_norm of {tuple(max_norm.shape)} is neither one value nor one for each of {packed.K} members."
+                f"max_norm of {tuple(max_norm.shape)} is neither one value nor one for each of {K} members."
             )
         return max_norm
-    values = _per_member("max_norm", max_norm, packed.K)
+    values = _per_member("max_norm", max_norm, K)
     return values[0] if len(set(values)) == 1 else _on_device(tuple(values), device)
 
 
@@ -500,6 +510,102 @@ def _on_device(values: tuple[float, ...], device: torch.device) -> Tensor:
     if _capturing():
         raise DecompkError("a CUDA graph can capture clipping by unequal norms after one call with them outside it.")
     return torch.tensor(values, dtype=torch.float64, device=device)
+
+
+def decay_groups(packed: nn.Module, weight_decay: Number, least_dims: int = 2) -> list[dict[str, Any]]:
+    """Two param groups: parameters that have `least_dims` dimensions in a member, and the rest, which do not decay.
+
+    For any optimizer over stacks: `torch.optim.AdamW(decay_groups(packed, 0.05), lr=1e-3)`, or one of this module with
+    packed= beside them, where weight_decay may be K values. Raises PackError.
+    """
+    groups: tuple[list[Tensor], list[Tensor]] = ([], [])
+    for p in inside(packed).parameters():
+        groups[p.dim() <= least_dims].append(p)
+    return [{"params": groups[0], "weight_decay": weight_decay}, {"params": groups[1], "weight_decay": 0.0}]
+
+
+class Each:
+    """What `each` returns: `optimizers` holds those of member k at [k], for schedulers and hyperparameters."""
+
+    def __init__(self, packed: nn.Module, build: Callable[[nn.Module], Any]):
+        self.packed = inside(packed)
+        stacks = dict(self.packed.named_parameters())
+        self._views: list[dict[str, nn.Parameter]] = []
+        self.optimizers: list[list[torch.optim.Optimizer]] = []
+        for k, member in enumerate(self.packed.unpack()):
+            own = dict(member.named_parameters())
+            for name, p in own.items():
+                if name not in stacks or stacks[name].shape[1:] != p.shape:
+                    raise PackError(
+                        f"'{name}' of a member is not a slice of the packed module's: train packed.unpack()."
+                    )
+                p.data = stacks[name].detach()[k]
+            built = build(member)
+            self._views.append(own)
+            self.optimizers.append(list(built) if isinstance(built, list | tuple) else [built])
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """One step of every member's optimizers, in turn."""
+        stacks = dict(self.packed.named_parameters())
+        for k, (own, optimizers) in enumerate(zip(self._views, self.optimizers, strict=True)):
+            for name, p in own.items():
+                p.data = stacks[name].detach()[k]  # where the packed module has moved, so do these
+                p.grad = None if stacks[name].grad is None else stacks[name].grad[k]
+            for optimizer in optimizers:
+                optimizer.step()
+            for p in own.values():
+                p.grad = None
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        for p in self.packed.parameters():
+            if set_to_none:
+                p.grad = None
+            elif p.grad is not None:
+                p.grad.zero_()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"members": [[optimizer.state_dict() for optimizer in own] for own in self.optimizers]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what `state_dict` returned. Raises CheckpointError."""
+        saved = state_dict["members"]
+        if [len(states) for states in saved] != [len(own) for own in self.optimizers]:
+            raise CheckpointError("the checkpoint is of other members or other optimizers.")
+        for own, states in zip(self.optimizers, saved, strict=True):
+            for optimizer, state in zip(own, states, strict=True):
+                optimizer.load_state_dict(copy.deepcopy(state))  # torch's would share the tensors
+
+
+def each(packed: nn.Module, build: Callable[[nn.Module], Any]) -> Each:
+    """Optimizers of any kind, for each member its own, on views of the packed module's parameters.
+
+    `build` gets a member, an ordinary network, and returns its optimizer or a list of them: whatever it counts or
+    measures (dimensions, norms, rows and columns, decay groups) is that member's own. K steps instead of one: an
+    optimizer that works number by number does the same on the stacks. Not for LBFGS, which must call the network.
+    Raises PackError.
+    """
+    return Each(packed, build)
+
+
+def inside(module: Any) -> nn.Module:
+    """The packed module itself, of which torch.compile's and DistributedDataParallel's wrappers prefix the names."""
+    found = module
+    while isinstance(found, nn.Module) and not isinstance(found, Packed):
+        if isinstance(found, nn.DataParallel) and len(found.device_ids) > 1 and found.dim == 0:
+            raise PackError("DataParallel joins outputs along the members' dimension: use DistributedDataParallel.")
+        found = found._modules.get("_orig_mod", found._modules.get("module"))
+    if not isinstance(found, Packed):
+        raise PackError(
+            f"{type(module).__name__} has no members: give the packed module, or groups of its parameters and "
+            "packed=, the module."
+        )
+    return found
+
+
+def _count(packed: nn.Module) -> int:
+    """K, which a submodule of the network's own may be called, too."""
+    return vars(packed).get("_K", vars(packed).get("K"))
 
 
 def _per_member(name: str, value: Any, K: int) -> list[Any]:

@@ -278,3 +278,198 @@ def test_components_and_blocks_of_odd_patterns():
     assert blocks.kept <= 1 / 15 + 1e-9 and blocks.mask[0][-1] and sum(map(sum, blocks.mask)) == 1
     assert find_blocks(torch.ones(16, 16)) is None
     assert find_blocks(torch.full((16, 16), float("nan"))) is None  # a NaN is no zero
+
+
+# ---- zeros stay -----------------------------------------------------------------------------------------------------
+
+
+def blocks(layer, K):
+    """The layer with a weight of K blocks on the diagonal."""
+    with torch.no_grad():
+        rows, columns = (torch.arange(n) * K // n for n in layer.weight.shape[:2])
+        layer.weight *= (rows[:, None] == columns).view(*layer.weight.shape[:2], *(1,) * (layer.weight.dim() - 2))
+    return layer
+
+
+def stack(*layers, axes=2):
+    """The layers with ReLUs between, then a mean over positions and a dense head."""
+    pool = {1: nn.AdaptiveAvgPool1d, 2: nn.AdaptiveAvgPool2d, 3: nn.AdaptiveAvgPool3d}[axes]
+    inner = [part for layer in layers for part in (layer, nn.ReLU())]
+    return nn.Sequential(*inner, pool(1), nn.Flatten(), nn.Linear(layers[-1].out_channels, 3))
+
+
+def uneven():
+    """Two blocks, of 6 and 26 channels, that decompose does not cut out."""
+    layer = nn.Conv2d(32, 32, 3, padding=1)
+    with torch.no_grad():
+        layer.weight[:6, 6:] = 0
+        layer.weight[6:, :6] = 0
+    return layer
+
+
+def chequered():
+    """A layer that falls into blocks of 8, one of which holds a zero kernel of its own."""
+    layer = nn.Conv2d(32, 32, 3, padding=1)
+    with torch.no_grad():
+        layer.weight[:8, 8:] = 0
+        layer.weight[3, 5] = 0
+    return layer
+
+
+class Twice(nn.Module):
+    """One layer at two places."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = blocks(nn.Conv2d(32, 32, 3, padding=1), 4)
+        self.again = self.first
+        self.head = blocks(nn.Linear(32, 32), 4)
+
+    def forward(self, x):
+        return self.head(self.again(self.first(x).relu()).mean((2, 3)))
+
+
+class Tied(nn.Module):
+    """One weight of two layers."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two = blocks(nn.Linear(32, 32), 4), nn.Linear(32, 32)
+        self.two.weight = self.one.weight
+
+    def forward(self, x):
+        return self.two(self.one(x.mean((2, 3))).relu())
+
+
+def conv(inputs=32, outputs=32, **how):
+    return nn.Conv2d(inputs, outputs, 3, padding=1, **how)
+
+
+ZEROS = {
+    "first layer": lambda: stack(blocks(conv(), 4), blocks(conv(), 4)),
+    "last layer": lambda: nn.Sequential(*stack(conv(3), blocks(conv(), 4))[:-1], blocks(nn.Linear(32, 32), 4)),
+    "only the last": lambda: nn.Sequential(*stack(conv(3))[:-1], blocks(nn.Linear(32, 8), 4)),
+    "finer in one layer": lambda: stack(conv(3), blocks(conv(), 2), blocks(conv(), 2), blocks(conv(), 8)),
+    "too small": lambda: stack(blocks(conv(8, 8), 4), blocks(conv(8, 8), 4)),
+    "too few": lambda: stack(conv(3), uneven()),
+    "within a block": lambda: stack(conv(3), chequered()),
+    "grouped": lambda: stack(conv(3), blocks(nn.Conv2d(32, 32, 3, groups=2), 2), blocks(conv(), 4)),
+    "all grouped": lambda: stack(blocks(nn.Conv2d(32, 32, 3, groups=4), 4), blocks(nn.Conv2d(32, 32, 1, groups=4), 2)),
+    "transposed": lambda: stack(conv(3), blocks(conv(), 4), blocks(nn.ConvTranspose2d(32, 32, 2), 4)),
+    "transposed first": lambda: stack(blocks(nn.ConvTranspose2d(32, 32, 2), 4), blocks(conv(), 4)),
+    "1-D": lambda: stack(blocks(nn.Conv1d(32, 32, 3), 4), blocks(nn.Conv1d(32, 32, 3), 4), axes=1),
+    "3-D": lambda: stack(blocks(nn.Conv3d(32, 32, 2), 4), blocks(nn.Conv3d(32, 32, 2), 4), axes=3),
+    "linear": lambda: nn.Sequential(nn.Flatten(), *(blocks(nn.Linear(32 * 8**2, 32), 4), blocks(nn.Linear(32, 32), 4))),
+    "padded by reflection": lambda: stack(conv(3), blocks(conv(padding_mode="reflect"), 4), blocks(conv(), 4)),
+    "shared": Twice,
+    "tied": Tied,
+}
+
+
+def trained(net, optimizer):
+    """The network block-diagonal, after two steps, and where it held zeros."""
+    weights = {name: p.detach().clone() for name, p in net.named_parameters() if p.dim() > 1}
+    fast = decompk.block_diagonal(net).train()
+    first = next(iter(net.parameters()))
+    axes = 2 if isinstance(next(net.children()), nn.Flatten) else max(2, first.dim() - 2) if first.dim() != 3 else 1
+    channels = getattr(next(iter(net.children())), "in_channels", 32)
+    moved = optimizer(fast.parameters())
+    for t in range(2):
+        moved.zero_grad()
+        fast(
+            torch.randn(4, channels, *[8] * axes, generator=torch.Generator().manual_seed(t))
+        ).square().sum().backward()
+        moved.step()
+    return fast, {name: weight == 0 for name, weight in weights.items()}, weights
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        lambda p: torch.optim.SGD(p, 1e-3, momentum=0.9, weight_decay=0.1),
+        lambda p: torch.optim.AdamW(p, 1e-2, weight_decay=0.1),
+    ],
+    ids=["sgd", "adamw"],
+)
+@pytest.mark.parametrize("name", ZEROS)
+def test_zeros_between_channels_stay_wherever_they_are(name, optimizer):
+    torch.manual_seed(0)
+    net = ZEROS[name]()
+    fast, zeros, before = trained(net, optimizer)
+    dense = dict(decompk.densify(fast).named_parameters())
+    assert sum(int(z.sum()) for z in zeros.values())
+    for path, zero in zeros.items():
+        assert not bool(dense[path][zero].any()), (path, [str(d) for d in fast.decisions])
+        assert (dense[path] != before[path])[~zero].float().mean() > 0.9, f"{path} does not train"
+    assert not any("does not keep" in d.reason for d in fast.decisions)
+    assert not any(m._buffers.get("_holds") is not None for m in decompk.densify(fast).modules())
+
+
+@pytest.mark.parametrize("name", ["first layer", "within a block", "transposed", "finer in one layer"])
+def test_what_is_kept_at_zero_trains_as_the_dense_network_with_its_gradients_masked(name):
+    torch.manual_seed(0)
+    net = ZEROS[name]().double()
+    other, fast = copy.deepcopy(net), decompk.block_diagonal(net)
+    x = torch.randn(4, net[0].in_channels, 8, 8, dtype=torch.double)
+    for model in (pickle.loads(pickle.dumps(fast)), copy.deepcopy(fast), fast):
+        assert_close(model(x), other(x))
+    target = torch.tensor([0, 1, 2, 0])
+    for _ in range(2):
+        assert_close(train_step(fast, x, target), train_step(other, x, target, holding_zeros=True), 1e-9)
+    dense = decompk.densify(fast)
+    for name, p in other.named_parameters():
+        assert_close(dense.get_parameter(name), p, 1e-9)
+
+
+class Recurrent(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed, self.rnn = nn.Embedding(32, 32, padding_idx=0), nn.GRU(32, 32, batch_first=True)
+        self.head = blocks(nn.Linear(32, 32), 4)
+        with torch.no_grad():
+            self.rnn.weight_hh_l0[:, 16:] = 0
+
+    def forward(self, x):
+        return self.head(self.rnn(self.embed(x))[0])
+
+
+def test_what_does_not_keep_its_zeros_says_so():
+    class Own(nn.Linear):
+        pass
+
+    torch.manual_seed(0)
+    tied = nn.ModuleList([nn.Embedding(32, 32), blocks(nn.Linear(32, 32), 4)])
+    tied[0].weight = tied[1].weight
+    hollow = nn.Sequential(conv(3), conv())
+    with torch.no_grad():
+        hollow[1].weight[:, :, 1, 1] = 0
+    for net, path, words in (
+        (
+            nn.Sequential(nn.Linear(4, 32), blocks(Own(32, 32), 4)),
+            "1",
+            "no zero-skipping form of Own; training does not",
+        ),
+        (Recurrent(), "rnn", "training does not keep the zeros of its weight_hh_l0"),
+        (tied, "1", "'0.weight' is the same tensor, and training does not keep the zeros of its weight"),
+        (hollow, "1", "training does not keep the zeros of its weight"),
+        (nn.Sequential(nn.Linear(4, 8), nn.utils.spectral_norm(blocks(nn.Linear(8, 8), 2))), "1", "weight_orig"),
+    ):
+        decisions = {d.path: d for d in decompk.block_diagonal(net).decisions}
+        assert words in decisions[path].reason, (words, *map(str, decisions.values()))
+        assert "embed" not in decisions and len(decisions) <= 3
+
+
+def test_a_few_zeros_by_chance_are_left_to_train():
+    net = nn.Sequential(nn.Linear(40, 40), nn.ReLU(), nn.Linear(40, 40))
+    with torch.no_grad():
+        net[0].weight[3, 5] = net[2].weight[1, 1] = 0
+    fast = decompk.block_diagonal(net)
+    assert [d.form for d in fast.decisions] == ["dense", "dense"]
+    assert [type(m) for m in fast._inner] == [type(m) for m in net]
+
+
+def test_the_members_of_a_block_diagonal_network_add_up_to_it():
+    net = composed("resnet32")
+    fast, x = decompk.block_diagonal(net), torch.randn(2, 3, 32, 32, dtype=torch.double)
+    with torch.no_grad():
+        assert_close(sum(member(x) for member in fast.unpack()), net(x))

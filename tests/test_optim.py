@@ -940,3 +940,253 @@ def test_zero_grad_reaches_every_stack():
     assert all(p.grad is not None and not p.grad.any() for p in packed.parameters())
     optimizer.zero_grad()
     assert all(p.grad is None for p in packed.parameters())
+
+
+# ---- what is meant for one network -----------------------------------------------------------------------------------
+
+
+ALONE = {  # every optimizer of torch.optim that works number by number
+    "SGD": {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01, "nesterov": True},
+    "Adam": {"lr": 0.01, "amsgrad": True},
+    "AdamW": {"lr": 0.01, "weight_decay": 0.1},
+    "Adamax": {"lr": 0.01, "weight_decay": 0.1},
+    "NAdam": {"lr": 0.01, "weight_decay": 0.1},
+    "RAdam": {"lr": 0.01, "weight_decay": 0.1},
+    "Adagrad": {"lr": 0.01, "weight_decay": 0.1},
+    "Adadelta": {"lr": 0.5, "weight_decay": 0.1},
+    "RMSprop": {"lr": 0.01, "momentum": 0.9, "centered": True},
+    "Rprop": {"lr": 0.01},
+    "ASGD": {"lr": 0.01, "t0": 2},
+}
+COUPLE = {"Adafactor": {"lr": 0.1}, "Muon": {"lr": 0.1}, "LBFGS": {"lr": 0.1, "max_iter": 2}}
+REFUSE = {"SparseAdam"}
+
+
+class LARS(torch.optim.SGD):
+    """A rate of its own for each tensor, by the norms of all of it."""
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.grad *= p.norm() / (p.grad.norm() + 1e-9)
+        return super().step(closure)
+
+
+def small(seed):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(4, 6, bias=False), nn.BatchNorm1d(6), nn.Tanh(), nn.Linear(6, 3)).double()
+
+
+def after_steps(net, build, scale=1.0, steps=3, clip=None):
+    """The parameters after a few steps; `scale` multiplies member 0's loss."""
+    optimizer = build(net)
+    batch = torch.Generator().manual_seed(5)
+    for _ in range(steps):
+        x, y = torch.randn(8, 4, generator=batch).double(), torch.randn(8, 3, generator=batch).double()
+
+        def loss():
+            net.zero_grad()
+            out = net(x)  # noqa: B023
+            weights = torch.tensor([scale] + [1.0] * (K - 1)).view(-1, 1, 1) if out.dim() == 3 else 1.0
+            value = ((out - y).square() * weights).sum()  # noqa: B023
+            value.backward()
+            return value
+
+        loss()
+        if clip:
+            clip(net.parameters() if clip is nn.utils.clip_grad_norm_ else net, 0.1)
+        optimizer.step(*[loss] * isinstance(optimizer, torch.optim.LBFGS))
+    return dict(net.named_parameters())
+
+
+def assert_as_alone(found, nets, tolerance=1e-9):
+    for name, p in found.items():
+        for k, own in enumerate(nets):
+            assert torch.allclose(p[k], own[name], rtol=0, atol=tolerance), f"{name} of member {k}"
+
+
+def test_every_optimizer_of_torch_is_known_for_what_it_does_to_stacks():
+    known = {name for name, kind in vars(torch.optim).items() if isinstance(kind, type)} - {"Optimizer"}
+    assert known == ALONE.keys() | COUPLE.keys() | REFUSE
+    for name in known:
+        assert name in optim.__doc__, name
+
+
+@pytest.mark.parametrize("name", ALONE)
+def test_an_optimizer_that_works_number_by_number_trains_members_as_alone(name):
+    def build(net):
+        return getattr(torch.optim, name)(net.parameters(), **ALONE[name])
+
+    found = after_steps(decompk.pack([small(k) for k in range(K)]), build)
+    assert_as_alone(found, [after_steps(small(k), build) for k in range(K)])
+    assert not torch.equal(found["0.weight"][0], small(0)[0].weight)
+
+
+@pytest.mark.parametrize("name", [*COUPLE, "LARS", "clip"])
+def test_what_reads_whole_tensors_couples_the_members(name):
+    """What becomes of members 1 and 2 depends on the loss of member 0."""
+
+    def build(net):
+        if name in ("LARS", "clip"):
+            return (LARS if name == "LARS" else torch.optim.SGD)(net.parameters(), lr=0.1)
+        ndim = 2 if name == "Muon" else 0  # biases and norms of members, side by side, are a matrix
+        return getattr(torch.optim, name)([p for p in net.parameters() if p.dim() == ndim or not ndim], **COUPLE[name])
+
+    clip = nn.utils.clip_grad_norm_ if name == "clip" else None
+    one, two = (after_steps(decompk.pack([small(k) for k in range(K)]), build, scale, 1, clip) for scale in (1.0, 50.0))
+    assert any(not torch.allclose(one[n][1:], two[n][1:], rtol=0, atol=1e-6) for n in one)
+
+
+def test_muon_refuses_stacks_of_matrices_and_sparse_adam_dense_gradients():
+    packed = decompk.pack([small(k) for k in range(K)])
+    with pytest.raises(ValueError, match="2D"):
+        torch.optim.Muon([packed.get_parameter("0.weight")])
+    optimizer = torch.optim.SparseAdam(packed.parameters())
+    packed(torch.randn(8, 4).double()).sum().backward()
+    with pytest.raises(RuntimeError, match="SparseAdam does not support dense gradients"):
+        optimizer.step()
+
+
+def adafactor(net):
+    return torch.optim.Adafactor(net.parameters(), lr=0.1)
+
+
+def muon_and_adamw(net):
+    matrices, rest = ([p for p in net.parameters() if (p.dim() == 2) == two] for two in (True, False))
+    return [torch.optim.Muon(matrices, lr=0.1), torch.optim.AdamW(rest, lr=0.1)]
+
+
+class Both:
+    """Two optimizers of one network."""
+
+    def __init__(self, built):
+        self.step = lambda: [optimizer.step() for optimizer in built]
+
+
+@pytest.mark.parametrize("build", [adafactor, muon_and_adamw, lambda net: LARS(net.parameters(), 0.1)])
+def test_each_member_has_an_optimizer_of_its_own_on_the_stacks(build):
+    packed = decompk.pack([small(k) for k in range(K)])
+    found = after_steps(packed, lambda net: optim.each(net, build))
+    assert all(p is q for p, q in zip(found.values(), packed.parameters(), strict=True))
+    one_at_a_time = lambda net: Both(built) if isinstance(built := build(net), list) else built  # noqa: E731
+    tolerance = 5e-2 if build is muon_and_adamw else 1e-9  # Muon computes in bfloat16
+    assert_as_alone(found, [after_steps(small(k), one_at_a_time) for k in range(K)], tolerance)
+
+
+def test_optimizers_of_each_member_follow_schedulers_moves_and_checkpoints():
+    packed = decompk.pack([small(k) for k in range(K)])
+    x = torch.randn(8, 4)
+
+    def step(net, optimizer):
+        optimizer.zero_grad()
+        net(x.to(next(net.parameters()).dtype)).square().sum().backward()
+        optimizer.step()
+
+    optimizer = optim.each(packed, adafactor)
+    step(packed, optimizer)
+    other = copy.deepcopy(packed)
+    again = optim.each(torch.compile(other, backend="eager"), adafactor)
+    again.load_state_dict(optimizer.state_dict())
+    for p in packed.parameters():
+        p.data = p.data.clone()  # as .to(device) does
+    for net, own in ((packed, optimizer), (other, again)):
+        scheduler = lr_scheduler.LambdaLR(own.optimizers[1][0], lambda t: 0.0)
+        assert scheduler.get_last_lr() == [0.0]
+        before = {name: p.detach().clone() for name, p in net.named_parameters()}
+        step(net, own)
+        for name, p in net.named_parameters():
+            assert torch.equal(p[1], before[name][1]) and not torch.equal(p[2], before[name][2])
+    assert all(torch.equal(p, q) for p, q in zip(packed.parameters(), other.parameters(), strict=True))
+    with pytest.raises(CheckpointError, match="of other members or other optimizers"):
+        again.load_state_dict({"members": again.state_dict()["members"][1:]})
+
+
+@pytest.mark.parametrize("name", ["torch", "packed", "each"])
+def test_biases_and_norms_are_told_from_weights_by_a_members_dimensions(name):
+    def one(net):
+        groups = [[p for p in net.parameters() if (p.dim() > 1) == decays] for decays in (True, False)]
+        return torch.optim.AdamW(
+            [{"params": p, "weight_decay": d} for p, d in zip(groups, (0.5, 0.0), strict=True)], lr=0.1
+        )
+
+    def build(net):
+        if name == "each":
+            return optim.each(net, one)
+        groups = optim.decay_groups(net, 0.5)
+        assert [len(group["params"]) for group in groups] == [2, 3]
+        return optim.AdamW(groups, 0.1, packed=net) if name == "packed" else torch.optim.AdamW(groups, lr=0.1)
+
+    found = after_steps(decompk.pack([small(k) for k in range(K)]), build)
+    assert_as_alone(found, [after_steps(small(k), one) for k in range(K)])
+
+
+@pytest.fixture
+def one_rank(tmp_path):
+    torch.distributed.init_process_group("gloo", f"file://{tmp_path}/ranks", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def wrapped(kind, packed):
+    ddp = nn.parallel.DistributedDataParallel
+    return {
+        "ddp": lambda: ddp(packed),
+        "compile": lambda: torch.compile(packed, backend="eager"),
+        "compile of ddp": lambda: torch.compile(ddp(packed), backend="eager"),
+        "ddp of compile": lambda: ddp(torch.compile(packed, backend="eager")),
+        "average": lambda: torch.optim.swa_utils.AveragedModel(packed),
+    }[kind]()
+
+
+class NamedK(nn.Module):
+    """A network with a submodule called K, and one called module."""
+
+    def __init__(self):
+        super().__init__()
+        self.K, self.module = nn.Linear(4, 6), nn.Linear(6, 3)
+
+    def forward(self, x):
+        return self.module(self.K(x).tanh())
+
+
+@pytest.mark.parametrize("kind", ["ddp", "compile", "compile of ddp", "ddp of compile", "average"])
+def test_it_takes_packed_modules_in_wrappers(kind, one_rank):
+    packed = decompk.pack([small(k) for k in range(K)])
+    outer = wrapped(kind, packed)
+    inner = outer.module if kind == "average" else packed
+    assert optim.inside(outer) is inner
+    for params, named in ((outer, None), ([{"params": list(outer.parameters())}], outer)):
+        optimizer = optim.SGD(params, lr=LR, packed=named)
+        assert optimizer.packed is inner and optimizer.K == K
+    inner.get_parameter("3.bias").grad = torch.ones(K, 3).double()
+    assert torch.allclose(optim.clip_grad_norm_(outer, [1.0] * K), torch.full((K,), 3.0**0.5).double())
+    optim.each(outer, adafactor).step()
+    assert len(optim.decay_groups(outer, 0.1)[1]["params"]) == 3
+
+
+def test_a_wrapper_that_joins_outputs_along_the_members_is_refused():
+    packed = decompk.pack([small(k) for k in range(K)])
+    outer = nn.DataParallel(packed)
+    if len(outer.device_ids) < 2:  # it only calls what it wraps, and has no dimension on a CPU
+        assert optim.inside(outer) is packed
+        vars(outer).update(device_ids=[0, 1], dim=0)
+    with pytest.raises(PackError, match="DataParallel joins outputs along the members' dimension: use Distributed"):
+        optim.SGD(outer)
+    for what in (nn.Linear(3, 3), nn.DataParallel(nn.Linear(3, 3)), NamedK()):
+        with pytest.raises(PackError, match=f"{type(what).__name__} has no members"):
+            optim.clip_grad_norm_(what, 1.0)
+
+
+def test_a_network_of_ones_own_may_call_its_layers_as_wrappers_and_counts_are_called():
+    torch.manual_seed(0)
+    nets = [NamedK() for _ in range(K)]
+    packed = decompk.pack(nets)
+    assert optim.inside(packed) is packed
+    optimizer = optim.SGD(packed, lr=LR)
+    assert optimizer.K == K
+    dict(packed.named_parameters())["K.weight"].grad = torch.ones(K, 6, 4)
+    assert optim.clip_grad_norm_(packed, 1e9).shape == (K,)
+    optimizer.step()
+    for k, net in enumerate(nets):
+        assert torch.allclose(dict(packed.named_parameters())["K.weight"][k], net.K.weight - LR[k])

@@ -7,6 +7,9 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+import torch
+from torch import nn
+
 from decompk.report import bench
 from decompk.report.paper import paper_cells
 from decompk.splitnet.summary import summary as splits
@@ -19,9 +22,35 @@ BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.S | re.M)
 
 
 def test_the_example_runs_as_written():
-    (example,) = [text for language, text in BLOCKS if language == "python"]
+    example = next(text for language, text in BLOCKS if language == "python")
     assert len(example.strip().splitlines()) <= 12
     subprocess.run([sys.executable, "-c", example], check=True)
+
+
+def test_the_loop_of_one_network_trains_several_as_it_would_each_with_the_two_lines_changed():
+    loop, changed = [text.splitlines() for language, text in BLOCKS if language == "python"][1:]
+    assert len(changed) == 2
+    new = {line.partition(" = ")[0]: line for line in changed}
+    assert sum(line.partition(" = ")[0] in new for line in loop) == 2
+    several = [new.get(line.partition(" = ")[0], line) for line in loop]
+    x, y = torch.randn(3, 8, 3, 8, 8, dtype=torch.double), torch.randint(5, (3, 8))
+
+    def run(lines, first):
+        seeds = iter(range(first, 4))
+
+        def make_net():
+            torch.manual_seed(next(seeds))
+            layers = (nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 5))
+            return nn.Sequential(*layers).double()
+
+        scope = {"make_net": make_net, "batches": list(zip(x, y, strict=True))}
+        exec("\n".join(lines), scope)
+        return dict(scope["net"].named_parameters())
+
+    packed = run(several, 0)
+    for k in range(4):
+        for name, p in run(loop, k).items():
+            assert torch.allclose(packed[name][k], p, rtol=0, atol=1e-12), f"{name} of member {k}"
 
 
 def test_the_report_is_the_commands_output():

@@ -14,11 +14,13 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..ops.block import Mask, is_diagonal, mask_text
+from . import conv
 from .base import Twin, dotted
 from .conv import PackedConv2d
 from .linear import PackedLinear
 
 LEAST = 8  # channels of a block: what tensor cores and vectors take whole
+CHANCE = 0.01  # of a dense weight's numbers may be zero: of random bfloat16 up to 0.004 are
 OVERHEAD = 8  # channels' worth of work that a block costs beside its own, in the choice of block sizes
 
 
@@ -71,19 +73,19 @@ def find_blocks(weight: Tensor) -> Blocks | None:
     stand gives any, one after the permutation that brings channels together that share a weight; and where outputs fall
     into sets that read the same inputs, sets of any size, filled up to the largest, if that is cheaper by a fifth.
     """
-    filled = _filled(weight)
-    if bool(filled.all()):
+    holds = filled(weight)
+    if bool(holds.all()):
         return None
-    straight = _best_mask(filled)
-    labels = components(filled)
+    straight = _best_mask(holds)
+    labels = components(holds)
     parts = [torch.sort(side, stable=True).indices for side in labels]
     sorted_already = all(bool((order == torch.arange(len(order))).all()) for order in parts)
-    moved = None if sorted_already else _best_mask(filled[parts[0]][:, parts[1]])
-    dense = tuple(filled.shape)
+    moved = None if sorted_already else _best_mask(holds[parts[0]][:, parts[1]])
+    dense = tuple(holds.shape)
     found = straight and Blocks(straight, dense)
-    if moved and (straight is None or _price(moved, filled) < _price(straight, filled) / 1.5):
+    if moved and (straight is None or _price(moved, holds) < _price(straight, holds) / 1.5):
         found = Blocks(moved, dense, tuple(parts[0].tolist()), tuple(parts[1].tolist()))
-    uneven = _uneven(filled)
+    uneven = _uneven(holds)
     best = _cost(found) if found else 1.0
     return uneven if uneven and _cost(uneven) < best / 1.2 else found
 
@@ -129,12 +131,12 @@ def components(filled: Tensor) -> tuple[Tensor, Tensor]:
 
 def count_components(weight: Tensor) -> int:
     """Into how many parts without a weight between them the outputs of weight (O, C, …) fall."""
-    return int(components(_filled(weight))[0].max()) + 1
+    return int(components(filled(weight))[0].max()) + 1
 
 
-def _filled(weight: Tensor) -> Tensor:
-    """(O, C) on the CPU: where weight (O, C, …) holds anything but zeros."""
-    return (weight.detach() != 0).view(*weight.shape[:2], -1).any(2).cpu()
+def filled(weight: Tensor, dims: int = 2) -> Tensor:
+    """(O, C) on the CPU: where weight (O, C, …) holds anything but zeros; of a stack (K, O, C, …) with three `dims`."""
+    return (weight.detach() != 0).reshape(*weight.shape[:dims], -1).any(dims).cpu()
 
 
 def _best_mask(filled: Tensor) -> Mask | None:
@@ -170,10 +172,11 @@ class _BlockLayer:
     _mask: str  # as the operator takes it without reading it again
 
     @classmethod
-    def adopt(cls, leaf: nn.Module, blocks: Blocks) -> None:
-        """Turn a leaf into its zero-skipping form, in place."""
+    def adopt(cls, leaf: nn.Module, blocks: Blocks, holds: Tensor | None = None) -> None:
+        """Turn a leaf into its zero-skipping form, in place; where `holds` (O, C) is False, its zeros stay."""
         leaf.blocks, leaf._mask = blocks, mask_text(blocks.mask)
         inputs, outputs, back, real = _orders(blocks)
+        real = _inside(blocks, holds) if real is None and holds is not None else real
         for name, value in (("_inputs", inputs), ("_outputs", outputs), ("_back", back), ("_real", real)):
             leaf.register_buffer(name, value if value is None else value.to(leaf.weight.device), persistent=False)
         leaf.__class__ = cls
@@ -213,6 +216,16 @@ def _orders(blocks: Blocks) -> tuple[Tensor | None, Tensor | None, Tensor | None
     return inputs, outputs, back, rows[:, None] & columns
 
 
+def _inside(blocks: Blocks, holds: Tensor) -> Tensor | None:
+    """holds (O, C) in the order of the blocks, if blocks that are kept have zeros of their own."""
+    holds = holds if blocks.outputs is None else holds[list(blocks.outputs)]
+    holds = holds if blocks.inputs is None else holds[:, list(blocks.inputs)]
+    kept = torch.tensor(blocks.mask)
+    for dim in (0, 1):
+        kept = kept.repeat_interleave(holds.shape[dim] // kept.shape[dim], dim)
+    return None if bool(holds[kept].all()) else holds
+
+
 class BlockConv2d(_BlockLayer, nn.Conv2d):
     """nn.Conv2d on `ops.block_conv2d`: x (N, C, H, W) → (N, O, H', W')."""
 
@@ -234,6 +247,63 @@ class BlockLinear(_BlockLayer, nn.Linear):
 
 
 BLOCK_LAYERS = {nn.Conv2d: BlockConv2d, nn.Linear: BlockLinear}
+
+
+# ---- zeros that are computed with, and stay -------------------------------------------------------------------------
+
+
+class _Held:
+    """Mixin of a layer whose zeros between channels get no gradient: it reads its weight times a mask.
+
+    The parameter itself is `_parameters["weight"]`; what is written in place into `weight` is lost.
+    """
+
+    @property
+    def weight(self) -> Tensor:
+        return self._parameters["weight"] * self._holds
+
+    def let_go(self) -> None:
+        """The way back, in place."""
+        del self._buffers["_holds"]
+        self._non_persistent_buffers_set.discard("_holds")
+        self.__class__ = type(self).__mro__[2]
+
+
+HELD: dict[type[nn.Module], type[_Held]] = {}  # a layer → the same with zeros that stay
+
+
+def hold(layer: nn.Module, holds: Tensor) -> bool:
+    """Keep a layer's weight zero where `holds`, over its leading dimensions, is False; whether its class allows that.
+
+    Zeros by chance, as in a few of a linear layer's weights, and weights that hold nothing else are left alone.
+    """
+    weight = layer._parameters.get("weight")
+    parts = holds if holds.dim() == 3 else [holds]
+    if type(layer) not in HELD or weight is None or not bool(holds.any()) or not any(map(_is_structured, parts)):
+        return False
+    mask = holds.view(*holds.shape, *(1,) * (weight.dim() - holds.dim())).to(weight.device)
+    layer.register_buffer("_holds", mask, persistent=False)
+    layer.__class__ = HELD[type(layer)]
+    return True
+
+
+def _is_structured(holds: Tensor) -> bool:
+    """Whether the zeros of (O, C) are there on purpose: some in a hundred, or such that divide or fill blocks."""
+    zeros = int((~holds).sum())
+    return zeros > CHANCE * holds.numel() or (
+        zeros > 0 and (int(components(holds)[0].max()) > 0 or _best_mask(holds) is not None)
+    )
+
+
+def let_go(net: nn.Module) -> None:
+    """Turn all layers of `net` that hold their zeros into what they were, in place."""
+    for module in net.modules():
+        if isinstance(module, _Held):
+            module.let_go()
+
+
+def keeps_zeros(layer: nn.Module) -> bool:
+    return isinstance(layer, _Held | _BlockLayer)
 
 
 # ---- twins of a block-diagonal network's members ---------------------------------------------------------------------
@@ -273,7 +343,7 @@ def as_one_member(net: nn.Module) -> Iterator[list[dict[str, Tensor]]]:
                 members[k][dotted(path, name)] = part
     try:
         for module, kind in twins:
-            module.__class__ = _OneWindow if kind is WindowedLinear else module.member_class
+            module.__class__ = _OneWindow if issubclass(kind, WindowedLinear) else module.member_class
         yield members
     finally:
         for module, kind in twins:
@@ -348,3 +418,13 @@ class WindowedLinear(PackedLinear):
             else torch.baddbmm(self.bias.unsqueeze(1), x, self.weight.mT)
         )
         return y.flatten(0, 1)
+
+
+for _kind in (
+    *(nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
+    *(PackedLinear, HeadLinear, WindowedLinear, conv.PackedConv1d, PackedConv2d, HeadConv2d, conv.PackedConv3d),
+    *(conv.PackedConvTranspose1d, conv.PackedConvTranspose2d, conv.PackedConvTranspose3d),
+):  # by name in this module, so that they can be pickled
+    HELD[_kind] = globals()[f"Held{_kind.__name__}"] = type(
+        f"Held{_kind.__name__}", (_Held, _kind), {"__module__": __name__, "__doc__": _Held.__doc__}
+    )
