@@ -111,6 +111,10 @@ class Packed(Shell):
     def _is_shared(self, x: Tensor) -> bool:
         """Whether x is one batch for all members (True) or already has the member dimension (False)."""
         shape, dims = tuple(x.shape), self.input_dims
+        if self.crops == () and x.dim() == dims:  # they wait for the first batch
+            compiles = torch.compiler.is_compiling()
+            lay = _crops_of_first_batch_uncompiled if compiles else _crops_of_first_batch
+            vars(self)["crops"] = lay(self.decomposition, shape[1:])
         if dims is None:
             if x.dim() in (1, 2):
                 return True
@@ -141,7 +145,7 @@ class Packed(Shell):
         if tuple(whole) != spatial:
             raise PartitionError(
                 f"an image of {by(spatial)} pixels does not fit this packed module, which was "
-                f"decomposed for {by(whole)}; resize it."
+                f"decomposed for {by(whole)}{self.decomposition.origin}; resize it, or decompose for its input_size=."
             )
         for crop in self.crops:
             if any(stop > pixels for stop, pixels in zip(crop.stop, spatial, strict=True)):
@@ -198,7 +202,8 @@ class Packed(Shell):
         net = description(self._inner)[1] if isinstance(self._inner, PerMember) else type(self._inner).__name__
         widths = [max((len(row[i]) for row in rows), default=0) for i in range(2)]
         lines = [f"{path or '.':<{widths[0]}}  {kind:<{widths[1]}}  {how}" for path, kind, how in rows]
-        return "\n".join([f"{self.K} members of {net}", *lines])
+        cut = [self.decomposition.layout()] if self.decomposition is not None and self.crops is not None else []
+        return "\n".join([f"{self.K} members of {net}", *cut, *lines])
 
     def _how(self, twin: Twin) -> str:
         """How a layer runs, for `describe`."""
@@ -215,6 +220,14 @@ class Packed(Shell):
 
     def extra_repr(self) -> str:
         return f"K={self.K}" + (f", crops={self.crops}" if self.crops else "")
+
+
+def _crops_of_first_batch(decomposition: Any, size: tuple[int, ...]) -> tuple[Part, ...]:
+    return decomposition.lay_crops(size)
+
+
+# Outside a compiled graph; torch.compiler.disable would import the compiler now.
+_crops_of_first_batch_uncompiled = torch._disable_dynamo(_crops_of_first_batch)
 
 
 def _laid_out(stack: Tensor, memory_format: torch.memory_format) -> Tensor:
