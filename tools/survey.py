@@ -1,4 +1,4 @@
-"""Writes tools/survey.md: which of torchvision's CNNs train by `grouped_subnets(model)` alone, and why not the others."""
+"""Writes tools/survey.md: which of torchvision's CNNs train by `grouped_subnets(model)`, and why the others do not."""
 
 import gc
 import sys
@@ -36,8 +36,8 @@ def main() -> None:
         gc.collect()
     head = (
         f"{trained} of torchvision {torchvision.__version__}'s {len(names)} CNNs decompose into 4 members on a quarter "
-        "of the image each, by `decompk.grouped_subnets(model)` alone, and take a training step on 2 images of the size that "
-        "is listed; the others are refused as below. Made by `python tools/survey.py`, torch "
+        "of the image each, by `decompk.grouped_subnets(model)` alone, and take a training step on 2 images of the "
+        "size that is listed; the others are refused as below. Made by `python tools/survey.py`, torch "
         f"{torch.__version__.partition('+')[0]}."
     )
     table = "\n".join([head, "", "| network | input | member / global, or why not |", "| --- | --- | --- |", *rows])
