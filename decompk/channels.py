@@ -21,8 +21,9 @@ import torch
 from torch import fx, nn
 from torch.fx.node import map_aggregate, map_arg
 
-from .errors import MISFITS, DecompkError, PartitionError, UnsupportedOperation, brief
+from .errors import MISFITS, DecompkError, MisfitError, PartitionError, UnsupportedOperation, brief
 from .graph import MetaInterpreter, dtype_of, on_meta, shape_of, trace, where, windows
+from .hooks import refuse_hooks
 from .ops.recurrent import GATES
 from .partition import Crop, Part, by, owners
 from .roles import (
@@ -84,9 +85,18 @@ class Plan:
     adapted: list[str] = field(default_factory=list)  # first FC layers whose window follows the crop
 
 
-def analyse(model: nn.Module, input_size: tuple[int, ...], crops: Sequence[Part], head: str) -> Plan:
-    """Divide `model` among len(crops) members. Raises UnsupportedOperation or PartitionError; changes nothing."""
-    return _Pass(model, input_size, crops, head).run()
+def analyse(
+    model: nn.Module,
+    input_size: tuple[int, ...],
+    crops: Sequence[Part],
+    head: str,
+    graphs: dict[bool, fx.Graph] | None = None,
+) -> Plan:
+    """Divide `model` among len(crops) members. Raises UnsupportedOperation or PartitionError; changes nothing.
+
+    graphs: the model's, by training or not, where they were traced before.
+    """
+    return _Pass(model, input_size, crops, head).run(graphs)
 
 
 @dataclass(frozen=True, eq=False)
@@ -192,9 +202,10 @@ class _Pass:
         self.bare_rewrites: dict[str, list[str]] = {}  # nodes rewritten for a parameter that may yet prove shared
         self.tensor_names: dict[str, tuple[str, str | None]] = {}  # functional layer → names of weight and bias
 
-    def run(self) -> Plan:
+    def run(self, graphs: dict[bool, fx.Graph] | None = None) -> Plan:
+        refuse_hooks(self.model)
         self._refuse_tied_parameters()
-        graphs = {mode: trace(self.model, mode) for mode in (True, False)}
+        graphs = graphs or {mode: trace(self.model, mode) for mode in (True, False)}
         self.plan.graphs = graphs
         self.extent = self.input_size[-len(self.crops[0].size) :]
         self.vectors = len(self.extent) == 1 and (
@@ -306,10 +317,10 @@ class _Pass:
             return narrow(self.modules[node.target], attributes or {}, {})
         return partial(_call_method, node.target) if node.op == "call_method" else node.target
 
-    def _does_not_fit(self, x: T, error: Exception) -> PartitionError:
-        return PartitionError(
+    def _does_not_fit(self, x: T, error: Exception) -> MisfitError:
+        return MisfitError(
             f"{where(self.node)}: a member's {by(x.part.shape[1:])} does not fit here ({brief(error)}); "
-            "choose other crops or another number of partitions."
+            "choose other crops (a larger crop_size lets them overlap) or another number of partitions."
         )
 
     def rewrite(self, args: tuple, kwargs: dict) -> tuple[Any, Any]:
@@ -680,7 +691,8 @@ class _Pass:
             rows, *columns = tensor.shape
             into = attributes["input_size"] if name in ("weight_ih_l0", "weight_ih_l0_reverse") else None
             shapes[name] = (rows // self.K, *(into or c // self.K for c in columns))
-        full, part = on_meta(module)(x.full), narrow(module, attributes, shapes)(x.part)
+        full = shape_of(on_meta(module), x.full)
+        part = shape_of(narrow(module, attributes, shapes), x.part)
         outputs = Split(np.concatenate(leaf.hidden[-1]), (2,))
         states = Split(np.stack([ids for layer in leaf.hidden for ids in layer]), (0, 2))
         return self.wrap(full[0], part[0], outputs), self.wrap(full[1], part[1], states)

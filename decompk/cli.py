@@ -126,9 +126,7 @@ def _parser() -> argparse.ArgumentParser:
 def _add_decomposition(command: argparse.ArgumentParser) -> None:
     """The arguments that _decomposition reads."""
     command.add_argument("--model", default="resnet50", help=f"{', '.join(models.names())}, or module:callable")
-    command.add_argument(
-        "--partitions", default="4", help="a square number, or rows and columns such as 2x4 (default 4)"
-    )
+    command.add_argument("--partitions", default="4", help="a number, or rows and columns such as 2x4 (default 4)")
     command.add_argument("--input", help="pixels: 224, or 224x160 (default: what the model is meant for)")
     command.add_argument("--channels", type=int, default=3, help="input channels of your own model (default 3)")
     command.add_argument(

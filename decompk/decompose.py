@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -12,9 +14,11 @@ from .channels import Plan, analyse
 from .compose import apart_shell, assemble, check_head, check_members, compose, extract, put, tensors
 from .errors import DecompkError, PartitionError
 from .graph import on_meta
+from .hooks import refuse_hooks, refuse_parameter_hooks
 from .packed import Packed, pack
-from .partition import Part, Partitions, by, make_crops
+from .partition import Crop, Part, Partitions, by, make_crops
 from .shell import Buffer, Rewritten, edited
+from .sizes import Found, check_form, find_size, same_members
 
 if TYPE_CHECKING:
     from .report.decomposition import Report
@@ -22,7 +26,7 @@ if TYPE_CHECKING:
 
 def decompose(
     model: nn.Module,
-    input_size: Sequence[int],
+    input_size: Sequence[int] | None = None,
     partitions: Partitions = 4,
     crop_size: int | Sequence[int] | None = None,
     margin: int = 0,
@@ -32,18 +36,27 @@ def decompose(
 
     model: any torch.fx-traceable network; it is not changed. input_size of one sample: (C, *spatial) of images, signals
     and volumes, whose pixels are divided; (D,) of vectors and (T, D) of sequences that a linear or recurrent layer
-    reads, whose features are. partitions: a square number (4 → a 2×2 grid; any number of one axis, a cube of three),
-    the parts per axis, a list of equal Crops, or of index sets for features, which must be divided exactly. crop_size:
-    pixels per axis; None cuts without overlap, H // n each. margin: border to cut off first. head: "concat" is for
-    auto-encoders: output k is member k's reconstruction of input k, so neither may overlap; otherwise every member has
-    all outputs of the last layer.
+    reads, whose features are; None for the size that the model declares or alone accepts, otherwise that of the first
+    batch. partitions: a number (4 → 2×2, 8 → 2×4: the squarest grid, of three axes the most cubic), the parts per axis,
+    a list of equal Crops, or of index sets for features, which must be divided exactly. crop_size: pixels per axis;
+    None cuts without overlap, H // n each. margin: border to cut off first. head: "concat" is for auto-encoders: output
+    k is member k's reconstruction of input k, so neither may overlap; otherwise every member has all outputs of the
+    last layer.
 
     Every layer keeps depth, kernel and stride and gets 1/K of the channels; the first keeps all its inputs, the last
-    all its outputs. Raises PartitionError (widths that do not divide, crops that do not fit) and UnsupportedOperation
-    (operations that mix the channels of different members), each naming the place.
+    all its outputs. Raises PartitionError (widths that do not divide, crops that do not fit, a size that must be given)
+    and UnsupportedOperation (operations that mix the channels of different members, hooks), each naming the place.
     """
     if not isinstance(model, nn.Module):
         raise DecompkError(f"decompose needs an nn.Module, not {type(model).__name__}.")
+    check_head(head, split_outputs=False)
+    refuse_parameter_hooks(model)
+    head = "concat" if head == "concat" else "sum"
+    cut = functools.partial(make_crops, partitions=partitions, crop_size=crop_size, margin=margin)
+    if input_size is None:
+        refuse_hooks(model)
+        found = find_size(model, cut, head)
+        return Decomposition(model, found.size, found.crops, head, found, cut if found.waits else None)
     if isinstance(input_size, int):
         raise PartitionError(
             f"input_size {input_size} must be (channels, *spatial), such as (3, {input_size}, {input_size}), or "
@@ -54,38 +67,99 @@ def decompose(
         raise PartitionError(
             f"input_size {size} must be (channels, *spatial) with one to three spatial axes, or (features,)."
         )
-    check_head(head, split_outputs=False)
-    crops = make_crops(size[1:] or size, partitions, crop_size, margin)
-    return Decomposition(model, size, crops, "concat" if head == "concat" else "sum")
+    return Decomposition(model, size, cut(size[1:] or size), head)
 
 
 class Decomposition:
     """One network cut into K: its crops, its sub-networks, and the way back. Made by `decompose`.
 
-    model: the global network. crops: tuple of K Crops. K: how many. notes: where the composed network is not exactly
-    the sum of its members, one sentence a place; empty when composed(x) = Σ_k member_k(x) on any full image the
-    members can run on. adapted: layers that follow the crop's smaller map (first FC layers, poolings over all of it);
-    with any, members run on their crops only.
+    model: the global network. K: how many. input_size of one sample, and crops, a tuple of K Crops; while they wait for
+    the first batch, which `split`, `lay_crops` or the packed module may bring, the size is None and crops raise.
+    notes: where the composed network is not exactly the sum of its members, one sentence a place; empty when
+    composed(x) = Σ_k member_k(x) on any full image the members can run on. adapted: layers that follow the crop's
+    smaller map (first FC layers, poolings over all of it); with any, members run on their crops only.
     """
 
-    def __init__(self, model: nn.Module, input_size: tuple[int, ...], crops: tuple[Part, ...], head: str):
+    def __init__(
+        self,
+        model: nn.Module,
+        input_size: tuple[int, ...],
+        crops: tuple[Part, ...],
+        head: str,
+        found: Found | None = None,
+        cut: Callable[[tuple[int, ...]], tuple[Part, ...]] | None = None,
+    ):
+        """found: how a size that nobody gave was found; cut: makes the crops of the first batch, where they wait."""
         self.model = model
-        self.input_size = input_size
-        self.crops = crops
         self.K = len(crops)
-        self.plan: Plan = analyse(model, input_size, crops, head)
-        self.notes: list[str] = self.plan.notes
-        self.adapted: list[str] = self.plan.adapted
+        self._head, self._cut = head, cut
+        self._source = found.source if found else ""
+        self._form = found.form if found else input_size
+        self._divide(input_size, crops, found.plan if found else analyse(model, input_size, crops, head))
+        if cut is not None:
+            self.input_size = self._crops = None
         self._split_outputs = head == "concat"
         self._assembles = any(self.plan.assemblies.values())
         if not self.plan.places:
             raise PartitionError(f"{type(model).__name__} has no layer whose channels could be divided.")
 
+    def _divide(self, input_size: tuple[int, ...], crops: tuple[Part, ...], plan: Plan) -> None:
+        self.plan = plan
+        self.notes: list[str] = plan.notes
+        self.adapted: list[str] = plan.adapted
+        self.input_size: tuple[int, ...] | None = input_size
+        self._crops: tuple[Part, ...] | None = crops
+
+    @property
+    def crops(self) -> tuple[Part, ...]:
+        """The K parts of the input. Raises PartitionError while they wait for the first batch."""
+        return self._laid()
+
+    def _laid(self) -> tuple[Part, ...]:
+        if self._crops is None:
+            raise PartitionError(
+                f"the crops of {type(self.model).__name__} wait for the size of its first batch: run one, or give "
+                "decompose or grouped_subnets input_size=."
+            )
+        return self._crops
+
+    def lay_crops(self, size: tuple[int, ...]) -> tuple[Part, ...]:
+        """The crops; where they wait for the first batch, they are laid for its samples of `size` (C, *spatial)."""
+        if self._crops is None:
+            name, size = type(self.model).__name__, tuple(size)
+            check_form(self._form, size, name)
+            crops = self._cut(size[1:])
+            plan = analyse(self.model, size, crops, self._head, self.plan.graphs)
+            if not same_members(self.plan, plan):
+                raise PartitionError(
+                    f"for samples of {by(size)} the members of {name} would be others than they are: give decompose or "
+                    f"grouped_subnets input_size={size}."
+                )
+            self._divide(size, crops, plan)
+        return self.crops
+
+    @property
+    def origin(self) -> str:
+        """Where a size that nobody gave was taken from, in brackets."""
+        return f" ({self._source})" if self._source else ""
+
+    def layout(self) -> str:
+        """What the members read, in one line: the size of a sample, where it was taken from, and its division."""
+        if self._crops is None:
+            return f"input of the first batch's size, then cut into {self.K} parts"
+        axes = range(len(self.crops[0].size))
+        grid = [len({crop.start[axis] for crop in self.crops}) for axis in axes]
+        what = (
+            f"{by(grid)} crops" if isinstance(self.crops[0], Crop) and math.prod(grid) == self.K else f"{self.K} parts"
+        )
+        return f"input of {by(self.input_size)}{self.origin}, cut into {what} of {by(self.crops[0].size)}"
+
     def split(self, x: torch.Tensor) -> list[torch.Tensor]:
         """(N, C, *spatial) → K views (N, C, *crop), (N, …, D) → K times (N, …, D / K); only index sets copy."""
-        if x.dim() != 1 + len(self.input_size) or tuple(x.shape[1:]) != self.input_size:
+        crops = self.lay_crops(tuple(x.shape[1:]))
+        if tuple(x.shape[1:]) != self.input_size:
             raise PartitionError(f"an input of shape {tuple(x.shape)} is not a batch of {self.input_size} samples.")
-        return [crop.cut(x) for crop in self.crops]
+        return [crop.cut(x) for crop in crops]
 
     def member_shell(self) -> nn.Module:
         """One sub-network on the meta device: the model's classes and names, with narrower leaves."""
@@ -101,6 +175,8 @@ class Decomposition:
                 shape = torch.broadcast_shapes(*(i.shape for i in place)) + tensor.shape[len(place) :]
                 values[name] = tensor.new_empty(shape)
         put(net, values)
+        if self.input_size is not None and vars(net).get("input_size") == self.input_size:  # what a model declares
+            net.input_size = self.member_size
         return self._rewritten(net, self.plan.member_args)
 
     @property
@@ -182,6 +258,8 @@ class Decomposition:
             head = "concat"
         check_head(head, self._split_outputs)
         check_members(self.member_shell(), subnets, self.K)
+        if self._assembles:
+            self._laid()
         net = on_meta(self.model)
         behind: dict[bool, dict[str, tuple[Callable, tuple]]] = {}
         buffers: dict[str, Any] = {}
@@ -204,13 +282,12 @@ class Decomposition:
         return report(self)
 
     def __repr__(self) -> str:
-        name, crop = type(self.model).__name__, by(self.crops[0].size)
-        return f"Decomposition of {name} into {self.K} sub-networks on crops of {crop}"
+        return f"Decomposition of {type(self.model).__name__} into {self.K} sub-networks: {self.layout()}"
 
 
 def grouped_subnets(
     model: nn.Module,
-    input_size: Sequence[int],
+    input_size: Sequence[int] | None = None,
     partitions: Partitions = 4,
     crop_size: int | Sequence[int] | None = None,
     margin: int = 0,
@@ -219,12 +296,16 @@ def grouped_subnets(
 ) -> Packed:
     """The K fresh sub-networks of `model` as one module that reads the global batch; arguments as in `decompose`.
 
-    packed(x): (N, *input_size) → (K, N, classes); packed.compose() gives the global network back.
+    packed(x): (N, *input_size) → (K, N, classes); packed.compose() gives the global network back. Without input_size
+    the crops may wait for the first batch, whose size they then have for good; packed.describe() says.
     """
     decomposition = decompose(model, input_size, partitions, crop_size, margin, head)
-    dims = 1 + len(decomposition.input_size)
-    packed = pack(decomposition.subnets(seed), crops=decomposition.crops, input_dims=dims)
+    waits = decomposition.input_size is None
+    dims = 1 + len(decomposition._form)
+    packed = pack(decomposition.subnets(seed), crops=None if waits else decomposition.crops, input_dims=dims)
     packed.decomposition = decomposition
+    if waits:
+        vars(packed)["_crops"] = ()
     return packed
 
 

@@ -13,6 +13,10 @@ class PartitionError(DecompkError):
     """A cut that does not fit: channels that do not divide, crops outside the input or of unequal size."""
 
 
+class MisfitError(PartitionError):
+    """A member cannot run on its crop: with other crops, or at another size of the input, it may."""
+
+
 class PackError(DecompkError):
     """Networks that cannot share one packed module; names the tensor that differs."""
 

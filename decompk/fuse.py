@@ -276,7 +276,7 @@ class _Fusion:
         self._owners = Counter(id(t) for m in net.modules() for t in m._buffers.values() if t is not None)
         self._nodes = list(self.graph.nodes)
         self._taken: set[fx.Node] = set()
-        self._image = next(node for node in self.graph.nodes if node.op == "placeholder") if crops else None
+        self._image = next(node for node in self.graph.nodes if node.op == "placeholder") if crops is not None else None
         chains = [chain for node in self._modules for chain in self._chain(node)]
         self.windows = any(chain.reads_image for chain in chains)
         self._replace(chains)

@@ -345,6 +345,10 @@ class Packed(Shell):
         Not `strict` where further arguments make it uncertain that x goes to the network's first layer.
         """
         shape, dims = tuple(x.shape), self._input_dims
+        if self._crops == () and x.dim() == dims:  # they wait for the first batch
+            compiles = torch.compiler.is_compiling()
+            lay = _crops_of_first_batch_uncompiled if compiles else _crops_of_first_batch
+            vars(self)["_crops"] = lay(self._decomposition, shape[1:])
         if dims is None:
             if x.dim() in (1, 2) or not strict:
                 return True
@@ -377,7 +381,7 @@ class Packed(Shell):
         if tuple(whole) != spatial:
             raise PartitionError(
                 f"an image of {by(spatial)} pixels does not fit this packed module, which was "
-                f"decomposed for {by(whole)}; resize it."
+                f"decomposed for {by(whole)}{self._decomposition.origin}; resize it, or decompose for its input_size=."
             )
         for crop in self._crops:
             if any(stop > pixels for stop, pixels in zip(crop.stop, spatial, strict=True)):
@@ -414,7 +418,9 @@ class Packed(Shell):
         net = description(self._inner)[1] if isinstance(self._inner, PerMember) else type(self._inner).__name__
         widths = [max((len(row[i]) for row in rows), default=0) for i in range(2)]
         lines = [f"{path or '.':<{widths[0]}}  {kind:<{widths[1]}}  {how}" for path, kind, how in rows]
-        return "\n".join([f"{self._K} members of {net}", *lines])
+        known = self._decomposition is not None and self._crops is not None
+        cut = [self._decomposition.layout()] if known else []
+        return "\n".join([f"{self._K} members of {net}", *cut, *lines])
 
     def _how(self, twin: Twin) -> str:
         """How a layer runs, for `describe`."""
@@ -438,6 +444,14 @@ def _innermost(net: Any) -> Any:
     while isinstance(net, Shell):
         net = vars(net).get("_inner")
     return net
+
+
+def _crops_of_first_batch(decomposition: Any, size: tuple[int, ...]) -> tuple[Part, ...]:
+    return decomposition.lay_crops(size)
+
+
+# Outside a compiled graph; torch.compiler.disable would import the compiler now.
+_crops_of_first_batch_uncompiled = torch._disable_dynamo(_crops_of_first_batch)
 
 
 def _laid_out(stack: Tensor, memory_format: torch.memory_format) -> Tensor:

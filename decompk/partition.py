@@ -132,8 +132,8 @@ def make_crops(
 ) -> tuple[Part, ...]:
     """The crops of an input of `spatial` size (pixels per axis), in row-major order of the grid.
 
-    `partitions` is a square number n·n (a cube in 3-D, any number in 1-D), the parts per axis, a list of crops, or, of
-    one axis, a list of index sets.
+    `partitions` is a number, whose grid is the squarest there is (8 → 2×4, 5 → 1×5; in 3-D the most cubic), the parts
+    per axis, a list of crops, or, of one axis, a list of index sets.
     `margin` pixels are cut off every border first. Without `crop_size` each crop is ⌊size/n⌋ wide (2.8), so the
     last size mod n pixels of an axis are seen by nobody; with it, crops are spread evenly from border to border
     and overlap where crop_size · n exceeds the size. Raises PartitionError.
@@ -174,18 +174,24 @@ def make_crops(
 
 def _parts_per_axis(partitions: int | Sequence[int], axes: int) -> tuple[int, ...]:
     if isinstance(partitions, int):
-        root = round(partitions ** (1 / axes)) if partitions > 0 else 0
-        if root**axes != partitions or root < 1:
-            power = {1: "a positive number", 2: "a square number", 3: "a cube"}[axes]
+        if partitions < 1:
             raise PartitionError(
-                f"{partitions} partitions do not make a grid: give {power}, the parts per axis such as (2, 4), "
-                "or a list of crops."
+                f"{partitions} partitions do not make a grid: give a positive number, the parts per axis such as "
+                "(2, 4), or a list of crops."
             )
-        return (root,) * axes
+        return _squarest(partitions, axes)
     parts = tuple(int(p) for p in partitions)
     if len(parts) != axes or min(parts, default=0) < 1:
         raise PartitionError(f"partitions {parts} must name a positive number of parts for each of {axes} axes.")
     return parts
+
+
+def _squarest(count: int, axes: int) -> tuple[int, ...]:
+    """The factors of `count`, one per axis in ascending order, with the least sum: 8 → 2×4, 5 → 1×5."""
+    if axes == 1:
+        return (count,)
+    grids = [(n, *_squarest(count // n, axes - 1)) for n in range(1, math.isqrt(count) + 1) if count % n == 0]
+    return min((grid for grid in grids if grid[0] <= grid[1]), key=sum)
 
 
 def _index_set(part: Any) -> Indices:

@@ -118,7 +118,7 @@ def test_info_says_why_a_backend_is_absent(capsys, monkeypatch, tmp_path):
 
 WRONG = {
     "64 channels into 5": (("--partitions", "1x5", "--model", "resnet50"), "64 channels cannot be divided into 5"),
-    "not a square": (("--partitions", "5",), "square number"),
+    "no partitions": (("--partitions", "0",), "a positive number"),
     "crop outside": (("--crop", "300",), "crop height of 300"),
     "not a number": (("--crop", "big",), "--crop 'big'"),
     "input of the wrong rank": (("--input", "1x2x3",), ""),

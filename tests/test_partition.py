@@ -28,6 +28,15 @@ def test_signals_and_volumes_are_cut_too():
     assert make_crops((4, 4, 4), (1, 2, 1))[1] == Crop(0, 2, 0, 4, 2, 4)
 
 
+def test_a_number_of_partitions_is_the_squarest_grid_there_is():
+    grids = {2: (1, 2), 3: (1, 3), 4: (2, 2), 5: (1, 5), 6: (2, 3), 8: (2, 4), 12: (3, 4), 16: (4, 4), 18: (3, 6)}
+    for K, grid in grids.items():
+        assert make_crops((36, 72), K) == make_crops((36, 72), grid)
+    cubes = {2: (1, 1, 2), 4: (1, 2, 2), 8: (2, 2, 2), 12: (2, 2, 3), 27: (3, 3, 3), 7: (1, 1, 7)}
+    for K, grid in cubes.items():
+        assert make_crops((12, 12, 84), K) == make_crops((12, 12, 84), grid)
+
+
 def test_a_crop_is_a_view_with_named_sides():
     crop = Crop(1, 2, 3, 4)
     assert (crop.top, crop.left, crop.height, crop.width) == (1, 2, 3, 4)
@@ -38,8 +47,8 @@ def test_a_crop_is_a_view_with_named_sides():
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (((32, 32), 5), "square number"),
-        (((8, 8, 8), 4), "cube"),
+        (((32, 32), 0), "a positive number"),
+        (((8, 8, 8), -8), "a positive number"),
         (((32, 32), (2, 2, 2)), "2 axes"),
         (((32, 32), 4, 40), "between 1 and 32"),
         (((32, 32), 4, None, 16), "margin of 16"),

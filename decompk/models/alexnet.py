@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..errors import DecompkError
+from .declared import image
 from .initial import he
 
 
@@ -63,6 +64,7 @@ def _last_map(pixels: int) -> int:
     return size
 
 
+@image
 def alexnet(
     num_classes: int = 1000, input_size: tuple[int, int, int] = (3, 224, 224), width: int = 96, fc: int = 4096
 ) -> AlexNet:

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .declared import image
 from .initial import he
 
 
@@ -69,6 +70,7 @@ def _cifar(units: int, num_classes: int, input_size: tuple[int, int, int], width
     return BasicResNet(stem, nn.Identity(), (units,) * 3, num_classes, bias=True, norm_projection=False)
 
 
+@image
 def cifar_resnet8(
     num_classes: int = 10, input_size: tuple[int, int, int] = (3, 32, 32), width: int = 24
 ) -> BasicResNet:
@@ -76,6 +78,7 @@ def cifar_resnet8(
     return _cifar(1, num_classes, input_size, width)
 
 
+@image
 def cifar_resnet32(
     num_classes: int = 10, input_size: tuple[int, int, int] = (3, 32, 32), width: int = 64
 ) -> BasicResNet:
@@ -83,6 +86,7 @@ def cifar_resnet32(
     return _cifar(5, num_classes, input_size, width)
 
 
+@image
 def cifar_resnet56(
     num_classes: int = 10, input_size: tuple[int, int, int] = (3, 32, 32), width: int = 64
 ) -> BasicResNet:
@@ -90,6 +94,7 @@ def cifar_resnet56(
     return _cifar(9, num_classes, input_size, width)
 
 
+@image
 def cifar_resnet110(
     num_classes: int = 10, input_size: tuple[int, int, int] = (3, 32, 32), width: int = 64
 ) -> BasicResNet:
@@ -97,6 +102,7 @@ def cifar_resnet110(
     return _cifar(18, num_classes, input_size, width)
 
 
+@image
 def resnet18x2(
     num_classes: int = 1000, input_size: tuple[int, int, int] = (3, 224, 224), width: int = 128
 ) -> BasicResNet:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ..errors import DecompkError
+from .declared import declares
 
 
 def mlp(features: int, outputs: int, hidden: Sequence[int] = (128, 128)) -> nn.Sequential:
@@ -36,11 +37,13 @@ def conv_autoencoder(channels: int = 1, width: int = 32) -> nn.Sequential:
     )  # fmt: skip
 
 
+@declares(lambda channels, length: (channels, length))
 def signal_cnn(channels: int = 1, classes: int = 10, width: int = 32, length: int = 128) -> nn.Sequential:
     """(N, C, length) → (N, classes): three 1-D convolutions without padding, two poolings, two FC layers."""
     return _cnn(nn.Conv1d, nn.MaxPool1d, channels, classes, width, (length,))
 
 
+@declares(lambda channels, size: (channels, *size))
 def volume_cnn(channels: int = 1, classes: int = 10, width: int = 32, size: Sequence[int] = (20,) * 3) -> nn.Sequential:
     """(N, C, D, H, W) → (N, classes): signal_cnn in three dimensions; volumes of `size`."""
     return _cnn(nn.Conv3d, nn.MaxPool3d, channels, classes, width, tuple(size))

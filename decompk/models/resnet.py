@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..errors import DecompkError
+from .declared import image
 from .initial import he
 
 VARIANTS = ("table2.2", "table3.4")
@@ -71,6 +72,7 @@ class ResNet(nn.Module):
         return self.fc(torch.flatten(self.avgpool(x), 1))
 
 
+@image
 def resnet50(
     num_classes: int | None = None,
     variant: str = "table2.2",
@@ -88,6 +90,7 @@ def resnet50(
     return _resnet((3, 4, 6, 3), num_classes, variant, input_size, width)
 
 
+@image
 def resnet101(
     num_classes: int | None = None,
     variant: str = "table2.2",

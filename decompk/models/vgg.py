@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from ..errors import DecompkError
+from .declared import image
 from .initial import he
 
 # Convolutions per stage and their width in units of the first stage's; each stage ends in a 2x2 max-pool.
@@ -46,6 +47,7 @@ class VGG16(nn.Module):
         return self.classifier(torch.flatten(self.features(x), 1))
 
 
+@image
 def vgg16(
     num_classes: int = 1000, input_size: tuple[int, int, int] = (3, 224, 224), width: int = 64, fc: int = 4096
 ) -> VGG16:
@@ -86,6 +88,7 @@ class VGG8(nn.Module):
         return self.classifier(torch.flatten(self.features(x), 1))
 
 
+@image
 def vgg8(num_classes: int = 10, input_size: tuple[int, int, int] = (3, 32, 32), width: int = 16, fc: int = 128) -> VGG8:
     """VGG8 with `width` channels in its first stage and `fc` hidden neurons, for small trials on small images.
 

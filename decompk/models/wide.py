@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .declared import image
 from .initial import he
 
 
@@ -49,6 +50,7 @@ class WideResNet(nn.Module):
         return self.fc(torch.flatten(self.avgpool(F.relu(self.bn(x))), 1))
 
 
+@image
 def wrn_16_8(num_classes: int = 100, input_size: tuple[int, int, int] = (3, 32, 32), width: int = 16) -> WideResNet:
     """The wide residual network of depth 16 and widening factor 8, without dropout."""
     return WideResNet(2, 8, num_classes, input_size[0], width)
