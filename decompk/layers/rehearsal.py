@@ -272,9 +272,10 @@ class Rehearsal:
         net = self._posed(member_alone(self.net, k, copies=False))
         parts = [self.part(i, role, k, self.count + (i == left), scaled) for i, role in enumerate(roles)]
         args, kwargs = self.given(parts)
-        self._alone = net
         with self._apart(seed), watch(net) if watch else contextlib.nullcontext():
-            return net(*args, **kwargs)
+            out = net(*args, **kwargs)
+        self._kept = dict(net.named_buffers())
+        return out
 
     def together(self, roles: Sequence[Role], changes: Changes, watch: Watch = None) -> Any:
         """What all members return together, as rows."""
@@ -326,7 +327,7 @@ class Rehearsal:
             self._theirs = self.alone(roles)
         except Exception as error:  # whatever the members raise
             raise Unknown from error
-        self._kept = dict(self._alone.named_buffers())
+        self._figures = [*_tensors(self._theirs), *self._kept.values()]
         outs: tuple | None = None
         while outs is None and "" not in changes.whole:
             found = self._outcome(roles, changes)
@@ -345,13 +346,20 @@ class Rehearsal:
             reason = first_line(error).partition(": name the module")[0]
             return self._by_members(changes, self._origin(error), f"packed, {reason}")
         outs = self._places(ours, self._theirs)
-        if outs is None or not self._same_for_all(ours, outs):
-            return self._by_members(changes, "", "what it returns is not one row per sample")
-        kept = None if self._random else self._kept_otherwise()
-        if kept is not None:
-            return self._by_members(changes, kept.rpartition(".")[0], f"its samples share '{kept.rpartition('.')[2]}'")
-        if self._random or self._alike(ours, self._theirs, outs) or self._excused(roles, ours, outs):
+        constant = "what it returns is not one row per sample"
+        if outs is None:
+            return self._by_members(changes, "", constant)
+        found = [self._mine(packed, place) for packed, place in zip(_tensors(ours), outs, strict=True)]
+        kept = dict(member_alone(self._together, self.K - 1).named_buffers())
+        found += [kept.get(name, torch.empty(0)) for name in self._kept]
+        wrong = [i for i, (a, b) in enumerate(zip(found, self._figures, strict=True)) if not _close(a, b)]
+        if self._random or not wrong or self._excused(roles, found):
             return outs
+        if wrong[0] >= len(outs):
+            path, _, name = list(self._kept)[wrong[0] - len(outs)].rpartition(".")
+            return self._by_members(changes, path, f"its samples share '{name}'")
+        if outs[wrong[0]] is None:
+            return self._by_members(changes, "", constant)
         return self._by_members(changes, self._where(roles, changes), "its samples see each other")
 
     def _by_members(self, changes: Changes, path: str, reason: str) -> Changes:
@@ -402,40 +410,21 @@ class Rehearsal:
         """The last member's part of a packed tensor."""
         return packed if place is None else packed.unflatten(place, (self.K, -1)).select(place, self.K - 1)
 
-    def _same_for_all(self, ours: Any, outs: Sequence[int | None]) -> bool:
-        """Whether what has no rows is the same for a member alone."""
-        pairs = zip(_tensors(ours), _tensors(self._theirs), outs, strict=True)
-        return self._random or all(_close(packed, single) for packed, single, place in pairs if place is None)
-
-    def _kept_otherwise(self) -> str | None:
-        """The first buffer that a member alone has with other values afterwards."""
-        ours = dict(member_alone(self._together, self.K - 1).named_buffers())
-        for name in self._kept.keys() | ours.keys():
-            a, b = ours.get(name), self._kept.get(name)
-            if a is None or b is None or not _close(a, b):
-                return name
-        return None
-
-    def _alike(self, ours: Any, theirs: Any, outs: Sequence[int | None]) -> bool:
-        pairs = zip(_tensors(ours), _tensors(theirs), outs, strict=True)
-        return all(_close(self._mine(packed, place), single) for packed, single, place in pairs)
-
-    def _excused(self, roles: Sequence[Role], ours: Any, outs: Sequence[int | None]) -> bool:
-        """Whether rounding explains the difference, or the network draws random numbers, which are noted."""
-        again = self.alone(roles, seed=1)
-        if not all(_close(a, b) for a, b in zip(_tensors(again), _tensors(self._theirs), strict=True)):
+    def _excused(self, roles: Sequence[Role], found: Sequence[Tensor]) -> bool:
+        """Whether rounding explains the differences, or the network draws random numbers, which is noted."""
+        again = [*_tensors(self.alone(roles, seed=1)), *self._kept.values()]
+        if not all(map(_close, again, self._figures)):
             self._random = True
             return True
-        eps = torch.finfo(torch.get_default_dtype()).eps
-        dtypes = [t.dtype for t in self.net.parameters() if t.is_floating_point()]
-        nudged = self.alone(roles, scaled=1 + 8 * (torch.finfo(dtypes[0]).eps if dtypes else eps))
-        for packed, single, moved, place in zip(*map(_tensors, (ours, self._theirs, nudged)), outs, strict=True):
-            if single.is_floating_point() and not _close(self._mine(packed, place), single):
-                error, response = ((t - single).abs().nan_to_num().max() for t in (self._mine(packed, place), moved))
+        dtype = next((t.dtype for t in self.net.parameters() if t.is_floating_point()), torch.get_default_dtype())
+        nudged = [*_tensors(self.alone(roles, scaled=1 + 8 * torch.finfo(dtype).eps)), *self._kept.values()]
+        for mine, single, moved in zip(found, self._figures, nudged, strict=True):
+            if not _close(mine, single):
+                if not single.is_floating_point() or mine.shape != single.shape:
+                    return False
+                error, response = ((t - single).abs().nan_to_num().max() for t in (mine, moved))
                 if error > 1000 * response:
                     return False
-            elif not single.is_floating_point() and not _close(self._mine(packed, place), single):
-                return False
         return True
 
     def _where(self, roles: Sequence[Role], changes: Changes) -> str:
