@@ -86,7 +86,7 @@ class _MemberOptimizer(torch.optim.Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add K groups, one a member, for stacks (K, …) and their hyperparameters, one value or K values each.
 
-        Stacks that require no gradient are left out. Raises PackError, DecompkError.
+        Stacks that require no gradient rest until they do. Raises PackError, DecompkError.
         """
         given = {**self.defaults, **param_group}
         stacks = given.pop("params")
@@ -94,9 +94,8 @@ class _MemberOptimizer(torch.optim.Optimizer):
         for p in stacks:
             self._check(p)
         members = self._members(given)
-        trained = [p for p in stacks if p.requires_grad]
         for k, member in enumerate(members):
-            super().add_param_group({**given, **member, "params": trained if k == 0 else []})
+            super().add_param_group({**given, **member, "params": stacks if k == 0 else []})
 
     def _check(self, p: Tensor) -> None:
         if p.shape[:1] != (self.K,):

@@ -312,13 +312,16 @@ def test_a_stack_without_gradient_stays_and_takes_its_first_step_later():
         assert_members(packed, members, torch.float64)
 
 
-def test_parameters_that_need_no_gradient_are_left_out():
+def test_parameters_that_need_no_gradient_rest_until_they_do():
     _, packed = members_and_packed()
     packed.stem.requires_grad_(False)
-    optimizer = optim.SGD(packed, 0.1)
-    own = [p for group in optimizer.param_groups for p in group["params"]]
-    assert [id(p) for p in own] == [id(p) for p in packed.parameters() if p.requires_grad]
-    assert len(own) == len(list(packed.parameters())) - 1
+    optimizer, before = optim.SGD(packed, 0.1), packed.stem.weight.clone()
+    assert [p for group in optimizer.param_groups for p in group["params"]] == [*packed.parameters()]
+    for trains in (False, True):
+        packed.stem.requires_grad_(trains)
+        packed(torch.randn(4, 3, 8, 8)).square().sum().backward()
+        optimizer.step()
+        assert torch.equal(packed.stem.weight, before) != trains
 
 
 def test_param_groups_have_hyperparameters_of_their_own():
