@@ -24,12 +24,13 @@ ALIKE = (  # targets of the outputs' own shape
     nn.PoissonNLLLoss, nn.GaussianNLLLoss, nn.SoftMarginLoss, nn.HingeEmbeddingLoss, nn.MultiLabelMarginLoss,
     nn.MultiLabelSoftMarginLoss, nn.TripletMarginLoss,
 )  # fmt: skip
+SEQUENCES = (nn.CTCLoss,)  # outputs (T, N, C), targets (N, S), lengths (N,)
 FUNCTIONS = {
     F.cross_entropy: INDICES, F.nll_loss: INDICES, F.multi_margin_loss: INDICES, F.l1_loss: ALIKE, F.mse_loss: ALIKE,
     F.smooth_l1_loss: ALIKE, F.huber_loss: ALIKE, F.binary_cross_entropy: ALIKE, F.kl_div: ALIKE,
     F.binary_cross_entropy_with_logits: ALIKE, F.poisson_nll_loss: ALIKE, F.gaussian_nll_loss: ALIKE,
     F.soft_margin_loss: ALIKE, F.hinge_embedding_loss: ALIKE, F.multilabel_margin_loss: ALIKE,
-    F.multilabel_soft_margin_loss: ALIKE, F.triplet_margin_loss: ALIKE,
+    F.multilabel_soft_margin_loss: ALIKE, F.triplet_margin_loss: ALIKE, F.ctc_loss: SEQUENCES,
 }  # fmt: skip
 
 
@@ -121,17 +122,18 @@ class Each(nn.Module):
         super().__init__()
         self._several = isinstance(criterion, list | tuple | nn.ModuleList)
         criteria = list(criterion) if self._several else [criterion]
-        for one in criteria:
+        for one in criteria or [None]:
             if not callable(one):
                 raise PackError(f"each takes a criterion, or a list of one a member, not {type(one).__name__}.")
         self.criteria = nn.ModuleList(criteria) if all(isinstance(one, nn.Module) for one in criteria) else criteria
         self.shared = shared
-        one = None if self._several or shared is not None else criterion
-        self._is_cross_entropy = type(one) is nn.CrossEntropyLoss and one.reduction == "mean"  # one call, not K
 
     def forward(self, out: Any, *targets: Any, **further: Any) -> Tensor:
-        if self._is_cross_entropy and len(targets) == 1 and not further and isinstance(out, Tensor):
-            one = self.criteria[0]
+        one = self.criteria[0]
+        plain = (
+            isinstance(out, Tensor) and len(targets) == 1 and not (self._several or further or self.shared is not None)
+        )
+        if plain and type(one) is nn.CrossEntropyLoss and one.reduction == "mean":  # one call, not K
             return cross_entropy(out, *targets, one.weight, one.label_smoothing, one.ignore_index)
         K, N = _members_and_samples(out)
         criteria = list(self.criteria) if self._several else [*self.criteria] * K
@@ -158,12 +160,13 @@ class Each(nn.Module):
                 f"shared has {len(shared)} values for {len(values)} arguments: give one for all, or one each."
             )
         kind = _kind(criterion) if isinstance(out, Tensor) else ()
+        N = out.shape[2] if kind is SEQUENCES and out.dim() == 4 else N
         parts = {}
         for i, ((place, value), how) in enumerate(zip(values.items(), shared, strict=True)):
             first = place in (0, "target") or (i == 0 and len(values) == 1)
             expected = None
-            if how is None and isinstance(value, Tensor) and (first or (kind is ALIKE and value.dim() > 1)):
-                expected = _expected(kind, out, value)
+            if how is None and isinstance(value, Tensor) and (first or value.dim() > 1):
+                expected = _expected(kind, out, value, first)
             where = f"argument {place + 2}" if isinstance(place, int) else f"'{place}'"
             split = functools.partial(_for_members, K, N, f"{where} of {_name(criterion)}", how, expected)
             parts[place] = spread(split, value, K)
@@ -183,20 +186,22 @@ def _members_and_samples(out: Any) -> tuple[int, int]:
 
 
 def _kind(criterion: Callable) -> tuple:
-    """INDICES or ALIKE, where the targets of a criterion are known, or ()."""
+    """INDICES, ALIKE or SEQUENCES, where the targets of a criterion are known, or ()."""
     while isinstance(criterion, functools.partial):
         criterion = () if criterion.args else criterion.func
     if isinstance(criterion, nn.Module):
-        for kind in (INDICES, ALIKE):
+        for kind in (INDICES, ALIKE, SEQUENCES):
             if any(isinstance(criterion, known) and type(criterion).forward is known.forward for known in kind):
                 return kind
         return ()
-    return FUNCTIONS.get(criterion, ()) if callable(criterion) else ()
+    return next((kind for function, kind in FUNCTIONS.items() if function is criterion), ())
 
 
-def _expected(kind: tuple, out: Tensor, target: Tensor) -> torch.Size | None:
-    """The shape of a target that all members share; None if nobody knows."""
-    if kind is INDICES:
+def _expected(kind: tuple, out: Tensor, target: Tensor, first: bool) -> torch.Size | None:
+    """The shape of a target that all members share, the first one or a further one; None if nobody knows."""
+    if kind is SEQUENCES and out.dim() == 4:
+        return None if target.dim() < 2 else out.shape[2:3] + target.shape[-1:] * first
+    if kind is INDICES and first:
         if out.dim() < 3:
             raise PackError(f"logits of {tuple(out.shape)} are not (K, N, C, …).")
         return out.shape[1:] if target.is_floating_point() else out.shape[1:2] + out.shape[3:]

@@ -459,6 +459,18 @@ def test_what_does_not_keep_its_zeros_says_so():
         assert "embed" not in decisions and len(decisions) <= 3
 
 
+def test_loading_and_writing_leave_the_zeros_kept():
+    torch.manual_seed(0)
+    fast = decompk.block_diagonal(ZEROS["too few"]())
+    layer, x = fast._inner[2], torch.randn(2, 3, 8, 8)
+    fast.load_state_dict({name: torch.randn_like(t) for name, t in fast.state_dict().items()})
+    assert not layer.weight[:6, 6:].any() and layer.weight[:6, :6].all()
+    with torch.no_grad():
+        layer.weight.mul_(2.0)
+        inference = fast(x)
+    assert torch.allclose(fast(x), inference) and torch.allclose(decompk.densify(fast)(x), inference)
+
+
 def test_a_few_zeros_by_chance_are_left_to_train():
     net = nn.Sequential(nn.Linear(40, 40), nn.ReLU(), nn.Linear(40, 40))
     with torch.no_grad():

@@ -214,6 +214,24 @@ def test_a_criterion_with_further_arguments_is_told_of_each(K):
         assert torch.allclose(packed.grad, grad, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("sizes", [(3, 5, 9, 3), (4, 4, 9, 4), (1, 5, 9, 3), (3, 9, 9, 3)])
+def test_ctc_tells_its_targets_and_lengths_by_their_dimensions(sizes):
+    K, N, T, S = sizes
+    out = torch.randn(K, T, N, 5, dtype=torch.float64).log_softmax(-1)
+    steps = torch.full((N,), T)
+    for own in (False, True):
+        target, lengths = (torch.randint(1, 4, (*[K] * own, *shape)) for shape in ((N, S), (N,)))
+        lengths = lengths.clamp(max=S)
+        pick = lambda t: lambda k: t[k] if own else t  # noqa: B023, E731
+        loss, grad = members_alone(nn.CTCLoss(), out, pick(target), lambda k: steps, pick(lengths))
+        for criterion, how in ((nn.CTCLoss(), None), (F.ctc_loss, None), (nn.CTCLoss(), (not own, True, not own))):
+            packed = out.clone().requires_grad_()
+            got = each(criterion, shared=how)(packed, target, steps, target_lengths=lengths)
+            got.backward()
+            assert torch.allclose(got, loss, rtol=0, atol=1e-12)
+            assert torch.allclose(packed.grad, grad, rtol=0, atol=1e-12)
+
+
 def test_targets_and_weights_go_by_keyword_as_well():
     out = torch.randn(K, N, C, dtype=torch.float64)
     own, weight = torch.randint(C, (K, N)), torch.rand(C, dtype=torch.float64)
@@ -226,9 +244,27 @@ def test_targets_and_weights_go_by_keyword_as_well():
     assert torch.allclose(each(nn.GaussianNLLLoss())(out, target, variance), loss, rtol=0, atol=1e-12)
 
 
+@dataclasses.dataclass
+class Sharpened:
+    """A callable that has no hash."""
+
+    power: float
+
+    def __call__(self, out, target):
+        return F.cross_entropy(out * self.power, target)
+
+
+def test_any_callable_is_a_criterion():
+    out, target = torch.randn(K, N, C, dtype=torch.float64), torch.randint(C, (N,))
+    expected = cross_entropy(2 * out, target)
+    assert torch.allclose(each(Sharpened(2.0))(out, target), expected, rtol=0, atol=1e-12)
+
+
 def test_unreduced_losses_come_stacked():
     out, target = torch.randn(K, N, C, dtype=torch.float64), torch.randint(C, (N,))
-    got = each(nn.CrossEntropyLoss(reduction="none"))(out, target)
+    loss = each(nn.CrossEntropyLoss())
+    loss.criteria[0].reduction = "none"
+    got = loss(out, target)
     assert got.shape == (K, N)
     assert torch.allclose(got.mean(1).sum(), cross_entropy(out, target), rtol=0, atol=1e-12)
 
@@ -347,6 +383,8 @@ def test_what_each_cannot_read_is_refused(criterion, how, out, targets, sentence
 def test_each_takes_criteria_only_and_packed_outputs_only():
     with pytest.raises(PackError, match="each takes a criterion, or a list of one a member, not str"):
         each("mse")
+    with pytest.raises(PackError, match="each takes a criterion"):
+        each([])
     with pytest.raises(PackError, match=r"\[\(3, 5\), \(2, 5\)\] is no packed output"):
         each(focal)((torch.ones(3, 5), torch.ones(2, 5)), torch.ones(5))
 

@@ -255,12 +255,18 @@ BLOCK_LAYERS = {nn.Conv2d: BlockConv2d, nn.Linear: BlockLinear}
 class _Held:
     """Mixin of a layer whose zeros between channels get no gradient: it reads its weight times a mask.
 
-    The parameter itself is `_parameters["weight"]`; what is written in place into `weight` is lost.
+    Without autograd `weight` is the parameter itself; with it, what is written in place into `weight` is lost.
     """
 
     @property
     def weight(self) -> Tensor:
-        return self._parameters["weight"] * self._holds
+        weight = self._parameters["weight"]
+        return weight * self._holds if torch.is_grad_enabled() else weight
+
+    def _load_from_state_dict(self, *args, **kwargs) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        with torch.no_grad():
+            self._parameters["weight"].mul_(self._holds)
 
     def let_go(self) -> None:
         """The way back, in place."""

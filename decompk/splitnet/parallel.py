@@ -53,7 +53,7 @@ class Parallel(nn.Module):
         once = np.ones(nodes.count, dtype=bool)  # the split has made all copies there are to be
         copies = grouped(nodes, groups, once, keep=mine | (levels == 0))
         part = rearranged(split.dense, nodes, copies)
-        net, whole = layer_by_layer(part.net)._inner, copy.deepcopy(split.dense)
+        net, whole = layer_by_layer(part.net, masks={})._inner, copy.deepcopy(split.dense)
         masks = {name: mask[part.sources[name]] for name, mask in split.masks.items()}
         self._dense, self._nets, self._sources = (split.dense,), (whole, part.net), part.sources  # no modules of ours
         self._head = _last_layer(whole, nodes)
