@@ -70,16 +70,14 @@ def pack(
             raise PackError(f"shared names '{name}', which is no argument of {type(first).__name__}.forward.")
     twins, whole = plan(first, member_by_member)
 
-    stacks = _stack_tensors(members, {path for path, kind in twins.items() if kind.input_dims == 4})
-    shells: dict[int, Any] = {}
+    memo: dict[int, Any] = _stack_tensors(members, {path for path, kind in twins.items() if kind.input_dims == 4})
     for path, reason in whole.items():
         module = first.get_submodule(path)
-        if id(module) in shells:
-            continue
-        inner = _copy(module, dict(stacks))
-        own = [own_module(member.get_submodule(path)) for member in members]
-        shells[id(module)] = per_member_kind(module)(inner, K, path, reason, own)
-    net = _copy(first, {**stacks, **shells})
+        if not isinstance(memo.get(id(module)), PerMember):
+            inner = _copy(module, memo)
+            own = [own_module(member.get_submodule(path)) for member in members]
+            memo[id(module)] = per_member_kind(module)(inner, K, path, reason, own)
+    net = _copy(first, memo)
     for path, kind in twins.items():
         leaf = net.get_submodule(path)
         if not isinstance(leaf, Twin):  # registered under two names
@@ -468,8 +466,10 @@ def _laid_out(stack: Tensor, memory_format: torch.memory_format) -> Tensor:
 
 
 def _copy(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    """A copy, with `memo` for what stands for something else, to which all that is copied is added."""
+    memo.update({key: value for key, value in kept_values(module).items() if key not in memo})
     try:
-        return copy.deepcopy(module, {**kept_values(module), **memo})
+        return copy.deepcopy(module, memo)
     except Exception as error:  # whatever the module's attributes raise
         raise PackError(f"member 0 cannot be copied, which packing needs: {first_line(error)}.") from error
 

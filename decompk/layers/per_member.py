@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from ..errors import PackError
 from ..shell import Shell
@@ -371,10 +372,15 @@ def own_module(module: nn.Module) -> nn.Module:
     return new
 
 
-def kept_values(module: nn.Module) -> dict[int, Tensor]:
-    """id of each tensor with a history that a module keeps in attributes → its value, for a copy; torch copies none."""
-    held = (leaf for m in module.modules() for value in _attributes(m).values() for leaf in leaves(value))
-    return {id(t): t.detach().clone() for t in held if isinstance(t, Tensor) and not t.is_leaf}
+def kept_values(module: nn.Module) -> dict[int, Any]:
+    """id of what a module keeps in attributes and Python cannot copy → what a copy has instead.
+
+    A tensor with a history is its value; the handle of a hook that is gone stays what it is.
+    """
+    held = [leaf for m in module.modules() for value in _attributes(m).values() for leaf in leaves(value)]
+    values: dict[int, Any] = {id(t): t.detach().clone() for t in held if isinstance(t, Tensor) and not t.is_leaf}
+    handles = [leaf for leaf in held if isinstance(leaf, RemovableHandle)]
+    return values | {id(h): h for h in handles if any(part is None for part in h.__getstate__())}
 
 
 def _of_torch(module: nn.Module) -> bool:
@@ -431,6 +437,8 @@ def member_of(shell: PerMember, k: int, memo: dict[int, Any]) -> nn.Module:
         for attribute, key, stack in _held(module):
             if id(stack) in memo:
                 vars(own)[attribute][key] = memo[id(stack)]
+    for module, own in zip(shell._inner.modules(), new.modules(), strict=True):
+        memo.update({id(getattr(module, name)): getattr(own, name) for name in _HOOKS})  # for handles elsewhere
     return new
 
 

@@ -72,7 +72,7 @@ def member_alone(net: nn.Module, k: int, copies: bool = True) -> nn.Module:
         return member_of(net, k, memo)
     for shell in without_insides(net):
         if isinstance(shell, PerMember):
-            memo[id(shell)] = member_of(shell, k, dict(memo))
+            memo[id(shell)] = member_of(shell, k, memo)
     return _released(copy.deepcopy(net, memo))
 
 
