@@ -76,7 +76,7 @@ class _MemberOptimizer(torch.optim.Optimizer):
 
     @property
     def K(self) -> int:
-        return _count(self.packed)
+        return self.packed._K
 
     @property
     def stopped(self) -> tuple[int, ...]:
@@ -474,7 +474,7 @@ def clip_grad_norm_(packed: nn.Module, max_norm: Number | Tensor, norm_type: flo
     Raises DecompkError.
     """
     packed = inside(packed)
-    K = _count(packed)
+    K = packed._K
     grads = [p.grad for p in packed.parameters() if p.grad is not None]
     max_norm = limits(packed, max_norm, grads[0].device if grads else torch.device("cpu"))
     if not grads:
@@ -492,7 +492,7 @@ def clip_grad_norm_(packed: nn.Module, max_norm: Number | Tensor, norm_type: flo
 
 def limits(packed: nn.Module, max_norm: Number | Tensor, device: torch.device) -> float | Tensor:
     """`max_norm` as a CUDA graph can read it: a number, or unequal values on the device, put there once."""
-    K = _count(inside(packed))
+    K = inside(packed)._K
     if isinstance(max_norm, Tensor):
         if max_norm.shape not in ((), (K,)):
             raise DecompkError(
@@ -600,11 +600,6 @@ def inside(module: Any) -> nn.Module:
             "packed=, the module."
         )
     return found
-
-
-def _count(packed: nn.Module) -> int:
-    """K, which a submodule of the network's own may be called, too."""
-    return vars(packed).get("_K", vars(packed).get("K"))
 
 
 def _per_member(name: str, value: Any, K: int) -> list[Any]:

@@ -15,6 +15,7 @@ from .. import losses
 from ..ahead import can_compile, compile_launches, kept_buffers, launches_of
 from ..errors import DecompkError
 from ..optim import clip_grad_norm_, limits
+from ..packed import Packed
 
 PRECISIONS = ("float32", "bf16", "float64")
 EAGER_STEPS = 3  # before a graph is captured: lazy state, cuDNN's and Triton's choices
@@ -144,7 +145,7 @@ class Step:
         """What a graph of this step holds and its caller may change; what is on the device is brought up to date."""
         prepared = self.optimizer.prepare() if hasattr(self.optimizer, "prepare") else None
         clip = tuple(self.clip) if isinstance(self.clip, Sequence) else self.clip
-        if clip and hasattr(self.net, "K"):
+        if clip and isinstance(self.net, Packed):
             self._limits = limits(self.net, clip, self._device)  # held as long as a graph may read it
         return prepared, clip
 
