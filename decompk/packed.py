@@ -70,7 +70,7 @@ def pack(
             raise PackError(f"shared names '{name}', which is no argument of {type(first).__name__}.forward.")
     twins, whole = plan(first, member_by_member)
 
-    stacks = _stack_tensors(members, {path for path, kind in twins.items() if kind.input_dims == 4})
+    stacks = _stack_tensors(members, {path for path, kind in twins.items() if kind._twin_dims == 4})
     shells: dict[int, Any] = {}
     for path, reason in whole.items():
         module = first.get_submodule(path)
@@ -83,7 +83,7 @@ def pack(
     for path, kind in twins.items():
         leaf = net.get_submodule(path)
         if not isinstance(leaf, Twin):  # registered under two names
-            kind.adopt(leaf, K, path)
+            kind._twin_adopt(leaf, K, path)
     return Packed(net, K, crops, input_dims or input_dims_of(first), shared, rehearse)
 
 
@@ -410,7 +410,7 @@ class Packed(Shell):
             if isinstance(module, PerMember):
                 rows.append(description(module))
             elif isinstance(module, Twin):
-                rows.append((module.path, module.member_class.__name__, self._how(module)))
+                rows.append((module._twin_path, module._twin_class.__name__, self._how(module)))
         net = description(self._inner)[1] if isinstance(self._inner, PerMember) else type(self._inner).__name__
         widths = [max((len(row[i]) for row in rows), default=0) for i in range(2)]
         lines = [f"{path or '.':<{widths[0]}}  {kind:<{widths[1]}}  {how}" for path, kind, how in rows]
@@ -418,7 +418,7 @@ class Packed(Shell):
 
     def _how(self, twin: Twin) -> str:
         """How a layer runs, for `describe`."""
-        return "twin" + ", laid out for a view" * twin.contiguous_output
+        return "twin" + ", laid out for a view" * twin._twin_contiguous
 
     def to(self, *args: Any, memory_format: torch.memory_format | None = None, **kwargs: Any) -> Packed:
         """nn.Module.to; `memory_format` is each member's: channels_last makes weights (K, OHWI) in memory."""

@@ -86,7 +86,7 @@ def twin_of(leaf: nn.Module) -> type[Twin] | None:
         return None
     for klass in type(leaf).__mro__:
         if klass in TWINS:
-            return TWINS[klass] if TWINS[klass].fits(leaf) else None
+            return TWINS[klass] if TWINS[klass]._twin_fits(leaf) else None
         if not vars(klass).keys() <= _HARMLESS:
             return None
     return None
@@ -115,7 +115,7 @@ def input_dims_of(first: nn.Module) -> int | None:
     for module in first.modules():
         for klass in type(module).__mro__:
             if klass in TWINS:
-                return TWINS[klass].input_dims
+                return TWINS[klass]._twin_dims
         if not module._modules and module._parameters:
             return None
     return None

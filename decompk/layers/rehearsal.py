@@ -92,7 +92,7 @@ def without_insides(module: nn.Module) -> Iterator[nn.Module]:
 def _released(net: nn.Module) -> nn.Module:
     for module in net.modules():
         if isinstance(module, Twin):
-            module.release()
+            module._twin_release()
     return net
 
 
@@ -125,7 +125,7 @@ class Changes:
         for path in self.contiguous:
             layer = net.get_submodule(path)
             if isinstance(layer, Twin):
-                layer.contiguous_output = True
+                layer._twin_contiguous = True
         for path, reason in self.whole.items():
             net = run_whole(net, K, path, reason)
         return net
@@ -500,8 +500,8 @@ def _home(hook: Any) -> str:
 def _noting(net: nn.Module, order: list[str]) -> Iterator[None]:
     """Note the layers that lay out images as they run; the network is a copy, so hooks may stay."""
     for module in without_insides(net):
-        if isinstance(module, Twin) and module.input_dims == 4:
-            module.register_forward_hook(lambda twin, args, out: order.append(twin.path))
+        if isinstance(module, Twin) and module._twin_dims == 4:
+            module.register_forward_hook(lambda twin, args, out: order.append(twin._twin_path))
     yield
 
 
