@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from ..errors import PackError
 
@@ -162,3 +164,21 @@ def member_major(x: Tensor, K: int) -> Tensor:
 def dotted(path: str, name: str) -> str:
     """The full name of what is called `name` in the module at `path`; either may be empty."""
     return f"{path}.{name}" if path and name else path or name
+
+
+class _Computed(TorchFunctionMode):
+    """While it is on, a tensor that was computed is copied like any other; torch copies leaves of its graph alone."""
+
+    def __torch_function__(self, function: Callable, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
+        if function is Tensor.__deepcopy__ and not args[0].is_leaf:
+            tensor, memo = args[0], args[1] if len(args) > 1 else kwargs["memo"]
+            if id(tensor) not in memo:
+                memo[id(tensor)] = tensor.detach().clone()
+            return memo[id(tensor)]
+        return function(*args, **(kwargs or {}))
+
+
+def deep_copy(value: Any, memo: dict[int, Any]) -> Any:
+    """copy.deepcopy, also of what holds computed tensors: hooks and caches of weights leave them behind."""
+    with _Computed():
+        return copy.deepcopy(value, memo)
