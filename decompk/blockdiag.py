@@ -175,7 +175,7 @@ class Members(ZeroSkipping, Packed):
         let_go(inner)
         for module in inner.modules():
             if isinstance(module, WindowedLinear):
-                module.widen()
+                module._twin_widen()
             elif type(module) in HEADS.values():
                 hold_each(module)
         return Packed(inner, self._K, None, self._input_dims).unpack()
@@ -259,7 +259,7 @@ def _members(net: nn.Module, d: Decomposition, counts: dict[str, int]) -> Member
         twin, whole = fast._inner.get_submodule(path), net.get_submodule(path).weight.numel()
         share = twin.weight.numel() / whole
         what = f"a block of each of {d.K} members" if share < 1 else "every member needs all of it"
-        if type(twin) is PackedLinear and WindowedLinear.narrow(twin):
+        if type(twin) is PackedLinear and WindowedLinear._twin_narrow(twin):
             share = twin.weight.numel() / whole
             what += f", {twin.weight.shape[2]} of {twin.in_features} columns"
         if hold(twin, filled(twin.weight, 3)):

@@ -383,7 +383,7 @@ def choice_of(entry: dict) -> Choice:
 # ---- forms on a CPU -------------------------------------------------------------------------------------------------
 
 # Nobody trains in these for speed: the loop computes, bit for bit, what the members alone compute.
-EXACT = (torch.float64, torch.complex128)
+EXACT = (torch.float64, torch.complex64, torch.complex128)
 
 # Thresholds: forward + backward on one CPU core, fp32, channels_last, 16 samples a member, medians in ms.
 

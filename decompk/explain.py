@@ -122,7 +122,7 @@ def convolutions(net: nn.Module, x: Tensor | None = None) -> list[tuple[str, Pro
             return out
 
     def enter(module: nn.Module, args: tuple) -> None:
-        current[0] = getattr(module, "path", current[0])
+        current[0] = getattr(module, "_twin_path", current[0])
 
     hook = nn.modules.module.register_module_forward_pre_hook(enter)
     try:

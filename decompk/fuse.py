@@ -90,7 +90,7 @@ class Fused(Packed):
         return self._original._by_member(leaf)
 
     def _how(self, twin: Twin) -> str:
-        note = None if self._program is None else self._program.notes().get(twin.path)
+        note = None if self._program is None else self._program.notes().get(twin._twin_path)
         return super()._how(twin) + (f", {note}" if note else "")
 
 
@@ -209,7 +209,7 @@ def _read(net: nn.Module, training: bool) -> tuple[fx.Graph, list[nn.Module]]:
             f"the whole network runs member by member, since {net._reason}: nothing can be fused."
         )
     if isinstance(net, Twin):
-        raise UnsupportedOperation(f"the network is a single {net.member_class.__name__}: there is nothing to fuse.")
+        raise UnsupportedOperation(f"the network is a single {net._twin_class.__name__}: there is nothing to fuse.")
     reader = _Reader(net)
     attributes, drawn = set(vars(reader)), random.getstate()
     try:
@@ -295,11 +295,11 @@ class _Fusion:
             self._activate(chain)
             if len(chain.nodes) > 1 or chain.reads_image:
                 self._taken.update(chain.nodes)
-                self.notes[conv.path] = str(chain)
+                self.notes[conv._twin_path] = str(chain)
                 yield chain
                 return
             reason = self._follower(node)
-        self.notes[conv.path] = f"not fused: {reason}"
+        self.notes[conv._twin_path] = f"not fused: {reason}"
 
     def _why_not(self, node: fx.Node, conv: PackedConv2d) -> str | None:
         if conv.groups != 1:
@@ -348,7 +348,7 @@ class _Fusion:
             return
         shared = any(self._owners[id(t)] > 1 for t in norm._buffers.values() if t is not None)
         if not shared and norm.num_features == conv.out_channels:
-            self.notes[norm.path] = f"fused into '{conv.path}'"
+            self.notes[norm._twin_path] = f"fused into '{conv._twin_path}'"
             chain.norm = user
             chain.nodes.append(user)
 
@@ -437,7 +437,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 def _layer(x: Tensor, crops: Sequence[Crop] | None, conv: nn.Module, norm: nn.Module | None, *further: Any) -> Tensor:
     """`_run_layer`, laid out as its last twin is to be."""
     y = _run_layer(x, crops, conv, norm, *further)
-    return (conv if norm is None else norm).laid_out(y)
+    return (conv if norm is None else norm)._twin_laid_out(y)
 
 
 def _run_layer(
@@ -508,8 +508,8 @@ def _needs_gradient(t: Tensor | None) -> bool:
 def _call(x: Tensor, crops: Sequence[Crop] | None, conv: PackedConv2d) -> tuple | None:
     """x (K, N, C, H, W) or the image, weight, bias, stride, padding and dilation; None where no operator takes them."""
     if crops is None:
-        conv.check(x)
-        x = x.unflatten(0, (conv.K, x.shape[0] // conv.K))
+        conv._twin_check(x)
+        x = x.unflatten(0, (conv._twin_K, x.shape[0] // conv._twin_K))
     tensors = [x, conv.weight, conv.bias]
     if x.device.type not in ("cpu", "cuda") or any(t is not None and t.dtype not in DTYPES for t in tensors):
         return None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 import warnings
 from collections.abc import Collection, Hashable, Iterator, Sequence
@@ -13,10 +12,10 @@ from torch import Tensor, nn
 
 from .dispatch import EXACT
 from .errors import PackError, PartitionError
-from .layers.alike import check_members
-from .layers.base import Twin, packed_batch
+from .layers.alike import check_members, listed
+from .layers.base import Twin, deep_copy, packed_batch
 from .layers.nest import leaves, spread, tree_map
-from .layers.per_member import PerMember, description, kept_values, own_module, per_member_kind
+from .layers.per_member import PerMember, description, own_module, per_member_kind
 from .layers.plan import input_dims_of, plan
 from .layers.rehearsal import (
     SAME,
@@ -31,6 +30,7 @@ from .layers.rehearsal import (
     possible,
     without_insides,
 )
+from .layers.stack import hook, stacked
 from .partition import Part, by
 from .shell import Shell
 
@@ -54,8 +54,8 @@ def pack(
     that are the same for all members, where the first call shall not find out; `rehearse=False` skips all that
     it does (see Packed). Raises PackError where the members differ in more than their values.
     """
-    members = list(members)
-    check_members(members)
+    members = listed(members)
+    apart = check_members(members)
     K, first = len(members), members[0]
     if crops is not None:
         crops = tuple(crops)
@@ -68,9 +68,9 @@ def pack(
     for name in shared or ():
         if name not in takes and not any(p.kind is p.VAR_KEYWORD for p in takes.values()):
             raise PackError(f"shared names '{name}', which is no argument of {type(first).__name__}.forward.")
-    twins, whole = plan(first, member_by_member)
+    twins, whole = plan(first, member_by_member, apart)
 
-    memo: dict[int, Any] = _stack_tensors(members, {path for path, kind in twins.items() if kind.input_dims == 4})
+    memo: dict[int, Any] = _stack_tensors(members, {path for path, kind in twins.items() if kind._twin_dims == 4})
     for path, reason in whole.items():
         module = first.get_submodule(path)
         if not isinstance(memo.get(id(module)), PerMember):
@@ -81,7 +81,7 @@ def pack(
     for path, kind in twins.items():
         leaf = net.get_submodule(path)
         if not isinstance(leaf, Twin):  # registered under two names
-            kind.adopt(leaf, K, path)
+            kind._twin_adopt(leaf, K, path)
     return Packed(net, K, crops, input_dims or input_dims_of(first), shared, rehearse)
 
 
@@ -412,7 +412,7 @@ class Packed(Shell):
             if isinstance(module, PerMember):
                 rows.append(description(module))
             elif isinstance(module, Twin):
-                rows.append((module.path, module.member_class.__name__, self._how(module)))
+                rows.append((module._twin_path, module._twin_class.__name__, self._how(module)))
         net = description(self._inner)[1] if isinstance(self._inner, PerMember) else type(self._inner).__name__
         widths = [max((len(row[i]) for row in rows), default=0) for i in range(2)]
         lines = [f"{path or '.':<{widths[0]}}  {kind:<{widths[1]}}  {how}" for path, kind, how in rows]
@@ -422,7 +422,7 @@ class Packed(Shell):
 
     def _how(self, twin: Twin) -> str:
         """How a layer runs, for `describe`."""
-        return "twin" + ", laid out for a view" * twin.contiguous_output
+        return "twin" + ", laid out for a view" * twin._twin_contiguous
 
     def to(self, *args: Any, memory_format: torch.memory_format | None = None, **kwargs: Any) -> Packed:
         """nn.Module.to; `memory_format` is each member's: channels_last makes weights (K, OHWI) in memory."""
@@ -467,9 +467,8 @@ def _laid_out(stack: Tensor, memory_format: torch.memory_format) -> Tensor:
 
 def _copy(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
     """A copy, with `memo` for what stands for something else, to which all that is copied is added."""
-    memo.update({key: value for key, value in kept_values(module).items() if key not in memo})
     try:
-        return copy.deepcopy(module, memo)
+        return deep_copy(module, memo)
     except Exception as error:  # whatever the module's attributes raise
         raise PackError(f"member 0 cannot be copied, which packing needs: {first_line(error)}.") from error
 
@@ -483,8 +482,10 @@ def _stack_tensors(members: list[nn.Module], channels_last: set[str]) -> dict[in
             for name, tensor in getattr(module, store).items():
                 if tensor is None or id(tensor) in stacks:
                     continue
-                stack = torch.stack([getattr(m[path], store)[name].detach() for m in modules])
+                own = [getattr(m[path], store)[name] for m in modules]
+                stack = stacked(own, store == "_parameters")
                 if path in channels_last and stack.dtype not in EXACT:
-                    stack = _laid_out(stack, torch.channels_last)
-                stacks[id(tensor)] = nn.Parameter(stack, tensor.requires_grad) if store == "_parameters" else stack
+                    stack.data = _laid_out(stack.data, torch.channels_last)
+                hook(stack, own)
+                stacks[id(tensor)] = stack
     return stacks

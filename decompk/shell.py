@@ -25,7 +25,8 @@ class Shell(nn.Module):
 
     def __init__(self, inner: nn.Module):
         super().__init__()
-        shared = ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set")
+        checkpoints = (name for name in vars(inner) if name.endswith("_hooks") and "state_dict" in name)
+        shared = ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set", *checkpoints)
         vars(self).update(_inner=inner, **{name: vars(inner)[name] for name in shared})
 
     @property

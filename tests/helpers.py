@@ -1,11 +1,10 @@
 """The first property of everything here: a packed module trains each member as if it were alone."""
 
-import copy
-
 import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from decompk.layers.base import deep_copy
 from decompk.packed import pack
 from decompk.train import open_data
 
@@ -69,7 +68,7 @@ def assert_packed_equals_separate(members, inputs, steps=5, packed=None, lr=1e-2
     inputs: (N, …), shared by all members, or (K, N, …), float64 like the members. In train mode, `steps` times; then
     the outputs in eval mode, packed and unpacked. Returns the packed module.
     """
-    members = [copy.deepcopy(member).train() for member in members]
+    members = [deep_copy(member, {}).train() for member in members]
     packed = pack(members) if packed is None else packed
     packed.train()
     shared = inputs.dim() == (packed.input_dims or 2)

@@ -47,7 +47,10 @@ TIMM = {  # networks of several habits: (pixels, options)
     "test_nfnet": (64, {}),
     "test_resnet": (64, {}),
     "test_vit_relpos": (160, {}),
-    "swin_tiny_patch4_window7_224": (32, dict(img_size=32, window_size=4, embed_dim=8, depths=(2, 2), num_heads=(1, 2))),
+    "swin_tiny_patch4_window7_224": (
+        32,
+        dict(img_size=32, window_size=4, embed_dim=8, depths=(2, 2), num_heads=(1, 2)),
+    ),
     "tiny_vit_5m_224": (64, dict(embed_dims=(8, 16, 16, 24), window_sizes=(4, 4, 4, 2), **TINY)),
     "vit_tiny_patch16_224": (32, dict(img_size=32, patch_size=8, embed_dim=24, num_heads=2, depth=2)),
 }
@@ -323,5 +326,7 @@ def test_adapters_of_transformers_train_as_alone(name):
     kind = "SEQ_CLS" if name == "bert" else "CAUSAL_LM"
     for seed, member in enumerate(members):
         torch.manual_seed(seed)
-        members[seed] = peft.get_peft_model(member, peft.LoraConfig(task_type=kind, r=2, init_lora_weights=False, **targets))
+        members[seed] = peft.get_peft_model(
+            member, peft.LoraConfig(task_type=kind, r=2, init_lora_weights=False, **targets)
+        )
     assert_alone(members, lambda net, k: net(**inputs))

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils.hooks import RemovableHandle
 
 from ..errors import PackError
+from .nest import leaves
 
 HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
@@ -82,60 +86,60 @@ class Twin:
     Everything else stays the leaf's own. The input is member-major: (K·N, …), all rows of member 0 first.
     """
 
-    K: int
-    path: str
-    member_class: type[nn.Module]
-    input_dims: int | None = None
-    contiguous_output = False  # for a `view` behind it: images come out channels first, as a member alone lays them out
+    _twin_K: int
+    _twin_path: str
+    _twin_class: type[nn.Module]
+    _twin_dims: int | None = None
+    _twin_contiguous = False  # for a `view` behind it: images come out channels first, as a member alone lays them out
 
     @classmethod
-    def fits(cls, leaf: nn.Module) -> bool:
+    def _twin_fits(cls, leaf: nn.Module) -> bool:
         """Whether this leaf needs its twin and has one; without tensors of its own it runs as it is."""
         return any(t is not None for t in (*leaf._parameters.values(), *leaf._buffers.values()))
 
     @classmethod
-    def adopt(cls, leaf: nn.Module, K: int, path: str) -> None:
+    def _twin_adopt(cls, leaf: nn.Module, K: int, path: str) -> None:
         """Turn a leaf that already holds the stacked tensors into its twin, in place."""
-        vars(leaf).update(K=K, path=path, member_class=type(leaf))
+        vars(leaf).update(_twin_K=K, _twin_path=path, _twin_class=type(leaf))
         leaf.__class__ = cls
 
-    def release(self) -> None:
+    def _twin_release(self) -> None:
         """Turn a twin that already holds one member's tensors back into an ordinary leaf, in place."""
-        self.__class__ = vars(self).pop("member_class")
-        del self.K, self.path
-        vars(self).pop("contiguous_output", None)
+        self.__class__ = vars(self).pop("_twin_class")
+        del self._twin_K, self._twin_path
+        vars(self).pop("_twin_contiguous", None)
 
     def reset_parameters(self) -> None:
         """Initialise every member as the leaf does: from its own fan-in, which the stack does not have."""
         stacks = dict(self._parameters)
         try:
-            for k in range(self.K):
+            for k in range(self._twin_K):
                 for name, stack in stacks.items():
                     self._parameters[name] = None if stack is None else nn.Parameter(stack.detach()[k])
                 super().reset_parameters()
         finally:
             self._parameters.update(stacks)
 
-    def check(self, x: Tensor, channels: int | None = None) -> None:
+    def _twin_check(self, x: Tensor, channels: int | None = None) -> None:
         """Raise PackError where x does not have the dimensions, the packed batch's rows or these many channels."""
         if not isinstance(x, Tensor):
-            raise PackError(f"'{self.path}' takes a tensor, and got {type(x).__name__}.")
-        if self.input_dims is not None and x.dim() != self.input_dims:
+            raise PackError(f"'{self._twin_path}' takes a tensor, and got {type(x).__name__}.")
+        if self._twin_dims is not None and x.dim() != self._twin_dims:
             raise PackError(
-                f"'{self.path}' got an input of {tuple(x.shape)}: in a packed module {self._get_name()} takes "
-                f"{self.input_dims} dimensions, the samples first."
+                f"'{self._twin_path}' got an input of {tuple(x.shape)}: in a packed module {self._get_name()} takes "
+                f"{self._twin_dims} dimensions, the samples first."
             )
-        check_rows(x.shape[0] if x.dim() else 1, self.K, self.path, x.shape)
+        check_rows(x.shape[0] if x.dim() else 1, self._twin_K, self._twin_path, x.shape)
         if channels is not None and x.dim() > 1 and x.shape[1] != channels:
-            raise PackError(f"'{self.path}' takes {channels} channels, and got an input of {tuple(x.shape)}.")
+            raise PackError(f"'{self._twin_path}' takes {channels} channels, and got an input of {tuple(x.shape)}.")
 
-    def laid_out(self, y: Tensor) -> Tensor:
-        return y.contiguous() if self.contiguous_output else y
+    def _twin_laid_out(self, y: Tensor) -> Tensor:
+        return y.contiguous() if self._twin_contiguous else y
 
-    def each_member(self, function: Callable[..., Tensor], x: Tensor, *stacks: Any) -> Tensor:
+    def _twin_each(self, function: Callable[..., Tensor], x: Tensor, *stacks: Any) -> Tensor:
         """Concatenate `function(x_k, *slices_k)` over members; a stack is a (K, …) tensor, a sequence of K, or None."""
-        columns = [(None,) * self.K if s is None else s.unbind(0) if isinstance(s, Tensor) else s for s in stacks]
-        return torch.cat([function(*row) for row in zip(split(x, self.K), *columns, strict=True)])
+        columns = [(None,) * self._twin_K if s is None else s.unbind(0) if isinstance(s, Tensor) else s for s in stacks]
+        return torch.cat([function(*row) for row in zip(split(x, self._twin_K), *columns, strict=True)])
 
 
 def split(x: Tensor, K: int) -> tuple[Tensor, ...]:
@@ -162,3 +166,28 @@ def member_major(x: Tensor, K: int) -> Tensor:
 def dotted(path: str, name: str) -> str:
     """The full name of what is called `name` in the module at `path`; either may be empty."""
     return f"{path}.{name}" if path and name else path or name
+
+
+class _Computed(TorchFunctionMode):
+    """While it is on, a tensor that was computed is copied like any other; torch copies leaves of its graph alone."""
+
+    def __torch_function__(self, function: Callable, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
+        if function is Tensor.__deepcopy__ and not args[0].is_leaf:
+            tensor, memo = args[0], args[1] if len(args) > 1 else kwargs["memo"]
+            if id(tensor) not in memo:
+                memo[id(tensor)] = tensor.detach().clone()
+            return memo[id(tensor)]
+        return function(*args, **(kwargs or {}))
+
+
+def deep_copy(value: Any, memo: dict[int, Any]) -> Any:
+    """copy.deepcopy, also of what holds computed tensors, as hooks and caches of weights leave them behind.
+
+    Handles of hooks that are gone stay what they are: torch cannot copy them.
+    """
+    modules = value.modules() if isinstance(value, nn.Module) else ()
+    held = (leaf for m in modules for attribute in vars(m).values() for leaf in leaves(attribute))
+    handles = (leaf for leaf in held if isinstance(leaf, RemovableHandle))
+    memo.update({id(h): h for h in handles if any(part is None for part in h.__getstate__())})
+    with _Computed():
+        return copy.deepcopy(value, memo)

@@ -318,7 +318,7 @@ def keeps_zeros(layer: nn.Module) -> bool:
 def _stacked(self: nn.Module) -> Tensor:
     """(K, O): all of the bias in member 0, since members add up."""
     bias = self._parameters["bias"]
-    return torch.cat([bias.unsqueeze(0), bias.new_zeros(self.K - 1, *bias.shape)])
+    return torch.cat([bias.unsqueeze(0), bias.new_zeros(self._twin_K - 1, *bias.shape)])
 
 
 class HeadLinear(PackedLinear):
@@ -349,7 +349,7 @@ def as_one_member(net: nn.Module) -> Iterator[list[dict[str, Tensor]]]:
                 members[k][dotted(path, name)] = part
     try:
         for module, kind in twins:
-            module.__class__ = _OneWindow if issubclass(kind, WindowedLinear) else module.member_class
+            module.__class__ = _OneWindow if issubclass(kind, WindowedLinear) else module._twin_class
         yield members
     finally:
         for module, kind in twins:
@@ -377,47 +377,47 @@ class _OneWindow(nn.Linear):
     """One member of WindowedLinear."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x[..., self.columns], self.weight, self.bias)
+        return F.linear(x[..., self._twin_columns], self.weight, self.bias)
 
 
 class WindowedLinear(PackedLinear):
     """A first fully connected layer of K members of which each reads a window of the map: x (K·N, I) → (K·N, O).
 
-    weight (K, O, n) holds the n columns of each member that are not zero, `columns` (K, n) says which.
+    weight (K, O, n) holds the n columns of each member that are not zero, `_twin_columns` (K, n) says which.
     """
 
     @classmethod
-    def narrow(cls, leaf: PackedLinear) -> bool:
+    def _twin_narrow(cls, leaf: PackedLinear) -> bool:
         """Turn a packed layer into this where every member leaves equally many columns zero, in place."""
         used = (leaf.weight.detach() != 0).any(1)
         counts = used.sum(1)
         n = int(counts[0])
         if type(leaf) is not PackedLinear or not 0 < n < used.shape[1] or bool((counts != n).any()):
             return False
-        columns = used.nonzero()[:, 1].view(leaf.K, n)
+        columns = used.nonzero()[:, 1].view(leaf._twin_K, n)
         weight = leaf.weight.detach().gather(2, columns.unsqueeze(1).expand(-1, leaf.out_features, -1))
         leaf._parameters["weight"] = nn.Parameter(weight, leaf.weight.requires_grad)
-        leaf.register_buffer("columns", columns, persistent=False)
+        leaf.register_buffer("_twin_columns", columns, persistent=False)
         leaf.__class__ = cls
         return True
 
-    def widen(self) -> None:
+    def _twin_widen(self) -> None:
         """The way back, in place."""
-        wide = self.weight.new_zeros(self.K, self.out_features, self.in_features)
-        wide.scatter_(2, self.columns.unsqueeze(1).expand_as(self.weight), self.weight.detach())
+        wide = self.weight.new_zeros(self._twin_K, self.out_features, self.in_features)
+        wide.scatter_(2, self._twin_columns.unsqueeze(1).expand_as(self.weight), self.weight.detach())
         self._parameters["weight"] = nn.Parameter(wide, self.weight.requires_grad)
-        del self._buffers["columns"]
-        self._non_persistent_buffers_set.discard("columns")
+        del self._buffers["_twin_columns"]
+        self._non_persistent_buffers_set.discard("_twin_columns")
         self.__class__ = PackedLinear
 
     def forward(self, x: Tensor) -> Tensor:
-        self.check(x)
+        self._twin_check(x)
         if x.dim() != 2:
-            return self.each_member(
-                lambda x, w, b, c: F.linear(x[..., c], w, b), x, self.weight, self.bias, self.columns
+            return self._twin_each(
+                lambda x, w, b, c: F.linear(x[..., c], w, b), x, self.weight, self.bias, self._twin_columns
             )
-        x = x.view(self.K, -1, self.in_features)
-        x = x.gather(2, self.columns.unsqueeze(1).expand(-1, x.shape[1], -1))
+        x = x.view(self._twin_K, -1, self.in_features)
+        x = x.gather(2, self._twin_columns.unsqueeze(1).expand(-1, x.shape[1], -1))
         y = (
             torch.bmm(x, self.weight.mT)
             if self.bias is None

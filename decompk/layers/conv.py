@@ -15,101 +15,101 @@ class _PackedConv(Twin):
     """x (K·N, c, *spatial), weight (K, O, c / groups, *kernel), bias (K, O) → (K·N, O, *spatial')."""
 
     def forward(self, x: Tensor) -> Tensor:
-        self.check(x, self.in_channels)
+        self._twin_check(x, self.in_channels)
         padding = self.padding
         if self.padding_mode != "zeros":
             x = F.pad(x, self._reversed_padding_repeated_twice, mode=self.padding_mode)
             padding = 0
-        if self.groups == 1 and self._on_kernels(x):
-            return self.laid_out(self._grouped(x, padding))
+        if self.groups == 1 and self._twin_on_kernels(x):
+            return self._twin_laid_out(self._twin_grouped(x, padding))
 
         def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> Tensor:
             if library.overruns(x, weight, self.stride):
                 x, weight = x.contiguous(), weight.contiguous()
-            return self.function(x, weight, bias, self.stride, padding, self.dilation, groups)
+            return self._twin_function(x, weight, bias, self.stride, padding, self.dilation, groups)
 
-        return self.laid_out(self._run(convolve, x))
+        return self._twin_laid_out(self._twin_run(convolve, x))
 
-    def _on_kernels(self, x: Tensor) -> bool:
+    def _twin_on_kernels(self, x: Tensor) -> bool:
         """Whether the operator takes this: images, unless members compute in turn what each would compute alone."""
         return False
 
-    def _grouped(self, x: Tensor, padding) -> Tensor:
-        samples = (self.K, x.shape[0] // self.K)
+    def _twin_grouped(self, x: Tensor, padding) -> Tensor:
+        samples = (self._twin_K, x.shape[0] // self._twin_K)
         y = ops.grouped_conv2d(x.unflatten(0, samples), self.weight, self.bias, self.stride, padding, self.dilation)
         return y.flatten(0, 1)
 
-    def _run(self, convolve, x: Tensor) -> Tensor:
+    def _twin_run(self, convolve, x: Tensor) -> Tensor:
         inner = self.in_channels // self.groups
-        positions = x.shape[0] * x.shape[2:].numel() // self.K
+        positions = x.shape[0] * x.shape[2:].numel() // self._twin_K
         sizes = (self.kernel_size, self.stride, False, inner, self.out_channels, positions)
         form = conv_form(*sizes, x.dtype, x.is_cuda)
         if form == "loop":
-            return self.each_member(lambda x, w, b: convolve(x, w, b, self.groups), x, self.weight, self.bias)
+            return self._twin_each(lambda x, w, b: convolve(x, w, b, self.groups), x, self.weight, self.bias)
         bias = None if self.bias is None else self.bias.flatten()
-        y = convolve(side_by_side(x, self.K), self.weight.flatten(0, 1), bias, self.K * self.groups)
-        return member_major(y, self.K)
+        y = convolve(side_by_side(x, self._twin_K), self.weight.flatten(0, 1), bias, self._twin_K * self.groups)
+        return member_major(y, self._twin_K)
 
 
 class PackedConv1d(_PackedConv, nn.Conv1d):
-    function = staticmethod(F.conv1d)
-    input_dims = 3
+    _twin_function = staticmethod(F.conv1d)
+    _twin_dims = 3
 
-    def _on_kernels(self, x: Tensor) -> bool:
+    def _twin_on_kernels(self, x: Tensor) -> bool:
         # A CPU's own 1-D convolutions want the samples first and the channels second, as they come.
         return not exact(x.dtype) and (x.is_cuda or asked_for("triton"))
 
-    def _grouped(self, x: Tensor, padding) -> Tensor:
-        x = x.unflatten(0, (self.K, x.shape[0] // self.K)).unsqueeze(3)
+    def _twin_grouped(self, x: Tensor, padding) -> Tensor:
+        x = x.unflatten(0, (self._twin_K, x.shape[0] // self._twin_K)).unsqueeze(3)
         padding = padding if isinstance(padding, str) else (0, *(padding if isinstance(padding, tuple) else (padding,)))
         y = ops.grouped_conv2d(x, self.weight.unsqueeze(3), self.bias, (1, *self.stride), padding, (1, *self.dilation))
         return y.squeeze(3).flatten(0, 1)
 
 
 class PackedConv2d(_PackedConv, nn.Conv2d):
-    function = staticmethod(F.conv2d)
-    input_dims = 4
+    _twin_function = staticmethod(F.conv2d)
+    _twin_dims = 4
 
-    def _on_kernels(self, x: Tensor) -> bool:
+    def _twin_on_kernels(self, x: Tensor) -> bool:
         return not exact(x.dtype)
 
-    def _grouped(self, x: Tensor, padding) -> Tensor:
+    def _twin_grouped(self, x: Tensor, padding) -> Tensor:
         if not isinstance(padding, str) and on_cpu.takes(x, self.weight, self.bias) and x.numel():
             padding = padding if isinstance(padding, tuple) else (padding, padding)
             return on_cpu.conv2d(x, self.weight, self.bias, self.stride, padding, self.dilation)
-        return super()._grouped(x, padding)
+        return super()._twin_grouped(x, padding)
 
 
 class PackedConv3d(_PackedConv, nn.Conv3d):
-    function = staticmethod(F.conv3d)
-    input_dims = 5
+    _twin_function = staticmethod(F.conv3d)
+    _twin_dims = 5
 
 
 class _PackedConvTranspose(_PackedConv):
     """x (K·N, c, *spatial), weight (K, c, O / groups, *kernel), bias (K, O) → (K·N, O, *spatial')."""
 
     def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
-        self.check(x, self.in_channels)
+        self._twin_check(x, self.in_channels)
         extra = self._output_padding(
             x, output_size, self.stride, self.padding, self.kernel_size, x.dim() - 2, self.dilation
         )
 
         def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> Tensor:
-            return self.function(x, weight, bias, self.stride, self.padding, extra, groups, self.dilation)
+            return self._twin_function(x, weight, bias, self.stride, self.padding, extra, groups, self.dilation)
 
-        return self.laid_out(self._run(convolve, x))
+        return self._twin_laid_out(self._twin_run(convolve, x))
 
 
 class PackedConvTranspose1d(_PackedConvTranspose, nn.ConvTranspose1d):
-    function = staticmethod(F.conv_transpose1d)
-    input_dims = 3
+    _twin_function = staticmethod(F.conv_transpose1d)
+    _twin_dims = 3
 
 
 class PackedConvTranspose2d(_PackedConvTranspose, nn.ConvTranspose2d):
-    function = staticmethod(F.conv_transpose2d)
-    input_dims = 4
+    _twin_function = staticmethod(F.conv_transpose2d)
+    _twin_dims = 4
 
 
 class PackedConvTranspose3d(_PackedConvTranspose, nn.ConvTranspose3d):
-    function = staticmethod(F.conv_transpose3d)
-    input_dims = 5
+    _twin_function = staticmethod(F.conv_transpose3d)
+    _twin_dims = 5

@@ -10,11 +10,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from ..errors import PackError
 from ..shell import Shell
-from .base import Record, check_rows, split
+from .base import Record, check_rows, deep_copy, split
 from .forward_code import read_forward
 from .nest import leaves, spread, tree_map
 
@@ -161,7 +160,7 @@ class PerMember(Shell):
                 for attribute, key, value in _held(m)
                 for store, name in owners.get(id(value), ())
             ],
-            _writes_data=any("data" in read_forward(m).stored for m, _ in rows if not _of_torch(m)),
+            _writes_data=any(_writes_data(m) for m, _ in rows),
         )
 
     def _bring_over(self) -> None:
@@ -179,10 +178,12 @@ class PerMember(Shell):
 
     def train(self, mode: bool = True) -> PerMember:
         self._bring_over()
-        self._inner.train(mode)
-        self._lay_in()
-        for member in self._members:  # what a network's own `train` does, it does to each member's own state
-            member.train(mode)
+        for member, slots in zip(self._members, self._lay_in(), strict=True):
+            member.train(mode)  # what a network's own `train` does, it does to each member's own state and tensors
+            for slot in slots:
+                self._write_back(slot.store[slot.name], slot)
+        for module, like in zip(self._inner.modules(), self._members[0].modules(), strict=True):
+            module.training = like.training
         self._note()
         return self
 
@@ -355,7 +356,7 @@ def _follow(own: nn.Module, module: nn.Module, mode: bool, attributes: dict, hoo
 
 def _copied(value: Any) -> Any:
     try:
-        return copy.deepcopy(value)
+        return deep_copy(value, {})
     except Exception:  # whatever an attribute raises that cannot be copied
         return value
 
@@ -365,22 +366,16 @@ def own_module(module: nn.Module) -> nn.Module:
     tensors = [t for m in module.modules() for kind in _STORES for t in getattr(m, kind).values() if t is not None]
     # None itself would not do: a GraphModule's own copy sorts what it finds by its class.
     places = {id(t): nn.Parameter(torch.empty(0)) if isinstance(t, nn.Parameter) else torch.empty(0) for t in tensors}
-    new = copy.deepcopy(module, {**kept_values(module), **places})
+    new = deep_copy(module, places)
     for m in new.modules():
         for store in (m._parameters, m._buffers):
             store.update({name: None for name, t in store.items() if any(t is place for place in places.values())})
     return new
 
 
-def kept_values(module: nn.Module) -> dict[int, Any]:
-    """id of what a module keeps in attributes and Python cannot copy → what a copy has instead.
-
-    A tensor with a history is its value; the handle of a hook that is gone stays what it is.
-    """
-    held = [leaf for m in module.modules() for value in _attributes(m).values() for leaf in leaves(value)]
-    values: dict[int, Any] = {id(t): t.detach().clone() for t in held if isinstance(t, Tensor) and not t.is_leaf}
-    handles = [leaf for leaf in held if isinstance(leaf, RemovableHandle)]
-    return values | {id(h): h for h in handles if any(part is None for part in h.__getstate__())}
+def _writes_data(module: nn.Module) -> bool:
+    """Whether code of a user's module assigns to `.data`, in forward or in `train`."""
+    return not _of_torch(module) and any("data" in read_forward(module, of).stored for of in ("forward", "train"))
 
 
 def _of_torch(module: nn.Module) -> bool:
@@ -425,6 +420,13 @@ class AttentionPerMember(PerMember):
         return rows, [((), {**own, "attn_mask": part}) for (_, own), part in zip(inputs, masks, strict=True)], record
 
 
+class UnflattenPerMember(PerMember):
+    """An nn.Unflatten of dimension 0: a member's rows become other rows, of whatever number, that are its own."""
+
+    def _join(self, rows: int, outputs: list, record: Record) -> Tensor:
+        return torch.cat(outputs)
+
+
 def member_of(shell: PerMember, k: int, memo: dict[int, Any]) -> nn.Module:
     """A copy of member k's module with its own tensors; `memo` maps id of each stacked tensor to member k's own."""
     shell._bring_over()
@@ -451,4 +453,6 @@ def per_member_kind(module: nn.Module) -> type[PerMember]:
     """The class that runs `module` member by member."""
     if isinstance(module, nn.RNNBase):
         return RecurrentPerMember
+    if isinstance(module, nn.Unflatten):
+        return UnflattenPerMember
     return AttentionPerMember if type(module) is nn.MultiheadAttention else PerMember

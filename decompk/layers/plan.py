@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from types import FunctionType
 from typing import Any
 
@@ -13,8 +14,11 @@ from torch.nn.utils.parametrize import is_parametrized
 from ..errors import PackError
 from ..shell import Rewritten
 from . import TWINS
+from .alike import walked
 from .base import HOOKS, Twin, dotted
-from .forward_code import read_forward, why_not_packed
+from .forward_code import attributes, is_changeable, read_forward, why_not_packed
+
+_ALONG_DIM = (nn.Softmax, nn.LogSoftmax, nn.Softmin, nn.GLU, nn.CosineSimilarity, nn.Unflatten)
 
 # What a subclass may define and still compute what its base computes.
 _HARMLESS = {
@@ -24,8 +28,13 @@ _HARMLESS = {
 }
 
 
-def plan(first: nn.Module, named: Collection[str]) -> tuple[dict[str, type[Twin]], dict[str, str]]:
-    """Which modules become twins, and which run member by member and why; inside these nothing is replaced."""
+def plan(
+    first: nn.Module, named: Collection[str], apart: Mapping[str, str]
+) -> tuple[dict[str, type[Twin]], dict[str, str]]:
+    """Which modules become twins, and which run member by member and why; inside these nothing is replaced.
+
+    `named`: those that the user wants to run so; `apart`: those in which members hold things of their own, and why.
+    """
     modules = dict(first.named_modules(remove_duplicate=False))
     for path in named:
         if path not in modules:
@@ -35,12 +44,25 @@ def plan(first: nn.Module, named: Collection[str]) -> tuple[dict[str, type[Twin]
         if getattr(module, "batch_first", True) is False:
             return {}, {"": f"'{path}' has batch_first=False"}
 
+    while True:
+        twins, whole = _visited(first, modules, named, apart)
+        wider = entangled(modules, whole)
+        if not wider:
+            return twins, whole
+        apart = {**apart, **wider}
+
+
+def _visited(
+    first: nn.Module, modules: dict[str, nn.Module], named: Collection[str], apart: Mapping[str, str]
+) -> tuple[dict[str, type[Twin]], dict[str, str]]:
     twins: dict[str, type[Twin]] = {}
     whole: dict[str, str] = {}
 
     def visit(path: str, module: nn.Module) -> None:
         if path in named:
             whole[path] = "asked for"
+        elif path in apart:
+            whole[path] = apart[path]
         elif kind := twin_of(module):
             twins[path] = kind
         elif reason := why_member_by_member(module):
@@ -57,6 +79,51 @@ def plan(first: nn.Module, named: Collection[str]) -> tuple[dict[str, type[Twin]
 
     visit("", first)
     return twins, whole
+
+
+def entangled(modules: dict[str, nn.Module], whole: Collection[str]) -> dict[str, str]:
+    """Modules around those in `whole` that have to run member by member in their stead, and why.
+
+    Members' copies of a module hold copies of what its attributes hold: other modules, tensors of theirs, and what
+    several modules change together have to be inside.
+    """
+    wider: dict[str, str] = {}
+    homes = {id(part): path for path, module in modules.items() for part in _registered(module)}
+    for path in whole:
+        inside = {id(part) for module in modules[path].modules() for part in _registered(module)}
+        for below, module in modules.items():
+            for name, value in attributes(module).items() if _is_in(below, path) else ():
+                for part in walked(value, lambda part: id(part) in homes):
+                    if not _is_in(home := homes.get(id(part), path), path) and id(part) not in inside:
+                        wider[_around(path, home)] = f"'{dotted(below, name)}' holds a part of '{home}'"
+    holders: dict[int, list[str]] = {}
+    for path, module in modules.items():
+        for value in attributes(module).values():
+            holders.setdefault(id(value), []).append(path)
+    shared = {key: paths for key, paths in holders.items() if len(set(paths)) > 1}
+    for path, module in modules.items():
+        names = [name for name, value in attributes(module).items() if id(value) in shared and is_changeable(value)]
+        for name in sorted(set(names) & read_forward(module).filled) if names else ():
+            around = functools.reduce(_around, shared[id(vars(module)[name])])
+            if not any(_is_in(around, one) for one in whole):
+                wider[around] = f"its parts share '{name}', which '{path}' changes"
+    return wider
+
+
+def _registered(module: nn.Module) -> list:
+    """A module, its parameters and its buffers."""
+    return [module, *(t for store in (module._parameters, module._buffers) for t in store.values() if t is not None)]
+
+
+def _is_in(path: str, around: str) -> bool:
+    return not around or path == around or path.startswith(f"{around}.")
+
+
+def _around(a: str, b: str) -> str:
+    """The path of the innermost module around those at `a` and `b`."""
+    while not _is_in(b, a):
+        a = a.rpartition(".")[0]
+    return a
 
 
 def _noticed(module: nn.Module, below: dict[str, nn.Module], whole: Collection[str]) -> str | None:
@@ -86,7 +153,7 @@ def twin_of(leaf: nn.Module) -> type[Twin] | None:
         return None
     for klass in type(leaf).__mro__:
         if klass in TWINS:
-            return TWINS[klass] if TWINS[klass].fits(leaf) else None
+            return TWINS[klass] if TWINS[klass]._twin_fits(leaf) else None
         if not vars(klass).keys() <= _HARMLESS:
             return None
     return None
@@ -105,6 +172,8 @@ def why_member_by_member(module: nn.Module) -> str | None:
         return f"no twin for this {type(module).__name__}"
     if own:
         return f"it owns '{own[0]}'"
+    if isinstance(module, _ALONG_DIM) and module.dim in (0, None):  # None takes 0 of three dimensions
+        return "it works along the samples"
     if getattr(module, "mode", None) == "batch" and not type(module).__module__.startswith("torch.nn."):
         return "it draws one random number per batch"
     return why_not_packed(module)
@@ -115,7 +184,7 @@ def input_dims_of(first: nn.Module) -> int | None:
     for module in first.modules():
         for klass in type(module).__mro__:
             if klass in TWINS:
-                return TWINS[klass].input_dims
+                return TWINS[klass]._twin_dims
         if not module._modules and module._parameters:
             return None
     return None

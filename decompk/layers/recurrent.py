@@ -20,10 +20,10 @@ class _PackedRecurrent(Twin):
     Weights (K, G·H, ·) under torch's names, in its order of gates.
     """
 
-    input_dims = 3
+    _twin_dims = 3
 
     @classmethod
-    def fits(cls, leaf: nn.RNNBase) -> bool:
+    def _twin_fits(cls, leaf: nn.RNNBase) -> bool:
         return leaf.batch_first and not leaf.proj_size
 
     def flatten_parameters(self) -> None:
@@ -31,8 +31,8 @@ class _PackedRecurrent(Twin):
 
     def forward(self, x: Tensor, hx: Any = None) -> tuple[Tensor, Any]:
         if not isinstance(x, Tensor) or x.dim() != 3 or not x.shape[1]:
-            raise PackError(f"'{self.path}' takes a padded batch (samples, steps, features) in a packed module.")
-        self.check(x)
+            raise PackError(f"'{self._twin_path}' takes a padded batch (samples, steps, features) in a packed module.")
+        self._twin_check(x)
         lstm = self.mode == "LSTM"
         directions = 1 + self.bidirectional
         if hx is None:
@@ -40,9 +40,9 @@ class _PackedRecurrent(Twin):
             hx = (zeros, zeros) if lstm else zeros
         else:
             self.check_forward_args(x, hx, None)
-        K, N = self.K, x.shape[0] // self.K
+        K, N = self._twin_K, x.shape[0] // self._twin_K
         if recurrent_form(self.mode, K, x.dtype, x.is_cuda) == "loop":
-            return self._in_turn(x, hx)
+            return self._twin_in_turn(x, hx)
         h, *cells = (_by_layer(s, self.num_layers, directions, K) for s in (hx if lstm else (hx,)))
 
         y = x.unflatten(0, (K, N)).permute(2, 0, 1, 3)  # (T, K, N, I)
@@ -50,7 +50,7 @@ class _PackedRecurrent(Twin):
         for layer in range(self.num_layers):
             if layer and self.dropout:
                 y = F.dropout(y, self.dropout, self.training)
-            lanes = [self._gates(y, layer, reverse) for reverse in range(directions)]
+            lanes = [self._twin_gates(y, layer, reverse) for reverse in range(directions)]
             gates, weight, bias = map(_cat, zip(*lanes, strict=True), (1, 0, 0))
             states, cell = recurrence(self.mode, gates, h[layer], cells[0][layer] if lstm else None, weight, bias)
             last_h.append(states[-1])
@@ -61,19 +61,19 @@ class _PackedRecurrent(Twin):
         h = _by_sample(last_h, directions)
         return y, (h, _by_sample(last_c, directions)) if lstm else h
 
-    def _in_turn(self, x: Tensor, hx: Any) -> tuple[Tensor, Any]:
+    def _twin_in_turn(self, x: Tensor, hx: Any) -> tuple[Tensor, Any]:
         """Torch's own layer, one member after the other: to the bit what each computes alone."""
         function = getattr(torch, self.mode.lower())
         pair = self.mode == "LSTM"
-        states = zip(*(s.chunk(self.K, 1) for s in hx), strict=True) if pair else hx.chunk(self.K, 1)
+        states = zip(*(s.chunk(self._twin_K, 1) for s in hx), strict=True) if pair else hx.chunk(self._twin_K, 1)
         weights = zip(*(getattr(self, name).unbind(0) for name in self._flat_weights_names), strict=True)
         options = (self.bias, self.num_layers, self.dropout, self.training, self.bidirectional, True)
-        members = zip(split(x, self.K), states, weights, strict=True)
+        members = zip(split(x, self._twin_K), states, weights, strict=True)
         y, *last = zip(*(function(part, state, own, *options) for part, state, own in members), strict=True)
         last = tuple(torch.cat(parts, 1) for parts in last)
         return torch.cat(y), last if pair else last[0]
 
-    def _gates(self, y: Tensor, layer: int, reverse: int) -> tuple[Tensor, Tensor, Tensor | None]:
+    def _twin_gates(self, y: Tensor, layer: int, reverse: int) -> tuple[Tensor, Tensor, Tensor | None]:
         """The input's share of every gate (T, K, N, G·H), W, and a GRU's bias beside it; in `reverse` time."""
         names = [f"{name}_l{layer}{'_reverse' * reverse}" for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")]
         into, across, *biases = (getattr(self, name) if self.bias or i < 2 else None for i, name in enumerate(names))

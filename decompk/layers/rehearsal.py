@@ -8,7 +8,6 @@ smallest module is found that does not when it runs member by member, and from t
 from __future__ import annotations
 
 import contextlib
-import copy
 import itertools
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -21,9 +20,10 @@ from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.modules.module import _has_any_global_hook
 
 from ..dispatch import backend
-from .base import HOOKS, Twin, rehearsal_of
+from .base import HOOKS, Twin, deep_copy, rehearsal_of
 from .nest import leaves, tree_map
 from .per_member import PerMember, member_of, own_module, per_member_kind
+from .stack import unhook
 
 COUNTS = (2, 3, 5, 7, 11)  # samples of a rehearsal: the first of which no other size is a multiple
 
@@ -68,12 +68,13 @@ def member_alone(net: nn.Module, k: int, copies: bool = True) -> nn.Module:
         if copies or not parameter or own.dim() > 3:  # a kernel that lies channels_last makes its output lie so
             own = own.clone(memory_format=torch.contiguous_format)
         memo[id(tensor)] = nn.Parameter(own, tensor.requires_grad) if parameter else own
+        unhook(tensor, k, memo[id(tensor)])
     if isinstance(net, PerMember):
         return member_of(net, k, memo)
     for shell in without_insides(net):
         if isinstance(shell, PerMember):
             memo[id(shell)] = member_of(shell, k, memo)
-    return _released(copy.deepcopy(net, memo))
+    return _released(deep_copy(net, memo))
 
 
 def without_insides(module: nn.Module) -> Iterator[nn.Module]:
@@ -92,7 +93,7 @@ def without_insides(module: nn.Module) -> Iterator[nn.Module]:
 def _released(net: nn.Module) -> nn.Module:
     for module in net.modules():
         if isinstance(module, Twin):
-            module.release()
+            module._twin_release()
     return net
 
 
@@ -125,7 +126,7 @@ class Changes:
         for path in self.contiguous:
             layer = net.get_submodule(path)
             if isinstance(layer, Twin):
-                layer.contiguous_output = True
+                layer._twin_contiguous = True
         for path, reason in self.whole.items():
             net = run_whole(net, K, path, reason)
         return net
@@ -280,7 +281,7 @@ class Rehearsal:
     def together(self, roles: Sequence[Role], changes: Changes, watch: Watch = None) -> Any:
         """What all members return together, as rows."""
         memo = {id(p): nn.Parameter(p.detach(), p.requires_grad) for p in self.net.parameters()}
-        net = self._posed(changes.applied(copy.deepcopy(self.net, memo), self.K))
+        net = self._posed(changes.applied(deep_copy(self.net, memo), self.K))
         parts = [
             self.tensors[i] if r is SAME else torch.cat([self.part(i, r, k, self.count) for k in range(self.K)], r.dim)
             for i, r in enumerate(roles)
@@ -489,8 +490,8 @@ def _home(hook: Any) -> str:
 def _noting(net: nn.Module, order: list[str]) -> Iterator[None]:
     """Note the layers that lay out images as they run; the network is a copy, so hooks may stay."""
     for module in without_insides(net):
-        if isinstance(module, Twin) and module.input_dims == 4:
-            module.register_forward_hook(lambda twin, args, out: order.append(twin.path))
+        if isinstance(module, Twin) and module._twin_dims == 4:
+            module.register_forward_hook(lambda twin, args, out: order.append(twin._twin_path))
     yield
 
 

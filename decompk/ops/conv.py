@@ -136,7 +136,9 @@ def check(x: Tensor, weight: Tensor, bias: Tensor | None, stride, padding, dilat
 def check_alike(operator: str, x: Tensor, /, **operands: Tensor | None) -> None:
     """Raise DecompkError where an operand is not floating, or not of x's dtype and device."""
     for name, t in operands.items():
-        if t is not None and (t.dtype != x.dtype or not t.is_floating_point()):
+        if t is not None and not t.is_floating_point():
+            raise DecompkError(f"{operator} takes real floating dtypes, and {name} is {t.dtype}: convert it.")
+        if t is not None and t.dtype != x.dtype:
             raise DecompkError(
                 f"{operator} needs one floating dtype; x is {x.dtype}, {name} is {t.dtype}: convert one of them."
             )
