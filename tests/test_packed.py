@@ -602,6 +602,7 @@ def test_signals_and_volumes_are_cut_too():
 def test_composing_needs_the_decomposition_the_members_come_from():
     class Decomposition:
         input_size = (3, 16, 16)
+        origin = ""
 
         def compose(self, members, head):
             return members, head
