@@ -304,8 +304,8 @@ def test_wrong_index_sets_are_refused_in_one_sentence(arguments, size, message):
 
 
 def test_wrong_partitions_of_other_kinds_are_refused():
-    with pytest.raises(PartitionError, match=r"5 partitions do not make a grid: give a cube"):
-        decompk.decompose(models.volume_cnn(size=(36,) * 3), (1, 36, 36, 36), 5)
+    with pytest.raises(PartitionError, match=r"0 partitions do not make a grid: give a positive number"):
+        decompk.decompose(models.volume_cnn(size=(36,) * 3), (1, 36, 36, 36), 0)
     with pytest.raises(PartitionError, match="hidden state of 10 cannot be divided into 4"):
         decompk.decompose(models.Recurrent(8, 2, 10), (5, 8), 4)
     with pytest.raises(PartitionError, match="overlap .* but every part of an auto-encoder's output"):
