@@ -222,8 +222,8 @@ def main() -> None:
     head = (
         f"{equal} of {len(rows)} networks of {families} families of timm {timm.__version__} pack, and compute in "
         f"float64 what their members compute alone, to {TOLERANCE:.0e} of the largest value: outputs in eval (twice) "
-        "and train mode, gradients, statistics, the weights after a step, and the outputs after it, packed and unpacked. Made by "
-        f"`python tools/survey_timm.py`, torch {torch.__version__.partition('+')[0]}."
+        "and train mode, gradients, statistics, the weights after a step, and outputs after it, packed and unpacked. "
+        f"Made by `python tools/survey_timm.py`, torch {torch.__version__.partition('+')[0]}."
     )
     columns = [
         "| family | network | modules run member by member | error | verdict |",
