@@ -1,4 +1,4 @@
-"""Public model zoos: a packed network of timm, transformers or peft is its members alone, as their own users call it."""
+"""Networks of timm, transformers and peft, packed, are their members alone, as their own users call them."""
 
 import contextlib
 import copy
@@ -38,7 +38,7 @@ def assert_alone(members, call, again=None, packed=None):
 TINY = dict(depths=(1, 1, 1, 1), num_heads=(1, 2, 2, 2))
 TIMM = {  # networks of several habits: (pixels, options)
     "convnext_atto": (32, dict(depths=(1, 1, 1, 1), dims=(8, 8, 16, 16))),
-    "convit_tiny": (32, dict(patch_size=8, embed_dim=24, num_heads=2, depth=3, local_up_to_layer=2)),
+    "convit_tiny": (32, dict(img_size=32, patch_size=8, embed_dim=24, num_heads=2, depth=3, local_up_to_layer=2)),
     "levit_128s": (64, dict(img_size=64, embed_dim=(16, 24, 32), key_dim=4, num_heads=(2, 3, 4), depth=(1, 1, 1))),
     "test_byobnet": (64, {}),
     "test_efficientnet": (64, {}),
@@ -158,7 +158,8 @@ IDS_GPT2 = dict(bos_token_id=0, eos_token_id=0, pad_token_id=0)
 HF = {  # name: (class, configuration, its options)
     "bert": ("BertForSequenceClassification", "BertConfig", {**SMALL, **TOKENS, **NO_DROPOUT}),
     "bert eager": (
-        "BertForSequenceClassification", "BertConfig", {**SMALL, **TOKENS, **NO_DROPOUT, "attn_implementation": "eager"},
+        "BertForSequenceClassification", "BertConfig",
+        {**SMALL, **TOKENS, **NO_DROPOUT, "attn_implementation": "eager"},
     ),
     "bert masked": ("BertForMaskedLM", "BertConfig", {**SMALL, **TOKENS, **NO_DROPOUT}),
     "roberta": ("RobertaForSequenceClassification", "RobertaConfig", {**SMALL, **TOKENS, **NO_DROPOUT}),
@@ -182,10 +183,14 @@ HF = {  # name: (class, configuration, its options)
 CLASSES = ("bert", "bert eager", "roberta", "distilbert", "vit")  # the others' labels are tokens
 
 
-def hf_members(name):
+def hf_network(name):
     transformers = zoo("transformers")
     model, config, options = HF[name]
-    return members_of(lambda: getattr(transformers, model)(getattr(transformers, config)(**options)), K)
+    return getattr(transformers, model)(getattr(transformers, config)(**options))
+
+
+def hf_members(name):
+    return members_of(lambda: hf_network(name), K)
 
 
 def hf_inputs(name, labels=True, **further):
@@ -321,12 +326,9 @@ def test_merged_adapters_leave_plain_networks():
 @pytest.mark.parametrize("name", ["bert", "gpt2"])
 def test_adapters_of_transformers_train_as_alone(name):
     peft, inputs = zoo("peft"), hf_inputs(name)
-    targets = dict(target_modules=["query", "value"] if name == "bert" else ["c_attn"], fan_in_fan_out=name == "gpt2")
-    members = [copy.deepcopy(m) for m in hf_members(name)]
-    kind = "SEQ_CLS" if name == "bert" else "CAUSAL_LM"
-    for seed, member in enumerate(members):
-        torch.manual_seed(seed)
-        members[seed] = peft.get_peft_model(
-            member, peft.LoraConfig(task_type=kind, r=2, init_lora_weights=False, **targets)
-        )
+    config = {
+        "bert": peft.LoraConfig(task_type="SEQ_CLS", target_modules=["query", "value"], r=2, init_lora_weights=False),
+        "gpt2": peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["c_attn"], r=2, fan_in_fan_out=True),
+    }[name]
+    members = members_of(lambda: peft.get_peft_model(hf_network(name), copy.deepcopy(config)), K)
     assert_alone(members, lambda net, k: net(**inputs))
