@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from . import ops
-from .dispatch import asked_for
+from .dispatch import asked_for, watched
 from .errors import DecompkError, UnsupportedOperation
 from .graph import in_mode
 from .layers.base import HOOKS, Twin
@@ -120,7 +120,7 @@ class _Program(Rewritten):
     def applies(self) -> bool:
         """Whether the graph is what the network's code would do now: no hooks on the way, modes as when it was read."""
         mode = self._inner.training
-        return not _has_any_global_hook() and all(
+        return not (_has_any_global_hook() or watched()) and all(
             _unhooked(m) and (m.training == mode or not self._modal) for m in self._entered[mode]
         )
 

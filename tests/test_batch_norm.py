@@ -329,13 +329,6 @@ def test_the_gradient_is_the_functions_own(training, residual, relu):
     assert torch.autograd.gradcheck(function, (x, weight, bias, other))
 
 
-def test_a_second_derivative_is_refused(form):
-    x = torch.randn(2, 3, 4, 2, 2, requires_grad=True)
-    (grad,) = torch.autograd.grad(batch_norm(x).square().sum(), x, create_graph=True)
-    with pytest.raises(decompk.DecompkError, match="decompk::batch_norm_apply has no second derivative"):
-        grad.square().sum().backward()
-
-
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_torch_accepts_the_operators(layout, form):
     p = problem((2, 3, 4, 9, 9), torch.float32)

@@ -495,14 +495,6 @@ def test_an_empty_batch_gives_an_empty_output_and_zero_gradients():
     assert y.shape == (0, 2, 32) and dx.shape == (0, 2, 32) and not dw.any() and not db.any()
 
 
-def test_a_second_derivative_is_refused():
-    (x, weight, bias), arguments = conv_case(MASKS["banded"], 8, 8, "3×3", skipped=0.0)
-    y = ops.block_conv2d(x, weight, MASKS["banded"], bias, *arguments)
-    (grad,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
-    with pytest.raises(DecompkError, match="second derivative"):
-        grad.sum().backward()
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -177,13 +177,6 @@ def test_an_empty_batch_gives_an_empty_output_and_zero_gradients():
         assert not dw.any() and not db.any() and dw.shape == weight.shape
 
 
-def test_a_second_derivative_is_refused():
-    x, weight, bias = case()
-    (grad,) = torch.autograd.grad(ops.grouped_conv2d(x, weight, bias).square().sum(), x, create_graph=True)
-    with pytest.raises(DecompkError, match="second derivative"):
-        grad.sum().backward()
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -21,8 +21,8 @@ from decompk.dispatch import Choice
 from decompk.kernels import conv
 from decompk.ops import library
 from decompk.ops.conv import operands
-from decompk.ops.fused import cut
 from decompk.ops.layout import as_strided_like, empty_weight, strides_of
+from decompk.ops.library import cut
 from decompk.partition import Crop
 
 # ---- what is computed -----------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import ops
-from ..dispatch import asked_for, conv_form, exact
+from ..dispatch import asked_for, conv_form, exact, watched
 from ..ops import library, on_cpu
 from .base import Twin, member_major, side_by_side
 
@@ -57,7 +57,7 @@ class PackedConv1d(_PackedConv, nn.Conv1d):
 
     def _twin_on_kernels(self, x: Tensor) -> bool:
         # A CPU's own 1-D convolutions want the samples first and the channels second, as they come.
-        return not exact(x.dtype) and (x.is_cuda or asked_for("triton"))
+        return not exact(x.dtype) and (x.is_cuda or asked_for("triton")) and not watched()
 
     def _twin_grouped(self, x: Tensor, padding) -> Tensor:
         x = x.unflatten(0, (self._twin_K, x.shape[0] // self._twin_K)).unsqueeze(3)
@@ -71,7 +71,7 @@ class PackedConv2d(_PackedConv, nn.Conv2d):
     _twin_dims = 4
 
     def _twin_on_kernels(self, x: Tensor) -> bool:
-        return not exact(x.dtype)
+        return not exact(x.dtype) and not watched()
 
     def _twin_grouped(self, x: Tensor, padding) -> Tensor:
         if not isinstance(padding, str) and on_cpu.takes(x, self.weight, self.bias) and x.numel():

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import ops
-from ..dispatch import asked_for, exact, norm_form
+from ..dispatch import asked_for, exact, norm_form, watched
 from ..ops import on_cpu
 from .base import Twin, member_major, side_by_side
 
@@ -36,7 +37,7 @@ class _PackedBatchNorm(Twin):
         alike = len(set(factors)) == 1 and x.dim() == 4 and not exact(x.dtype)
         if alike and self._twin_on_cpu(x, residual, batch_statistics, mean, var):
             return self._twin_laid_out(on_cpu.batch_norm(x, *vectors, self._twin_K, *options, residual, relu))
-        if alike and (x.is_cuda or asked_for("triton")):
+        if alike and (x.is_cuda or asked_for("triton")) and not watched():
             y = ops.batch_norm(x.unflatten(0, (self._twin_K, x.shape[0] // self._twin_K)), *vectors, *options).flatten(
                 0, 1
             )
@@ -106,14 +107,24 @@ class PackedInstanceNorm3d(_PackedInstanceNorm, nn.InstanceNorm3d):
     _twin_dims = 5
 
 
+def _group_norm(x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    """F.group_norm as its formula: torch's own knows no tangents and no batches of images that lie channels_last."""
+    rows = x.to(torch.promote_types(x.dtype, torch.float32)).reshape(len(x), groups, -1)
+    var, mean = torch.var_mean(rows, -1, correction=0, keepdim=True)
+    y = ((rows - mean) * torch.rsqrt(var + eps)).reshape(x.shape)
+    channels = (1, -1, *[1] * (x.dim() - 2))
+    y = y if weight is None else y * weight.view(channels)
+    y = y if bias is None else y + bias.view(channels)
+    return y.to(x.dtype)
+
+
 class PackedGroupNorm(Twin, nn.GroupNorm):
     """x (K·N, c, …), weight and bias (K, c) → x's shape."""
 
     def forward(self, x: Tensor) -> Tensor:
         self._twin_check(x)
-        return self._twin_each(
-            lambda x, w, b: F.group_norm(x, self.num_groups, w, b, self.eps), x, self.weight, self.bias
-        )
+        normalise = _group_norm if watched() else F.group_norm
+        return self._twin_each(lambda x, w, b: normalise(x, self.num_groups, w, b, self.eps), x, self.weight, self.bias)
 
 
 class PackedLayerNorm(Twin, nn.LayerNorm):

@@ -50,9 +50,10 @@ class _PackedRecurrent(Twin):
         for layer in range(self.num_layers):
             if layer and self.dropout:
                 y = F.dropout(y, self.dropout, self.training)
-            lanes = [self._twin_gates(y, layer, reverse) for reverse in range(directions)]
-            gates, weight, bias = map(_cat, zip(*lanes, strict=True), (1, 0, 0))
-            states, cell = recurrence(self.mode, gates, h[layer], cells[0][layer] if lstm else None, weight, bias)
+            lanes = [self._twin_lane(y, layer, reverse) for reverse in range(directions)]
+            rows, into, shift, weight, bias = map(_cat, zip(*lanes, strict=True))
+            before = h[layer], cells[0][layer] if lstm else None
+            states, cell = recurrence(self.mode, y.shape[0], rows, into, shift, *before, weight, bias)
             last_h.append(states[-1])
             last_c.append(cell)
             forward, *backward = states.split(K, 1)
@@ -73,15 +74,14 @@ class _PackedRecurrent(Twin):
         last = tuple(torch.cat(parts, 1) for parts in last)
         return torch.cat(y), last if pair else last[0]
 
-    def _twin_gates(self, y: Tensor, layer: int, reverse: int) -> tuple[Tensor, Tensor, Tensor | None]:
-        """The input's share of every gate (T, K, N, G·H), W, and a GRU's bias beside it; in `reverse` time."""
+    def _twin_lane(self, y: Tensor, layer: int, reverse: int) -> tuple[Tensor | None, ...]:
+        """What `recurrence` takes of one direction: its rows (K, T·N, I), U, b, W, and a GRU's bias beside W."""
         names = [f"{name}_l{layer}{'_reverse' * reverse}" for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")]
         into, across, *biases = (getattr(self, name) if self.bias or i < 2 else None for i, name in enumerate(names))
         into, across = (prepared(self.mode, weight) for weight in (into, across))
         y = y.flip(0) if reverse else y
-        T, K, N = y.shape[:3]
-        rows = y.transpose(0, 1).reshape(K, T * N, -1)
-        inner = None
+        rows = y.transpose(0, 1).flatten(1, 2)
+        shift = inner = None
         if self.bias:
             shift, own = biases
             if self.mode == "GRU":  # the reset gate scales the new gate's W h together with its bias
@@ -89,10 +89,7 @@ class _PackedRecurrent(Twin):
                 shift, inner = shift + F.pad(own[:, : 2 * H], (0, H)), own[:, 2 * H :]
             else:
                 shift = prepared(self.mode, shift + own)
-            gates = torch.baddbmm(shift.unsqueeze(1), rows, into.mT)
-        else:
-            gates = torch.bmm(rows, into.mT)
-        return gates.unflatten(1, (T, N)).transpose(0, 1), across, inner
+        return rows, into, shift, across, inner
 
 
 class PackedRNN(_PackedRecurrent, nn.RNN):
@@ -117,5 +114,5 @@ def _by_sample(states: list[Tensor], directions: int) -> Tensor:
     return torch.stack(states).unflatten(1, (directions, -1)).flatten(2, 3).flatten(0, 1)
 
 
-def _cat(parts: tuple[Tensor | None, ...], axis: int) -> Tensor | None:
-    return parts[0] if len(parts) == 1 or parts[0] is None else torch.cat(parts, axis)
+def _cat(parts: tuple[Tensor | None, ...]) -> Tensor | None:
+    return parts[0] if len(parts) == 1 or parts[0] is None else torch.cat(parts)

@@ -5,12 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .. import dispatch
 from ..errors import DecompkError
+from .followed import follows
 from .layout import ORDERS, empty_like_layout, layout_of, strides_of
+from .library import side_by_side
 
+_PIXELS = (1, 3, 4)  # of x (K, N, C, H, W), all of a member's channel
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -38,26 +42,52 @@ def batch_norm(
     and Σ(x − mean)² of S disjoint pieces of the pixels, which may be empty and together are all of x. Not training:
     mean and var are the running statistics.
 
-    Differentiable once in x, weight, bias and residual. Raises DecompkError for shapes, dtypes and devices that do not
-    fit, and in training for fewer than two values a channel.
+    Differentiable in x, weight, bias and residual, as often as torch's own operators: see `grouped_conv2d`. Raises
+    DecompkError for shapes, dtypes and devices that do not fit, and in training for fewer than two values a channel.
     """
     _check(x, weight, bias, running_mean, running_var, residual, moments)
+    if training and x.shape[1] * x.shape[3] * x.shape[4] < 2:
+        raise DecompkError(f"batch norm in training needs two values a channel or more, but x is {_size(x)}.")
+    if not training and (running_mean is None or running_var is None):
+        raise DecompkError("batch norm needs running_mean and running_var where it is not training.")
+    if dispatch.watched():
+        y = _by_torch(x, weight, bias, running_mean, running_var, training, momentum, eps)
+        y = y if residual is None else y + residual
+        return y.relu() if relu else y
     if layout_of(x) == "strided":
         x = _in_layout(x, "member")
     if residual is not None:
         residual = _in_layout(residual, layout_of(x))
     if training:
-        if x.shape[1] * x.shape[3] * x.shape[4] < 2:
-            raise DecompkError(f"batch norm in training needs two values a channel or more, but x is {_size(x)}.")
         if moments is None:
             moments = torch.ops.decompk.batch_norm_moments(x.detach())
         mean, rstd = torch.ops.decompk.batch_norm_finalise(moments.detach(), running_mean, running_var, momentum, eps)
     else:
-        if running_mean is None or running_var is None:
-            raise DecompkError("batch norm needs running_mean and running_var where it is not training.")
         mean = running_mean.to(_statistics_dtype(x))
         rstd = torch.rsqrt(running_var.to(mean.dtype) + eps)
     return torch.ops.decompk.batch_norm_apply(x, mean, rstd, weight, bias, residual, relu, training)
+
+
+def _by_torch(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+) -> Tensor:
+    """The K batch norms as torch's own over K·C channels, which whatever follows torch's operators can follow."""
+    K, _, C, *_ = x.shape
+    statistics = running_mean, running_var
+    vectors = [None if t is None else t.to(_statistics_dtype(x)).flatten() for t in (*statistics, weight, bias)]
+    value = side_by_side(x.to(_statistics_dtype(x)))
+    y = F.batch_norm(value, *vectors, training, momentum, eps).to(x.dtype)
+    for kept, moved in zip(statistics, vectors, strict=False):
+        if training and kept is not None and kept.dtype != moved.dtype:  # torch moved a copy
+            kept.copy_(moved.view(K, C))
+    return y.unflatten(1, (K, C)).movedim(1, 0)
 
 
 def streams(x: Tensor) -> tuple[int, int, int]:
@@ -186,17 +216,7 @@ def batch_norm_backward(
 
         *results, g = launch_backward(dy, x, y, *_contiguous(mean, rstd, weight, bias), relu, training, pieces_of(x))
         return *results, dy.new_empty(0) if g is None else g
-    g, away = dy.to(mean.dtype), _centered(x, mean)
-    if relu:
-        g = g.masked_fill((_affine(away, rstd, weight, bias) if y is None else y) <= 0, 0)
-    pixels = (1, 3, 4)
-    normalised = away * _expand(rstd)
-    dbias, dweight = g.sum(pixels), (g * normalised).sum(pixels)
-    dx = g
-    if training:
-        rows = x.shape[1] * x.shape[3] * x.shape[4]
-        dx = g - _expand(dbias / rows) - normalised * _expand(dweight / rows)
-    dx = dx * _expand(rstd if weight is None else rstd * weight)
+    dx, dweight, dbias, g = _gradients(dy, x, y, mean, rstd, weight, bias, relu, training)
     return (
         empty_like_layout(x, x.shape).copy_(dx),
         dweight,
@@ -222,6 +242,50 @@ def _(
     return empty_like_layout(x, x.shape), *sums, dy.new_empty(0) if y is None else empty_like_layout(x, x.shape)
 
 
+def _gradients(
+    dy: Tensor,
+    x: Tensor,
+    y: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    relu: bool,
+    training: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`batch_norm_backward` as a formula, in the dtype of mean."""
+    g, away = dy.to(mean.dtype), _centered(x, mean)
+    if relu:
+        g = g.masked_fill((_affine(away, rstd, weight, bias) if y is None else y) <= 0, 0)
+    normalised = away * _expand(rstd)
+    dbias, dweight = g.sum(_PIXELS), (g * normalised).sum(_PIXELS)
+    dx = g
+    if training:
+        rows = x.shape[1] * x.shape[3] * x.shape[4]
+        dx = g - _expand(dbias / rows) - normalised * _expand(dweight / rows)
+    return dx * _expand(rstd if weight is None else rstd * weight), dweight, dbias, g
+
+
+def followed_gradients(
+    dy: Tensor,
+    x: Tensor,
+    y: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    relu: bool,
+    training: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """dx, dweight, dbias and the residual's, differentiable in dy, x and weight; arguments of `batch_norm_backward`."""
+    if training:  # of the forward's own values, but functions of x
+        var, average = torch.var_mean(x.to(mean.dtype), _PIXELS, correction=0)
+        mean = mean + (average - average.detach())
+        rstd = torch.rsqrt(rstd**-2 + (var - var.detach()))
+    dx, dweight, dbias, g = _gradients(dy, x, y, mean, rstd, weight, bias, relu, training)
+    return dx.to(x.dtype), dweight, dbias, g.to(x.dtype)
+
+
 def _keep(ctx: Any, inputs: tuple, output: Tensor) -> None:
     x, mean, rstd, weight, bias, residual, ctx.relu, ctx.training = inputs
     ctx.residual, ctx.backend = residual is not None, dispatch.noted()
@@ -230,18 +294,22 @@ def _keep(ctx: Any, inputs: tuple, output: Tensor) -> None:
 
 def _differentiate(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     x, mean, rstd, weight, bias, y = ctx.saved_tensors
-    dy = _in_layout(dy, layout_of(x))
-    dx, dweight, dbias, g = torch.ops.decompk.batch_norm_backward(
-        dy, x, y, mean, rstd, weight, bias, ctx.relu, ctx.training, ctx.backend
-    )
+    if follows(dy):
+        dx, dweight, dbias, g = followed_gradients(dy, x, y, mean, rstd, weight, bias, ctx.relu, ctx.training)
+    else:
+        dy = _in_layout(dy, layout_of(x))
+        dx, dweight, dbias, g = torch.ops.decompk.batch_norm_backward(
+            dy, x, y, mean, rstd, weight, bias, ctx.relu, ctx.training, ctx.backend
+        )
+        g = dy if y is None else g
     dweight = None if weight is None else dweight.to(weight.dtype)
     dbias = None if bias is None else dbias.to(bias.dtype)
-    dresidual = None if not ctx.residual else dy if y is None else g
+    dresidual = g if ctx.residual else None
     return dx, None, None, dweight, dbias, dresidual, None, None
 
 
 def _refuse(ctx: Any, *grads: Tensor) -> None:
-    raise DecompkError("decompk::batch_norm_apply has no second derivative.")
+    raise DecompkError("decompk::batch_norm_backward has no derivative: differentiate ops.batch_norm twice.")
 
 
 batch_norm_apply.register_autograd(_differentiate, setup_context=_keep)

@@ -18,7 +18,9 @@ from torch import Tensor
 from .. import dispatch
 from ..config import DTYPES, Problem, dtype_name
 from ..errors import BackendError, DecompkError
+from . import library
 from .conv import Pair, check, check_alike, padded, register_autocast, tell_flop_counter
+from .followed import follows, gradients
 from .layout import as_strided_like, sizes
 
 Mask = tuple[tuple[bool, ...], ...]
@@ -46,7 +48,8 @@ def block_conv2d(
     → (N, O, H', W'), channels_last. Sums are float32 (float64 for float64).
 
     `plan` says who computes; the dense operator, where that is faster, multiplies x by zeros in place of skipping.
-    Differentiable once. Raises DecompkError for shapes, dtypes, masks or sizes that do not fit.
+    Differentiable as often as torch's own operators: see `grouped_conv2d`. Raises DecompkError for shapes, dtypes,
+    masks or sizes that do not fit.
     """
     mask = mask_text(block_mask)
     if x.dim() == 3:
@@ -56,6 +59,9 @@ def block_conv2d(
     if x.dim() != 4 or weight.dim() != 4:
         raise DecompkError(f"block_conv2d takes x (N, C, H, W) and weight (O, C, kh, kw), not {sizes(x, weight)}.")
     x, *geometry = padded(x, weight.shape[2:], stride, padding, dilation)
+    if dispatch.watched():
+        _check(x, weight, bias, mask, *geometry)
+        return _dense_conv(x, weight, bias, mask, *geometry, skipped_gradients)
     tell_flop_counter(_register_flops)
     x = x.contiguous(memory_format=torch.channels_last)
     return torch.ops.decompk.block_conv2d(x, weight, bias, mask, *geometry, skipped_gradients)
@@ -73,8 +79,12 @@ def block_linear(
 
     x (..., C), weight (O, C), bias (O) → (..., O); dtypes, block_mask, gradients and errors as in `block_conv2d`.
     """
+    mask = mask_text(block_mask)
+    if dispatch.watched():
+        _check_linear(x, weight, bias, mask)
+        return _dense_linear(x, weight, bias, mask, skipped_gradients)
     tell_flop_counter(_register_flops)
-    return torch.ops.decompk.block_linear(x, weight, bias, mask_text(block_mask), skipped_gradients)
+    return torch.ops.decompk.block_linear(x, weight, bias, mask, skipped_gradients)
 
 
 # ---- the mask and who computes it -----------------------------------------------------------------------------------
@@ -325,9 +335,51 @@ def _masked(plan: BlockPlan, weight: Tensor) -> Tensor:
     if plan.kept == 1:
         return weight
     R, S = len(plan.mask), len(plan.mask[0])
-    keep = _kept_on(plan, weight.device).view(R, 1, S, *[1] * (weight.dim() - 1))
+    kept_on = _kept_on.__wrapped__ if dispatch.watched() else _kept_on  # what a trace makes is no tensor to keep
+    keep = kept_on(plan, weight.device).view(R, 1, S, *[1] * (weight.dim() - 1))
     blocks = weight.unflatten(1, (S, plan.in_block)).unflatten(0, (R, plan.out_block))
     return torch.where(keep, blocks, 0).reshape(weight.shape)
+
+
+class _Whole(torch.autograd.Function):
+    """`_masked`, with the gradient of the weight that is not."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(weight: Tensor, masked: Tensor) -> Tensor:
+        return masked.clone()
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
+
+    @staticmethod
+    def jvp(ctx, weight: Tensor, masked: Tensor) -> Tensor:
+        return weight.clone()
+
+
+def _counted(weight: Tensor, mask: str, skipped_gradients: bool) -> Tensor:
+    """The weight as the dense operator takes it."""
+    masked = _masked(plan(mask, *weight.shape[:2]), weight)
+    return _Whole.apply(weight, masked.detach()) if skipped_gradients else masked
+
+
+def _dense_conv(x, weight, bias, mask, stride, padding, dilation, skipped_gradients) -> Tensor:
+    """`block_conv2d` for whatever follows torch's own operators alone."""
+    weight = _counted(weight, mask, skipped_gradients)
+    if library.overruns(x, weight, stride):
+        x, weight = x.contiguous(), weight.contiguous()
+    return F.conv2d(x, weight, bias, stride, padding, dilation)
+
+
+def _dense_linear(x, weight, bias, mask, skipped_gradients) -> Tensor:
+    """`block_linear` for whatever follows torch's own operators alone."""
+    return F.linear(x, _counted(weight, mask, skipped_gradients), bias)
 
 
 def _fprop(plan: BlockPlan, products: Products, x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor) -> Tensor:
@@ -676,12 +728,17 @@ def _keep(ctx, inputs, output):
     ctx.save_for_backward(x, weight)
 
 
-def _differentiate(backward: str, chooses: bool):
+def _differentiate(backward: str, chooses: bool, dense: Callable[..., Tensor]):
     def differentiate(ctx, grad):
         wanted = [*ctx.needs_input_grad[:2], ctx.has_bias and ctx.needs_input_grad[2]]
         backend = [ctx.backend] if chooses else []
-        gradients = getattr(torch.ops.decompk, backward)(grad, *ctx.saved_tensors, *ctx.arguments, wanted, *backend)
-        own = [g if w else None for g, w in zip(gradients, wanted, strict=True)]
+        x, weight = ctx.saved_tensors
+        if follows(grad):
+            operands = x, weight, weight.new_zeros(len(weight)) if wanted[2] else None
+            own = gradients(lambda *operands: dense(*operands, *ctx.arguments), operands, grad, wanted)
+            return *own, *(None for _ in ctx.arguments)
+        found = getattr(torch.ops.decompk, backward)(grad, x, weight, *ctx.arguments, wanted, *backend)
+        own = [g if w else None for g, w in zip(found, wanted, strict=True)]
         return *own, *(None for _ in ctx.arguments)
 
     return differentiate
@@ -689,15 +746,15 @@ def _differentiate(backward: str, chooses: bool):
 
 def _once(ctx, *grads):
     raise DecompkError(
-        "block_conv2d and block_linear have no second derivative: take it of the dense operators, on a masked weight."
+        "the backwards of block_conv2d and block_linear have no derivative: differentiate the operators themselves."
     )
 
 
-for _name, _forward, _backward, _chooses in (  # a linear layer is torch's products on every backend
-    ("block_conv2d", _conv, _conv_backward, True),
-    ("block_linear", _linear, _linear_backward, False),
+for _name, _forward, _backward, _chooses, _dense in (  # a linear layer is torch's products on every backend
+    ("block_conv2d", _conv, _conv_backward, True, _dense_conv),
+    ("block_linear", _linear, _linear_backward, False, _dense_linear),
 ):
-    _forward.register_autograd(_differentiate(f"{_name}_backward", _chooses), setup_context=_keep)
+    _forward.register_autograd(_differentiate(f"{_name}_backward", _chooses, _dense), setup_context=_keep)
     _backward.register_autograd(_once)
     register_autocast(_name)
 

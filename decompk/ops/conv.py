@@ -17,6 +17,7 @@ from .. import dispatch
 from ..config import DTYPES, Epilogue, Problem, dtype_name
 from ..errors import DecompkError
 from . import library, on_cpu
+from .followed import conv_gradients, follows
 from .layout import (
     aligned,
     as_strided_like,
@@ -51,7 +52,8 @@ def grouped_conv2d(
     they are cast to its dtype. → (K, N, O, H', W') in x's layout, channel stride 1. Sums are float32 (float64 for
     float64).
 
-    Differentiable once. Raises DecompkError for shapes, dtypes or sizes that do not fit.
+    Differentiable as often as torch's own operators, which compute whatever follows the first derivative, and all that
+    torch.func, forward mode or an export looks at. Raises DecompkError for shapes, dtypes or sizes that do not fit.
     """
     if x.dim() != 5 or weight.dim() != 5:
         raise DecompkError(
@@ -60,6 +62,9 @@ def grouped_conv2d(
     x, *geometry = padded(x, weight.shape[3:], stride, padding, dilation)
     if on_cpu.takes(x, weight, bias) and layout_of(x) == "member" and prod(check(x, weight, bias, *geometry)):
         return on_cpu.conv2d(x.flatten(0, 1), weight, bias, *geometry).unflatten(0, x.shape[:2])
+    if dispatch.watched():
+        check(x, weight, bias, *geometry)
+        return library.by_torch(*autocast(x, weight, bias), *geometry)
     tell_flop_counter(register_flops)
     return torch.ops.decompk.grouped_conv2d(channels_inside(x), weight, bias, *geometry)
 
@@ -87,7 +92,9 @@ def conv2d(
     def by_group(t: Tensor, dim: int) -> Tensor:
         return t.unflatten(dim, (groups, t.shape[dim] // groups))
 
-    x = by_group(x.contiguous(memory_format=torch.channels_last), 1).transpose(0, 1)
+    # A transform knows no memory format.
+    x = x if dispatch.watched() else x.contiguous(memory_format=torch.channels_last)
+    x = by_group(x, 1).transpose(0, 1)
     bias = None if bias is None else by_group(bias, 0)
     y = grouped_conv2d(x, by_group(weight, 0), bias, stride, padding, dilation)
     return y.transpose(0, 1).flatten(1, 2)
@@ -242,16 +249,16 @@ def _keep(ctx, inputs, output):
 def _differentiate(ctx, grad):
     x, weight = ctx.saved_tensors
     wanted = [*ctx.needs_input_grad[:2], ctx.has_bias and ctx.needs_input_grad[2]]
-    gradients = torch.ops.decompk.grouped_conv2d_backward(
-        grad, x, weight, ctx.stride, ctx.padding, ctx.dilation, wanted, ctx.backend
-    )
+    geometry = ctx.stride, ctx.padding, ctx.dilation
+    if follows(grad):
+        gradients = conv_gradients(grad, x, weight, geometry, wanted, ctx.backend)
+    else:
+        gradients = torch.ops.decompk.grouped_conv2d_backward(grad, x, weight, *geometry, wanted, ctx.backend)
     return *(g if w else None for g, w in zip(gradients, wanted, strict=True)), None, None, None
 
 
 def _once(ctx, *grads):
-    raise DecompkError(
-        "decompk::grouped_conv2d has no second derivative: take it of the unpacked members, or of a float64 network."
-    )
+    raise DecompkError("decompk::grouped_conv2d_backward has no derivative: differentiate ops.grouped_conv2d twice.")
 
 
 _forward.register_autograd(_differentiate, setup_context=_keep)
@@ -261,20 +268,27 @@ _backward.register_autograd(_once)
 _library = torch.library.Library("decompk", "FRAGMENT")
 
 
+def autocast(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The operands of an operator as autocast casts them: in its dtype, where it is enabled and none is float64."""
+    device = x.device.type
+    if not torch.is_autocast_enabled(device) or torch.float64 in (x.dtype, weight.dtype):
+        return x, weight, bias
+    dtype = torch.get_autocast_dtype(device)
+    return x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+
+
 def register_autocast(name: str) -> None:
     """Under autocast: decompk::`name`'s x, weight and bias in its dtype, then the operator itself."""
 
     def implement(device: str) -> None:
         key = f"Autocast{device.upper()}"
 
-        def autocast(x, weight, bias, *arguments):
-            dtype = torch.get_autocast_dtype(device)
-            keep = torch.float64 in (x.dtype, weight.dtype)
-            x, weight, bias = (t if t is None or keep else t.to(dtype) for t in (x, weight, bias))
+        def run(x, weight, bias, *arguments):
+            operands = autocast(x, weight, bias)
             with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))):
-                return getattr(torch.ops.decompk, name)(x, weight, bias, *arguments)
+                return getattr(torch.ops.decompk, name)(*operands, *arguments)
 
-        _library.impl(name, autocast, key)
+        _library.impl(name, run, key)
 
     for device in ("cpu", "cuda"):
         implement(device)

@@ -15,7 +15,8 @@ from ..errors import DecompkError
 from ..partition import Crop
 from . import library
 from .conv import arguments, check, operands, register_flops, settled, tell_flop_counter
-from .layout import as_strided_like, channels_inside, empty_like_layout, empty_weight, layout_of, nhwc, ohwi, sizes
+from .followed import conv_gradients, follows
+from .layout import as_strided_like, channels_inside, empty_like_layout, empty_weight, layout_of, ohwi, sizes
 
 
 def fused_conv2d(
@@ -61,7 +62,7 @@ def conv2d_moments(
 
     moments (K, 1, 3, O) float32 (float64 for float64): count, mean and Σ(y − mean)² over the pixels of each member,
     taken while y is written; without gradient, since `batch_norm` accounts for them. Empty where not asked for. y is
-    differentiable once.
+    differentiable as in `grouped_conv2d`.
     """
     around = (None, None), None, False, (None, None), False
     return _call(x, weight, bias, stride, padding, dilation, *around, crops, moments)
@@ -71,12 +72,26 @@ def _call(x, weight, bias, stride, padding, dilation, affine, residual, relu, pr
     if weight.dim() != 5 or x.dim() != (4 if crops else 5):
         wanted = "an image (N, C, H, W)" if crops else "(K, N, C, H, W)"
         raise DecompkError(f"x {sizes(x)} and weight {sizes(weight)} are not {wanted} and (K, O, C, kh, kw).")
-    stride, padding, dilation = arguments(weight.shape[3:], stride, padding, dilation)
+    geometry = arguments(weight.shape[3:], stride, padding, dilation)
     window = [] if crops is None else _window(crops, x, weight)
+    if dispatch.watched():
+        return _by_torch(x, weight, bias, affine, residual, relu, prologue, in_relu, window, moments, geometry)
     tell_flop_counter(register_flops)
     x = channels_inside(x.unsqueeze(0) if window else x)
-    flags = (relu, *prologue, in_relu, window, moments, stride, padding, dilation)
+    flags = (relu, *prologue, in_relu, window, moments, *geometry)
     return torch.ops.decompk.fused_conv2d(x, weight, bias, *affine, residual, *flags)
+
+
+def _by_torch(x, weight, bias, affine, residual, relu, prologue, in_relu, window, moments, geometry):
+    """y and moments by torch's own operators, step after step, for whatever follows those alone."""
+    members = library.cut(x.unsqueeze(0), window) if window else x
+    shape = check(members, weight, bias, *geometry)
+    _check_operands(x.new_empty(()).expand(shape), x, weight, *affine, residual, *prologue, window)
+    form = "loop" if dispatch.exact(x.dtype) else "grouped"
+    before = None if prologue[0] is None else Prologue(*prologue, in_relu)
+    around = Epilogue(bias, *affine, residual, relu), before, moments
+    y, found = library.fused(form, members, weight, *geometry, *around, differentiable=True)
+    return y, y.new_empty(0, dtype=torch.float32) if found is None else found.detach()
 
 
 def _window(crops: Sequence[Crop], image: Tensor, weight: Tensor) -> list[int]:
@@ -127,7 +142,7 @@ def _fused(
     problem, views = operands("fprop", members, w, geometry, (x, y, *extra), bool(window))
     choice = dispatch.choose(problem, x.device)
     if choice.backend in library.BACKENDS:
-        members = cut(x, window) if window else x
+        members = library.cut(x, window) if window else x
         value, found = library.fused(choice.form, members, weight, *geometry, epilogue, prologue, moments)
         return as_strided_like(value, y), merged.copy_(found) if moments else merged
     from ..kernels import conv
@@ -181,13 +196,6 @@ def _laid_like(residual: Tensor, y: Tensor) -> Tensor:
     return residual if layout_of(residual) == layout_of(y) else torch.empty_like(y).copy_(residual)
 
 
-def cut(image: Tensor, window: Sequence[int]) -> Tensor:
-    """(1, N, C, H, W) → the crops (K, N, C, h, w), copied."""
-    h, w, *starts = window
-    corners = zip(starts[::2], starts[1::2], strict=True)
-    return torch.stack([nhwc(image)[0, :, top : top + h, left : left + w] for top, left in corners]).movedim(-1, 2)
-
-
 def _offsets(window: Sequence[int], device: torch.device) -> Tensor | None:
     return _offsets_of(tuple(window[2:]), device) if window else None
 
@@ -221,7 +229,7 @@ def _crop_backward(
     with dispatch.resumed(backend):
         choice = dispatch.choose(problem, image.device)
     if choice.backend in library.BACKENDS:
-        crops = cut(image, window)
+        crops = library.cut(image, window)
         return as_strided_like(library.backward(choice.form, grad, crops, weight, *geometry, (False, True))[1], dw)
     from ..kernels import conv
 
@@ -250,7 +258,9 @@ def _differentiate(ctx, grad, _):
         )
     x, weight = ctx.saved_tensors
     wanted = [*ctx.needs_input_grad[:2], ctx.bias is not None and ctx.needs_input_grad[2]]
-    if not ctx.window:
+    if follows(grad):
+        gradients = conv_gradients(grad, x, weight, ctx.geometry, wanted, ctx.backend, ctx.window)
+    elif not ctx.window:
         gradients = torch.ops.decompk.grouped_conv2d_backward(grad, x, weight, *ctx.geometry, wanted, ctx.backend)
     else:
         gradients = [None, None, None]

@@ -11,6 +11,7 @@ from math import prod
 import torch
 from torch import Tensor
 
+from .. import dispatch
 from ..config import TORCH_FORMS, Epilogue, Prologue
 from ..errors import BackendError
 from ..kernels import cpu
@@ -21,9 +22,19 @@ Pair = tuple[int, int]
 
 
 def forward(
-    form: str, x: Tensor, weight: Tensor, bias: Tensor | None, stride: Pair, padding: Pair, dilation: Pair
+    form: str,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
+    differentiable: bool = False,
 ) -> Tensor:
-    """x (K, N, C, H, W), weight (K, O, C, kh, kw), bias (K, O) → (K, N, O, H', W'), its strides as they come."""
+    """x (K, N, C, H, W), weight (K, O, C, kh, kw), bias (K, O) → (K, N, O, H', W'), its strides as they come.
+
+    differentiable: torch's autograd may run behind it; only the forms of torch's own operators can be.
+    """
     _known(form)
     if form in cpu.FORMS:
         return cpu.forward(form, x, weight, bias, stride, padding)
@@ -34,6 +45,8 @@ def forward(
         return y.view(*shape, -1).movedim(-1, 2)
 
     def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> Tensor:
+        if differentiable and overruns(x, weight, stride):
+            x, weight = x.contiguous(), weight.contiguous()
         return torch.convolution(x, weight, bias, stride, padding, dilation, False, (0, 0), groups)
 
     if form == "loop":
@@ -46,6 +59,12 @@ def forward(
     return y.unflatten(1, weight.shape[:2]).movedim(1, 0)
 
 
+def by_torch(x: Tensor, weight: Tensor, bias: Tensor | None, stride: Pair, padding: Pair, dilation: Pair) -> Tensor:
+    """`forward` for whatever follows torch's own operators: any derivative, torch.func, an export."""
+    form = "loop" if dispatch.exact(x.dtype) else "grouped"
+    return forward(form, x, weight, bias, stride, padding, dilation, differentiable=True)
+
+
 def fused(
     form: str,
     x: Tensor,
@@ -56,6 +75,7 @@ def fused(
     epilogue: Epilogue,
     prologue: Prologue | None,
     moments: bool,
+    differentiable: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """(y, moments (K, 1, 3, O) if wanted): `forward` with a prologue and an epilogue, one step after the other."""
     e = epilogue
@@ -66,7 +86,7 @@ def fused(
     if e.scale is not None:  # goes into weights and bias
         weight = (weight * e.scale[..., None, None, None]).to(x.dtype)
         bias = (e.shift if bias is None else e.shift + bias * e.scale).to(x.dtype)
-    y = forward(form, x, weight, bias, stride, padding, dilation)
+    y = forward(form, x, weight, bias, stride, padding, dilation, differentiable)
     found = moments_of(y) if moments else None
     if e.residual is not None:
         y = y + e.residual
@@ -165,6 +185,14 @@ def overruns(x: Tensor, weight: Tensor, stride: Sequence[int]) -> bool:
 def side_by_side(x: Tensor) -> Tensor:
     """(K, N, C, H, W) → (N, K·C, H, W), channels_last; without a copy where the members already lie so."""
     return x.permute(1, 3, 4, 0, 2).flatten(3).permute(0, 3, 1, 2)
+
+
+def cut(image: Tensor, window: Sequence[int]) -> Tensor:
+    """An image (1, N, C, H, W) and a window (h, w, top and left of each member) → the crops (K, N, C, h, w), copied."""
+    h, w, *starts = window
+    pixels = image[0].permute(0, 2, 3, 1)
+    corners = zip(starts[::2], starts[1::2], strict=True)
+    return torch.stack([pixels[:, top : top + h, left : left + w] for top, left in corners]).movedim(-1, 2)
 
 
 def _rows(x: Tensor, stride: Pair) -> tuple[Tensor, tuple[int, ...]]:

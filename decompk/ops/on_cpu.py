@@ -10,12 +10,13 @@ import functools
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from .. import dispatch
 from ..config import PASSES, Problem
 from ..kernels import cpu
 from . import library
+from .batch_norm import followed_gradients
+from .followed import conv_gradients, follows
 from .layout import check_shapes
 from .library import Pair
 
@@ -25,16 +26,12 @@ _PLAIN = (Tensor, nn.Parameter)
 
 def takes(x: Tensor, *others: Tensor | None) -> bool:
     """Whether float32 tensors on a CPU are computed here and now: no mode, transform or compiler looks on."""
-    if not dispatch.runs_on_cpu():
+    if not dispatch.runs_on_cpu() or dispatch.watched():
         return False
     for t in (x, *others):
         if t is not None and (type(t) not in _PLAIN or t.dtype is not torch.float32 or t.device.type != "cpu"):
             return False
-    return (
-        torch._C._len_torch_dispatch_stack() == 0
-        and torch._C._functorch.peek_interpreter_stack() is None
-        and not torch.is_autocast_enabled("cpu")
-    )
+    return torch._C._len_torch_dispatch_stack() == 0 and not torch.is_autocast_enabled("cpu")
 
 
 def channels_last(x: Tensor) -> Tensor:
@@ -71,13 +68,13 @@ def _plan(x: torch.Size, weight: torch.Size, bias: torch.Size | None, geometry: 
 
 def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, stride: Pair, padding: Pair, dilation: Pair) -> Tensor:
     """`grouped_conv2d` of x (K·N, C, H, W) and weight (K, O, C, kh, kw), bias (K, O) → (K·N, O, H', W')."""
-    return _Conv.apply(x, weight, bias, (stride, padding, dilation))
+    # Copied out here, where autograd sees it: what a Function saves has to be what it got.
+    return _Conv.apply(channels_last(x), weight, bias, (stride, padding, dilation))
 
 
 class _Conv(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
-        x = channels_last(x)
         plan = _plan(x.shape, weight.shape, None if bias is None else bias.shape, geometry, dispatch.noted())
         ctx.plan, ctx.geometry, ctx.has_bias = plan, geometry, bias is not None
         ctx.save_for_backward(x, weight)
@@ -88,14 +85,14 @@ class _Conv(torch.autograd.Function):
     def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         plan = ctx.plan
+        needs = ctx.needs_input_grad
+        if follows(dy):
+            x5, dy5 = (t.unflatten(0, (plan.K, -1)) for t in (x, dy))
+            wanted = *needs[:2], ctx.has_bias and needs[2]
+            dx, dw, db = conv_gradients(dy5, x5, weight, ctx.geometry, wanted, plan.backend)
+            return None if dx is None else dx.flatten(0, 1), dw, db, None
         dy = channels_last(dy)
         x5, dy5 = (t.unflatten(0, (plan.K, -1)) for t in (x, dy))
-        needs = ctx.needs_input_grad
-        if torch.is_grad_enabled():  # a graph of this backward is wanted: the operator's, which says that it ends here
-            wanted = [*needs[:2], ctx.has_bias and needs[2]]
-            found = torch.ops.decompk.grouped_conv2d_backward(dy5, x5, weight, *ctx.geometry, wanted, plan.backend)
-            dx, dw, db = (g if w else None for g, w in zip(found, wanted, strict=True))
-            return None if dx is None else dx.flatten(0, 1), dw, db, None
         forms = tuple(plan.form(kind) if wants else None for kind, wants in zip(PASSES[1:], needs, strict=False))
         dx, dw = library.backward_by_forms(forms, dy5, x5, weight, *ctx.geometry)
         dx = None if dx is None else channels_last(dx.flatten(0, 1))
@@ -122,27 +119,27 @@ def batch_norm(
     relu: bool = False,
 ) -> Tensor:
     """`ops.batch_norm` of x (K·N, C, H, W), with the residual like x; two values a channel or more in training."""
+    x, residual = channels_last(x), None if residual is None else channels_last(residual)
     return _BatchNorm.apply(x, weight, bias, residual, running_mean, running_var, K, training, momentum, eps, relu)
 
 
 class _BatchNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, residual, running_mean, running_var, K, training, momentum, eps, relu) -> Tensor:
-        x = channels_last(x)
-        residual = None if residual is None else channels_last(residual)
         y, saved = torch.empty_like(x), x.new_empty((4, K, x.shape[1]))
         vectors = [None if t is None else t.contiguous() for t in (weight, bias)]
         cpu.batch_norm(x, *vectors, running_mean, running_var, residual, y, saved, training, relu, momentum, eps)
         if training and running_mean is not None:
             torch.autograd.graph.increment_version((running_mean, running_var))
         ctx.training, ctx.relu, ctx.residual = training, relu, residual is not None
-        ctx.save_for_backward(x, saved, y if relu and residual is not None else None)
+        ctx.save_for_backward(x, weight, saved, y if relu and residual is not None else None)
         return y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, saved, y = ctx.saved_tensors
+        x, weight, saved, y = ctx.saved_tensors
+        if follows(dy):
+            return *_BatchNorm.followed(ctx, dy, x, weight, saved, y), *(None,) * 7
         dy = channels_last(dy)
         dx, sums = torch.empty_like(x), torch.empty_like(saved[:2])
         g = torch.empty_like(dy) if y is not None else None
@@ -150,3 +147,12 @@ class _BatchNorm(torch.autograd.Function):
         needs = ctx.needs_input_grad
         residual = (dy if g is None else g) if ctx.residual and needs[3] else None
         return dx, sums[0] if needs[1] else None, sums[1] if needs[2] else None, residual, *(None,) * 7
+
+    @staticmethod
+    def followed(ctx, dy, x, weight, saved, y) -> tuple[Tensor | None, ...]:
+        dy, x, y = (t if t is None else t.unflatten(0, (saved.shape[1], -1)) for t in (dy, x, y))
+        mean, rstd, _, bias = saved
+        dx, dw, db, g = followed_gradients(dy, x, y, mean, rstd, weight, bias, ctx.relu, ctx.training)
+        needs = ctx.needs_input_grad
+        residual = g.flatten(0, 1) if ctx.residual and needs[3] else None
+        return dx.flatten(0, 1), dw if needs[1] else None, db if needs[2] else None, residual

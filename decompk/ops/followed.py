@@ -1,0 +1,69 @@
+"""Backwards that are differentiated or batched themselves: by torch's own operators, which bear that."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import dispatch
+from . import library
+
+
+def follows(*grads: Tensor | None) -> bool:
+    """Whether something follows the backward of `grads`: a graph is made of it, or a batch of them runs at once."""
+    return (
+        torch.is_grad_enabled()
+        or dispatch.watched()
+        or any(g is not None and torch._C._functorch.is_legacy_batchedtensor(g) for g in grads)
+    )
+
+
+def gradients(
+    function: Callable[..., Any], inputs: Sequence[Tensor | None], grads: Any, wanted: Sequence[bool]
+) -> list[Tensor | None]:
+    """The gradients that are wanted of `function(*inputs)`, given those of its outputs; None for the others.
+
+    function: made of torch's own operators. Differentiable again where a graph is wanted.
+    """
+    graph = torch.is_grad_enabled()
+    with torch.enable_grad():
+        inputs = [_own(t) if wants else t for t, wants in zip(inputs, wanted, strict=True)]
+        outputs = function(*inputs)
+    several = zip(outputs, grads, strict=True) if isinstance(outputs, tuple) else [(outputs, grads)]
+    ends = [(y, g) for y, g in several if g is not None]
+    sought = [t for t, wants in zip(inputs, wanted, strict=True) if wants]
+    if not sought or not ends:
+        return [None] * len(inputs)
+    outputs, grads = zip(*ends, strict=True)
+    found = iter(torch.autograd.grad(outputs, sought, grads, create_graph=graph, allow_unused=True))
+    return [next(found) if wants else None for wants in wanted]
+
+
+def _own(t: Tensor) -> Tensor:
+    """A view, since one tensor may be two inputs, each of which has its own gradient."""
+    return t.view_as(t) if t.requires_grad else t.detach().requires_grad_()
+
+
+def conv_gradients(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    geometry: Sequence[Sequence[int]],
+    wanted: Sequence[bool],
+    backend: str,
+    window: Sequence[int] = (),
+) -> list[Tensor | None]:
+    """dx, dweight, dbias of `grouped_conv2d` as wanted; backend: what the forward noted (`dispatch.noted`).
+
+    With a window, of `library.cut`, x is the image that all members share.
+    """
+
+    def convolve(x: Tensor, weight: Tensor) -> Tensor:
+        return library.by_torch(library.cut(x, window) if window else x, weight, None, *geometry)
+
+    with dispatch.resumed(backend):
+        dx, dw = gradients(convolve, (x, weight), dy, wanted[:2])
+    return [dx, dw, dy.sum((1, 3, 4)) if wanted[2] else None]
