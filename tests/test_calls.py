@@ -625,10 +625,10 @@ def test_changes_of_a_packed_networks_modules_reach_every_member():
         def __init__(self):
             super().__init__()
             self.scale, self.factor = nn.Parameter(torch.rand(6)), 1.0
-            self.drop, self.act = nn.Dropout(0.5), nn.Tanh()
+            self.drop, self.act, self.shifts = nn.Dropout(0.5), nn.Tanh(), []
 
         def forward(self, x):
-            return self.act(self.drop(x * self.scale)) * self.factor
+            return self.act(self.drop(x * self.scale)) * self.factor + sum(self.shifts)
 
     members, x = members_of(lambda: nn.Sequential(nn.Linear(6, 6), Owns())), double(4, 6)
     packed, seen = pack(members), []
@@ -636,6 +636,7 @@ def test_changes_of_a_packed_networks_modules_reach_every_member():
     inner = packed.get_submodule("1")
     for net in (inner, *(m[1] for m in members)):
         net.factor, net.drop.p, net.act = 3.0, 0.0, nn.Sigmoid()
+        net.shifts.append(2.0)
     torch.testing.assert_close(packed(x), torch.stack([m(x) for m in members]))
     handle = inner.act.register_forward_hook(lambda m, args, out: seen.append(tuple(out.shape)))
     packed(x)

@@ -147,7 +147,7 @@ class PerMember(Shell):
             if t is not None
         }
         self.__dict__.update(
-            _was=[((m, m.training, _attributes(m), _hooks(m), dict(m._modules)), own) for m, own in rows],
+            _was=[(_Noted(m), own) for m, own in rows],
             _places=[
                 (getattr(m, kind), kind, name, [getattr(o, kind) for o in own])
                 for m, own in rows
@@ -166,14 +166,14 @@ class PerMember(Shell):
     def _bring_over(self) -> None:
         """Members' modules, plain attributes, modes and hooks follow what has changed in `inner`."""
         if torch.compiler.is_compiling():  # a compiler guards modes, and follows no more
-            for (module, *_), members in self._was:
+            for noted, members in self._was:
                 for own in members:
-                    if own.training != module.training:
-                        own.training = module.training
-        elif not all(_is_as(*was) for was, _ in self._was):
-            for was, members in self._was:
+                    if own.training != noted.module.training:
+                        own.training = noted.module.training
+        elif not all(noted.holds() for noted, _ in self._was):
+            for noted, members in self._was:
                 for own in members:
-                    _follow(own, *was)
+                    noted.bring_over(own)
             self._note()
 
     def train(self, mode: bool = True) -> PerMember:
@@ -318,40 +318,57 @@ def _held(module: nn.Module) -> Iterator[tuple[str, Any, Any]]:
                 yield attribute, key, value
 
 
-def _hooks(module: nn.Module) -> list[dict]:
-    return [dict(getattr(module, name)) for name in _HOOKS]
+class _Noted:
+    """What a module of `inner` was like when its members were like it."""
+
+    def __init__(self, module: nn.Module):
+        self.module, self.mode = module, module.training
+        self.attributes = _attributes(module)
+        self.insides = {name: _inside(v) for name, v in self.attributes.items() if isinstance(v, list | dict | set)}
+        self.hooks = [dict(getattr(module, name)) for name in _HOOKS]
+        self.children = dict(module._modules)
+
+    def holds(self) -> bool:
+        now = vars(self.module)
+        return (
+            self.module.training is self.mode
+            and now["_modules"] == self.children
+            and sum(name not in _OF_EVERY_MODULE for name in now) == len(self.attributes)
+            and all(now.get(name, _was_not) is value for name, value in self.attributes.items())
+            and all(_same(_inside(now[name]), inside) for name, inside in self.insides.items())
+            and all(now[name].keys() == known.keys() for name, known in zip(_HOOKS, self.hooks, strict=True))
+        )
+
+    def bring_over(self, own: nn.Module) -> None:
+        """Bring into a member's module what has changed since."""
+        module = self.module
+        own.training, own._is_full_backward_hook = module.training, module._is_full_backward_hook
+        now = _attributes(module)
+        for name in self.attributes.keys() - now.keys():
+            vars(own).pop(name, None)
+        for name, value in now.items():
+            inside = self.insides.get(name)
+            same = self.attributes.get(name, _was_not) is value
+            if not same or (inside is not None and not _same(_inside(value), inside)):
+                vars(own)[name] = _copied(value)
+        for name, known in zip(_HOOKS, self.hooks, strict=True):
+            theirs, ours = getattr(module, name), getattr(own, name)
+            for key in known.keys() - theirs.keys():
+                ours.pop(key, None)
+            ours.update({key: hook for key, hook in theirs.items() if key not in known})
+        for name in self.children.keys() - module._modules.keys():
+            own._modules.pop(name, None)
+        for name, child in module._modules.items():
+            if self.children.get(name) is not child:
+                own._modules[name] = None if child is None else own_module(child)
 
 
-def _is_as(module: nn.Module, mode: bool, attributes: dict, hooks: list[dict], children: dict) -> bool:
-    now = vars(module)
-    return (
-        module.training is mode
-        and now["_modules"] == children
-        and sum(name not in _OF_EVERY_MODULE for name in now) == len(attributes)
-        and all(now.get(name, _was_not) is value for name, value in attributes.items())
-        and all(now[name].keys() == known.keys() for name, known in zip(_HOOKS, hooks, strict=True))
-    )
+def _inside(container: list | dict | set) -> list:
+    return [*container, *container.values()] if isinstance(container, dict) else [*container]
 
 
-def _follow(own: nn.Module, module: nn.Module, mode: bool, attributes: dict, hooks: list[dict], children: dict) -> None:
-    """Bring into a member's module what has changed in inner's `module` since it was as told."""
-    own.training, own._is_full_backward_hook = module.training, module._is_full_backward_hook
-    now = _attributes(module)
-    for name in attributes.keys() - now.keys():
-        vars(own).pop(name, None)
-    for name, value in now.items():
-        if attributes.get(name, _was_not) is not value:
-            vars(own)[name] = _copied(value)
-    for name, known in zip(_HOOKS, hooks, strict=True):
-        theirs, ours = getattr(module, name), getattr(own, name)
-        for key in known.keys() - theirs.keys():
-            ours.pop(key, None)
-        ours.update({key: hook for key, hook in theirs.items() if key not in known})
-    for name in children.keys() - module._modules.keys():
-        own._modules.pop(name, None)
-    for name, child in module._modules.items():
-        if children.get(name) is not child:
-            own._modules[name] = None if child is None else own_module(child)
+def _same(a: list, b: list) -> bool:
+    return len(a) == len(b) and all(x is y for x, y in zip(a, b, strict=True))
 
 
 def _copied(value: Any) -> Any:
