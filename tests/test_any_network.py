@@ -421,6 +421,41 @@ class Decoder(nn.Module):
         return nn.functional.linear(x, self.tied[0].weight.T) + self.shift
 
 
+class TiedWithoutTensors(TiedByTuple):
+    """The decoder has no tensor of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.decode = Multiplies(self.encode)
+
+
+class Multiplies(nn.Module):
+    def __init__(self, encoder):
+        super().__init__()
+        self.tied = (encoder,)
+
+    def forward(self, x):
+        return x * self.tied[0].bias
+
+
+class Centres(nn.Module):
+    """Calls a layer that is registered elsewhere, and lets the samples see each other: found at the first call."""
+
+    def __init__(self, encoder):
+        super().__init__()
+        self.tied = (encoder,)
+
+    def forward(self, x):
+        y = self.tied[0](x)
+        return y - y.mean(0)
+
+
+class TiedByCall(TiedByTuple):
+    def __init__(self):
+        super().__init__()
+        self.decode = Centres(self.encode)
+
+
 class Scaler:
     def __init__(self):
         self.factor = torch.rand(()).item()
@@ -435,13 +470,21 @@ class HoldsObject(nn.Module):
         return self.fc(x) * self.scaler.factor
 
 
-@pytest.mark.parametrize("make", [Projects, HiddenLayers, TiedByTuple, HoldsObject], ids=lambda m: m.__name__)
+@pytest.mark.parametrize(
+    "make", [Projects, HiddenLayers, TiedByTuple, TiedWithoutTensors, HoldsObject], ids=lambda m: m.__name__
+)
 def test_what_members_hold_beside_registered_tensors_is_their_own(make):
     members = members_of(lambda: nn.Sequential(nn.Linear(6, 6), make()))
     for rehearse in (True, False):
         packed = pack(members, rehearse=rehearse)
         assert_packed_equals_separate(members, double(N, 6), steps=3, packed=packed)
         assert packed.describe().count("member by member") == 1 and packed.describe().count("twin") == 1
+
+
+def test_a_module_that_calls_another_ones_layer_does_so_with_the_members_own_after_the_first_call():
+    members = members_of(lambda: nn.Sequential(nn.Linear(6, 6), TiedByCall()))
+    packed = assert_packed_equals_separate(members, double(N, 6), steps=3)
+    assert packed.describe().count("member by member") == 1 and packed.describe().count("twin") == 1
 
 
 class HoldsLambda(nn.Module):

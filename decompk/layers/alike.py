@@ -5,21 +5,21 @@ from __future__ import annotations
 import functools
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from types import BuiltinFunctionType, FunctionType, MethodType
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import _WrappedHook
 from torch.nn.parameter import UninitializedTensorMixin
 from torch.nn.utils.parametrize import is_parametrized
 
 from ..errors import PackError
 from ..shell import Rewritten, Shell
 from .base import HOOKS, Twin, dotted
-from .forward_code import attributes, content, is_changeable, read_forward
+from .forward_code import attributes, is_changeable, read_forward
+from .held import inside, opaque, walked
 from .stack import hooks_of
 
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
@@ -108,10 +108,10 @@ def _keeper(modules: dict[str, nn.Module], path: str, name: str) -> str | None:
     held = [(p, n) for p, m in modules.items() for n, v in attributes(m).items() if v is value and is_changeable(v)]
     for where, called in [(path, name), *held]:
         around = [where.rsplit(".", n)[0] for n in range(where.count(".") + 1)] + [""] * bool(where)
-        for inside in around:
-            code = read_forward(modules[inside])
+        for one in around:
+            code = read_forward(modules[one])
             if called in code.stored | code.filled:
-                return inside
+                return one
     return None
 
 
@@ -201,7 +201,7 @@ def _difference(a: Any, b: Any, known: set[int]) -> str:
         return "" if a == b or (a != a and b != b) else "value"
     known |= {id(a), id(b)}
     if isinstance(a, FunctionType):
-        return _worst(_inside(a), _inside(b), known) if a.__code__ == b.__code__ else "value"
+        return _worst(inside(a), inside(b), known) if a.__code__ == b.__code__ else "value"
     if isinstance(a, MethodType):
         return _worst([a.__func__, a.__self__], [b.__func__, b.__self__], known)
     if isinstance(a, functools.partial):
@@ -210,7 +210,7 @@ def _difference(a: Any, b: Any, known: set[int]) -> str:
         return _worst(list(a.values()), list(b.values()), known) if a.keys() == b.keys() else "value"
     if isinstance(a, list | tuple | deque):
         return _worst(a, b, known)
-    if not _opaque(a):  # a member alone uses its own object, whatever is in it
+    if not opaque(a):  # a member alone uses its own object, whatever is in it
         return "own" if _difference(vars(a), vars(b), known) else ""
     return ""
 
@@ -220,12 +220,6 @@ def _worst(a: Sequence, b: Sequence, known: set[int]) -> str:
         return "value"
     found = {_difference(x, y, known) for x, y in zip(a, b, strict=True)}
     return next((how for how in ("value", "own") if how in found), "")
-
-
-def _inside(function: FunctionType) -> list:
-    """What a function carries along: defaults and the contents of its closure."""
-    cells = [content(cell) for cell in function.__closure__ or ()]
-    return [*cells, function.__defaults__, function.__kwdefaults__]
 
 
 # ---- what no copy reaches -------------------------------------------------------------------------------------------
@@ -263,7 +257,7 @@ def _quoted(part: str) -> str:
 def _captured(value: Any, names: dict[int, str]) -> str:
     """The part of the member that a function or weak reference inside `value` holds; "" if none does."""
     for part in walked(value, lambda part: isinstance(part, Tensor | nn.Module)):
-        if isinstance(part, FunctionType) and (found := _reached(_inside(part), names)):
+        if isinstance(part, FunctionType) and (found := _reached(inside(part), names)):
             return found
         if isinstance(part, weakref.ref) and isinstance(part(), nn.Module) and id(part()) in names:
             return names[id(part())]
@@ -274,44 +268,3 @@ def _reached(value: Any, names: dict[int, str]) -> str:
     """The part of the member that `value` is or holds, however deep; "" if none."""
     found = (names[id(part)] for part in walked(value, lambda part: id(part) in names) if id(part) in names)
     return next(found, "")
-
-
-def walked(value: Any, ends: Callable[[Any], bool]) -> Iterator[Any]:
-    """`value` and what it holds, but nothing inside what `ends` says."""
-    seen: set[int] = set()
-    queue = [value]
-    while queue:
-        value = queue.pop()
-        if id(value) not in seen:
-            seen.add(id(value))
-            yield value
-            queue += () if ends(value) else _parts(value)
-
-
-def _parts(value: Any) -> list:
-    """What a container, function, partial, method or object holds."""
-    if isinstance(value, dict):
-        return [*value.keys(), *value.values()]
-    if isinstance(value, list | tuple | set | frozenset | deque):
-        return list(value)
-    if isinstance(value, FunctionType):
-        return _inside(value)
-    if isinstance(value, functools.partial):
-        return [value.func, *value.args, *value.keywords.values()]
-    if isinstance(value, MethodType):
-        return [value.__func__, value.__self__]
-    if isinstance(value, weakref.ref):
-        return [value()]
-    if isinstance(value, _WrappedHook):  # its weak reference to the module is copied right
-        return [value.hook]
-    return [] if _opaque(value) else list(vars(value).values())
-
-
-def _opaque(value: Any) -> bool:
-    """Whether an object has no insides for us: none in Python, or those of a module, a class or torch's compilers."""
-    kinds = ("torch.fx", "torch.jit", "torch._")
-    return (
-        not hasattr(value, "__dict__")
-        or isinstance(value, ModuleType | type)
-        or type(value).__module__.startswith(kinds)
-    )

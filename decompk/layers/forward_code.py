@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .held import content, walked
 from .in_place import Change, changed_in_place
 
 _TENSOR_ACCESS = {
@@ -57,7 +58,9 @@ class ForwardCode:
 def why_not_packed(module: nn.Module) -> str | None:
     """Why `module` cannot run on all members at once although each leaf below it could; None if it can."""
     code = read_forward(module)
-    tensors = {name.rpartition(".")[2] for name, _ in (*module.named_parameters(), *module.named_buffers())}
+    others = (m for m in walked(attributes(module), _is_module) if isinstance(m, nn.Module))  # such as to share weights
+    named = (name for m in (module, *others) for name, _ in (*m.named_parameters(), *m.named_buffers()))
+    tensors = {name.rpartition(".")[2] for name in named}
     reads = (code.foreign | code.named) & tensors
     if tensors:
         reads |= (code.own | code.foreign | code.called) & _TENSOR_ACCESS
@@ -68,6 +71,10 @@ def why_not_packed(module: nn.Module) -> str | None:
     if code.state:
         return f"its forward keeps '{code.state[0]}' between calls"
     return _why_by_train(module, code, tensors)
+
+
+def _is_module(value: Any) -> bool:
+    return isinstance(value, nn.Module)
 
 
 def _why_by_train(module: nn.Module, forward: ForwardCode, tensors: set[str]) -> str | None:
@@ -219,13 +226,6 @@ def _values(function: FunctionType, names: set[str]) -> list:
     values = [known[name] for name in names if name in known]
     modules = [value for value in values if isinstance(value, ModuleType)]
     return values + [vars(m)[name] for m in modules for name in names if name in vars(m)]
-
-
-def content(cell: Any) -> Any:
-    try:
-        return cell.cell_contents
-    except ValueError:  # not yet filled
-        return None
 
 
 def _inside_torch(function: FunctionType) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dis
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from types import CodeType
@@ -44,7 +45,8 @@ class Change:
     is_argument: bool
 
 
-def changed_in_place(function: CodeType, self_name: str) -> list[Change]:
+@functools.lru_cache(4096)
+def changed_in_place(function: CodeType, self_name: str) -> tuple[Change, ...]:
     """Every change that the code and those nested in it make to what an attribute, an argument or a global holds."""
     found: list[tuple[Chain, str]] = []
     aliases: dict[str, set[Chain]] = {}
@@ -54,11 +56,11 @@ def changed_in_place(function: CodeType, self_name: str) -> list[Change]:
         queue += [constant for constant in code.co_consts if isinstance(constant, CodeType)]
         arguments |= {*code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]} - {self_name}
         found += _followed(code, aliases)
-    return [
+    return tuple(
         Change(chain[0], chain[1:], how, len(chain) == 1 and chain[0] in arguments)
         for first, how in found
         for chain in _resolved(first, aliases)
-    ]
+    )
 
 
 def _resolved(chain: Chain, aliases: dict[str, set[Chain]]) -> Iterator[Chain]:

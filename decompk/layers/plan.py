@@ -14,9 +14,9 @@ from torch.nn.utils.parametrize import is_parametrized
 from ..errors import PackError
 from ..shell import Rewritten
 from . import TWINS
-from .alike import walked
 from .base import HOOKS, Twin, dotted
 from .forward_code import attributes, is_changeable, read_forward, why_not_packed
+from .held import walked
 
 _ALONG_DIM = (nn.Softmax, nn.LogSoftmax, nn.Softmin, nn.GLU, nn.CosineSimilarity, nn.Unflatten)
 

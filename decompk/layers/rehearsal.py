@@ -23,6 +23,7 @@ from ..dispatch import backend
 from .base import HOOKS, Twin, deep_copy, rehearsal_of
 from .nest import leaves, tree_map
 from .per_member import PerMember, member_of, own_module, per_member_kind
+from .plan import entangled
 from .stack import unhook
 
 COUNTS = (2, 3, 5, 7, 11)  # samples of a rehearsal: the first of which no other size is a multiple
@@ -368,6 +369,11 @@ class Rehearsal:
         taken = {*changes.whole, *(shell._path for shell in self._shells)}
         while path and any(path == p or path.startswith(f"{p}.") for p in taken):
             path = path.rpartition(".")[0]
+        modules = dict(self.net.named_modules(remove_duplicate=False))
+        while wider := [
+            p for p in entangled(modules, {path, *taken}) if path.startswith(f"{p}." if p else "") and p != path
+        ]:
+            path = wider[0]
         below = {p for p in changes.whole if p.startswith(f"{path}." if path else "")}
         return Changes(changes.contiguous, {path: reason, **{p: r for p, r in changes.whole.items() if p not in below}})
 
