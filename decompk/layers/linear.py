@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import prod
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -16,7 +18,7 @@ class PackedLinear(Twin, nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         self.check(x)
         shape = x.shape[:-1]
-        rows = shape.numel() // self.K
+        rows = prod(shape) // self.K  # torch.Size.numel() would fix the batch of an export
         if linear_form(rows, self.in_features, self.out_features, x.dtype, x.is_cuda) == "loop":
             return self.each_member(F.linear, x, self.weight, self.bias)
         x, weight = x.reshape(self.K, rows, self.in_features), self.weight.mT
