@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch._C import _functorch
+from torch.autograd import forward_ad
 
 from . import device as devices
 from . import extension, measured
@@ -123,9 +125,9 @@ def watched() -> bool:
     Those follow torch's operators alone: ours are constants to them, or do not run elsewhere.
     """
     return (
-        torch.autograd.forward_ad._current_level >= 0
+        forward_ad._current_level >= 0
         # compiled code takes any other question about the stack for a yes
-        or isinstance(torch._C._functorch.peek_interpreter_stack(), torch._C._functorch.CInterpreter)
+        or isinstance(_functorch.peek_interpreter_stack(), _functorch.CInterpreter)
         or torch._C._get_tracing_state() is not None
         or torch.compiler.is_exporting()
     )
@@ -403,7 +405,10 @@ EXACT = (torch.float64, torch.complex64, torch.complex128)
 
 
 def _sizeless() -> bool:
-    """Whether the code that runs is written down for batches of other sizes, too."""
+    """Whether the code that runs is written down for batches of other sizes, too.
+
+    Members in turn do not ask for the size; views that join members and samples do, of torch's symbolic shapes.
+    """
     return torch.compiler.is_exporting() or torch._C._get_tracing_state() is not None
 
 
@@ -424,9 +429,9 @@ def conv_form(
     always one launch.
     """
     # 3×3, loop / grouped: 8→8 at 9², K=16 (0.7 M MAC): 14 / 9; 16→16 at 9², K=16 (3 M): 25 / 27; at 35², K=4: 39 / 56.
-    if exact(dtype):
+    if exact(dtype) or _sizeless():
         return "loop"
-    if cuda or _sizeless():
+    if cuda:
         return "matmul" if pointwise else "grouped"
     small = positions * out_channels * in_channels * math.prod(kernel) < 2**21
     # 1×1, loop / grouped / matmul: 16→64 at 35², K=4: 24 / 50 / 22; 8→32 at 9², K=16: 16 / 10 / 7; with stride 2,
@@ -441,8 +446,10 @@ def norm_form(
 ) -> str:
     """How K batch norms run, "loop" or "grouped": `elements` values and `channels` channels a member."""
     # 8 channels at 9², K=16: 3.2 / 2.3; 64 at 9², K=4: 2.2 / 1.8; 64 at 35², K=4: 22 / 35; 4 at 35², K=16: 35 / 16.
-    if exact(dtype) or cuda or _sizeless():
-        return "loop" if exact(dtype) else "grouped"
+    if exact(dtype) or _sizeless():
+        return "loop"
+    if cuda:
+        return "grouped"
     if training:
         return "grouped" if elements < 2**16 or channels < 8 else "loop"
     # Forward alone: 16 channels at 5², K=16: 0.6 / 0.3; 4 at 18², K=16: 2.0 / 2.4; 64 at 9², K=4: 0.47 / 0.58.
@@ -454,6 +461,8 @@ def recurrent_form(mode: str, K: int, dtype: torch.dtype = torch.float32, cuda: 
     # oneDNN has LSTMs of its own, and nothing else. 16 steps of 16 samples, two cores, loop / together in ms: LSTM,
     # hidden 64, K=4: 11.5 / 13.9, K=16: 37.3 / 28.6; hidden 16: 6.6 / 9.7, 24.7 / 13.5; GRU, hidden 64: 32.9 / 14.2,
     # 75.5 / 17.7.
+    if _sizeless():
+        return "loop"
     if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu") or watched():
         return "together"
     return "loop" if exact(dtype) or (mode == "LSTM" and K <= 8 and not cuda) else "together"
@@ -464,6 +473,8 @@ def linear_form(
 ) -> str:
     """How K linear layers run, "loop" or "grouped" as one batched product: the sizes are one member's."""
     # 32→10 on 16 rows, K=16: 1.2 / 0.3; 64→192 on 1024 rows, K=4: 7.3 / 6.7; 512→1000 on 16 rows, K=4: 10 / 25.
-    if exact(dtype) or cuda or _sizeless():
-        return "loop" if exact(dtype) else "grouped"
+    if exact(dtype) or _sizeless():
+        return "loop"
+    if cuda:
+        return "grouped"
     return "loop" if rows < 64 and in_features * out_features >= 2**18 else "grouped"

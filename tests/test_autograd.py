@@ -7,12 +7,15 @@ import pytest
 import torch
 import torch.autograd.forward_ad as forward_ad
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from helpers import leaves
 from torch import nn
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 from torch.testing import assert_close
 
 import decompk
+from decompk import ops
+from decompk.partition import Crop
 
 K, N = 3, 4
 TOLERANCE = {torch.float32: 2e-4, torch.float64: 1e-10}
@@ -118,12 +121,16 @@ class Case:
             return stacked([of_member(member, self.x[k]) for k, member in enumerate(self.members)])
 
     def same(self, found, reference):
-        """Equal up to rounding, of which what cancels to zero has as much as its fellows."""
-        found, reference = leaves(found), leaves(reference)
-        assert len(found) == len(reference)
-        scale = max(1.0, *(t.abs().max().item() for t in reference))
-        for one, other in zip(found, reference, strict=True):
-            assert_close(one, other, rtol=TOLERANCE[self.dtype], atol=TOLERANCE[self.dtype] * scale)
+        same(found, reference, self.dtype)
+
+
+def same(found, reference, dtype):
+    """Equal up to rounding, of which what cancels to zero has as much as its fellows."""
+    found, reference = leaves(found), leaves(reference)
+    assert len(found) == len(reference)
+    scale = max(1.0, *(t.abs().max().item() for t in reference), 0.0)
+    for one, other in zip(found, reference, strict=True):
+        assert_close(one, other, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype] * scale)
 
 
 def stacked(results):
@@ -272,3 +279,290 @@ def test_jacobians_and_hessians_are_those_of_the_members_alone(case):
             assert not found[k, :, :, k - 1].any()
         for found in hessians:
             case.same(found[k, ..., k, :] if own[1].dim() == 2 else found[k], own[1])
+
+
+# ---- the operators alone --------------------------------------------------------------------------------------------
+
+BACKENDS = ["any", "torch", "triton"]
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request):
+    return contextlib.nullcontext if request.param == "any" else partial(decompk.backend, request.param)
+
+
+def convolved(x, weight, bias, stride=1, padding=1, dilation=1):
+    members = zip(x, weight, [None] * len(x) if bias is None else bias, strict=True)
+    return torch.stack([F.conv2d(*member, stride, padding, dilation) for member in members])
+
+
+def normalised(x, weight, bias, residual, mean=None, var=None):
+    K = len(x)
+    running = zip([None] * K if mean is None else mean, [None] * K if var is None else var, strict=True)
+    parts = zip(x, running, weight, bias, strict=True)
+    y = torch.stack([F.batch_norm(x, m, v, w, b, m is None) for x, (m, v), w, b in parts])
+    return torch.relu(y + residual)
+
+
+def cut_out(image):
+    return torch.stack([crop.cut(image) for crop in CROPS])
+
+
+CROPS = (Crop(0, 0, 5, 5), Crop(1, 2, 5, 5))
+MEAN, VAR = torch.linspace(-1, 1, 8).view(2, 4), torch.linspace(0.5, 2, 8).view(2, 4)
+MASK = "10/11"
+
+
+def blocks(weight):
+    keep = torch.ones_like(weight)
+    keep[:4, 4:] = 0
+    return weight * keep
+
+
+# name: (ours, reference, shapes of the arguments)
+OPERATORS = {
+    "grouped_conv2d": (
+        lambda x, w, b: ops.grouped_conv2d(x, w, b, padding=1),
+        convolved,
+        ((2, 2, 4, 5, 5), (2, 4, 4, 3, 3), (2, 4)),
+    ),
+    "grouped_conv2d, strided 1×1": (
+        lambda x, w: ops.grouped_conv2d(x, w, None, 2),
+        lambda x, w: convolved(x, w, None, 2, 0),
+        ((2, 2, 4, 5, 5), (2, 4, 4, 1, 1)),
+    ),
+    "grouped_conv2d, same": (
+        lambda x, w: ops.grouped_conv2d(x, w, padding="same", dilation=2),
+        lambda x, w: convolved(x, w, None, 1, "same", 2),
+        ((2, 2, 4, 5, 5), (2, 3, 4, 2, 3)),
+    ),
+    "conv2d": (
+        lambda x, w, b: ops.conv2d(x, w, b, 2, 1, groups=2),
+        lambda x, w, b: F.conv2d(x, w, b, 2, 1, groups=2),
+        ((2, 8, 5, 5), (8, 4, 3, 3), (8,)),
+    ),
+    "batch_norm": (
+        lambda *t: ops.batch_norm(*t[:3], residual=t[3], relu=True),
+        normalised,
+        ((2, 2, 4, 3, 3), (2, 4), (2, 4), (2, 2, 4, 3, 3)),
+    ),
+    "batch_norm, running statistics": (
+        lambda x, w, b, r: ops.batch_norm(x, w, b, MEAN.to(x.dtype), VAR.to(x.dtype), False, residual=r, relu=True),
+        lambda x, w, b, r: normalised(x, w, b, r, MEAN.to(x.dtype), VAR.to(x.dtype)),
+        ((2, 2, 4, 3, 3), (2, 4), (2, 4), (2, 2, 4, 3, 3)),
+    ),
+    "conv2d_moments and batch_norm": (
+        lambda x, w, nw, nb: _norm_by_moments(*ops.conv2d_moments(x, w, padding=1), nw, nb),
+        lambda x, w, nw, nb: normalised(convolved(x, w, None), nw, nb, 0),
+        ((2, 2, 4, 5, 5), (2, 4, 4, 3, 3), (2, 4), (2, 4)),
+    ),
+    "conv2d_moments, crops": (
+        lambda image, w, b: ops.conv2d_moments(image, w, b, padding=1, crops=CROPS)[0],
+        lambda image, w, b: convolved(cut_out(image), w, b),
+        ((2, 3, 7, 7), (2, 4, 3, 3, 3), (2, 4)),
+    ),
+    "block_conv2d": (
+        lambda x, w, b: ops.block_conv2d(x, w, MASK, b, padding=1),
+        lambda x, w, b: F.conv2d(x, blocks(w), b, padding=1),
+        ((2, 8, 5, 5), (8, 8, 3, 3), (8,)),
+    ),
+    "block_linear": (
+        lambda x, w, b: ops.block_linear(x, w, MASK, b),
+        lambda x, w, b: F.linear(x, blocks(w), b),
+        ((3, 2, 8), (8, 8), (8,)),
+    ),
+}
+
+
+def _norm_by_moments(y, moments, weight, bias):
+    return ops.batch_norm(y, weight, bias, relu=True, moments=moments)
+
+
+def operands(shapes, dtype):
+    return tuple(torch.randn(shape, dtype=dtype) for shape in shapes)
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_an_operator_has_every_derivative_of_torchs(name, dtype, backend):
+    ours, reference, shapes = OPERATORS[name]
+    tensors = operands(shapes, dtype)
+
+    def second(function):
+        inputs = [t.clone().requires_grad_() for t in tensors]
+        first = torch.autograd.grad(loss(function(*inputs)), inputs, create_graph=True)
+        return first, torch.autograd.grad(sum(g.square().sum() for g in first), inputs)
+
+    def forward(function):
+        return jvp(function, tensors, tuple(t.cos() for t in tensors))
+
+    def batched(function):
+        return vmap(grad(lambda *t: loss(function(*t)), tuple(range(len(tensors)))))(*(t[None] for t in tensors))
+
+    def gradients_at_once(function):
+        inputs = [t.clone().requires_grad_() for t in tensors]
+        y = function(*inputs)
+        grads = torch.stack([torch.ones_like(y), y.detach().cos()])
+        return torch.autograd.grad(y, inputs, grads, is_grads_batched=True)
+
+    for derivative in (second, forward, batched, gradients_at_once):
+        with backend() if dtype == torch.float32 else contextlib.nullcontext():
+            found = derivative(ours)
+        same(found, derivative(reference), dtype)
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_an_operators_derivatives_are_those_of_differences(name):
+    ours, _, shapes = OPERATORS[name]
+    tensors = [t.requires_grad_() for t in operands(shapes, torch.float64)]
+    assert torch.autograd.gradcheck(
+        ours, tensors, check_forward_ad=True, check_batched_grad=True, check_batched_forward_grad=True, fast_mode=True
+    )
+    assert torch.autograd.gradgradcheck(ours, tensors, fast_mode=True, check_batched_grad=True)
+
+
+def test_a_fused_convolution_carries_tangents():
+    x, weight, scale, shift, residual = operands(
+        ((2, 3, 7, 7), (2, 4, 3, 3, 3), (2, 4), (2, 4), (2, 2, 4, 5, 5)), torch.float32
+    )
+
+    def ours(image, weight, scale, shift, residual):
+        options = dict(scale=scale, shift=shift, residual=residual, relu=True, crops=CROPS)
+        return ops.fused_conv2d(image, weight, padding=1, **options)
+
+    def reference(image, weight, scale, shift, residual):
+        y = convolved(cut_out(image), weight, None)
+        return torch.relu(y * scale[:, None, :, None, None] + shift[:, None, :, None, None] + residual)
+
+    tensors = x, weight, scale, shift, residual
+    directions = tuple(t.cos() for t in tensors)
+    same(jvp(ours, tensors, directions), jvp(reference, tensors, directions), torch.float32)
+
+
+@pytest.mark.parametrize("operator", ["block_conv2d", "block_linear"])
+def test_gradients_of_skipped_blocks_are_the_dense_operators_at_every_turn(operator):
+    images = operator == "block_conv2d"
+    x, weight = operands(((2, 8, 4, 4), (8, 8, 3, 3)) if images else ((5, 8), (8, 8)), torch.float64)
+
+    def ours(x, weight):
+        return getattr(ops, operator)(x, weight, MASK, skipped_gradients=True)
+
+    def dense(x, weight):
+        return (F.conv2d if images else F.linear)(x, weight)
+
+    own = blocks(weight)
+    (found,) = torch.autograd.grad(ours(x, w := weight.clone().requires_grad_()).sin().sum(), w, create_graph=True)
+    (reference,) = torch.autograd.grad(dense(x, v := own.requires_grad_()).sin().sum(), v, create_graph=True)
+    assert_close(found, reference)
+    assert_close(grad(lambda w: ours(x, w).sin().sum())(weight), reference)
+    assert_close(torch.autograd.grad(found.square().sum(), w), torch.autograd.grad(reference.square().sum(), v))
+    direction = weight.cos()
+    assert_close(
+        jvp(lambda w: ours(x, w), (weight,), (direction,))[1],
+        jvp(lambda w: dense(x, w), (own.detach(),), (direction,))[1],
+    )
+    weight[:4, 4:] = torch.nan
+    assert_close(grad(lambda w: ours(x, w).sin().sum())(weight), reference)
+
+
+def test_under_a_transform_operands_are_cast_and_checked_as_ever():
+    x, weight = operands(((2, 2, 4, 5, 5), (2, 4, 4, 3, 3)), torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        y, tangent = jvp(ops.grouped_conv2d, (x, weight), (x, weight))
+        assert y.dtype == tangent.dtype == ops.grouped_conv2d(x, weight).dtype == torch.bfloat16
+    with pytest.raises(decompk.DecompkError, match="needs one floating dtype"):
+        jvp(lambda x: ops.grouped_conv2d(x, weight.double()), (x,), (x,))
+    with pytest.raises(decompk.DecompkError, match="the residual"):
+        jvp(lambda x: ops.fused_conv2d(x, weight, residual=x), (x,), (x,))
+
+
+# ---- exports, traces, compilers, and what stands around a module ----------------------------------------------------
+
+
+@EVAL
+@pytest.mark.parametrize("dtype", [torch.float32], ids=["float32"])
+@pytest.mark.parametrize("shared", [True, False], ids=["shared", "own"])
+def test_an_export_holds_torchs_operators_alone_and_takes_other_batches(case, shared):
+    sizes = ({0 if shared else 1: torch.export.Dim("samples", min=2, max=64)},)
+    exported = torch.export.export(case.packed, (case.x[0] if shared else case.x,), dynamic_shapes=sizes)
+    assert not [node for node in exported.graph.nodes if "decompk" in str(node.target)]
+    for samples in (2, 7):
+        x = torch.randn(*([] if shared else [K]), samples, 3, 6, 6)
+        case.same(exported.module()(x), case.packed(x))
+
+
+@EVAL
+@pytest.mark.parametrize("dtype", [torch.float32], ids=["float32"])
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+def test_a_trace_takes_other_batches(case):
+    with torch.no_grad():
+        traced = torch.jit.trace(case.packed, (case.x[0],), check_trace=False)
+        x = torch.randn(7, 3, 6, 6)
+        case.same(traced(x), case.packed(x))
+
+
+@pytest.mark.parametrize("transform", ["grad", "vmap", "jvp", "none"])
+def test_compiled_code_may_hold_a_transform(transform):
+    packed = decompk.pack([Convolutions().eval() for _ in range(K)])
+    x = torch.randn(2, N, 3, 6, 6)
+
+    def run(x):
+        if transform == "vmap":
+            return vmap(packed)(x)
+        if transform == "jvp":
+            return jvp(packed, (x[0],), (x[1],))
+        return grad(lambda x: packed(x).square().sum())(x[0]) if transform == "grad" else packed(x[0])
+
+    same(torch.compile(run, backend="aot_eager", dynamic=True)(x), run(x), torch.float32)
+
+
+def saved_on_cpu(net, x):
+    with torch.autograd.graph.save_on_cpu():
+        return net(x)
+
+
+def with_a_hook(net, x):
+    net.register_full_backward_hook(lambda module, into, out: None)
+    return net(x)
+
+
+AROUND = {
+    "checkpoint": partial(torch.utils.checkpoint.checkpoint, use_reentrant=False),
+    "reentrant checkpoint": partial(torch.utils.checkpoint.checkpoint, use_reentrant=True),
+    "saved on the CPU": saved_on_cpu,
+    "backward hook": with_a_hook,
+}
+
+
+@EVAL
+@pytest.mark.parametrize("dtype", [torch.float32], ids=["float32"])
+@pytest.mark.parametrize("around", AROUND)
+def test_what_stands_around_a_module_changes_no_gradient(case, around):
+    def gradients(run):
+        x = case.x.clone().requires_grad_()
+        case.packed.zero_grad()
+        loss(run(case.packed, x)).backward()
+        return [x.grad, *(p.grad for p in case.packed.parameters())]
+
+    reference = gradients(lambda net, x: net(x))
+    case.same(gradients(AROUND[around]), reference)
+
+
+@EVAL
+@pytest.mark.parametrize("dtype", [torch.float32], ids=["float32"])
+def test_inference_mode_gives_the_same_outputs(case):
+    reference = case.packed(case.x).detach()
+    with torch.inference_mode():
+        case.same(case.packed(case.x), reference)
+
+
+def test_a_loss_is_scaled_under_autocast():
+    packed = decompk.pack([Convolutions() for _ in range(K)])
+    optimizer, scaler = torch.optim.SGD(packed.parameters(), 0.1), torch.amp.GradScaler("cpu", init_scale=8.0)
+    before = [p.detach().clone() for p in packed.parameters()]
+    with torch.autocast("cpu", torch.bfloat16):
+        value = packed(torch.randn(K, N, 3, 6, 6)).float().square().mean()
+    scaler.scale(value).backward()
+    scaled = [p.grad.clone() for p in packed.parameters()]
+    scaler.step(optimizer)
+    for p, old, grad in zip(packed.parameters(), before, scaled, strict=True):
+        assert_close(p.detach(), old - 0.1 * grad / 8)

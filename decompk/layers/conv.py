@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import prod
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -41,7 +43,7 @@ class _PackedConv(Twin):
 
     def _twin_run(self, convolve, x: Tensor) -> Tensor:
         inner = self.in_channels // self.groups
-        positions = x.shape[0] * x.shape[2:].numel() // self._twin_K
+        positions = x.shape[0] * prod(x.shape[2:]) // self._twin_K
         sizes = (self.kernel_size, self.stride, False, inner, self.out_channels, positions)
         form = conv_form(*sizes, x.dtype, x.is_cuda)
         if form == "loop":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import prod
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -16,7 +18,7 @@ class PackedLinear(Twin, nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         self._twin_check(x)
         shape = x.shape[:-1]
-        rows = shape.numel() // self._twin_K
+        rows = prod(shape) // self._twin_K  # torch.Size.numel() would fix the batch of an export
         if linear_form(rows, self.in_features, self.out_features, x.dtype, x.is_cuda) == "loop":
             return self._twin_each(F.linear, x, self.weight, self.bias)
         x, weight = x.reshape(self._twin_K, rows, self.in_features), self.weight.mT

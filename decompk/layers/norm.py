@@ -109,7 +109,7 @@ class PackedInstanceNorm3d(_PackedInstanceNorm, nn.InstanceNorm3d):
 
 def _group_norm(x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
     """F.group_norm as its formula: torch's own knows no tangents and no batches of images that lie channels_last."""
-    rows = x.to(torch.promote_types(x.dtype, torch.float32)).reshape(len(x), groups, -1)
+    rows = x.to(torch.promote_types(x.dtype, torch.float32)).reshape(x.shape[0], groups, -1)
     var, mean = torch.var_mean(rows, -1, correction=0, keepdim=True)
     y = ((rows - mean) * torch.rsqrt(var + eps)).reshape(x.shape)
     channels = (1, -1, *[1] * (x.dim() - 2))

@@ -66,7 +66,8 @@ class _PackedRecurrent(Twin):
         """Torch's own layer, one member after the other: to the bit what each computes alone."""
         function = getattr(torch, self.mode.lower())
         pair = self.mode == "LSTM"
-        states = zip(*(s.chunk(self._twin_K, 1) for s in hx), strict=True) if pair else hx.chunk(self._twin_K, 1)
+        samples = [x.shape[0] // self._twin_K] * self._twin_K
+        states = zip(*(s.split(samples, 1) for s in hx), strict=True) if pair else hx.split(samples, 1)
         weights = zip(*(getattr(self, name).unbind(0) for name in self._flat_weights_names), strict=True)
         options = (self.bias, self.num_layers, self.dropout, self.training, self.bidirectional, True)
         members = zip(split(x, self._twin_K), states, weights, strict=True)

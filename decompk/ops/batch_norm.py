@@ -11,7 +11,7 @@ from torch import Tensor
 from .. import dispatch
 from ..errors import DecompkError
 from .followed import follows
-from .layout import ORDERS, empty_like_layout, layout_of, strides_of
+from .layout import empty_like_layout, in_layout, layout_of
 from .library import side_by_side
 
 _PIXELS = (1, 3, 4)  # of x (K, N, C, H, W), all of a member's channel
@@ -55,9 +55,9 @@ def batch_norm(
         y = y if residual is None else y + residual
         return y.relu() if relu else y
     if layout_of(x) == "strided":
-        x = _in_layout(x, "member")
+        x = in_layout(x, "member")
     if residual is not None:
-        residual = _in_layout(residual, layout_of(x))
+        residual = in_layout(residual, layout_of(x))
     if training:
         if moments is None:
             moments = torch.ops.decompk.batch_norm_moments(x.detach())
@@ -297,7 +297,7 @@ def _differentiate(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     if follows(dy):
         dx, dweight, dbias, g = followed_gradients(dy, x, y, mean, rstd, weight, bias, ctx.relu, ctx.training)
     else:
-        dy = _in_layout(dy, layout_of(x))
+        dy = in_layout(dy, layout_of(x))
         dx, dweight, dbias, g = torch.ops.decompk.batch_norm_backward(
             dy, x, y, mean, rstd, weight, bias, ctx.relu, ctx.training, ctx.backend
         )
@@ -375,16 +375,6 @@ def _statistics_dtype(x: Tensor) -> torch.dtype:
 
 def _moments_shape(x: Tensor) -> tuple[int, ...]:
     return (x.shape[0], pieces_of(x), 3, x.shape[2])
-
-
-def _in_layout(t: Tensor, layout: str) -> Tensor:
-    """t itself where it lies so, else a copy."""
-    if layout_of(t) == layout:
-        return t
-    if t.numel() == 0:
-        return t.as_strided(t.shape, strides_of(layout, t.shape))
-    order = ORDERS[layout]
-    return t.permute(order).contiguous().permute([order.index(dim) for dim in range(5)])
 
 
 def _contiguous(*vectors: Tensor | None) -> list[Tensor | None]:

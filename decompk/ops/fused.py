@@ -14,9 +14,9 @@ from ..config import Epilogue, Prologue
 from ..errors import DecompkError
 from ..partition import Crop
 from . import library
-from .conv import arguments, check, operands, register_flops, settled, tell_flop_counter
+from .conv import arguments, check, operands, register_flops, tell_flop_counter
 from .followed import conv_gradients, follows
-from .layout import as_strided_like, channels_inside, empty_like_layout, empty_weight, layout_of, ohwi, sizes
+from .layout import as_strided_like, channels_inside, empty_like_layout, empty_weight, in_layout, layout_of, ohwi, sizes
 
 
 def fused_conv2d(
@@ -223,7 +223,7 @@ def _crop_backward(
     if not grad.numel():
         return dw.zero_()
     image, w = channels_inside(image), ohwi(weight)
-    grad = settled(grad)
+    grad = in_layout(grad, "member")  # no kernel asks how what stands beside crops lies
     members = _members(image, w.shape[0], window)
     problem, views = operands("wgrad", members, w, geometry, (image, grad), True)
     with dispatch.resumed(backend):

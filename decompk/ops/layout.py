@@ -32,6 +32,16 @@ def layout_of(x: Tensor) -> str:
     return "strided"
 
 
+def in_layout(t: Tensor, layout: str) -> Tensor:
+    """t (K, N, C, H, W) itself where it lies in `layout`, "member" or "grouped", else a copy."""
+    if layout_of(t) == layout:
+        return t
+    if t.numel() == 0:
+        return t.as_strided(t.shape, strides_of(layout, t.shape))
+    order = ORDERS[layout]
+    return t.permute(order).contiguous().permute([order.index(dim) for dim in range(5)])
+
+
 def channels_inside(x: Tensor) -> Tensor:
     """x itself where its channels are contiguous, else one member-major copy: what an NCHW tensor costs."""
     if x.dim() != 5 or x.shape[2] == 1 or x.stride(2) == 1:

@@ -144,10 +144,10 @@ class _Recurrence(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dstates: Tensor | None, dlast: Tensor | None):
-        *inputs, states = ctx.saved_tensors[:8]
-        rows, into, shift, h, c, weight, bias = inputs
-        saved, needs = ctx.saved_tensors[8:], ctx.needs_input_grad[2:]
+        rows, into, shift, h, c, weight, bias, states, *saved = ctx.saved_tensors
+        needs = ctx.needs_input_grad[2:]
         if follows(dstates, dlast):
+            inputs = rows, into, shift, h, c, weight, bias
             return None, None, *gradients(partial(_by_steps, ctx.mode, ctx.steps), inputs, (dstates, dlast), needs)
         T, P, N, H = states.shape
         dstates = torch.zeros_like(states) if dstates is None else dstates
