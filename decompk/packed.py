@@ -88,6 +88,9 @@ def pack(
 _PUBLIC = {"K": "_K", "crops": "_crops", "input_dims": "_input_dims", "decomposition": "_decomposition"}
 
 
+_ABSENT: Any = object()  # as a parameter of its own, x is what exports and traces ask for
+
+
 class Packed(Shell):
     """K members in one module; built by `pack`.
 
@@ -142,15 +145,14 @@ class Packed(Shell):
         else:
             super().__setattr__(name, value)
 
-    def forward(self, /, *args: Any, **kwargs: Any) -> Any:
-        x = args[0] if len(args) == 1 and not kwargs else None
-        if not isinstance(x, Tensor) or not x.dim():
-            return self._forward_any(args, kwargs)
+    def forward(self, x: Any = _ABSENT, /, *args: Any, **kwargs: Any) -> Any:
+        if args or kwargs or not isinstance(x, Tensor) or not x.dim():
+            return self._forward_any(args if x is _ABSENT else (x, *args), kwargs)
         shared = self._is_shared(x)
         kind = (self.training, shared, x.dim())
-        way = self._ways.get(kind) or self._way(kind, args, kwargs, [x], shared)
+        way = self._ways.get(kind) or self._way(kind, (x,), {}, [x], shared)
         if isinstance(self._inner, PerMember):
-            return self._members_apart(way, args, kwargs, shared)
+            return self._members_apart(way, (x,), {}, shared)
         cuts = shared and len(self._crops or ()) > 0
         N = x.shape[0] if shared else x.shape[1]
         rows = x if cuts else torch.cat([x] * self._K) if shared else x.flatten(0, 1)
