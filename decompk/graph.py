@@ -119,7 +119,7 @@ def _drop_fixed_arguments(graph: fx.Graph) -> None:
         graph.erase_node(node)
 
 
-_TORCH = os.path.dirname(torch.__file__)
+_TORCH = os.path.dirname(torch.__file__) + os.sep  # torchvision lies beside it
 
 
 def where(node: fx.Node) -> str:
