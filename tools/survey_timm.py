@@ -55,6 +55,7 @@ NETWORKS = {  # the smallest of each family: pixels, or them and options that ma
     "mixnet_s": 32,
     "mobilenetv3_small_050": 32,
     "mobilenetv4_conv_small_035": 32,
+    "mobileone_s0": 32,
     "mobilevit_xxs": 64,
     "mobilevitv2_050": 64,
     "naflexvit_base_patch16_gap": dict(pixels=64, depth=2, embed_dim=64, num_heads=2),

@@ -22,8 +22,9 @@ class _PackedConv(Twin):
         if self.padding_mode != "zeros":
             x = F.pad(x, self._reversed_padding_repeated_twice, mode=self.padding_mode)
             padding = 0
-        if self.groups == 1 and self._twin_on_kernels(x):
-            return self._twin_laid_out(self._twin_grouped(x, padding))
+        y = self._twin_grouped(x, padding) if self.groups == 1 else None
+        if y is not None:
+            return self._twin_laid_out(y)
 
         def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> Tensor:
             if library.overruns(x, weight, self.stride):
@@ -32,14 +33,9 @@ class _PackedConv(Twin):
 
         return self._twin_laid_out(self._twin_run(convolve, x))
 
-    def _twin_on_kernels(self, x: Tensor) -> bool:
-        """Whether the operator takes this: images, unless members compute in turn what each would compute alone."""
-        return False
-
-    def _twin_grouped(self, x: Tensor, padding) -> Tensor:
-        samples = (self._twin_K, x.shape[0] // self._twin_K)
-        y = ops.grouped_conv2d(x.unflatten(0, samples), self.weight, self.bias, self.stride, padding, self.dilation)
-        return y.flatten(0, 1)
+    def _twin_grouped(self, x: Tensor, padding) -> Tensor | None:
+        """By one operator for all members; None where members compute in turn, or by torch's own."""
+        return None
 
     def _twin_run(self, convolve, x: Tensor) -> Tensor:
         inner = self.in_channels // self.groups
@@ -57,11 +53,10 @@ class PackedConv1d(_PackedConv, nn.Conv1d):
     _twin_function = staticmethod(F.conv1d)
     _twin_dims = 3
 
-    def _twin_on_kernels(self, x: Tensor) -> bool:
+    def _twin_grouped(self, x: Tensor, padding) -> Tensor | None:
         # A CPU's own 1-D convolutions want the samples first and the channels second, as they come.
-        return not exact(x.dtype) and (x.is_cuda or asked_for("triton")) and not watched()
-
-    def _twin_grouped(self, x: Tensor, padding) -> Tensor:
+        if exact(x.dtype) or not (x.is_cuda or asked_for("triton")) or watched():
+            return None
         x = x.unflatten(0, (self._twin_K, x.shape[0] // self._twin_K)).unsqueeze(3)
         padding = padding if isinstance(padding, str) else (0, *(padding if isinstance(padding, tuple) else (padding,)))
         y = ops.grouped_conv2d(x, self.weight.unsqueeze(3), self.bias, (1, *self.stride), padding, (1, *self.dilation))
@@ -72,14 +67,15 @@ class PackedConv2d(_PackedConv, nn.Conv2d):
     _twin_function = staticmethod(F.conv2d)
     _twin_dims = 4
 
-    def _twin_on_kernels(self, x: Tensor) -> bool:
-        return not exact(x.dtype) and not watched()
-
-    def _twin_grouped(self, x: Tensor, padding) -> Tensor:
+    def _twin_grouped(self, x: Tensor, padding) -> Tensor | None:
         if not isinstance(padding, str) and on_cpu.takes(x, self.weight, self.bias) and x.numel():
             padding = padding if isinstance(padding, tuple) else (padding, padding)
             return on_cpu.conv2d(x, self.weight, self.bias, self.stride, padding, self.dilation)
-        return super()._twin_grouped(x, padding)
+        if exact(x.dtype) or watched():
+            return None
+        samples = (self._twin_K, x.shape[0] // self._twin_K)
+        y = ops.grouped_conv2d(x.unflatten(0, samples), self.weight, self.bias, self.stride, padding, self.dilation)
+        return y.flatten(0, 1)
 
 
 class PackedConv3d(_PackedConv, nn.Conv3d):
