@@ -78,7 +78,7 @@ class Fused(Packed):
 
     def _change(self, changes: Changes) -> None:
         self._original._change(changes)
-        vars(self)["_inner"] = self._original._inner
+        vars(self).update(_inner=self._original._inner, _switches=self._original._switches)
         if changes.whole:
             try:
                 program = _Program(self._inner, self._crops)

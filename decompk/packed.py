@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import warnings
 from collections.abc import Collection, Hashable, Iterator, Sequence
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .dispatch import EXACT
+from .dispatch import EXACT, watched
 from .errors import PackError, PartitionError
 from .layers.alike import check_members, listed
 from .layers.base import Twin, deep_copy, packed_batch
@@ -85,6 +86,7 @@ def pack(
     return Packed(net, K, crops, input_dims or input_dims_of(first), shared, rehearse)
 
 
+_NUMBERS = frozenset(range(-1, 17))  # that may decide which way code goes, and are few enough to rehearse each
 _PUBLIC = {"K": "_K", "crops": "_crops", "input_dims": "_input_dims", "decomposition": "_decomposition"}
 
 
@@ -118,7 +120,7 @@ class Packed(Shell):
     ):
         super().__init__(net)
         vars(self).update(_K=K, _crops=crops, _input_dims=input_dims, _decomposition=None)
-        vars(self).update(_ways={}, _shared=shared, _rehearse=rehearse)
+        vars(self).update(_ways={}, _shared=shared, _rehearse=rehearse, _switches=_switches(net))
         for store in (net._modules, net._parameters, net._buffers):  # a network's own names win over our methods'
             vars(self).update({name: value for name, value in store.items() if hasattr(type(self), name)})
 
@@ -127,12 +129,32 @@ class Packed(Shell):
             return super().__getattr__(name)
         except AttributeError:
             private, inner = _PUBLIC.get(name), vars(self).get("_inner")
+            if isinstance(inner, PerMember) and name in vars(inner._members[0]):
+                return getattr(inner, name)
             inner = _innermost(inner)
             if inner is not None and not name.startswith("_") and name in vars(inner):
                 return vars(inner)[name]
             if private in vars(self):
                 return vars(self)[private]
+            if callable(getattr(type(inner), name, None)):
+                raise AttributeError(
+                    f"a packed module runs {type(inner).__name__}.forward, not {name}: call {name} in a forward, or of "
+                    "each of packed.unpack()."
+                ) from None
             raise
+
+    def __getitem__(self, index: Any) -> Any:
+        """A part of a packed nn.Sequential or ModuleList."""
+        return self._inner[index]
+
+    def __iter__(self) -> Iterator[nn.Module]:
+        return iter(self._inner)
+
+    def __len__(self) -> int:
+        return len(self._inner)
+
+    def __bool__(self) -> bool:
+        return True
 
     def __setattr__(self, name: str, value: Any) -> None:
         inner = _innermost(vars(self).get("_inner"))
@@ -149,7 +171,7 @@ class Packed(Shell):
         if args or kwargs or not isinstance(x, Tensor) or not x.dim():
             return self._forward_any(args if x is _ABSENT else (x, *args), kwargs)
         shared = self._is_shared(x)
-        kind = (self.training, shared, x.dim())
+        kind = (self.training, shared, x.dim(), *self._switched())
         way = self._ways.get(kind) or self._way(kind, (x,), {}, [x], shared)
         if isinstance(self._inner, PerMember):
             return self._members_apart(way, (x,), {}, shared)
@@ -178,7 +200,7 @@ class Packed(Shell):
             return self._members_apart(way, args, kwargs, True)
         shared = self._is_shared(x, strict=False)
         N = x.shape[0] if shared else x.shape[1]
-        kind = (self.training, shared, *self._kind(args, kwargs, N))
+        kind = (self.training, shared, *self._kind(args, kwargs, N), *self._switched())
         way = self._ways.get(kind) or self._way(kind, args, kwargs, tensors, shared)
         if isinstance(self._inner, PerMember):
             return self._members_apart(way, args, kwargs, shared)
@@ -201,6 +223,14 @@ class Packed(Shell):
         self._ways.setdefault(kind, way)
         return out
 
+    def _switched(self) -> Iterator[Hashable]:
+        """What decides, beside arguments, which way the network's own code goes: modes and flags that users set."""
+        if not torch.compiler.is_compiling():
+            yield torch.is_grad_enabled()
+            for module, names in self._switches:
+                yield module.training
+                yield from [vars(module).get(name) for name in names]
+
     def _kind(self, args: tuple, kwargs: dict[str, Any], N: int) -> Iterator[Hashable]:
         """What calls of one kind have in common: names, plain values, and which sizes of tensors are K or N."""
         yield len(args), *kwargs
@@ -208,7 +238,8 @@ class Packed(Shell):
             if isinstance(leaf, Tensor):
                 yield leaf.dim(), leaf.shape[:1] == (self._K,), *(size == N for size in leaf.shape[:3])
             else:
-                yield leaf if isinstance(leaf, bool | str | None) else type(leaf)
+                known = isinstance(leaf, bool | str | None) or (isinstance(leaf, int | float) and leaf in _NUMBERS)
+                yield leaf if known else type(leaf)
 
     def _run(self, x: Tensor, cuts: bool) -> Any:
         """What the members return for their rows x (K·N, …), or, if it cuts, for their crops of the image x."""
@@ -232,9 +263,9 @@ class Packed(Shell):
     def _stack(self, *parts: Any) -> Any:
         """One output of all members: tensors (K, …), numbers that differ as a tensor (K,), other values as a list."""
         if all(isinstance(part, Tensor) for part in parts):
-            if len({part.shape for part in parts}) == 1:
+            if all(part.shape == parts[0].shape for part in parts):
                 return self._by_member(torch.stack(parts))
-            raise PackError(f"the members return tensors of {sorted({tuple(part.shape) for part in parts})}.")
+            raise PackError(f"the members return tensors of {' and '.join(str(tuple(p.shape)) for p in parts)}.")
         if all(part is parts[0] for part in parts) or all(isinstance(part, str | type(None)) for part in parts):
             return parts[0] if len(set(parts)) == 1 else list(parts)
         if all(isinstance(part, bool | int | float | complex) for part in parts):
@@ -283,6 +314,8 @@ class Packed(Shell):
             self._ways[kind] = one
             return one
         if not N or not possible(tensors):
+            if one and watched() and not torch.compiler.is_compiling():
+                warnings.warn("call a packed network once as it is before it is traced or transformed.", stacklevel=6)
             if one:
                 return one
             raise PackError(
@@ -292,23 +325,30 @@ class Packed(Shell):
         crops = self._crops
         cut = (lambda t, k: crops[k].cut(t)) if crops else None
         rehearsal = Rehearsal(self._inner, self._K, args, kwargs, shared, N, cut, named)
-        apart = isinstance(self._inner, PerMember)
+        apart, changes = isinstance(self._inner, PerMember), None
         try:
             way, changes = (Way(()), Changes()) if apart else rehearsal.run()
         except Unknown as unknown:
             if one:
-                return one
-            if not shared or self._crops:
+                with contextlib.suppress(Unknown):  # else the call itself is wrong, as its members will say
+                    rehearsal.apart()
+                    changes = Changes(whole={"": "it takes no other number of samples, so that nothing can be tried"})
+                if changes is None:
+                    return one
+            elif not shared or self._crops:
                 raise PackError(
                     "it cannot be told which of these arguments belong to the batch, because a member does not take "
                     "another number of samples: name those that do not in pack(..., shared=[...])."
                 ) from unknown
-            changes = Changes(whole={"": "it cannot be told which of its arguments belong to the batch"})
+            else:
+                changes = Changes(whole={"": "it cannot be told which of its arguments belong to the batch"})
         if apart or "" in changes.whole:
             way = one or Way(self._roles_apart(rehearsal))
         self._change(changes)
         rehearsal.hand_over(self._inner)
-        self._ways[kind] = way
+        self._ways[kind] = self._ways[kind[: len(kind) - len(tuple(self._switched()))]] = (
+            way  # compiled code asks no more
+        )
         return way
 
     def _roles_apart(self, rehearsal: Rehearsal) -> tuple[Role, ...]:
@@ -335,6 +375,7 @@ class Packed(Shell):
     def _change(self, changes: Changes) -> None:
         """Let the network run as a rehearsal found that it must."""
         vars(self)["_inner"] = changes.applied(self._inner, self._K)
+        vars(self)["_switches"] = _switches(self._inner)
         for path, reason in changes.whole.items():
             what = f"'{path}'" if path else "the network"
             warnings.warn(f"{what} runs member by member: {reason}.", stacklevel=6)
@@ -437,6 +478,15 @@ class Packed(Shell):
 
     def extra_repr(self) -> str:
         return f"K={self._K}" + (f", crops={self._crops}" if self._crops else "")
+
+
+def _switches(net: nn.Module) -> list[tuple[nn.Module, list[str]]]:
+    """The modules of a user's own code on all members' rows, each with the names of its flags."""
+    own = [m for m in without_insides(net) if not isinstance(m, Shell) and not type(m).__module__.startswith("torch.")]
+    flags = [
+        [name for name, value in vars(m).items() if type(value) in (bool, str) and name != "training"] for m in own
+    ]
+    return [(m, names) for m, names in zip(own, flags, strict=True) if not isinstance(m, Twin)]
 
 
 def _innermost(net: Any) -> Any:

@@ -501,7 +501,10 @@ def test_an_empty_batch_gives_an_empty_output_and_zero_gradients():
         (lambda x, w, m, b: (x[0, 0], w, m, b), r"takes x \(N, C, H, W\)"),
         (lambda x, w, m, b: (x, w[0], m, b), "takes x"),
         (lambda x, w, m, b: (x.half(), w, m, b), "x is torch.float16, weight is torch.float32"),
-        (lambda x, w, m, b: (x.int(), w.int(), m, None), "block_conv2d takes real floating dtypes, and weight is torch.int32"),
+        (
+            lambda x, w, m, b: (x.int(), w.int(), m, None),
+            "block_conv2d takes real floating dtypes, and weight is torch.int32",
+        ),
         (lambda x, w, m, b: (x, w, m, b.double()), "bias is torch.float64"),
         (lambda x, w, m, b: (x[:, :8], w, m, b), "x has 8 channels, and weight .* takes 32"),
         (lambda x, w, m, b: (x, w, m, b[:3]), r"has to be \(O\)"),

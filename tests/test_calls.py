@@ -809,3 +809,99 @@ def test_parameters_are_frozen_and_unfrozen_after_the_optimizer_was_made(kind):
     for k, member in enumerate(members):
         for name, p in member.named_parameters():
             torch.testing.assert_close(packed.get_parameter(name)[k], p, msg=name)
+
+
+# ---- what only gradients, draws, attributes and flags show ----------------------------------------------------------
+
+
+class Energy(nn.Module):
+    """Forces: the gradient of a mean over the batch, which is taken inside."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 1))
+
+    def forward(self, x):
+        x = x.detach().requires_grad_()
+        return torch.autograd.grad(self.net(x).mean(), x, create_graph=True)[0]
+
+
+class NormalisesGradients(Across):
+    def forward(self, x):
+        y = self.a(x)
+        if y.requires_grad:
+            y.register_hook(lambda g: g / g.norm())
+        return self.b(torch.tanh(y))
+
+
+@pytest.mark.parametrize("make", [Energy, lambda: NormalisesGradients("mean", nn.Identity())])
+def test_gradients_that_look_across_the_batch_see_their_own_member_only(make):
+    members, x = members_of(make), double(5, 6)
+    packed = pack(members)
+    packed(x).square().sum().backward()
+    for k, member in enumerate(members):
+        member(x).square().sum().backward()
+        for name, p in member.named_parameters():
+            if p.grad is not None:
+                torch.testing.assert_close(packed.get_parameter(name).grad[k], p.grad)
+    assert "its samples see each other" in packed.describe()
+
+
+def test_samples_that_are_mixed_at_random_in_training_are_a_members_own():
+    class Mixes(Across):
+        def forward(self, x):
+            y = self.a(x)
+            return self.b(0.7 * y + 0.3 * y[torch.randperm(len(y))] if self.training else y)
+
+    packed = pack(members_of(lambda: Mixes("mean", nn.Identity())))
+    packed(double(5, 6))[0].sum().backward()
+    assert packed.a.weight.grad[0].any() and not packed.a.weight.grad[1:].any()
+    assert "its samples see each other" in packed.describe()
+
+
+def test_what_forward_leaves_in_an_attribute_is_one_for_each_member():
+    class Auxiliary(Across):
+        def forward(self, x):
+            y = torch.relu(self.a(x))
+            self.auxiliary = y.square().mean()
+            return self.b(y)
+
+    make = lambda: Auxiliary("mean", nn.Identity())  # noqa: E731
+    for make_one, path in ((make, ""), (lambda: nn.Sequential(nn.Linear(6, 6), make()), "1")):
+        members, x = members_of(make_one), double(5, 6)
+        packed = pack(members)
+        (packed(x).sum() + packed.get_submodule(path).auxiliary.sum()).backward()
+        for k, member in enumerate(members):
+            (member(x).sum() + member.get_submodule(path).auxiliary).backward()
+            name = f"{path}.a.weight".lstrip(".")
+            torch.testing.assert_close(packed.get_parameter(name).grad[k], member.get_parameter(name).grad)
+
+
+@pytest.mark.parametrize("path", ["", "1"])
+def test_flags_that_are_set_later_are_rehearsed_when_they_matter(path):
+    class Centres(Across):
+        centre = False
+
+        def __init__(self):
+            super().__init__("mean", nn.Identity())
+            self.centre = False
+
+        def forward(self, x):
+            return super().forward(x) if self.centre else self.b(self.a(x))
+
+    members, x = members_of(Centres if path == "" else lambda: nn.Sequential(nn.Linear(6, 6), Centres())), double(5, 6)
+    packed = pack(members)
+    packed(x)
+    assert "member by member" not in packed.describe()
+    for net in (packed, *members):
+        net.get_submodule(path).centre = True
+    torch.testing.assert_close(packed(x), torch.stack([m(x) for m in members]))
+
+
+def test_a_network_that_takes_one_number_of_samples_only_runs_as_its_members():
+    class Fixed(Across):
+        def forward(self, x):
+            assert len(x) == 5
+            return super().forward(x)
+
+    assert_as_alone(members_of(lambda: Fixed("mean", nn.Identity())), double(5, 6))

@@ -264,6 +264,9 @@ class PerMember(Shell):
         except AttributeError:
             if name == "_inner":  # not yet restored by pickle or deepcopy
                 raise
+        own = [vars(member).get(name) for member in self._members]
+        if all(isinstance(value, Tensor) for value in own) and len({value.shape for value in own}) == 1:
+            return torch.stack(own)  # what each member's forward has left there
         value = getattr(self._inner, name)
         if isinstance(value, MethodType) and value.__self__ is self._inner:
             return functools.partial(self._on_rows, name)

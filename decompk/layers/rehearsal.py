@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import random
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.modules.module import _has_any_global_hook
 
 from ..dispatch import backend
+from ..shell import Shell
 from .base import HOOKS, Twin, deep_copy, rehearsal_of
 from .nest import leaves, tree_map
 from .per_member import PerMember, member_of, own_module, per_member_kind
@@ -27,6 +29,9 @@ from .plan import entangled
 from .stack import unhook
 
 COUNTS = (2, 3, 5, 7, 11)  # samples of a rehearsal: the first of which no other size is a multiple
+
+# A ReLU's kink or a norm of few samples turns rounding into some of a gradient; what mixes members changes most.
+COARSE, SMALL = 0.2, 0.02  # of a parameter's gradient, which counts as that share of all gradients at least
 
 
 class Rows(NamedTuple):
@@ -69,7 +74,8 @@ def member_alone(net: nn.Module, k: int, copies: bool = True) -> nn.Module:
         if copies or not parameter or own.dim() > 3:  # a kernel that lies channels_last makes its output lie so
             own = own.clone(memory_format=torch.contiguous_format)
         memo[id(tensor)] = nn.Parameter(own, tensor.requires_grad) if parameter else own
-        unhook(tensor, k, memo[id(tensor)])
+        if copies:
+            unhook(tensor, k, memo[id(tensor)])
     if isinstance(net, PerMember):
         return member_of(net, k, memo)
     for shell in without_insides(net):
@@ -174,7 +180,7 @@ class Rehearsal:
         taken |= {size for t in (*self.net.parameters(), *self.net.buffers()) for size in t.shape[1:2]}
         fits = [n for n in COUNTS if not any(size and (size % (self.K * n) == 0 or size == n) for size in taken)]
         self.count = (fits or COUNTS[1:])[0]
-        self._evaluates = False
+        self._evaluates, self._grad = False, torch.is_grad_enabled()
         self._shells: list[PerMember] = []
         self._random = any(isinstance(m, _DropoutNd) and m.training and m.p for m in self.net.modules())
 
@@ -247,7 +253,7 @@ class Rehearsal:
         """Member k's few samples of tensor i; every member has others, so that no one can stand in for another."""
         t = self.tensors[i]
         if role is SAME:
-            return t
+            return self.cut(t, k) if i == self.anchor and self.cut else t
         if role.own:
             t = t[k]
         if role.dim is None:
@@ -276,15 +282,18 @@ class Rehearsal:
         args, kwargs = self.given(parts)
         with self._apart(seed), watch(net) if watch else contextlib.nullcontext():
             out = net(*args, **kwargs)
-        self._kept = dict(net.named_buffers())
+        self._alone = net
         return out
 
-    def together(self, roles: Sequence[Role], changes: Changes, watch: Watch = None) -> Any:
-        """What all members return together, as rows."""
+    def together(self, roles: Sequence[Role], changes: Changes, watch: Watch = None, others: float = 1.0) -> Any:
+        """What all members return together, as rows; `others`: a factor of the samples of all but the last."""
         memo = {id(p): nn.Parameter(p.detach(), p.requires_grad) for p in self.net.parameters()}
         net = self._posed(changes.applied(deep_copy(self.net, memo), self.K))
+        factors = [others] * (self.K - 1) + [1.0]
         parts = [
-            self.tensors[i] if r is SAME else torch.cat([self.part(i, r, k, self.count) for k in range(self.K)], r.dim)
+            self.tensors[i]
+            if r is SAME
+            else torch.cat([self.part(i, r, k, self.count, f) for k, f in enumerate(factors)], r.dim)
             for i, r in enumerate(roles)
         ]
         args, kwargs = self.given(parts)
@@ -299,11 +308,16 @@ class Rehearsal:
 
     @contextlib.contextmanager
     def _apart(self, seed: int) -> Iterator[None]:
-        """Without gradients, on operators that give the bits of a member alone, and unseen by the random state."""
+        """On operators that give the bits of a member alone, and unseen by the random state."""
         devices = {t.device for t in self.net.parameters() if t.is_cuda}
-        with torch.no_grad(), torch.random.fork_rng(devices=devices), backend("loop"):
+        state = random.getstate()
+        with torch.set_grad_enabled(self._grad), torch.random.fork_rng(devices=devices), backend("loop"):
             torch.manual_seed(seed)
-            yield
+            random.seed(seed)
+            try:
+                yield
+            finally:
+                random.setstate(state)
 
     # -- the verdict
 
@@ -311,10 +325,14 @@ class Rehearsal:
         """How this kind of call runs, and what has to change in the network for it. Raises Unknown."""
         roles = self.roles()
         outs, changes = self._settled(roles, Changes())
-        if self._random and any(m.training for m in self.net.modules()):
-            self._evaluates, self._random = True, False
-            with contextlib.suppress(Unknown):
-                changes = self._settled(roles, changes)[1]
+        if self._random:
+            if any(m.training for m in self.net.modules()):
+                self._evaluates, self._random = True, False
+                with contextlib.suppress(Unknown):
+                    changes = self._settled(roles, changes)[1]
+                self._evaluates = False
+            while "" not in changes.whole and (path := self._depends(roles, changes, outs)) is not None:
+                changes = self._by_members(changes, path, "its samples see each other")
         return Way(roles, None if "" in changes.whole else outs), changes
 
     def hand_over(self, net: nn.Module) -> None:
@@ -329,7 +347,7 @@ class Rehearsal:
             self._theirs = self.alone(roles)
         except Exception as error:  # whatever the members raise
             raise Unknown from error
-        self._figures = [*_tensors(self._theirs), *self._kept.values()]
+        self._figures = self._figures_alone(self._theirs)
         outs: tuple | None = None
         while outs is None and "" not in changes.whole:
             found = self._outcome(roles, changes)
@@ -351,18 +369,79 @@ class Rehearsal:
         constant = "what it returns is not one row per sample"
         if outs is None:
             return self._by_members(changes, "", constant)
-        found = [self._mine(packed, place) for packed, place in zip(_tensors(ours), outs, strict=True)]
-        kept = dict(member_alone(self._together, self.K - 1).named_buffers())
-        found += [kept.get(name, torch.empty(0)) for name in self._kept]
-        wrong = [i for i, (a, b) in enumerate(zip(found, self._figures, strict=True)) if not _close(a, b)]
+        found = self._figures_together(ours, outs)
+        wrong = [name for name in self._figures if not _close(found.get(name), *self._figures[name])]
         if self._random or not wrong or self._excused(roles, found):
             return outs
-        if wrong[0] >= len(outs):
-            path, _, name = list(self._kept)[wrong[0] - len(outs)].rpartition(".")
+        kind, path, name = wrong[0]
+        if kind == "output":
+            if outs[name] is None:
+                return self._by_members(changes, "", constant)
+            return self._by_members(changes, self._where(roles, changes), "its samples see each other")
+        if kind == "kept":
             return self._by_members(changes, path, f"its samples share '{name}'")
-        if outs[wrong[0]] is None:
-            return self._by_members(changes, "", constant)
-        return self._by_members(changes, self._where(roles, changes), "its samples see each other")
+        return self._by_members(changes, "", "its samples see each other's gradients")
+
+    # -- what is compared: (kind, path, name) → the last member's tensor, and what rounding may do to it as a whole
+
+    def _figures_alone(self, out: Any) -> dict[tuple, tuple[Tensor, float | None, float]]:
+        net, outputs = self._alone, _tensors(out)
+        gradients = self._gradients([outputs], net)
+        figures = {("output", "", i): (t.detach(), None, 0.0) for i, t in enumerate(outputs)}
+        figures |= {("kept", path, name): (t.detach(), None, 0.0) for path, name, t in _kept(net)}
+        length = sum(float(g.double().norm()) ** 2 for g in gradients) ** 0.5
+        return figures | {("gradient", "", i): (g, COARSE, SMALL * length) for i, g in enumerate(gradients)}
+
+    def _figures_together(self, out: Any, outs: Sequence[int | None]) -> dict[tuple, Tensor]:
+        net, K = self._together, self.K
+        apart = [
+            [packed] * K if place is None else packed.unflatten(place, (K, -1)).unbind(place)
+            for packed, place in zip(_tensors(out), outs, strict=True)
+        ]
+        gradients = self._gradients(list(zip(*apart, strict=True)), net)
+        figures = {("output", "", i): parts[-1].detach() for i, parts in enumerate(apart)}
+        for path, name, t in _kept(member_alone(net, K - 1, copies=False)):
+            known = self._figures.get(("kept", path, name))
+            place = self._place(t.shape, known[0].shape) if known else None  # an attribute may hold all members' rows
+            if known and place != "nowhere":
+                figures["kept", path, name] = self._mine(t, place).detach()
+        return figures | {("gradient", "", i): g for i, g in enumerate(gradients)}
+
+    def _gradients(self, members: Sequence[Sequence[Tensor]], net: nn.Module) -> list[Tensor]:
+        """The last member's gradients of one number made of all outputs; none where they are not asked for.
+
+        members: each member's outputs; of one alone net's parameters are its own, else stacks.
+        """
+        parameters = [p for p in net.parameters() if p.requires_grad]
+        loss = sum(
+            (t * torch.cos(torch.arange(t.numel(), device=t.device, dtype=t.dtype) + i).view(t.shape)).sum()
+            for outputs in members
+            for i, t in enumerate(outputs)
+            if t.requires_grad and t.is_floating_point()
+        )
+        if not self._grad or not parameters or not isinstance(loss, Tensor):
+            return []
+        try:
+            with self._apart(0):
+                found = torch.autograd.grad(loss, parameters, allow_unused=True)
+        except Exception:  # whatever a backward raises: it is raised again where it belongs
+            return []
+        whole = [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found, strict=True)]
+        return whole if net is self._alone else [g[self.K - 1] for g in whole]
+
+    def _depends(self, roles: Sequence[Role], changes: Changes, outs: Sequence[int | None]) -> str | None:
+        """Where the last member's rows follow other members' samples, if they do: for code that draws, drawn alike."""
+        runs: list[list[tuple[str, bool, Any]]] = [[], []]
+        for others, events in zip((1.0, 0.5), runs, strict=True):
+            out = self.together(roles, changes, lambda net, events=events: _recording(net, events), others)
+            events.append(("", False, [self._mine(t, p) for t, p in zip(_tensors(out), outs, strict=True)]))
+        rows = self.K * self.count
+        for (path, entered, one), (_, _, two) in zip(*runs, strict=False):
+            if isinstance(one, Tensor) and one.dim() and one.shape[0] % rows == 0:
+                one, two = ([t.unflatten(0, (self.K, -1))[self.K - 1]] for t in (one, two))
+            if isinstance(one, list) and not all(map(_close, one, two)):
+                return path.rpartition(".")[0] if entered else path
+        return None
 
     def _by_members(self, changes: Changes, path: str, reason: str) -> Changes:
         """The module at `path`, or the first around it that does not do so yet, runs member by member, too."""
@@ -417,17 +496,18 @@ class Rehearsal:
         """The last member's part of a packed tensor."""
         return packed if place is None else packed.unflatten(place, (self.K, -1)).select(place, self.K - 1)
 
-    def _excused(self, roles: Sequence[Role], found: Sequence[Tensor]) -> bool:
+    def _excused(self, roles: Sequence[Role], found: dict[tuple, Tensor]) -> bool:
         """Whether rounding explains the differences, or the network draws random numbers, which is noted."""
-        again = [*_tensors(self.alone(roles, seed=1)), *self._kept.values()]
-        if not all(map(_close, again, self._figures)):
+        again = self._figures_alone(self.alone(roles, seed=1))
+        if not all(_close(again[name][0], *figure) for name, figure in self._figures.items() if name in again):
             self._random = True
             return True
         dtype = next((t.dtype for t in self.net.parameters() if t.is_floating_point()), torch.get_default_dtype())
-        nudged = [*_tensors(self.alone(roles, scaled=1 + 8 * torch.finfo(dtype).eps)), *self._kept.values()]
-        for mine, single, moved in zip(found, self._figures, nudged, strict=True):
-            if not _close(mine, single):
-                if not single.is_floating_point() or mine.shape != single.shape:
+        nudged = self._figures_alone(self.alone(roles, scaled=1 + 8 * torch.finfo(dtype).eps))
+        for name, (single, *allowed) in self._figures.items():
+            mine, moved = found.get(name), nudged.get(name, (single,))[0]
+            if not _close(mine, single, *allowed):
+                if mine is None or mine.shape != single.shape or not single.is_floating_point():
                     return False
                 error, response = ((t - single).abs().nan_to_num().max() for t in (mine, moved))
                 if error > 1000 * response:
@@ -459,17 +539,30 @@ def _tensors(tree: Any) -> list[Tensor]:
     return [leaf for leaf in leaves(tree) if isinstance(leaf, Tensor)]
 
 
-def _close(ours: Tensor, theirs: Tensor) -> bool:
-    """Whether only rounding parts two tensors: the root of their dtype's epsilon of the largest value is allowed."""
-    if ours.shape != theirs.shape or ours.dtype != theirs.dtype:
+def _kept(net: nn.Module) -> Iterator[tuple[str, str, Tensor]]:
+    """(path, name, tensor) of the buffers, and of what forward leaves in attributes."""
+    for path, module in net.named_modules():
+        held = {} if isinstance(module, Shell) else vars(module)
+        for name, value in (*module._buffers.items(), *held.items()):
+            if isinstance(value, Tensor):
+                yield path, name, value
+
+
+def _close(ours: Tensor | None, theirs: Tensor, share: float | None = None, least: float = 0.0) -> bool:
+    """Whether only rounding parts two tensors: by the root of their dtype's epsilon, of the largest value.
+
+    Or, where a share is allowed, by that of the vector's length, which counts as `least` if it is shorter.
+    """
+    if ours is None or ours.shape != theirs.shape or ours.dtype != theirs.dtype:
         return False
     if not theirs.is_floating_point() and not theirs.is_complex():
         return theirs.numel() == 0 or bool((ours != theirs).double().mean() < 0.05)
     finite = theirs.isfinite() & ours.isfinite()
     error, size = (torch.where(finite, t, 0).abs() for t in (ours - theirs, theirs))
-    dtype = (
-        torch.get_autocast_dtype(theirs.device.type) if torch.is_autocast_enabled(theirs.device.type) else ours.dtype
-    )
+    if share is not None:
+        return bool(error.double().norm() <= share * max(float(size.double().norm()), least))
+    device = theirs.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else ours.dtype
     return theirs.numel() == 0 or bool(error.max() <= torch.finfo(dtype).eps ** 0.5 * size.max())
 
 
