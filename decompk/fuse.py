@@ -107,10 +107,10 @@ class _Program(Rewritten):
                 "what it uses."
             ) from error
         vars(self).update(
-            _entered={mode: fusion.entered for mode, fusion in fusions.items()},
             _notes={mode: fusion.notes for mode, fusion in fusions.items()},
             _windows={mode: fusion.windows for mode, fusion in fusions.items()},
             _modal=self._source[True][0] != self._source[False][0],
+            _plain={mode: [(m, _plain(m)) for m in fusion.entered] for mode, fusion in fusions.items()},
         )
 
     def forward(self, x: Tensor, crops: Sequence[Crop] | None = None) -> Any:
@@ -118,10 +118,13 @@ class _Program(Rewritten):
         return self._code[self._inner.training](self._inner, x, crops)
 
     def applies(self) -> bool:
-        """Whether the graph is what the network's code would do now: no hooks on the way, modes as when it was read."""
+        """Whether the graph is what the code would do now: no hooks on the way, modes and values as it was read."""
         mode = self._inner.training
         return not (_has_any_global_hook() or watched()) and all(
-            _unhooked(m) and (m.training == mode or not self._modal) for m in self._entered[mode]
+            _unhooked(m)
+            and (m.training == mode or not self._modal)
+            and all(vars(m).get(name) is value for name, value in plain.items())
+            for m, plain in self._plain[mode]
         )
 
     def windows(self) -> bool:
@@ -491,6 +494,12 @@ def _run_layer(
 def _on_kernels(x: Tensor) -> bool:
     """Whether Triton runs here: torch's own operators need a pass of their own for what the kernels do on the way."""
     return asked_for("triton") or (x.is_cuda and not asked_for("torch"))
+
+
+def _plain(module: nn.Module) -> dict[str, Any]:
+    """The numbers and words among a module's attributes, which its code may read."""
+    kinds = (bool, int, float, str, type(None))
+    return {name: value for name, value in vars(module).items() if type(value) in kinds and name != "training"}
 
 
 def _unhooked(module: nn.Module) -> bool:

@@ -956,3 +956,20 @@ def test_packed_bottlenecks_compile_into_one_graph():
     # Batch norms over eight values magnify rounding: each of the two is a thousandth off its float64 twin.
     assert error(ours["output"], theirs["output"].double()) <= 1e-2
     assert error(ours["gradients"], theirs["gradients"].double()) <= 1e-2
+
+
+def test_a_number_that_is_set_later_is_read():
+    class Scales(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.norm, self.factor = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), 1.0
+
+        def forward(self, x):
+            return torch.relu(self.norm(self.conv(x))) * self.factor
+
+    for make, path in ((Scales, ""), (lambda: nn.Sequential(Scales()), "0")):
+        packed, x = packed_of(make, input_dims=4).eval(), images()
+        fused = fuse(packed)
+        before = fused(x)
+        (fused if path == "" else fused.get_submodule(path)).factor = 3.0
+        torch.testing.assert_close(fused(x), 3 * before)
