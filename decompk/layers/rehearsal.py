@@ -433,7 +433,10 @@ class Rehearsal:
         """Where the last member's rows follow other members' samples, if they do: for code that draws, drawn alike."""
         runs: list[list[tuple[str, bool, Any]]] = [[], []]
         for others, events in zip((1.0, 0.5), runs, strict=True):
-            out = self.together(roles, changes, lambda net, events=events: _recording(net, events), others)
+            try:
+                out = self.together(roles, changes, lambda net, events=events: _recording(net, events), others)
+            except Exception:  # whatever code raises at other samples: nothing can be told so
+                return None
             events.append(("", False, [self._mine(t, p) for t, p in zip(_tensors(out), outs, strict=True)]))
         rows = self.K * self.count
         for (path, entered, one), (_, _, two) in zip(*runs, strict=False):
