@@ -107,7 +107,7 @@ def _keeper(modules: dict[str, nn.Module], path: str, name: str) -> str | None:
     value = vars(modules[path]).get(name)
     held = [(p, n) for p, m in modules.items() for n, v in attributes(m).items() if v is value and is_changeable(v)]
     for where, called in [(path, name), *held]:
-        around = [where.rsplit(".", n)[0] for n in range(where.count(".") + 1)] + [""] * bool(where)
+        around = [where.rsplit(".", n)[0] for n in range(where.count(".") + 1)] + [""] * (where != "")
         for one in around:
             code = read_forward(modules[one])
             if called in code.stored | code.filled:

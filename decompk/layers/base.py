@@ -58,7 +58,7 @@ class Record:
     def outputs(self, sizes: Sequence[int | None], guess: Sequence[bool], K: int) -> Sequence[bool]:
         """`sizes`: of dimension 0 of each tensor that one member returns, None where it has no dimension."""
         if rows := _rehearsal_rows():
-            self._outputs = tuple(bool(size) and size % (rows // K) == 0 for size in sizes)
+            self._outputs = tuple(size not in (None, 0) and size % (rows // K) == 0 for size in sizes)
         return guess if self._outputs is None or len(self._outputs) != len(sizes) else self._outputs
 
 

@@ -323,6 +323,10 @@ class Rehearsal:
 
     def run(self) -> tuple[Way, Changes]:
         """How this kind of call runs, and what has to change in the network for it. Raises Unknown."""
+        with torch.autograd.graph.saved_tensors_hooks(_as_it_is, _as_it_is):  # unseen by who counts what autograd keeps
+            return self._run()
+
+    def _run(self) -> tuple[Way, Changes]:
         roles = self.roles()
         outs, changes = self._settled(roles, Changes())
         if self._random:
@@ -413,18 +417,18 @@ class Rehearsal:
         members: each member's outputs; of one alone net's parameters are its own, else stacks.
         """
         parameters = [p for p in net.parameters() if p.requires_grad]
-        loss = sum(
-            (t * torch.cos(torch.arange(t.numel(), device=t.device, dtype=t.dtype) + i).view(t.shape)).sum()
-            for outputs in members
-            for i, t in enumerate(outputs)
-            if t.requires_grad and t.is_floating_point()
-        )
-        if not self._grad or not parameters or not isinstance(loss, Tensor):
+        if not self._grad or not parameters:
             return []
         try:
             with self._apart(0):
+                loss = sum(
+                    (t * torch.cos(torch.arange(t.numel(), device=t.device, dtype=t.dtype) + i).view(t.shape)).sum()
+                    for outputs in members
+                    for i, t in enumerate(outputs)
+                    if t.requires_grad and t.is_floating_point()
+                )
                 found = torch.autograd.grad(loss, parameters, allow_unused=True)
-        except Exception:  # whatever a backward raises: it is raised again where it belongs
+        except Exception:  # whatever a backward raises, also where no output follows a parameter
             return []
         whole = [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found, strict=True)]
         return whole if net is self._alone else [g[self.K - 1] for g in whole]
@@ -536,6 +540,10 @@ class Rehearsal:
 
 _PLAIN = (bool, int, float, complex, str, bytes, type(None))
 Watch = Callable[[nn.Module], contextlib.AbstractContextManager] | None
+
+
+def _as_it_is(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 def _tensors(tree: Any) -> list[Tensor]:
