@@ -24,6 +24,19 @@ class HostValues(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
+def members_of(make, count=3):
+    """`count` float64 networks of one architecture, each from its own seed."""
+    members = []
+    for seed in range(count):
+        torch.manual_seed(seed)
+        members.append(make().double())
+    return members
+
+
+def double(*shape):
+    return torch.randn(shape, dtype=torch.float64)
+
+
 def leaves(tree):
     """The tensors of a nested output, in order."""
     if isinstance(tree, torch.Tensor):

@@ -5,7 +5,7 @@ import weakref
 
 import pytest
 import torch
-from helpers import assert_packed_equals_separate
+from helpers import assert_packed_equals_separate, double, members_of
 from torch import nn
 from torch.nn.utils import prune, spectral_norm, weight_norm
 
@@ -17,18 +17,6 @@ from decompk.layers.block import HeadConv2d, HeadLinear, WindowedLinear
 
 K, N = 3, 4
 pytestmark = pytest.mark.filterwarnings("ignore:.*member by member")
-
-
-def members_of(make, count=K):
-    members = []
-    for seed in range(count):
-        torch.manual_seed(seed)
-        members.append(make().double())
-    return members
-
-
-def double(*shape):
-    return torch.randn(shape, dtype=torch.float64)
 
 
 # ---- names ----------------------------------------------------------------------------------------------------------

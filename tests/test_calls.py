@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torch.utils.checkpoint
-from helpers import assert_packed_equals_separate
+from helpers import assert_packed_equals_separate, double, members_of
 from torch import nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
@@ -16,18 +16,6 @@ from decompk.layers.nest import leaves as all_leaves
 
 K = 3
 pytestmark = pytest.mark.filterwarnings("ignore:.*member by member")
-
-
-def members_of(make, count=K):
-    members = []
-    for seed in range(count):
-        torch.manual_seed(seed)
-        members.append(make().double())
-    return members
-
-
-def double(*shape):
-    return torch.randn(shape, dtype=torch.float64)
 
 
 def assert_as_alone(members, *args, packed=None, own=None, **kwargs):

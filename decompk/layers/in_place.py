@@ -135,7 +135,7 @@ def _followed(code: CodeType, aliases: dict[str, set[Chain]]) -> Iterator[tuple[
             depth = argument if op == "COPY" else 1
             stack.append(stack[-depth] if depth <= len(stack) else None)
         elif op == "DUP_TOP_TWO":
-            stack += (stack[:0] + pop(2)) * 2
+            stack += pop(2) * 2
         elif op in ("SWAP", "ROT_TWO"):
             parts = pop(argument if op == "SWAP" else 2)
             stack += [parts[-1], *parts[1:-1], parts[0]]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..errors import PackError
 from ..shell import Shell
 from .base import Record, check_rows, deep_copy, split
-from .forward_code import read_forward
+from .forward_code import attributes, read_forward
 from .nest import leaves, spread, tree_map
 
 Inputs = tuple[tuple, dict[str, Any]]
@@ -309,7 +309,7 @@ def _slices(stack: Tensor) -> Sequence[Tensor]:
 
 def _attributes(module: nn.Module) -> dict[str, Any]:
     """What a module holds beside tensors, modules, hooks and its mode."""
-    return {name: value for name, value in vars(module).items() if name not in _OF_EVERY_MODULE}
+    return {name: value for name, value in attributes(module).items() if name != "_inner"}
 
 
 def _held(module: nn.Module) -> Iterator[tuple[str, Any, Any]]:

@@ -197,16 +197,16 @@ class Rehearsal:
         if all(len(o) == 1 for o in options):
             return tuple(o[0] for o in options)
         for choice in itertools.islice(itertools.product(*options), 32):
-            if self._runs(choice, self.count):
+            if self._runs(choice):
                 break
         else:
             raise Unknown
         found = list(choice)
         for i, role in enumerate(choice):
             if role is not SAME and i != self.anchor and SAME in options[i]:
-                free = self._runs(found, self.count, left=i)
+                free = self._runs(found, left=i)
                 alone = [*found[:i], SAME, *found[i + 1 :]]
-                if free and self._runs(alone, self.count):
+                if free and self._runs(alone):
                     found[i] = SAME
         return tuple(found)
 
@@ -240,7 +240,7 @@ class Rehearsal:
                 return roles
         raise Unknown from reasons[0]
 
-    def _runs(self, roles: Sequence[Role], count: int, left: int | None = None) -> bool:
+    def _runs(self, roles: Sequence[Role], left: int | None = None) -> bool:
         try:
             self.alone(roles, left=left)
         except Exception:  # whatever a network raises at arguments that do not fit each other
