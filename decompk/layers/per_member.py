@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from types import MethodType
 from typing import Any, NamedTuple
@@ -24,16 +25,15 @@ _HOOKS = [name for name, value in vars(nn.Module()).items() if isinstance(value,
 _was_not = object()
 
 
-class _Slot(NamedTuple):
-    """A slice of a stack in the place of a member's tensor."""
+class _Laid(NamedTuple):
+    """A stack whose slices lie in the members' places for it; where code writes `.data`, the slices' memory too."""
 
-    store: dict[str, Tensor | None]
-    kind: str
     name: str
-    part: Tensor
-    pointer: int | None
+    kind: str
     stack: Tensor
-    k: int
+    stores: Sequence[dict[str, Tensor | None]]
+    parts: Sequence[Tensor]
+    pointers: Sequence[int] | None
 
 
 class PerMember(Shell):
@@ -64,53 +64,57 @@ class PerMember(Shell):
         """What each member returns for its own arguments; of a module call, or of a method by name."""
         self._bring_over()
         laid = self._lay_in()
-        outputs = []
-        for member, (args, kwargs), slots in zip(self._members, inputs, laid, strict=True):
+        outputs, written = [], len(laid) < len(self._places)  # a member may fill a place that was empty
+        for k, (member, (args, kwargs)) in enumerate(zip(self._members, inputs, strict=True)):
             call = member if method in ("", "forward") else getattr(member, method)
             outputs.append(call(*args, **kwargs))
-            for slot in slots:
-                self._write_back(slot.store[slot.name], slot)
+            written |= self._write_back(laid, k)
         if torch.compiler.is_compiling():
             self._clear()
-        else:
+        elif written:
             self._renew()
         return outputs
 
     # ---- members' tensors -------------------------------------------------------------------------------------------
 
-    def _lay_in(self) -> list[list[_Slot]]:
-        """Give every member its slices; → for each what to look at when it has run."""
-        laid: list[list[_Slot]] = [[] for _ in self._members]
+    def _lay_in(self) -> list[_Laid]:
+        """Give every member its slices; → what to look at when it has run."""
+        laid = []
         slices: dict[int, Sequence[Tensor]] = {}
         for stacked, kind, name, stores in self._places:
             stack = stacked[name]
             if stack is None:
                 continue
-            if id(stack) not in slices:
-                slices[id(stack)] = _slices(stack)
-            for k, (store, part) in enumerate(zip(stores, slices[id(stack)], strict=True)):
+            parts = slices.get(id(stack))
+            if parts is None:
+                parts = slices[id(stack)] = _slices(stack)
+            for store, part in zip(stores, parts, strict=True):
                 store[name] = part
-                pointer = part.data_ptr() if self._writes_data else None
-                laid[k].append(_Slot(store, kind, name, part, pointer, stack, k))
+            pointers = [part.data_ptr() for part in parts] if self._writes_data else None
+            laid.append(_Laid(name, kind, stack, stores, parts, pointers))
         for stacked, name, containers, key in self._aliases:
             for container, part in zip(containers, slices[id(stacked[name])], strict=True):
                 container[key] = part
         return laid
 
-    def _write_back(self, new: Tensor | None, slot: _Slot) -> None:
-        """Bring what a member put in a slice's place, or laid under it by `.data`, into the stack."""
-        part = slot.part
-        if new is part and (slot.pointer is None or new.data_ptr() == slot.pointer):
-            return
-        if new is not None and new.shape == slot.stack.shape[1:] and new.dtype == slot.stack.dtype:
-            with torch.no_grad():
-                (slot.stack.detach()[slot.k] if new is part else part).copy_(new)
-        elif slot.kind == "_parameters" or torch.compiler.is_compiling():
-            raise PackError(
-                f"'{self._path}' changed '{slot.name}' from {tuple(slot.stack.shape[1:])} {slot.stack.dtype} to "
-                f"{'None' if new is None else f'{tuple(new.shape)} {new.dtype}'} during forward; a packed tensor keeps "
-                "its shape and dtype."
-            )
+    def _write_back(self, laid: Sequence[_Laid], k: int) -> bool:
+        """Bring what member k put in place of a slice, or under it by `.data`, into the stacks; → whether it did."""
+        written = False
+        for name, kind, stack, stores, parts, pointers in laid:
+            new, part = stores[k][name], parts[k]
+            if new is part and (pointers is None or new.data_ptr() == pointers[k]):
+                continue
+            written = True
+            if new is not None and new.shape == stack.shape[1:] and new.dtype == stack.dtype:
+                with torch.no_grad():
+                    (stack.detach()[k] if new is part else part).copy_(new)
+            elif kind == "_parameters" or torch.compiler.is_compiling():
+                raise PackError(
+                    f"'{self._path}' changed '{name}' from {tuple(stack.shape[1:])} {stack.dtype} to "
+                    f"{'None' if new is None else f'{tuple(new.shape)} {new.dtype}'} during forward; a packed tensor "
+                    "keeps its shape and dtype."
+                )
+        return written
 
     def _renew(self) -> None:
         """Buffers that every member has filled, or made in another shape, are stacks of these from now on."""
@@ -178,10 +182,10 @@ class PerMember(Shell):
 
     def train(self, mode: bool = True) -> PerMember:
         self._bring_over()
-        for member, slots in zip(self._members, self._lay_in(), strict=True):
+        laid = self._lay_in()
+        for k, member in enumerate(self._members):
             member.train(mode)  # what a network's own `train` does, it does to each member's own state and tensors
-            for slot in slots:
-                self._write_back(slot.store[slot.name], slot)
+            self._write_back(laid, k)
         for module, like in zip(self._inner.modules(), self._members[0].modules(), strict=True):
             module.training = like.training
         self._note()
@@ -198,6 +202,11 @@ class PerMember(Shell):
 
     def _cut(self, args: tuple, kwargs: dict) -> tuple[int, list[Inputs], Record]:
         """(rows of the first tensor, each member's arguments, what is known of the tensors of such a call)."""
+        if len(args) == 1 and not kwargs and type(args[0]) is Tensor and args[0].dim():  # most modules': no need to ask
+            x = args[0]
+            check_rows(x.shape[0], self._K, self._path, x.shape)
+            record = self._batch.setdefault((x.dim(),), Record())
+            return x.shape[0], [((part,), {}) for part in split(x, self._K)], record
         found = leaves((args, kwargs))
         tensors = [leaf for leaf in found if isinstance(leaf, Tensor) and leaf.dim()]
         if not tensors:
@@ -222,6 +231,10 @@ class PerMember(Shell):
         return rows, spread(cut, (args, kwargs), self._K), record
 
     def _join(self, rows: int, outputs: list, record: Record) -> Any:
+        if all(type(output) is Tensor and output.dim() for output in outputs):
+            size = outputs[0].shape[0]
+            if record.outputs((size,), (size == rows,), self._K)[0]:
+                return torch.cat(outputs)
         first = [leaf for leaf in leaves(outputs[0]) if isinstance(leaf, Tensor)]
         sizes = [leaf.shape[0] if leaf.dim() else None for leaf in first]
         verdict = iter(record.outputs(sizes, [size == rows for size in sizes], self._K))
@@ -301,9 +314,9 @@ def _blank(kind: type[PerMember]) -> PerMember:
 
 def _slices(stack: Tensor) -> Sequence[Tensor]:
     """The K slices of a stacked tensor, in its memory: what a module writes into a slice is in the stack."""
-    if not stack.requires_grad or torch.compiler.is_compiling():
+    if not (stack.requires_grad and torch.is_grad_enabled()) or torch.compiler.is_compiling():
         return stack.unbind(0)
-    # Autograd lets nobody write into what unbind returns, and some modules change their weights while they run.
+    # Where autograd watches, it lets nobody write into what unbind returns, and some modules change their weights.
     return [part.squeeze(0) for part in stack.unsafe_split(1)]
 
 
@@ -325,22 +338,27 @@ class _Noted:
     """What a module of `inner` was like when its members were like it."""
 
     def __init__(self, module: nn.Module):
-        self.module, self.mode = module, module.training
+        self.module, self.values = module, list(vars(module).values())
         self.attributes = _attributes(module)
         self.insides = {name: _inside(v) for name, v in self.attributes.items() if isinstance(v, list | dict | set)}
         self.hooks = [dict(getattr(module, name)) for name in _HOOKS]
+        self.hookless = not any(self.hooks)
         self.children = dict(module._modules)
 
     def holds(self) -> bool:
+        """Asked at every call of every module, so in as few steps of the interpreter as will do."""
         now = vars(self.module)
         return (
-            self.module.training is self.mode
+            len(now) == len(self.values)
+            and all(map(operator.is_, now.values(), self.values))
             and now["_modules"] == self.children
-            and sum(name not in _OF_EVERY_MODULE for name in now) == len(self.attributes)
-            and all(now.get(name, _was_not) is value for name, value in self.attributes.items())
+            and (not any(map(now.__getitem__, _HOOKS)) if self.hookless else self._same_hooks())
             and all(_same(_inside(now[name]), inside) for name, inside in self.insides.items())
-            and all(now[name].keys() == known.keys() for name, known in zip(_HOOKS, self.hooks, strict=True))
         )
+
+    def _same_hooks(self) -> bool:
+        now = [getattr(self.module, name) for name in _HOOKS]
+        return all(hooks.keys() == known.keys() for hooks, known in zip(now, self.hooks, strict=True))
 
     def bring_over(self, own: nn.Module) -> None:
         """Bring into a member's module what has changed since."""
