@@ -59,7 +59,8 @@ class Fused(Packed):
     def __init__(self, packed: Packed):
         super().__init__(packed._inner, packed._K, packed._crops, packed._input_dims, packed._shared, packed._rehearse)
         program = _Program(packed._inner, packed._crops)
-        vars(self).update(_original=packed, _program=program, _decomposition=packed._decomposition, _ways=packed._ways)
+        vars(self).update(_original=packed, _program=program, _decomposition=packed._decomposition)
+        vars(self).update(_ways=packed._ways, _told=packed._told)
 
     def unfuse(self) -> Packed:
         """The packed network this one was made of, with all that was learned since."""
@@ -78,8 +79,9 @@ class Fused(Packed):
 
     def _change(self, changes: Changes) -> None:
         self._original._change(changes)
-        vars(self).update(_inner=self._original._inner, _switches=self._original._switches)
+        vars(self).update(_inner=self._original._inner)
         if changes.whole:
+            self._watch_switches(self._original._switches)
             try:
                 program = _Program(self._inner, self._crops)
             except UnsupportedOperation:  # nothing is left that could be fused

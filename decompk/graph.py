@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import operator
 import os
 import re
 from collections.abc import Iterator
@@ -38,6 +39,42 @@ class _Tracer(fx.Tracer):
 
     def is_leaf_module(self, module: nn.Module, qualified_name: str) -> bool:
         return isinstance(module, PARAMETRIC) or super().is_leaf_module(module, qualified_name)
+
+    def iter(self, obj: fx.Proxy) -> Iterator:
+        """Also over `x.size()[1:]`, as hand-written networks count their features, where x's dimensions are known."""
+        node = obj.node
+        sliced = node.op == "call_function" and node.target is operator.getitem and isinstance(node.args[1], slice)
+        size = node.args[0] if sliced else node
+        is_size = (size.op, size.target) == ("call_method", "size") and len(size.args) == 1 and not size.kwargs
+        is_shape = size.op == "call_function" and size.target is getattr and size.args[1] == "shape"
+        dims = _dims(size.args[0], self.root) if is_size or is_shape else None
+        if dims is None:
+            return super().iter(obj)
+        return iter([obj[i] for i in range(len(range(dims)[node.args[1]]) if sliced else dims)])
+
+
+def _dims(node: fx.Node, root: nn.Module) -> int | None:
+    """The dimensions of a node's value, where the convolution, pooling or norm nearest in front of it tells."""
+    while node.op in ("call_module", "call_function", "call_method") and node.all_input_nodes:
+        module = root.get_submodule(node.target) if node.op == "call_module" else None
+        name = type(module).__name__ if module is not None else getattr(node.target, "__name__", node.target)
+        if axes := re.search(r"([123])d$", name):
+            return 2 + int(axes[1])
+        if not (isinstance(module, _ELEMENTWISE) or (module is None and name.rstrip("_") in _ELEMENTWISE_NAMES)):
+            return None
+        node = node.all_input_nodes[0]
+    return None
+
+
+_ELEMENTWISE = (
+    *(vars(nn.modules.activation)[name] for name in nn.modules.activation.__all__ if "Attention" not in name),
+    *(nn.modules.dropout._DropoutNd, nn.Identity),
+)
+_ELEMENTWISE_NAMES = {
+    *("relu", "relu6", "elu", "selu", "celu", "gelu", "silu", "mish", "leaky_relu", "prelu", "rrelu", "tanh"),
+    *("sigmoid", "hardtanh", "hardswish", "hardsigmoid", "softplus", "softsign", "logsigmoid", "dropout", "batch_norm"),
+    *("add", "sub", "mul", "truediv", "contiguous"),
+}
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import math
 import warnings
 from collections.abc import Collection, Hashable, Iterator, Sequence
 from typing import Any
@@ -83,10 +84,11 @@ def pack(
         leaf = net.get_submodule(path)
         if not isinstance(leaf, Twin):  # registered under two names
             kind._twin_adopt(leaf, K, path)
-    return Packed(net, K, crops, input_dims or input_dims_of(first), shared, rehearse)
+    return Packed(net, K, crops, input_dims or input_dims_of(first), shared, rehearse, told=input_dims is not None)
 
 
 _NUMBERS = frozenset(range(-1, 17))  # that may decide which way code goes, and are few enough to rehearse each
+_REHEARSED = 4  # so many others in one place are rehearsed, too
 _PUBLIC = {"K": "_K", "crops": "_crops", "input_dims": "_input_dims", "decomposition": "_decomposition"}
 
 
@@ -117,10 +119,13 @@ class Packed(Shell):
         input_dims: int | None,
         shared: Collection[str] | None = None,
         rehearse: bool = True,
+        told: bool = False,
     ):
+        """input_dims: of one member's batch; `told` by the user, else what the first layer takes."""
         super().__init__(net)
-        vars(self).update(_K=K, _crops=crops, _input_dims=input_dims, _decomposition=None)
-        vars(self).update(_ways={}, _shared=shared, _rehearse=rehearse, _switches=_switches(net))
+        vars(self).update(_K=K, _crops=crops, _input_dims=input_dims, _decomposition=None, _told=told)
+        vars(self).update(_ways={}, _tried={}, _shared=shared, _rehearse=rehearse)
+        self._watch_switches(_switches(net))
         for store in (net._modules, net._parameters, net._buffers):  # a network's own names win over our methods'
             vars(self).update({name: value for name, value in store.items() if hasattr(type(self), name)})
 
@@ -163,7 +168,7 @@ class Packed(Shell):
         elif name in vars(inner) and name != "training":  # what the network's code reads
             vars(inner)[name] = value
         elif name in _PUBLIC:
-            vars(self)[_PUBLIC[name]] = value
+            vars(self).update({_PUBLIC[name]: value, **({"_told": True} if name == "input_dims" else {})})
         else:
             super().__setattr__(name, value)
 
@@ -171,7 +176,7 @@ class Packed(Shell):
         if args or kwargs or not isinstance(x, Tensor) or not x.dim():
             return self._forward_any(args if x is _ABSENT else (x, *args), kwargs)
         shared = self._is_shared(x)
-        kind = (self.training, shared, x.dim(), *self._switched())
+        kind = (self.training, shared, x.dim()), self._switched()
         way = self._ways.get(kind) or self._way(kind, (x,), {}, [x], shared)
         if isinstance(self._inner, PerMember):
             return self._members_apart(way, (x,), {}, shared)
@@ -200,7 +205,7 @@ class Packed(Shell):
             return self._members_apart(way, args, kwargs, True)
         shared = self._is_shared(x, strict=False)
         N = x.shape[0] if shared else x.shape[1]
-        kind = (self.training, shared, *self._kind(args, kwargs, N), *self._switched())
+        kind = (self.training, shared, *self._kind(args, kwargs, N)), self._switched()
         way = self._ways.get(kind) or self._way(kind, args, kwargs, tensors, shared)
         if isinstance(self._inner, PerMember):
             return self._members_apart(way, args, kwargs, shared)
@@ -223,23 +228,38 @@ class Packed(Shell):
         self._ways.setdefault(kind, way)
         return out
 
-    def _switched(self) -> Iterator[Hashable]:
-        """What decides, beside arguments, which way the network's own code goes: modes and flags that users set."""
-        if not torch.compiler.is_compiling():
-            yield torch.is_grad_enabled()
-            for module, names in self._switches:
-                yield module.training
-                yield from [vars(module).get(name) for name in names]
+    def _watch_switches(self, switches: list[tuple[nn.Module, list[str]]]) -> None:
+        vars(self).update(_switches=switches, _values=([], ()), _numbers={})
+
+    def _switched(self) -> tuple[Hashable, ...]:
+        """What decides, beside arguments, which way the network's own code goes: modes, flags and numbers it holds."""
+        if torch.compiler.is_compiling():
+            return ()
+        values = [vars(module).get(name) for module, names in self._switches for name in names]
+        if values != self._values[0]:
+            known = tuple(self._known(value, ("attribute", i)) for i, value in enumerate(values))
+            vars(self)["_values"] = (values, known)
+        return (torch.is_grad_enabled(), *self._values[1])
 
     def _kind(self, args: tuple, kwargs: dict[str, Any], N: int) -> Iterator[Hashable]:
         """What calls of one kind have in common: names, plain values, and which sizes of tensors are K or N."""
         yield len(args), *kwargs
-        for leaf in leaves((args, kwargs)):
+        for place, leaf in enumerate(leaves((args, kwargs))):
             if isinstance(leaf, Tensor):
                 yield leaf.dim(), leaf.shape[:1] == (self._K,), *(size == N for size in leaf.shape[:3])
             else:
-                known = isinstance(leaf, bool | str | None) or (isinstance(leaf, int | float) and leaf in _NUMBERS)
-                yield leaf if known else type(leaf)
+                yield self._known(leaf, place)
+
+    def _known(self, value: Any, place: Hashable) -> Hashable:
+        """A plain value, which may decide which way code goes; of many numbers the first few, then their kind."""
+        if isinstance(value, bool | str | None) or (isinstance(value, int | float) and value in _NUMBERS):
+            return value
+        if not isinstance(value, int | float):
+            return type(value)
+        seen = self._numbers.setdefault(place, set())
+        if len(seen) < _REHEARSED:
+            seen.add(value)
+        return value if value in seen else type(value)
 
     def _run(self, x: Tensor, cuts: bool) -> Any:
         """What the members return for their rows x (K·N, …), or, if it cuts, for their crops of the image x."""
@@ -311,8 +331,7 @@ class Packed(Shell):
         named = None if self._shared is None or len(tensors) == 1 else self._named_roles(args, kwargs, shared, N)
         one = Way((Rows(0, not shared),)) if len(tensors) == 1 else named and Way(named)
         if one and (isinstance(self._inner, PerMember) or not self._rehearse):
-            self._ways[kind] = one
-            return one
+            return self._ways.setdefault(kind, one)
         if not N or not possible(tensors):
             if one and watched() and not torch.compiler.is_compiling():
                 warnings.warn("call a packed network once as it is before it is traced or transformed.", stacklevel=6)
@@ -346,9 +365,8 @@ class Packed(Shell):
             way = one or Way(self._roles_apart(rehearsal))
         self._change(changes)
         rehearsal.hand_over(self._inner)
-        self._ways[kind] = self._ways[kind[: len(kind) - len(tuple(self._switched()))]] = (
-            way  # compiled code asks no more
-        )
+        for switched in ((), self._switched()):  # compiled code asks no more
+            self._ways[kind[0], switched] = way
         return way
 
     def _roles_apart(self, rehearsal: Rehearsal) -> tuple[Role, ...]:
@@ -375,7 +393,8 @@ class Packed(Shell):
     def _change(self, changes: Changes) -> None:
         """Let the network run as a rehearsal found that it must."""
         vars(self)["_inner"] = changes.applied(self._inner, self._K)
-        vars(self)["_switches"] = _switches(self._inner)
+        if changes.whole:
+            self._watch_switches(_switches(self._inner))
         for path, reason in changes.whole.items():
             what = f"'{path}'" if path else "the network"
             warnings.warn(f"{what} runs member by member: {reason}.", stacklevel=6)
@@ -390,9 +409,14 @@ class Packed(Shell):
             compiles = torch.compiler.is_compiling()
             lay = _crops_of_first_batch_uncompiled if compiles else _crops_of_first_batch
             vars(self)["_crops"] = lay(self._decomposition, shape[1:])
+        if dims is None and (x.dim() in (1, 2) or not strict):
+            return True
+        if strict and not self._told and x.dim() > (dims or 2):
+            if shape[2:] not in self._tried:
+                self._tried[shape[2:]] = self._fits(x)
+            if (shared := self._tried[shape[2:]]) or (shared is False and shape[0] == self._K):
+                return shared
         if dims is None:
-            if x.dim() in (1, 2) or not strict:
-                return True
             raise PackError(
                 f"an input of {shape} may be one batch for all members or one per member: tell pack with input_dims=, "
                 "the number of dimensions of one member's batch."
@@ -409,6 +433,12 @@ class Packed(Shell):
         if not strict and not self._crops:
             return True
         if self._crops:
+            whole = getattr(self._decomposition, "input_size", None)
+            vectors = whole is not None and len(whole) == 1 and math.prod(shape[1:]) == whole[0]
+            if vectors:
+                raise PartitionError(
+                    f"an input of {shape} is no batch of vectors, which the members divide: give it x.flatten(1)."
+                )
             raise PartitionError(
                 f"an input of {shape} is neither a global batch of {dims} dimensions nor ({self._K}, N, C, …) crops."
             )
@@ -416,6 +446,23 @@ class Packed(Shell):
             f"an input of {shape} is neither one batch of {dims} dimensions for all members nor ({self._K}, N, …) of "
             f"{dims + 1}; if the members' batches have another number of dimensions, tell pack with input_dims=."
         )
+
+    def _fits(self, x: Tensor) -> bool | None:
+        """Whether a member takes x as one batch for all (True), or as one per member (False); None if nobody can tell.
+
+        Raises PackError where it takes both.
+        """
+        if not self._rehearse or not x.numel() or not possible([x]):
+            return None
+        one = Rehearsal(self._inner, self._K, (x,), {}, True, x.shape[0]).runs((Rows(0, False),))
+        each = x[:1].expand(self._K, *x.shape[1:])
+        own = Rehearsal(self._inner, self._K, (each,), {}, False, x.shape[1]).runs((Rows(0, True),))
+        if one and own:
+            raise PackError(
+                f"an input of {tuple(x.shape)} may be one batch for all members or one per member: tell pack with "
+                f"input_dims={x.dim()} or input_dims={x.dim() - 1}, the number of dimensions of one member's batch."
+            )
+        return one if one or own else None
 
     def _check_image(self, spatial: tuple[int, ...]) -> None:
         whole = getattr(self._decomposition, "input_size", spatial)[-len(spatial) :]
@@ -481,12 +528,13 @@ class Packed(Shell):
 
 
 def _switches(net: nn.Module) -> list[tuple[nn.Module, list[str]]]:
-    """The modules of a user's own code on all members' rows, each with the names of its flags."""
-    own = [m for m in without_insides(net) if not isinstance(m, Shell) and not type(m).__module__.startswith("torch.")]
-    flags = [
-        [name for name, value in vars(m).items() if type(value) in (bool, str) and name != "training"] for m in own
-    ]
-    return [(m, names) for m, names in zip(own, flags, strict=True) if not isinstance(m, Twin)]
+    """The modules of a user's own code on all members' rows, each with the names of its mode, flags and numbers."""
+    own = [m for m in without_insides(net) if not isinstance(m, Shell | Twin) and not _of_torch(m)]
+    return [(m, [name for name, value in vars(m).items() if type(value) in (bool, str, int, float)]) for m in own]
+
+
+def _of_torch(module: nn.Module) -> bool:
+    return type(module).__module__.startswith("torch.")
 
 
 def _innermost(net: Any) -> Any:

@@ -129,6 +129,11 @@ def _forms(model: nn.Module, graph: fx.Graph) -> list[Form]:
         name = operation_name(node) if node.op == "call_function" else ""
         if isinstance(module, nn.modules.conv._ConvNd):
             return [(module.in_channels, *[None] * len(module.kernel_size))]
+        if isinstance(module, nn.Embedding) or name == "embedding":
+            raise PartitionError(
+                f"{type(model).__name__} reads tokens, which have no parts to divide among sub-networks; decompk.pack "
+                "trains any K of them at once."
+            )
         if isinstance(module, nn.RNNBase):
             return [(None, module.input_size)]
         if isinstance(module, nn.Linear):

@@ -2,6 +2,7 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,6 +14,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 import decompk
 from decompk import errors, pack
 from decompk.layers.nest import leaves as all_leaves
+from decompk.layers.rehearsal import Rehearsal
 
 K = 3
 pytestmark = pytest.mark.filterwarnings("ignore:.*member by member")
@@ -292,7 +294,7 @@ def test_scalars_beside_the_outputs_are_one_value_per_member():
         assert abs(number[k] - single[3]) < 1e-6
         (single[0].square().sum() + single[1]).backward()
         torch.testing.assert_close(packed.get_parameter("e.weight").grad[k], member.e.weight.grad)
-    assert "not one row per sample" in packed.describe()
+    assert "makes numbers of all its samples" in packed.describe()
 
 
 def test_outputs_with_several_rows_a_sample_or_samples_elsewhere_keep_their_shapes():
@@ -893,3 +895,167 @@ def test_a_network_that_takes_one_number_of_samples_only_runs_as_its_members():
             return super().forward(x)
 
     assert_as_alone(members_of(lambda: Fixed("mean", nn.Identity())), double(5, 6))
+
+
+# ---- one batch, or one per member -----------------------------------------------------------------------------------
+
+
+def vectors():
+    return nn.Sequential(nn.Flatten(), nn.Linear(24, 6), nn.ReLU(), nn.Linear(6, 2))
+
+
+@pytest.mark.parametrize("N", [K, 5])
+def test_a_batch_of_more_dimensions_than_the_first_layer_tells_is_what_a_member_takes_it_for(N):
+    members = members_of(vectors)
+    images = double(N, 2, 3, 4)
+    packed = assert_as_alone(members, images)
+    own = double(K, N, 2, 3, 4)
+    assert_as_alone(members, own, packed=packed, own=lambda k: ((own[k],), {}))
+    grey = double(N, 1, 4, 6)  # which one member also takes for a batch of one
+    with pytest.raises(errors.PackError, match="input_dims=4 or input_dims=3"):
+        packed(grey)
+    assert_as_alone(members, grey, packed=pack(members, input_dims=4))
+
+
+class Clips(nn.Module):
+    """A network of clips (N, T, C, H, W), whose first layer reads images."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.fc = nn.Conv2d(3, 4, 3), nn.Linear(4, 2)
+
+    def forward(self, x):
+        frames = self.conv(x.flatten(0, 1)).square().mean((2, 3))
+        return self.fc(frames.unflatten(0, x.shape[:2]).mean(1))
+
+
+@pytest.mark.parametrize("N", [K, 5])
+def test_clips_are_one_batch_although_the_first_layer_reads_images(N):
+    members = members_of(Clips)
+    x = double(N, 2, 3, 6, 6)
+    packed = assert_as_alone(members, x)
+    own = double(K, N, 2, 3, 6, 6)
+    assert_as_alone(members, own, packed=packed, own=lambda k: ((own[k],), {}))
+
+
+# ---- numbers --------------------------------------------------------------------------------------------------------
+
+
+class Decides(nn.Module):
+    """A branch on what comes out of a layer, which only large samples take."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.fc, self.how = nn.Linear(6, 6), how
+
+    def forward(self, x):
+        h = self.fc(x)
+        if self.how == "branch" and h.abs().max() > 20:
+            return h / h.abs().max()
+        if self.how == "number" and (peak := h.detach().max().item()) > 20:
+            return h * peak
+        if self.how == "index":
+            return h * (1 + int(h.max() > 20))
+        return h
+
+
+@pytest.mark.parametrize("how", ["branch", "number", "index"])
+def test_code_that_decides_by_values_runs_by_members_before_it_decides_otherwise(how):
+    members = members_of(lambda: nn.Sequential(nn.Linear(6, 6), Decides(how), nn.Linear(6, 2)))
+    with torch.no_grad():
+        for k, member in enumerate(members):
+            member[1].fc.weight *= 1 + k  # so that members decide differently
+    packed = assert_as_alone(members, double(5, 6))
+    assert packed.describe().count("makes numbers of all its samples") == 1 and packed.describe().count("twin") == 2
+    for scale in (10, 30, 300):
+        assert_as_alone(members, scale * double(5, 6), packed=packed)
+
+
+def test_code_that_decides_by_what_all_members_share_stays_packed():
+    class Normalised(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(6, 2)
+
+        def forward(self, x, scale):
+            if x.max() > 1:
+                x = x / 255
+            return self.fc(x) / (scale if bool(scale > 0) else 1)
+
+    members = members_of(Normalised)
+    packed = assert_as_alone(members, double(5, 6).abs() + 1, torch.tensor(3.0))
+    assert "member by member" not in packed.describe()
+    own = double(K, 5, 6) * torch.tensor([0.01, 1, 100])[:, None, None]  # each member's own decide by themselves
+    packed = pack(members, input_dims=2)
+    assert_as_alone(members, own, torch.tensor(3.0), packed=packed, own=lambda k: ((own[k], torch.tensor(3.0)), {}))
+    assert "makes numbers of all its samples" in packed.describe()
+
+
+class Mixes(nn.Module):
+    """Samples that are mixed as much as a number says: not at all by its first value."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc, self.share = nn.Linear(6, 6), 1e-12
+
+    def forward(self, x, share=None):
+        share = self.share if share is None else share
+        h = self.fc(x)
+        return (1 - share) * h + share * h.flip(0)
+
+
+def test_numbers_are_rehearsed_when_they_change():
+    members, x = members_of(Mixes), double(5, 6)
+    packed = assert_as_alone(members, x, 1e-12)
+    assert_as_alone(members, x, 0.3, packed=packed)
+    members = members_of(Mixes)
+    packed = assert_as_alone(members, x)
+    for net in (packed, *members):
+        net.share = 0.3
+    assert_as_alone(members, x, packed=packed)
+    assert "its samples see each other" in packed.describe()
+
+
+def test_a_number_that_changes_at_every_step_is_not_rehearsed_forever(monkeypatch):
+    class Scales(Mixes):
+        def forward(self, x, share=None):
+            return self.fc(x) * (self.share if share is None else share)
+
+    rehearsed, run = [], Rehearsal.run
+    monkeypatch.setattr(Rehearsal, "run", lambda self: rehearsed.append(self) or run(self))
+    packed, x = pack(members_of(Scales)), double(5, 6)
+    for step in range(20):
+        packed(x, 0.1 + step / 100)
+    for step in range(20):
+        packed.share = 0.1 + step / 100
+        packed(x)
+    assert "member by member" not in packed.describe() and 2 < len(rehearsed) < 12
+
+
+def test_counters_are_read_at_their_members_values_and_random_states_stay():
+    class Counts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc, self.calls, self.peak = nn.Linear(6, 6), 0, 0.0
+
+        def forward(self, x):
+            self.calls += 1
+            h = self.fc(x)
+            self.peak = max(self.peak, h.max().item())
+            return h * (np.random.rand() > -1)  # noqa: NPY002
+
+    members, x = members_of(Counts), double(5, 6)
+    packed = pack(members)
+    np.random.seed(0)  # noqa: NPY002
+    for _ in range(2):
+        packed(x)
+    drawn = np.random.rand()  # noqa: NPY002
+    assert packed.calls == 2
+    torch.testing.assert_close(packed.peak, torch.tensor([max(0, m.fc(x).max().item()) for m in members]))
+    packed.calls = 10
+    assert packed.calls == 10
+    packed(x)
+    assert packed.calls == 11
+    np.random.seed(0)  # noqa: NPY002
+    np.random.rand(2 * K)  # noqa: NPY002
+    assert drawn == np.random.rand()  # noqa: NPY002

@@ -1,6 +1,7 @@
 """The literal call: grouped_subnets(model) alone finds the size of a sample, or lays its crops for the first batch."""
 
 import copy
+import math
 import pickle
 
 import pytest
@@ -27,6 +28,13 @@ class LeNet(nn.Module):
         x = F.max_pool2d(F.relu(self.conv1(x)), 2)
         x = self.reshape(F.max_pool2d(F.relu(self.conv2(x)), 2))
         return self.fc3(F.relu(self.fc2(F.relu(self.fc1(x)))))
+
+
+def counted(x):
+    count = 1
+    for size in x.size()[1:]:
+        count *= size
+    return count
 
 
 def pooled(channels=3, width=8):
@@ -56,6 +64,16 @@ SIZES = {
     "LeNet of 32 pixels": (lambda: LeNet(3, 0), (3, 32, 32), "common"),
     "LeNet with its features written out": (
         lambda: LeNet(1, 2, reshape=lambda x: x.view(-1, 400)),
+        (1, 28, 28),
+        "common",
+    ),
+    "LeNet that counts its features": (
+        lambda: LeNet(1, 2, reshape=lambda x: x.view(-1, counted(x))),
+        (1, 28, 28),
+        "common",
+    ),
+    "LeNet that multiplies its features": (
+        lambda: LeNet(1, 2, reshape=lambda x: x.view(x.shape[0], math.prod(x.shape[1:]))),
         (1, 28, 28),
         "common",
     ),
@@ -185,7 +203,7 @@ def test_what_is_pooled_to_one_size_has_the_same_members_at_any():
 @pytest.mark.parametrize(
     ("net", "words"),
     [
-        (nn.Sequential(nn.Embedding(9, 8), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2)), "give input_size="),
+        (nn.Sequential(nn.Embedding(9, 8), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2)), "tokens.* decompk.pack"),
         (nn.Sequential(nn.ReLU()), "give input_size="),
         (flat(600), "runs on no square image"),
         (LeNet(1, 0, 256), "larger crop_size"),
@@ -215,3 +233,11 @@ def test_torchvisions_networks_take_a_step_by_the_literal_call(name):
     loss.backward()
     optimizer.step()
     assert packed.compose().eval()(x).shape == packed.ensemble(x).shape == (2, 8)
+
+
+def test_images_given_to_members_of_vectors_are_refused_with_the_right_call():
+    packed = decompk.grouped_subnets(nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.ReLU(), nn.Linear(8, 4)))
+    x = torch.randn(3, 1, 8, 8)
+    with pytest.raises(PartitionError, match=r"give it x.flatten\(1\)"):
+        packed(x)
+    assert packed(x.flatten(1)).shape == (4, 3, 4)

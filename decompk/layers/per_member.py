@@ -280,6 +280,10 @@ class PerMember(Shell):
         own = [vars(member).get(name) for member in self._members]
         if all(isinstance(value, Tensor) for value in own) and len({value.shape for value in own}) == 1:
             return torch.stack(own)  # what each member's forward has left there
+        if name in vars(self._inner) and all(isinstance(value, bool | int | float) for value in own):
+            self._bring_over()  # what a user has set since counts
+            own = [vars(member)[name] for member in self._members]
+            return own[0] if len(set(own)) == 1 else torch.tensor(own)
         value = getattr(self._inner, name)
         if isinstance(value, MethodType) and value.__self__ is self._inner:
             return functools.partial(self._on_rows, name)

@@ -92,9 +92,9 @@ def entangled(modules: dict[str, nn.Module], whole: Collection[str]) -> dict[str
     for path in whole:
         inside = {id(part) for module in modules[path].modules() for part in _registered(module)}
         for below, module in modules.items():
-            for name, value in attributes(module).items() if _is_in(below, path) else ():
+            for name, value in attributes(module).items() if is_in(below, path) else ():
                 for part in walked(value, lambda part: id(part) in homes):
-                    if not _is_in(home := homes.get(id(part), path), path) and id(part) not in inside:
+                    if not is_in(home := homes.get(id(part), path), path) and id(part) not in inside:
                         wider[_around(path, home)] = f"'{dotted(below, name)}' holds a part of '{home}'"
     holders: dict[int, list[str]] = {}
     for path, module in modules.items():
@@ -105,7 +105,7 @@ def entangled(modules: dict[str, nn.Module], whole: Collection[str]) -> dict[str
         names = [name for name, value in attributes(module).items() if id(value) in shared and is_changeable(value)]
         for name in sorted(set(names) & read_forward(module).filled) if names else ():
             around = functools.reduce(_around, shared[id(vars(module)[name])])
-            if not any(_is_in(around, one) for one in whole):
+            if not any(is_in(around, one) for one in whole):
                 wider[around] = f"its parts share '{name}', which '{path}' changes"
     return wider
 
@@ -115,13 +115,13 @@ def _registered(module: nn.Module) -> list:
     return [module, *(t for store in (module._parameters, module._buffers) for t in store.values() if t is not None)]
 
 
-def _is_in(path: str, around: str) -> bool:
+def is_in(path: str, around: str) -> bool:
     return not around or path == around or path.startswith(f"{around}.")
 
 
 def _around(a: str, b: str) -> str:
     """The path of the innermost module around those at `a` and `b`."""
-    while not _is_in(b, a):
+    while not is_in(b, a):
         a = a.rpartition(".")[0]
     return a
 

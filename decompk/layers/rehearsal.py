@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
@@ -24,8 +25,9 @@ from ..dispatch import backend
 from ..shell import Shell
 from .base import HOOKS, Twin, deep_copy, rehearsal_of
 from .nest import leaves, tree_map
+from .numbers import numbers
 from .per_member import PerMember, member_of, own_module, per_member_kind
-from .plan import entangled
+from .plan import entangled, is_in
 from .stack import unhook
 
 COUNTS = (2, 3, 5, 7, 11)  # samples of a rehearsal: the first of which no other size is a multiple
@@ -197,16 +199,16 @@ class Rehearsal:
         if all(len(o) == 1 for o in options):
             return tuple(o[0] for o in options)
         for choice in itertools.islice(itertools.product(*options), 32):
-            if self._runs(choice):
+            if self.runs(choice):
                 break
         else:
             raise Unknown
         found = list(choice)
         for i, role in enumerate(choice):
             if role is not SAME and i != self.anchor and SAME in options[i]:
-                free = self._runs(found, left=i)
+                free = self.runs(found, left=i)
                 alone = [*found[:i], SAME, *found[i + 1 :]]
-                if free and self._runs(alone):
+                if free and self.runs(alone):
                     found[i] = SAME
         return tuple(found)
 
@@ -240,7 +242,8 @@ class Rehearsal:
                 return roles
         raise Unknown from reasons[0]
 
-    def _runs(self, roles: Sequence[Role], left: int | None = None) -> bool:
+    def runs(self, roles: Sequence[Role], left: int | None = None) -> bool:
+        """Whether a member alone takes its parts of the arguments, tensor `left` with another number of samples."""
         try:
             self.alone(roles, left=left)
         except Exception:  # whatever a network raises at arguments that do not fit each other
@@ -310,14 +313,16 @@ class Rehearsal:
     def _apart(self, seed: int) -> Iterator[None]:
         """On operators that give the bits of a member alone, and unseen by the random state."""
         devices = {t.device for t in self.net.parameters() if t.is_cuda}
-        state = random.getstate()
+        state, numpys = random.getstate(), np.random.get_state()
         with torch.set_grad_enabled(self._grad), torch.random.fork_rng(devices=devices), backend("loop"):
             torch.manual_seed(seed)
             random.seed(seed)
+            np.random.seed(seed)
             try:
                 yield
             finally:
                 random.setstate(state)
+                np.random.set_state(numpys)
 
     # -- the verdict
 
@@ -327,8 +332,12 @@ class Rehearsal:
             return self._run()
 
     def _run(self) -> tuple[Way, Changes]:
-        roles = self.roles()
-        outs, changes = self._settled(roles, Changes())
+        roles, changes = self.roles(), Changes()
+        apart = {m._path for m in without_insides(self.net) if isinstance(m, PerMember)}
+        for path in self._decides(roles):
+            if not any(is_in(path, one) for one in (*apart, *changes.whole)):
+                changes = self._by_members(changes, path, "its code makes numbers of all its samples")
+        outs, changes = self._settled(roles, changes)
         if self._random:
             if any(m.training for m in self.net.modules()):
                 self._evaluates, self._random = True, False
@@ -433,6 +442,29 @@ class Rehearsal:
         whole = [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found, strict=True)]
         return whole if net is self._alone else [g[self.K - 1] for g in whole]
 
+    def _decides(self, roles: Sequence[Role]) -> list[str]:
+        """The modules whose own code turns tensors that are each member's own into Python's numbers.
+
+        Whatever it does with them (a branch that these samples do not take, a factor), packed it would make them of all
+        members' samples.
+        """
+        if all(isinstance(m, Twin | Shell) or _home(m) == "torch" for m in without_insides(self.net)):
+            return []
+        belongs = [None if r is SAME else r.own or (i == self.anchor and bool(self.cut)) for i, r in enumerate(roles)]
+        found: list[str] = []
+
+        @contextlib.contextmanager
+        def watch(net: nn.Module) -> Iterator[None]:
+            with numbers(net, belongs) as paths:
+                yield
+            found.extend(paths)
+
+        try:
+            self.alone(roles, watch=watch)
+        except Exception:  # whatever a network raises that is watched so
+            return []
+        return found
+
     def _depends(self, roles: Sequence[Role], changes: Changes, outs: Sequence[int | None]) -> str | None:
         """Where the last member's rows follow other members' samples, if they do: for code that draws, drawn alike."""
         runs: list[list[tuple[str, bool, Any]]] = [[], []]
@@ -453,7 +485,7 @@ class Rehearsal:
     def _by_members(self, changes: Changes, path: str, reason: str) -> Changes:
         """The module at `path`, or the first around it that does not do so yet, runs member by member, too."""
         taken = {*changes.whole, *(shell._path for shell in self._shells)}
-        while path and any(path == p or path.startswith(f"{p}.") for p in taken):
+        while path and any(is_in(path, p) for p in taken):
             path = path.rpartition(".")[0]
         modules = dict(self.net.named_modules(remove_duplicate=False))
         while wider := [
