@@ -313,16 +313,16 @@ class Rehearsal:
     def _apart(self, seed: int) -> Iterator[None]:
         """On operators that give the bits of a member alone, and unseen by the random state."""
         devices = {t.device for t in self.net.parameters() if t.is_cuda}
-        state, numpys = random.getstate(), np.random.get_state()
+        state, numpys = random.getstate(), np.random.get_state()  # noqa: NPY002
         with torch.set_grad_enabled(self._grad), torch.random.fork_rng(devices=devices), backend("loop"):
             torch.manual_seed(seed)
             random.seed(seed)
-            np.random.seed(seed)
+            np.random.seed(seed)  # noqa: NPY002
             try:
                 yield
             finally:
                 random.setstate(state)
-                np.random.set_state(numpys)
+                np.random.set_state(numpys)  # noqa: NPY002
 
     # -- the verdict
 
