@@ -30,6 +30,7 @@ from .layers.rehearsal import (
     first_line,
     member_alone,
     possible,
+    unseen,
     without_insides,
 )
 from .layers.stack import hook, stacked
@@ -175,7 +176,7 @@ class Packed(Shell):
     def forward(self, x: Any = _ABSENT, /, *args: Any, **kwargs: Any) -> Any:
         if args or kwargs or not isinstance(x, Tensor) or not x.dim():
             return self._forward_any(args if x is _ABSENT else (x, *args), kwargs)
-        shared = self._is_shared(x)
+        shared = self._is_shared(x, (x,))
         kind = (self.training, shared, x.dim()), self._switched()
         way = self._ways.get(kind) or self._way(kind, (x,), {}, [x], shared)
         if isinstance(self._inner, PerMember):
@@ -187,9 +188,7 @@ class Packed(Shell):
             return self._stacked(self._run(rows, cuts), way, N)
         with packed_batch(self._K * N):
             out = self._run(rows, cuts)
-        out = self._stacked(out, way, N)
-        self._ways.setdefault(kind, way)
-        return out
+        return self._stacked(out, way, N)
 
     def _forward_any(self, args: tuple, kwargs: dict[str, Any]) -> Any:
         """A call with other arguments than one tensor."""
@@ -199,11 +198,12 @@ class Packed(Shell):
             raise PackError("a packed module takes crops as one tensor (K, N, C, …): give it torch.stack(crops).")
         if x is None:
             rehearsal = Rehearsal(self._inner, self._K, args, kwargs, True, 0)
-            way = Way(self._roles_apart(rehearsal))
-            if not isinstance(self._inner, PerMember):
-                self._change(Changes(whole={"": "it is called without a batch"}))
+            with unseen():
+                way = Way(self._roles_apart(rehearsal))
+                if not isinstance(self._inner, PerMember):
+                    self._change(Changes(whole={"": "it is called without a batch"}))
             return self._members_apart(way, args, kwargs, True)
-        shared = self._is_shared(x, strict=False)
+        shared = self._is_shared(x, args, kwargs)
         N = x.shape[0] if shared else x.shape[1]
         kind = (self.training, shared, *self._kind(args, kwargs, N)), self._switched()
         way = self._ways.get(kind) or self._way(kind, args, kwargs, tensors, shared)
@@ -224,9 +224,7 @@ class Packed(Shell):
             return self._stacked(self._inner(*args, **kwargs), way, N)
         with packed_batch(self._K * N):
             out = self._inner(*args, **kwargs)
-        out = self._stacked(out, way, N)
-        self._ways.setdefault(kind, way)
-        return out
+        return self._stacked(out, way, N)
 
     def _watch_switches(self, switches: list[tuple[nn.Module, list[str]]]) -> None:
         vars(self).update(_switches=switches, _values=([], ()), _numbers={})
@@ -345,25 +343,26 @@ class Packed(Shell):
         cut = (lambda t, k: crops[k].cut(t)) if crops else None
         rehearsal = Rehearsal(self._inner, self._K, args, kwargs, shared, N, cut, named)
         apart, changes = isinstance(self._inner, PerMember), None
-        try:
-            way, changes = (Way(()), Changes()) if apart else rehearsal.run()
-        except Unknown as unknown:
-            if one:
-                with contextlib.suppress(Unknown):  # else the call itself is wrong, as its members will say
-                    rehearsal.apart()
-                    changes = Changes(whole={"": "it takes no other number of samples, so that nothing can be tried"})
-                if changes is None:
-                    return one
-            elif not shared or self._crops:
-                raise PackError(
-                    "it cannot be told which of these arguments belong to the batch, because a member does not take "
-                    "another number of samples: name those that do not in pack(..., shared=[...])."
-                ) from unknown
-            else:
-                changes = Changes(whole={"": "it cannot be told which of its arguments belong to the batch"})
-        if apart or "" in changes.whole:
-            way = one or Way(self._roles_apart(rehearsal))
-        self._change(changes)
+        with unseen():
+            try:
+                way, changes = (Way(()), Changes()) if apart else rehearsal.run()
+            except Unknown as unknown:
+                if one:
+                    with contextlib.suppress(Unknown):  # else the call itself is wrong, as its members will say
+                        rehearsal.apart()
+                        changes = Changes(whole={"": "it takes no other number of samples: nothing can be tried"})
+                    if changes is None:
+                        return one
+                elif not shared or self._crops:
+                    raise PackError(
+                        "it cannot be told which of these arguments belong to the batch, because a member does not "
+                        "take another number of samples: name those that do not in pack(..., shared=[...])."
+                    ) from unknown
+                else:
+                    changes = Changes(whole={"": "it cannot be told which of its arguments belong to the batch"})
+            if apart or "" in changes.whole:
+                way = one or Way(self._roles_apart(rehearsal))
+            self._change(changes)
         rehearsal.hand_over(self._inner)
         for switched in ((), self._switched()):  # compiled code asks no more
             self._ways[kind[0], switched] = way
@@ -399,23 +398,24 @@ class Packed(Shell):
             what = f"'{path}'" if path else "the network"
             warnings.warn(f"{what} runs member by member: {reason}.", stacklevel=6)
 
-    def _is_shared(self, x: Tensor, strict: bool = True) -> bool:
-        """Whether x is one batch for all members (True) or already has the member dimension (False).
-
-        Not `strict` where further arguments make it uncertain that x goes to the network's first layer.
-        """
+    def _is_shared(self, x: Tensor, args: tuple, kwargs: dict[str, Any] | None = None) -> bool:
+        """Whether x, the first of the arguments, is one batch for all members (True) or has the member dimension."""
         shape, dims = tuple(x.shape), self._input_dims
+        strict = len(args) == 1 and args[0] is x and not kwargs  # else x may not go to the network's first layer
         if self._crops == () and x.dim() == dims:  # they wait for the first batch
             compiles = torch.compiler.is_compiling()
             lay = _crops_of_first_batch_uncompiled if compiles else _crops_of_first_batch
             vars(self)["_crops"] = lay(self._decomposition, shape[1:])
-        if dims is None and (x.dim() in (1, 2) or not strict):
+        if dims is None and x.dim() in (1, 2):
             return True
-        if strict and not self._told and x.dim() > (dims or 2):
-            if shape[2:] not in self._tried:
-                self._tried[shape[2:]] = self._fits(x)
-            if (shared := self._tried[shape[2:]]) or (shared is False and shape[0] == self._K):
+        if not self._told and x.dim() > (dims or 2):
+            place = (len(args), *(kwargs or ()), shape[2:])
+            if place not in self._tried:
+                self._tried[place] = self._fits(x, args, kwargs or {})
+            if (shared := self._tried[place]) or (shared is False and shape[0] == self._K):
                 return shared
+        if dims is None and not strict:
+            return True
         if dims is None:
             raise PackError(
                 f"an input of {shape} may be one batch for all members or one per member: tell pack with input_dims=, "
@@ -447,17 +447,22 @@ class Packed(Shell):
             f"{dims + 1}; if the members' batches have another number of dimensions, tell pack with input_dims=."
         )
 
-    def _fits(self, x: Tensor) -> bool | None:
+    def _fits(self, x: Tensor, args: tuple, kwargs: dict[str, Any]) -> bool | None:
         """Whether a member takes x as one batch for all (True), or as one per member (False); None if nobody can tell.
 
         Raises PackError where it takes both.
         """
         if not self._rehearse or not x.numel() or not possible([x]):
             return None
-        one = Rehearsal(self._inner, self._K, (x,), {}, True, x.shape[0]).runs((Rows(0, False),))
-        each = x[:1].expand(self._K, *x.shape[1:])
-        own = Rehearsal(self._inner, self._K, (each,), {}, False, x.shape[1]).runs((Rows(0, True),))
-        if one and own:
+
+        def each(leaf: Any) -> Any:
+            alike = isinstance(leaf, Tensor) and leaf.dim() > 1 and leaf.shape[0] == x.shape[0]
+            return leaf[:1].expand(self._K, *leaf.shape[1:]) if alike else leaf
+
+        with unseen():
+            one = Rehearsal(self._inner, self._K, args, kwargs, True, x.shape[0]).takes()
+            own = Rehearsal(self._inner, self._K, *tree_map(each, (args, kwargs)), False, x.shape[1]).takes()
+        if one and own and not (x.dim() > 3 and x.shape[1] == 1):  # images of one channel, not members' of one sample
             raise PackError(
                 f"an input of {tuple(x.shape)} may be one batch for all members or one per member: tell pack with "
                 f"input_dims={x.dim()} or input_dims={x.dim() - 1}, the number of dimensions of one member's batch."

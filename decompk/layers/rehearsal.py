@@ -19,7 +19,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
-from torch.nn.modules.module import _has_any_global_hook
+from torch.overrides import _get_current_function_mode_stack, _pop_mode, _push_mode
+from torch.utils._device import DeviceContext
+from torch.utils._python_dispatch import _disable_current_modes
 
 from ..dispatch import backend
 from ..shell import Shell
@@ -145,17 +147,46 @@ class Changes:
 
 
 def possible(tensors: Sequence[Tensor]) -> bool:
-    """Whether a network may be run here on a few samples, unseen: nothing watches, traces or transforms the call."""
+    """Whether a network may be run here on a few samples: nothing traces or transforms the call."""
     return not (
         torch.compiler.is_compiling()
         or torch.jit.is_tracing()
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._len_torch_function_stack()
         or torch._C._functorch.peek_interpreter_stack() is not None
-        or _has_any_global_hook()
         or any(type(t) not in (Tensor, nn.Parameter) or t.is_meta for t in tensors)
         or (torch.cuda.is_available() and torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing())
     )
+
+
+@contextlib.contextmanager
+def unseen() -> Iterator[None]:
+    """Whatever runs inside is not seen by modes that count or record, nor by hooks of all modules."""
+    hooks = [getattr(nn.modules.module, name) for name in _GLOBAL_HOOKS]
+    known = [dict(h) for h in hooks]
+    functions, grad = _get_current_function_mode_stack(), torch.is_grad_enabled()
+    with contextlib.ExitStack() as stack:
+        if torch._C._len_torch_dispatch_stack():
+            stack.enter_context(_disable_current_modes())
+        for _ in functions:
+            _pop_mode()
+        try:
+            for mode in functions:
+                if isinstance(mode, DeviceContext):  # where new tensors are made
+                    stack.enter_context(DeviceContext(mode.device))
+            for h in hooks:
+                h.clear()
+            # parameters that are made anew must not be inference tensors: nobody could train them
+            stack.enter_context(torch.inference_mode(False))
+            stack.enter_context(torch.set_grad_enabled(grad))
+            yield
+        finally:
+            stack.close()
+            for h, before in zip(hooks, known, strict=True):
+                h.update(before)
+            for mode in functions:
+                _push_mode(mode)
+
+
+_GLOBAL_HOOKS = [f"_global_{when}_hooks" for when in ("backward_pre", "backward", "forward_pre", "forward")]
 
 
 @dataclass
@@ -211,6 +242,11 @@ class Rehearsal:
                 if free and self.runs(alone):
                     found[i] = SAME
         return tuple(found)
+
+    def takes(self) -> bool:
+        """Whether a member alone takes its parts of the arguments, whatever their roles."""
+        options = [self._options(i, t) for i, t in enumerate(self.tensors)]
+        return any(self.runs(choice) for choice in itertools.islice(itertools.product(*options), 32))
 
     def _options(self, i: int, t: Tensor) -> list[Role]:
         """What a tensor may be, by its shape alone, the likeliest first."""
