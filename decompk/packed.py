@@ -16,6 +16,7 @@ from .dispatch import EXACT, watched
 from .errors import PackError, PartitionError
 from .layers.alike import check_members, listed
 from .layers.base import Twin, deep_copy, packed_batch
+from .layers.forward_code import attributes, is_plain_object
 from .layers.nest import leaves, spread, tree_map
 from .layers.per_member import PerMember, description, own_module, per_member_kind
 from .layers.plan import input_dims_of, plan
@@ -89,7 +90,7 @@ def pack(
 
 
 _NUMBERS = frozenset(range(-1, 17))  # that may decide which way code goes, and are few enough to rehearse each
-_REHEARSED = 4  # so many others in one place are rehearsed, too
+_REHEARSED, _REST = 4, 64  # so many others in one place are rehearsed, too, and one more after so many calls
 _PUBLIC = {"K": "_K", "crops": "_crops", "input_dims": "_input_dims", "decomposition": "_decomposition"}
 
 
@@ -226,14 +227,15 @@ class Packed(Shell):
             out = self._inner(*args, **kwargs)
         return self._stacked(out, way, N)
 
-    def _watch_switches(self, switches: list[tuple[nn.Module, list[str]]]) -> None:
-        vars(self).update(_switches=switches, _values=([], ()), _numbers={})
+    def _watch_switches(self, switches: list[tuple[Any, list]]) -> None:
+        vars(self).update(_switches=switches, _values=([], ()), _numbers={}, _calls=0)
 
     def _switched(self) -> tuple[Hashable, ...]:
         """What decides, beside arguments, which way the network's own code goes: modes, flags and numbers it holds."""
         if torch.compiler.is_compiling():
             return ()
-        values = [vars(module).get(name) for module, names in self._switches for name in names]
+        vars(self)["_calls"] += 1
+        values = [_values(holder).get(name) for holder, names in self._switches for name in names]
         if values != self._values[0]:
             known = tuple(self._known(value, ("attribute", i)) for i, value in enumerate(values))
             vars(self)["_values"] = (values, known)
@@ -245,6 +247,8 @@ class Packed(Shell):
         for place, leaf in enumerate(leaves((args, kwargs))):
             if isinstance(leaf, Tensor):
                 yield leaf.dim(), leaf.shape[:1] == (self._K,), *(size == N for size in leaf.shape[:3])
+                if not leaf.dim() and leaf.device.type == "cpu" and type(leaf) is Tensor:
+                    yield self._known(leaf.item(), place)
             else:
                 yield self._known(leaf, place)
 
@@ -254,9 +258,9 @@ class Packed(Shell):
             return value
         if not isinstance(value, int | float):
             return type(value)
-        seen = self._numbers.setdefault(place, set())
-        if len(seen) < _REHEARSED:
-            seen.add(value)
+        seen = self._numbers.setdefault(place, {})
+        if value not in seen and (len(seen) < _REHEARSED or self._calls - max(seen.values()) >= _REST):
+            seen[value] = self._calls
         return value if value in seen else type(value)
 
     def _run(self, x: Tensor, cuts: bool) -> Any:
@@ -532,10 +536,22 @@ class Packed(Shell):
         return f"K={self._K}" + (f", crops={self._crops}" if self._crops else "")
 
 
-def _switches(net: nn.Module) -> list[tuple[nn.Module, list[str]]]:
-    """The modules of a user's own code on all members' rows, each with the names of its mode, flags and numbers."""
+def _switches(net: nn.Module) -> list[tuple[Any, list]]:
+    """What a user's own code on all members' rows may read beside tensors.
+
+    (A module, an object or a dict that it holds; the names of its mode, flags, numbers and what is None.)
+    """
     own = [m for m in without_insides(net) if not isinstance(m, Shell | Twin) and not _of_torch(m)]
-    return [(m, [name for name, value in vars(m).items() if type(value) in (bool, str, int, float)]) for m in own]
+    held = {id(v): v for m in own for v in attributes(m).values() if is_plain_object(v) or isinstance(v, dict)}
+    plain = bool | str | int | float | None
+    return [
+        (holder, [name for name, value in _values(holder).items() if isinstance(value, plain)])
+        for holder in (*own, *held.values())
+    ]
+
+
+def _values(holder: Any) -> dict:
+    return holder if isinstance(holder, dict) else vars(holder)
 
 
 def _of_torch(module: nn.Module) -> bool:

@@ -911,10 +911,12 @@ def test_a_batch_of_more_dimensions_than_the_first_layer_tells_is_what_a_member_
     packed = assert_as_alone(members, images)
     own = double(K, N, 2, 3, 4)
     assert_as_alone(members, own, packed=packed, own=lambda k: ((own[k],), {}))
-    grey = double(N, 1, 4, 6)  # which one member also takes for a batch of one
-    with pytest.raises(errors.PackError, match="input_dims=4 or input_dims=3"):
-        packed(grey)
-    assert_as_alone(members, grey, packed=pack(members, input_dims=4))
+    grey = double(N, 1, 4, 6)  # one channel, and no batch of one sample for each member
+    assert_as_alone(members, grey, packed=packed)
+    linear = members_of(lambda: nn.Linear(6, 2))
+    with pytest.raises(errors.PackError, match="input_dims=3 or input_dims=2"):
+        pack(linear)(double(N, 5, 6))
+    assert_as_alone(linear, double(N, 5, 6), packed=pack(linear, input_dims=3))
 
 
 class Clips(nn.Module):

@@ -162,6 +162,13 @@ def attributes(module: nn.Module) -> dict[str, Any]:
     return {name: value for name, value in vars(module).items() if name not in _OF_EVERY_MODULE}
 
 
+def is_plain_object(value: Any) -> bool:
+    """Whether a plain attribute's value holds attributes of its own, such as a configuration."""
+    return hasattr(value, "__dict__") and not isinstance(
+        value, nn.Module | torch.Tensor | type | ModuleType | FunctionType | MethodType
+    )
+
+
 def is_changeable(value: Any) -> bool:
     """Whether a plain attribute's value can be changed in place."""
     return not isinstance(value, (*_UNCHANGING, nn.Module, FunctionType))

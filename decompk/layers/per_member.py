@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..errors import PackError
 from ..shell import Shell
 from .base import Record, check_rows, deep_copy, split
-from .forward_code import attributes, read_forward
+from .forward_code import attributes, is_plain_object, read_forward
 from .nest import leaves, spread, tree_map
 
 Inputs = tuple[tuple, dict[str, Any]]
@@ -175,9 +175,10 @@ class PerMember(Shell):
                     if own.training != noted.module.training:
                         own.training = noted.module.training
         elif not all(noted.holds() for noted, _ in self._was):
+            memos: list[dict[int, Any]] = [{} for _ in self._members]  # what modules share, a member's share, too
             for noted, members in self._was:
-                for own in members:
-                    noted.bring_over(own)
+                for own, memo in zip(members, memos, strict=True):
+                    noted.bring_over(own, memo)
             self._note()
 
     def train(self, mode: bool = True) -> PerMember:
@@ -344,7 +345,7 @@ class _Noted:
     def __init__(self, module: nn.Module):
         self.module, self.values = module, list(vars(module).values())
         self.attributes = _attributes(module)
-        self.insides = {name: _inside(v) for name, v in self.attributes.items() if isinstance(v, list | dict | set)}
+        self.insides = {name: _inside(v) for name, v in self.attributes.items() if _is_container(v)}
         self.hooks = [dict(getattr(module, name)) for name in _HOOKS]
         self.hookless = not any(self.hooks)
         self.children = dict(module._modules)
@@ -364,8 +365,8 @@ class _Noted:
         now = [getattr(self.module, name) for name in _HOOKS]
         return all(hooks.keys() == known.keys() for hooks, known in zip(now, self.hooks, strict=True))
 
-    def bring_over(self, own: nn.Module) -> None:
-        """Bring into a member's module what has changed since."""
+    def bring_over(self, own: nn.Module, memo: dict[int, Any]) -> None:
+        """Bring into a member's module what has changed since; `memo`: what was copied for this member so far."""
         module = self.module
         own.training, own._is_full_backward_hook = module.training, module._is_full_backward_hook
         now = _attributes(module)
@@ -375,7 +376,7 @@ class _Noted:
             inside = self.insides.get(name)
             same = self.attributes.get(name, _was_not) is value
             if not same or (inside is not None and not _same(_inside(value), inside)):
-                vars(own)[name] = _copied(value)
+                vars(own)[name] = _copied(value, memo)
         for name, known in zip(_HOOKS, self.hooks, strict=True):
             theirs, ours = getattr(module, name), getattr(own, name)
             for key in known.keys() - theirs.keys():
@@ -388,17 +389,23 @@ class _Noted:
                 own._modules[name] = None if child is None else own_module(child)
 
 
-def _inside(container: list | dict | set) -> list:
+def _is_container(value: Any) -> bool:
+    return isinstance(value, list | dict | set) or is_plain_object(value)
+
+
+def _inside(container: Any) -> list:
+    if not isinstance(container, list | dict | set):
+        container = vars(container)
     return [*container, *container.values()] if isinstance(container, dict) else [*container]
 
 
 def _same(a: list, b: list) -> bool:
-    return len(a) == len(b) and all(x is y for x, y in zip(a, b, strict=True))
+    return len(a) == len(b) and all(map(operator.is_, a, b))
 
 
-def _copied(value: Any) -> Any:
+def _copied(value: Any, memo: dict[int, Any]) -> Any:
     try:
-        return deep_copy(value, {})
+        return deep_copy(value, memo)
     except Exception:  # whatever an attribute raises that cannot be copied
         return value
 

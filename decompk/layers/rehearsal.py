@@ -27,7 +27,7 @@ from ..dispatch import backend
 from ..shell import Shell
 from .base import HOOKS, Twin, deep_copy, rehearsal_of
 from .nest import leaves, tree_map
-from .numbers import numbers
+from .numbers import Numbers, other_numbers
 from .per_member import PerMember, member_of, own_module, per_member_kind
 from .plan import entangled, is_in
 from .stack import unhook
@@ -324,15 +324,26 @@ class Rehearsal:
         self._alone = net
         return out
 
-    def together(self, roles: Sequence[Role], changes: Changes, watch: Watch = None, others: float = 1.0) -> Any:
-        """What all members return together, as rows; `others`: a factor of the samples of all but the last."""
+    def together(
+        self,
+        roles: Sequence[Role],
+        changes: Changes,
+        watch: Watch = None,
+        others: float = 1.0,
+        alike: bool = False,
+    ) -> Any:
+        """What all members return together, as rows.
+
+        others: a factor of the samples of all but the last. alike: all have the last one's samples.
+        """
         memo = {id(p): nn.Parameter(p.detach(), p.requires_grad) for p in self.net.parameters()}
         net = self._posed(changes.applied(deep_copy(self.net, memo), self.K))
         factors = [others] * (self.K - 1) + [1.0]
+        order = [self.K - 1] * self.K if alike else range(self.K)
         parts = [
             self.tensors[i]
             if r is SAME
-            else torch.cat([self.part(i, r, k, self.count, f) for k, f in enumerate(factors)], r.dim)
+            else torch.cat([self.part(i, r, k, self.count, f) for k, f in zip(order, factors, strict=True)], r.dim)
             for i, r in enumerate(roles)
         ]
         args, kwargs = self.given(parts)
@@ -369,10 +380,9 @@ class Rehearsal:
 
     def _run(self) -> tuple[Way, Changes]:
         roles, changes = self.roles(), Changes()
-        apart = {m._path for m in without_insides(self.net) if isinstance(m, PerMember)}
-        for path in self._decides(roles):
-            if not any(is_in(path, one) for one in (*apart, *changes.whole)):
-                changes = self._by_members(changes, path, "its code makes numbers of all its samples")
+        for path, reason in self._decides(roles):
+            if not any(is_in(path, one) for one in changes.whole):
+                changes = self._by_members(changes, path, reason)
         outs, changes = self._settled(roles, changes)
         if self._random:
             if any(m.training for m in self.net.modules()):
@@ -478,28 +488,24 @@ class Rehearsal:
         whole = [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found, strict=True)]
         return whole if net is self._alone else [g[self.K - 1] for g in whole]
 
-    def _decides(self, roles: Sequence[Role]) -> list[str]:
-        """The modules whose own code turns tensors that are each member's own into Python's numbers.
+    def _decides(self, roles: Sequence[Role]) -> list[tuple[str, str]]:
+        """(path, why) of modules whose own code does with values what for all members' samples is another thing.
 
-        Whatever it does with them (a branch that these samples do not take, a factor), packed it would make them of all
-        members' samples.
+        Whatever these samples make it do: a branch that they do not take, say, other samples will.
         """
         if all(isinstance(m, Twin | Shell) or _home(m) == "torch" for m in without_insides(self.net)):
             return []
+        apart = {m._path for m in without_insides(self.net) if isinstance(m, PerMember)}
         belongs = [None if r is SAME else r.own or (i == self.anchor and bool(self.cut)) for i, r in enumerate(roles)]
-        found: list[str] = []
-
-        @contextlib.contextmanager
-        def watch(net: nn.Module) -> Iterator[None]:
-            with numbers(net, belongs) as paths:
-                yield
-            found.extend(paths)
-
+        one, all_ = Numbers(self.count, apart), Numbers(self.K * self.count, apart)
         try:
-            self.alone(roles, watch=watch)
-        except Exception:  # whatever a network raises that is watched so
-            return []
-        return found
+            self.alone(roles, watch=lambda net: one.watch(net, belongs))
+            if not one.reads_shared or "" in apart:
+                return one.found
+            self.together(roles, Changes(), lambda net: all_.watch(net, belongs), alike=True)
+        except Exception:  # whatever a network raises that is watched so, or packed where it must not be
+            return one.found
+        return one.found + other_numbers(one, all_)
 
     def _depends(self, roles: Sequence[Role], changes: Changes, outs: Sequence[int | None]) -> str | None:
         """Where the last member's rows follow other members' samples, if they do: for code that draws, drawn alike."""
