@@ -28,6 +28,7 @@ from .layers.rehearsal import (
     Rows,
     Unknown,
     Way,
+    apart_for_once,
     first_line,
     member_alone,
     possible,
@@ -178,12 +179,12 @@ class Packed(Shell):
         if args or kwargs or not isinstance(x, Tensor) or not x.dim():
             return self._forward_any(args if x is _ABSENT else (x, *args), kwargs)
         shared = self._is_shared(x, (x,))
-        kind = (self.training, shared, x.dim()), self._switched()
+        N = x.shape[0] if shared else x.shape[1]
+        kind = (self.training, shared, x.dim()), self._switched(), self._size(N)
         way = self._ways.get(kind) or self._way(kind, (x,), {}, [x], shared)
-        if isinstance(self._inner, PerMember):
+        if way.apart or isinstance(self._inner, PerMember):
             return self._members_apart(way, (x,), {}, shared)
         cuts = shared and len(self._crops or ()) > 0
-        N = x.shape[0] if shared else x.shape[1]
         rows = x if cuts else torch.cat([x] * self._K) if shared else x.flatten(0, 1)
         if torch.compiler.is_compiling():
             return self._stacked(self._run(rows, cuts), way, N)
@@ -206,9 +207,9 @@ class Packed(Shell):
             return self._members_apart(way, args, kwargs, True)
         shared = self._is_shared(x, args, kwargs)
         N = x.shape[0] if shared else x.shape[1]
-        kind = (self.training, shared, *self._kind(args, kwargs, N)), self._switched()
+        kind = (self.training, shared, *self._kind(args, kwargs, N)), self._switched(), self._size(N)
         way = self._ways.get(kind) or self._way(kind, args, kwargs, tensors, shared)
-        if isinstance(self._inner, PerMember):
+        if way.apart or isinstance(self._inner, PerMember):
             return self._members_apart(way, args, kwargs, shared)
         roles = iter(way.roles)
 
@@ -240,6 +241,9 @@ class Packed(Shell):
             known = tuple(self._known(value, ("attribute", i)) for i, value in enumerate(values))
             vars(self)["_values"] = (values, known)
         return (torch.is_grad_enabled(), *self._values[1])
+
+    def _size(self, N: int) -> Hashable:
+        return None if torch.compiler.is_compiling() else self._known(N, "samples")
 
     def _kind(self, args: tuple, kwargs: dict[str, Any], N: int) -> Iterator[Hashable]:
         """What calls of one kind have in common: names, plain values, and which sizes of tensors are K or N."""
@@ -279,7 +283,8 @@ class Packed(Shell):
                 return [crop.cut(leaf) for crop in self._crops]
             return list(leaf.unbind(0)) if role is not SAME and role.own else [leaf] * self._K
 
-        outputs = self._inner._run(spread(each, (args, kwargs), self._K))
+        whole = self._inner if isinstance(self._inner, PerMember) else apart_for_once(self._inner, self._K)
+        outputs = whole._run(spread(each, (args, kwargs), self._K))
         return tree_map(self._stack, *outputs)
 
     def _stack(self, *parts: Any) -> Any:
@@ -349,7 +354,11 @@ class Packed(Shell):
         apart, changes = isinstance(self._inner, PerMember), None
         with unseen():
             try:
-                way, changes = (Way(()), Changes()) if apart else rehearsal.run()
+                known = self._ways.get(kind[:2])
+                if apart:
+                    way, changes = Way(()), Changes()
+                else:
+                    way, changes = rehearsal.again(known) if known else rehearsal.run()
             except Unknown as unknown:
                 if one:
                     with contextlib.suppress(Unknown):  # else the call itself is wrong, as its members will say
@@ -368,8 +377,10 @@ class Packed(Shell):
                 way = one or Way(self._roles_apart(rehearsal))
             self._change(changes)
         rehearsal.hand_over(self._inner)
-        for switched in ((), self._switched()):  # compiled code asks no more
-            self._ways[kind[0], switched] = way
+        switched = self._switched()
+        for known in ((kind[0], switched, kind[2]), (kind[0], (), None), (kind[0], switched)):
+            if known[2:] == kind[2:] or not way.apart:
+                self._ways[known] = way  # also for compiled code, which asks no more, and for other sizes
         return way
 
     def _roles_apart(self, rehearsal: Rehearsal) -> tuple[Role, ...]:

@@ -12,7 +12,7 @@ import itertools
 import random
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from ..dispatch import backend
 from ..shell import Shell
-from .base import HOOKS, Twin, deep_copy, rehearsal_of
+from .base import HOOKS, Twin, deep_copy, packed_batch, rehearsal_of
 from .nest import leaves, tree_map
 from .numbers import Numbers, other_numbers
 from .per_member import PerMember, member_of, own_module, per_member_kind
@@ -57,10 +57,15 @@ class Way:
     """How one kind of call runs: each tensor argument's role, and where each tensor that comes back has its samples.
 
     outs: the dimension, or None for what is the same for all members; None altogether before it is known.
+    apart: such calls alone run member by member, where the network otherwise does not. random: outputs follow chance;
+    draws: in eval mode, too.
     """
 
     roles: tuple[Role, ...]
     outs: tuple[int | None, ...] | None = None
+    apart: bool = False
+    random: bool = False
+    draws: bool = False
 
 
 class Unknown(Exception):
@@ -114,16 +119,28 @@ def run_whole(net: nn.Module, K: int, path: str, reason: str) -> nn.Module:
     if isinstance(module, PerMember):
         return net
     members = [own_module(member_alone(module, k)) for k in range(K)]
-    for parent in list(without_insides(module)):
-        for name, child in parent._modules.items():
-            if isinstance(child, PerMember):
-                parent._modules[name] = child._inner
+    _without_shells(module)
     for tensor in (*_released(module).parameters(), *module.buffers()):
         tensor.data = tensor.data.clone(memory_format=torch.contiguous_format)  # as alone, where outputs lie like them
     shell = per_member_kind(module)(module, K, path, reason, members)
     for parent in [m for m in net.modules() if module in m._modules.values()]:
         parent._modules.update({name: shell for name, child in parent._modules.items() if child is module})
     return shell if path == "" else net
+
+
+def apart_for_once(net: nn.Module, K: int) -> PerMember:
+    """A packed `net`, which stays what it is, run member by member on its own tensors."""
+    members = [own_module(member_alone(net, k)) for k in range(K)]
+    stacks = _without_shells(deep_copy(net, {id(t): t for t in (*net.parameters(), *net.buffers())}))
+    return PerMember(stacks, K, "", "", members)
+
+
+def _without_shells(module: nn.Module) -> nn.Module:
+    for parent in list(without_insides(module)):
+        for name, child in parent._modules.items():
+            if isinstance(child, PerMember):
+                parent._modules[name] = child._inner
+    return module
 
 
 @dataclass
@@ -211,10 +228,12 @@ class Rehearsal:
         self.anchor = next((i for i, t in enumerate(self.tensors) if t.dim()), None)
         taken = {size for t in self.tensors for size in t.shape[: 2 if self.shared else 3]}
         taken |= {size for t in (*self.net.parameters(), *self.net.buffers()) for size in t.shape[1:2]}
+        taken.add(self.N)
         fits = [n for n in COUNTS if not any(size and (size % (self.K * n) == 0 or size == n) for size in taken)]
         self.count = (fits or COUNTS[1:])[0]
-        self._evaluates, self._grad = False, torch.is_grad_enabled()
+        self._evaluates, self._grad, self._scale = False, torch.is_grad_enabled(), 1.0
         self._shells: list[PerMember] = []
+        self._draws = False  # in eval mode, too
         self._random = any(isinstance(m, _DropoutNd) and m.training and m.p for m in self.net.modules())
 
     # -- what belongs to the batch
@@ -301,7 +320,7 @@ class Rehearsal:
         t = t.detach().index_select(role.dim, index)
         if i == self.anchor:
             if t.is_floating_point():
-                t = t * (scaled * (1 - k / (4 * self.K)))
+                t = t * (self._scale * scaled * (1 - k / (4 * self.K)))
             if self.cut and self.shared:
                 t = self.cut(t, k)
         return t
@@ -349,7 +368,8 @@ class Rehearsal:
         args, kwargs = self.given(parts)
         self._ran, self._together = {id(m): path for path, m in net.named_modules()}, net
         self._shells = [m for m in without_insides(net) if isinstance(m, PerMember)]
-        with self._apart(0), rehearsal_of(self.K * self.count), watch(net) if watch else contextlib.nullcontext():
+        batch = packed_batch if self.count == self.N else rehearsal_of
+        with self._apart(0), batch(self.K * self.count), watch(net) if watch else contextlib.nullcontext():
             return net(*args, **kwargs)
 
     def _posed(self, net: nn.Module) -> nn.Module:
@@ -378,21 +398,84 @@ class Rehearsal:
         with torch.autograd.graph.saved_tensors_hooks(_as_it_is, _as_it_is):  # unseen by who counts what autograd keeps
             return self._run()
 
+    def again(self, way: Way) -> tuple[Way, Changes]:
+        """`run` for another number of samples, where all else is known."""
+        self.net, self._random, self._draws = self._varied(), way.random, way.draws
+        with torch.autograd.graph.saved_tensors_hooks(_as_it_is, _as_it_is):
+            return self._at_full_size(way, Changes())
+
+    def _varied(self) -> nn.Module:
+        """The network with something in place of zeros, as a last layer may start with, which hide what is before."""
+        memo: dict[int, Any] = {id(b): b for b in self.net.buffers()}
+        for i, p in enumerate(self.net.parameters()):
+            values = p.detach()
+            if values.is_floating_point() and not values.any():
+                generator = torch.Generator(p.device).manual_seed(i)
+                values = torch.empty_like(values, dtype=torch.float32).normal_(0, 0.1, generator=generator).to(p.dtype)
+            memo[id(p)] = nn.Parameter(values, p.requires_grad)
+        return deep_copy(self.net, memo)
+
+    def _at_full_size(self, way: Way, changes: Changes) -> tuple[Way, Changes]:
+        """The verdict on as many samples as the call has: code may ask how many there are."""
+        few, self.count = self.count, self.N
+        training = any(m.training for m in self.net.modules())
+        found = self._by_size(way, changes, compare=not self._random)
+        if found is changes and self._random and training and not self._draws:
+            self._evaluates = True
+            found = self._by_size(way, changes, compare=True)
+            self._evaluates = False
+        self.count = few
+        if found is not changes and self.N == 1:  # a last batch, mostly, for which the others shall not pay
+            return replace(way, apart=True), changes
+        return replace(way, outs=None if "" in found.whole else way.outs), found
+
+    def _by_size(self, way: Way, changes: Changes, compare: bool) -> Changes:
+        try:
+            single = _tensors(self.alone(way.roles))
+        except Exception:  # whatever the members raise: the call itself will
+            return changes
+        try:
+            ours = _tensors(self.together(way.roles, changes))
+        except Exception as error:  # whatever the packed network raises where a member alone does not
+            return self._by_members(changes, self._origin(error), f"packed, {first_line(error)}")
+        if compare and not self._same_rows(ours, single, way.outs):
+            return self._by_members(
+                changes, self._where(way.roles, changes), "its code asks how many samples it has"
+            )
+        return changes
+
+    def _same_rows(self, ours: Sequence[Tensor], single: Sequence[Tensor], outs: Sequence[int | None]) -> bool:
+        if len(ours) != len(single):
+            return False
+        for packed, alone, place in zip(ours, single, outs, strict=True):
+            if place is not None and (packed.dim() <= place or packed.shape[place] % self.K):
+                return False
+            if not _close(self._mine(packed, place), alone):
+                return False
+        return True
+
     def _run(self) -> tuple[Way, Changes]:
         roles, changes = self.roles(), Changes()
+        self.net = self._varied()
         for path, reason in self._decides(roles):
             if not any(is_in(path, one) for one in changes.whole):
                 changes = self._by_members(changes, path, reason)
         outs, changes = self._settled(roles, changes)
+        if self.tensors[self.anchor].is_floating_point() and not self._random and "" not in changes.whole:
+            self._scale = 32.0  # what samples saturate, or switch on, others do not
+            with contextlib.suppress(Unknown):
+                changes = self._settled(roles, changes)[1]
+            self._scale = 1.0
         if self._random:
             if any(m.training for m in self.net.modules()):
                 self._evaluates, self._random = True, False
                 with contextlib.suppress(Unknown):
                     changes = self._settled(roles, changes)[1]
-                self._evaluates = False
+                self._evaluates, self._random, self._draws = False, True, self._random
             while "" not in changes.whole and (path := self._depends(roles, changes, outs)) is not None:
                 changes = self._by_members(changes, path, "its samples see each other")
-        return Way(roles, None if "" in changes.whole else outs), changes
+        way = Way(roles, None if "" in changes.whole else outs, random=self._random, draws=self._draws)
+        return (way, changes) if way.outs is None else self._at_full_size(way, changes)
 
     def hand_over(self, net: nn.Module) -> None:
         """Tell the modules of `net` that run member by member which of their arguments had the batch's rows."""
@@ -459,12 +542,17 @@ class Rehearsal:
         ]
         gradients = self._gradients(list(zip(*apart, strict=True)), net)
         figures = {("output", "", i): parts[-1].detach() for i, parts in enumerate(apart)}
-        for path, name, t in _kept(member_alone(net, K - 1, copies=False)):
+        figures |= self._kept_together()
+        return figures | {("gradient", "", i): g for i, g in enumerate(gradients)}
+
+    def _kept_together(self) -> dict[tuple, Tensor]:
+        figures = {}
+        for path, name, t in _kept(member_alone(self._together, self.K - 1, copies=False)):
             known = self._figures.get(("kept", path, name))
             place = self._place(t.shape, known[0].shape) if known else None  # an attribute may hold all members' rows
             if known and place != "nowhere":
                 figures["kept", path, name] = self._mine(t, place).detach()
-        return figures | {("gradient", "", i): g for i, g in enumerate(gradients)}
+        return figures
 
     def _gradients(self, members: Sequence[Sequence[Tensor]], net: nn.Module) -> list[Tensor]:
         """The last member's gradients of one number made of all outputs; none where they are not asked for.
@@ -510,18 +598,23 @@ class Rehearsal:
     def _depends(self, roles: Sequence[Role], changes: Changes, outs: Sequence[int | None]) -> str | None:
         """Where the last member's rows follow other members' samples, if they do: for code that draws, drawn alike."""
         runs: list[list[tuple[str, bool, Any]]] = [[], []]
+        kept: list[dict[tuple, Tensor]] = []
         for others, events in zip((1.0, 0.5), runs, strict=True):
             try:
                 out = self.together(roles, changes, lambda net, events=events: _recording(net, events), others)
             except Exception:  # whatever code raises at other samples: nothing can be told so
                 return None
             events.append(("", False, [self._mine(t, p) for t, p in zip(_tensors(out), outs, strict=True)]))
+            kept.append(self._kept_together())
         rows = self.K * self.count
         for (path, entered, one), (_, _, two) in zip(*runs, strict=False):
             if isinstance(one, Tensor) and one.dim() and one.shape[0] % rows == 0:
                 one, two = ([t.unflatten(0, (self.K, -1))[self.K - 1]] for t in (one, two))
             if isinstance(one, list) and not all(map(_close, one, two)):
                 return path.rpartition(".")[0] if entered else path
+        for (_, path, name), one in kept[0].items():
+            if not _close(kept[1].get(("kept", path, name)), one):
+                return path
         return None
 
     def _by_members(self, changes: Changes, path: str, reason: str) -> Changes:
