@@ -337,7 +337,8 @@ class Packed(Shell):
         N = x.shape[0] if shared else x.shape[1]
         named = None if self._shared is None or len(tensors) == 1 else self._named_roles(args, kwargs, shared, N)
         one = Way((Rows(0, not shared),)) if len(tensors) == 1 else named and Way(named)
-        if one and (isinstance(self._inner, PerMember) or not self._rehearse):
+        alone = len(args) == 1 and not kwargs and args[0] is x
+        if one and ((alone and isinstance(self._inner, PerMember)) or not self._rehearse):
             return self._ways.setdefault(kind, one)
         if not N or not possible(tensors):
             if one and watched() and not torch.compiler.is_compiling():
@@ -375,6 +376,9 @@ class Packed(Shell):
                     changes = Changes(whole={"": "it cannot be told which of its arguments belong to the batch"})
             if apart or "" in changes.whole:
                 way = one or Way(self._roles_apart(rehearsal))
+                if one:
+                    with contextlib.suppress(Unknown):  # as its members will say
+                        rehearsal.apart()
             self._change(changes)
         rehearsal.hand_over(self._inner)
         switched = self._switched()

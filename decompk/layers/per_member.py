@@ -265,9 +265,9 @@ class PerMember(Shell):
 
     @property
     def __class__(self) -> type:
-        """A norm is one to who asks by isinstance, too: loops look for them so, to freeze or to update them."""
+        """It is of the wrapped module's class to who asks by isinstance: loops look for modules so, to change them."""
         inner = vars(self).get("_inner")
-        return type(inner) if isinstance(inner, nn.modules.batchnorm._NormBase) else type(self)
+        return type(self) if inner is None else type(inner)
 
     def __reduce_ex__(self, protocol: Any) -> tuple:
         return _blank, (type(self),), self.__getstate__()
@@ -289,6 +289,9 @@ class PerMember(Shell):
         if isinstance(value, MethodType) and value.__self__ is self._inner:
             return functools.partial(self._on_rows, name)
         return value
+
+    def __iter__(self) -> Iterator:
+        raise PackError(f"'{self._path}' runs member by member, and the code around it takes it apart")
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in vars(self) or name == "training":

@@ -11,7 +11,7 @@ import contextlib
 import itertools
 import random
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -24,8 +24,10 @@ from torch.utils._device import DeviceContext
 from torch.utils._python_dispatch import _disable_current_modes
 
 from ..dispatch import backend
+from ..errors import PackError
 from ..shell import Shell
 from .base import HOOKS, Twin, deep_copy, packed_batch, rehearsal_of
+from .forward_code import is_plain_object
 from .nest import leaves, tree_map
 from .numbers import Numbers, other_numbers
 from .per_member import PerMember, member_of, own_module, per_member_kind
@@ -234,6 +236,7 @@ class Rehearsal:
         self._evaluates, self._grad, self._scale = False, torch.is_grad_enabled(), 1.0
         self._shells: list[PerMember] = []
         self._draws = False  # in eval mode, too
+        self._changed: list[str | int] = []
         self._random = any(isinstance(m, _DropoutNd) and m.training and m.p for m in self.net.modules())
 
     # -- what belongs to the batch
@@ -294,6 +297,7 @@ class Rehearsal:
             except Exception as error:  # whatever a network raises at arguments that do not fit each other
                 reasons.append(error)
             else:
+                self.refuse_changes()
                 return roles
         raise Unknown from reasons[0]
 
@@ -311,7 +315,9 @@ class Rehearsal:
         """Member k's few samples of tensor i; every member has others, so that no one can stand in for another."""
         t = self.tensors[i]
         if role is SAME:
-            return self.cut(t, k) if i == self.anchor and self.cut else t
+            if i == self.anchor and self.cut:
+                return self.cut(t, k)
+            return t.detach().clone().requires_grad_(t.requires_grad)  # a forward may change it
         if role.own:
             t = t[k]
         if role.dim is None:
@@ -326,9 +332,17 @@ class Rehearsal:
         return t
 
     def given(self, tensors: Sequence[Tensor]) -> tuple[tuple, dict[str, Any]]:
-        """The arguments with other tensors in their places."""
+        """The arguments with other tensors in their places, and copies of objects, which a forward may change."""
         others = iter(tensors)
-        return tree_map(lambda leaf: next(others) if isinstance(leaf, Tensor) else leaf, (self.args, self.kwargs))
+
+        def other(leaf: Any) -> Any:
+            if isinstance(leaf, Tensor):
+                return next(others)
+            with contextlib.suppress(Exception):  # whatever an object raises that cannot be copied
+                return deep_copy(leaf, {}) if is_plain_object(leaf) else leaf
+            return leaf
+
+        return tree_map(other, (self.args, self.kwargs))
 
     def alone(
         self, roles: Sequence[Role], left: int | None = None, scaled: float = 1.0, seed: int = 0, watch: Watch = None
@@ -338,9 +352,13 @@ class Rehearsal:
         net = self._posed(member_alone(self.net, k, copies=False))
         parts = [self.part(i, role, k, self.count + (i == left), scaled) for i, role in enumerate(roles)]
         args, kwargs = self.given(parts)
+        same = {id(part) for part, role in zip(parts, roles, strict=True) if role is SAME}
+        given = {**dict(enumerate(args)), **kwargs}
+        before = {name: _state(value, same) for name, value in given.items()}
         with self._apart(seed), watch(net) if watch else contextlib.nullcontext():
             out = net(*args, **kwargs)
         self._alone = net
+        self._changed = [name for name, state in before.items() if _state(given[name], same) != state]
         return out
 
     def together(
@@ -398,6 +416,15 @@ class Rehearsal:
         with torch.autograd.graph.saved_tensors_hooks(_as_it_is, _as_it_is):  # unseen by who counts what autograd keeps
             return self._run()
 
+    def refuse_changes(self) -> None:
+        """Raise PackError where forward changes what it is given, which is one and the same for all members."""
+        for name in self._changed:
+            what = f"'{name}'" if isinstance(name, str) else f"number {name + 1}"
+            raise PackError(
+                f"the members' forward changes its argument {what}, which all of them would share: keep it inside the "
+                "network, where each member has its own, or call each of packed.unpack()."
+            )
+
     def again(self, way: Way) -> tuple[Way, Changes]:
         """`run` for another number of samples, where all else is known."""
         self.net, self._random, self._draws = self._varied(), way.random, way.draws
@@ -439,9 +466,7 @@ class Rehearsal:
         except Exception as error:  # whatever the packed network raises where a member alone does not
             return self._by_members(changes, self._origin(error), f"packed, {first_line(error)}")
         if compare and not self._same_rows(ours, single, way.outs):
-            return self._by_members(
-                changes, self._where(way.roles, changes), "its code asks how many samples it has"
-            )
+            return self._by_members(changes, self._where(way.roles, changes), "its code asks how many samples it has")
         return changes
 
     def _same_rows(self, ours: Sequence[Tensor], single: Sequence[Tensor], outs: Sequence[int | None]) -> bool:
@@ -489,6 +514,7 @@ class Rehearsal:
             self._theirs = self.alone(roles)
         except Exception as error:  # whatever the members raise
             raise Unknown from error
+        self.refuse_changes()
         self._figures = self._figures_alone(self._theirs)
         outs: tuple | None = None
         while outs is None and "" not in changes.whole:
@@ -653,7 +679,11 @@ class Rehearsal:
                 if place == "nowhere":
                     return None
                 places.append(place)
-            elif type(packed) is not type(single) or (isinstance(single, _PLAIN) and packed != single):
+            elif (
+                type(packed) is not type(single)
+                or _holds_tensors(single)
+                or (isinstance(single, _PLAIN) and packed != single)
+            ):
                 return None
         return tuple(places)
 
@@ -711,6 +741,22 @@ Watch = Callable[[nn.Module], contextlib.AbstractContextManager] | None
 
 def _as_it_is(tensor: Tensor) -> Tensor:
     return tensor
+
+
+def _state(value: Any, same: Collection[int], deep: int = 6) -> Any:
+    """What tells whether a forward has changed an argument; of tensors those in `same`, which are no batch."""
+    if isinstance(value, Tensor):
+        return (id(value), value._version) if id(value) in same else id(value)
+    inside = vars(value) if is_plain_object(value) else value
+    if isinstance(inside, dict | list | set) and deep:
+        parts = inside.items() if isinstance(inside, dict) else inside
+        return len(inside), [_state(part, same, deep - 1) for part in parts]
+    return [_state(part, same, deep - 1) for part in value] if isinstance(value, tuple) and deep else id(value)
+
+
+def _holds_tensors(value: Any) -> bool:
+    """Whether an object of unknown kind, such as a distribution, holds tensors."""
+    return is_plain_object(value) and any(isinstance(leaf, Tensor) for leaf in leaves([*vars(value).values()]))
 
 
 def _tensors(tree: Any) -> list[Tensor]:
