@@ -72,9 +72,11 @@ def _parser() -> argparse.ArgumentParser:
         default=NETWORKS[0],
         help="cnn (default), or another kind of section 2.4 on data that fits it: ten seconds to two minutes",
     )
-    demo.add_argument("--out", type=Path, default=Path("demo-out"), help="folder for all that is made")
+    demo.add_argument(
+        "--out", type=Path, default=Path("demo-out"), help="folder for all that is made (default %(default)s)"
+    )
     demo.add_argument("--epochs", type=_epochs, help="members,global (default: those of the preset quick)")
-    demo.add_argument("--seed", type=int, default=0)
+    demo.add_argument("--seed", type=int, default=0, help="of the one training (default 0)")
     demo.set_defaults(run=_demo)
 
     train = commands.add_parser("train", help="Algorithm 1 from data to the composed, trained network")
@@ -88,7 +90,9 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="any value of the recipe: members.epochs=3"
     )
-    train.add_argument("--out", type=Path, default=Path("train-out"), help="folder for all that is made")
+    train.add_argument(
+        "--out", type=Path, default=Path("train-out"), help="folder for all that is made (default %(default)s)"
+    )
     train.add_argument("--resume", action="store_true", help="go on where the training in --out was stopped or killed")
     train.add_argument("--device", help="cpu, cuda or cuda:1 (default: a GPU where there is one)")
     train.add_argument("--workers", type=int, default=0, help="processes that decode images (default 0)")
@@ -106,26 +110,38 @@ def _parser() -> argparse.ArgumentParser:
     split.add_argument("--variants", help='such as "dense,Deep,Deep random,Deep overlap,SSL 1.1" (default: all)')
     split.add_argument("--epochs", help="whole, learning groups, fine-tuning (default 6,8,6)")
     split.add_argument("--seeds", default="0,1,2", help="one training of every variant for each (default 0,1,2)")
-    split.add_argument("--out", type=Path, default=Path("split-out"), help="folder for all that is made; a run goes on")
+    split.add_argument(
+        "--out",
+        type=Path,
+        default=Path("split-out"),
+        help="folder for all that is made; a run goes on (default %(default)s)",
+    )
     split.add_argument("--device", help="cpu, cuda or cuda:1 (default: a GPU where there is one)")
     split.set_defaults(run=_split)
 
     bench = commands.add_parser("bench-report", help="results of `pytest bench --benchmark-only` as a page with plots")
     bench.add_argument("results", nargs="+", type=Path, metavar="FILE_OR_DIR", help="or every bench.json below")
-    bench.add_argument("--out", type=Path, default=Path("bench/results/README.md"), help="the page; pictures beside it")
+    bench.add_argument(
+        "--out",
+        type=Path,
+        default=Path("bench/results/README.md"),
+        help="the page; pictures beside it (default %(default)s)",
+    )
     bench.add_argument("--readme", type=Path, help="a file whose part between the bench marks is written anew")
     bench.set_defaults(run=_bench_report)
 
     info = commands.add_parser("info", help="what is available here, and why the rest is not")
     info.set_defaults(run=_info)
     for command in (report, check, info):
-        command.add_argument("--format", choices=FORMATS, default="table")
+        command.add_argument("--format", choices=FORMATS, default="table", help="what is printed (default table)")
     return parser
 
 
 def _add_decomposition(command: argparse.ArgumentParser) -> None:
     """The arguments that _decomposition reads."""
-    command.add_argument("--model", default="resnet50", help=f"{', '.join(models.names())}, or module:callable")
+    command.add_argument(
+        "--model", default="resnet50", help=f"{', '.join(models.names())}, or module:callable (default resnet50)"
+    )
     command.add_argument("--partitions", default="4", help="a number, or rows and columns such as 2x4 (default 4)")
     command.add_argument("--input", help="pixels: 224, or 224x160 (default: what the model is meant for)")
     command.add_argument("--channels", type=int, default=3, help="input channels of your own model (default 3)")

@@ -27,8 +27,9 @@ def explain(what: Problem | nn.Module, x: Tensor | None = None) -> None:
 
     A Problem: every legal choice, predicted fastest first, with its config, predicted or measured time, compulsory
     bytes and those re-read through L2, useful and executed FLOPs, and what binds it. A module: one row a convolution
-    and pass. Nothing is computed: shapes alone are followed. x defaults to a batch of 16 images where the module knows
-    their size. Without a GPU the choices of an H100 are shown beside this machine's. Raises DecompkError.
+    and pass. Nothing is computed: shapes alone are followed. x may be left out where the module knows its images' size
+    (`grouped_subnets`, once its crops are laid): it is a batch of 16 then. Without a GPU the choices of an H100 are
+    shown beside this machine's. Raises DecompkError.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if isinstance(what, Problem):
@@ -136,6 +137,9 @@ def convolutions(net: nn.Module, x: Tensor | None = None) -> list[tuple[str, Pro
 def _default_input(net: nn.Module) -> Tensor:
     size = getattr(getattr(net, "decomposition", None), "input_size", None)
     if size is None:
-        raise DecompkError(f"explain needs an input of {type(net).__name__}: pass x, whose values do not matter.")
+        raise DecompkError(
+            f"explain needs a batch, as {type(net).__name__} does not know the size of one: write explain(packed, x); "
+            "the values of x do not matter."
+        )
     parameter = next(net.parameters())
     return torch.empty((16, *size), dtype=parameter.dtype, device=parameter.device)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+import warnings
 from collections.abc import Callable
 
 import torch
 from torch import nn
 
-from .errors import PackError
+from .errors import PackError, brief
 from .optim import inside
 
 
@@ -23,7 +25,7 @@ def initialise(packed: nn.Module, function: Callable[[nn.Module], object]) -> No
     packed = inside(packed)
     members, stacks = packed.unpack(), _tensors(packed)
     for k, member in enumerate(members):
-        function(member)
+        _run(function, member)
         own = _tensors(member)
         shapes = {name: (len(members), *t.shape) for name, t in own.items()}
         for name in stacks.keys() | own.keys():
@@ -31,9 +33,37 @@ def initialise(packed: nn.Module, function: Callable[[nn.Module], object]) -> No
                 raise PackError(
                     f"'{name}' of member {k} is no slice of the packed module's: initialise its members alone."
                 )
+    written = False
     for k, member in enumerate(members):
         for name, t in _tensors(member).items():
+            written = written or not torch.equal(stacks[name][k], t)
             stacks[name][k].copy_(t)
+    name = _name(function)
+    if not written and name != "<lambda>":  # it looks for layers, and got the network around them
+        warnings.warn(
+            f"'{name}' has changed nothing in any member, a network: if it takes a layer, write "
+            f"lambda net: net.apply({name}).",
+            stacklevel=3,
+        )
+
+
+def _run(function: Callable[[nn.Module], object], member: nn.Module) -> None:
+    name = _name(function)
+    try:
+        function(member)
+    except (AttributeError, TypeError) as error:
+        if name == "<lambda>":  # it was written for a member: what it says is its own
+            raise
+        raise PackError(
+            f"'{name}' does not take a member, which is a network ({brief(error)}): give it what it takes, as in "
+            f"lambda net: [{name}(p) for p in net.parameters() if p.dim() > 1]."
+        ) from error
+
+
+def _name(function: Callable) -> str:
+    while isinstance(function, functools.partial):
+        function = function.func
+    return getattr(function, "__name__", type(function).__name__)
 
 
 def _tensors(net: nn.Module) -> dict[str, torch.Tensor]:

@@ -123,6 +123,8 @@ class Each(nn.Module):
         self._several = isinstance(criterion, list | tuple | nn.ModuleList)
         criteria = list(criterion) if self._several else [criterion]
         for one in criteria or [None]:
+            if isinstance(one, type):
+                raise PackError(f"each takes a criterion: give it {one.__name__}(), not the class.")
             if not callable(one):
                 raise PackError(f"each takes a criterion, or a list of one a member, not {type(one).__name__}.")
         self.criteria = nn.ModuleList(criteria) if all(isinstance(one, nn.Module) for one in criteria) else criteria
@@ -168,7 +170,8 @@ class Each(nn.Module):
             if how is None and isinstance(value, Tensor) and (first or value.dim() > 1):
                 expected = _expected(kind, out, value, first)
             where = f"argument {place + 2}" if isinstance(place, int) else f"'{place}'"
-            split = functools.partial(_for_members, K, N, f"{where} of {_name(criterion)}", how, expected)
+            loose = kind is ALIKE and not first  # variances and weights broadcast, as they do for a member alone
+            split = functools.partial(_for_members, K, N, f"{where} of {_name(criterion)}", how, expected, loose)
             parts[place] = spread(split, value, K)
         return parts
 
@@ -208,17 +211,20 @@ def _expected(kind: tuple, out: Tensor, target: Tensor, first: bool) -> torch.Si
     return out.shape[1:] if kind is ALIKE else None
 
 
-def _for_members(K: int, N: int, where: str, shared: bool | None, expected: torch.Size | None, leaf: Any) -> list:
-    """K values of an argument's leaf."""
+def _for_members(
+    K: int, N: int, where: str, shared: bool | None, expected: torch.Size | None, loose: bool, leaf: Any
+) -> list:
+    """K values of an argument's leaf, of the expected shape or, if `loose`, what broadcasts to it."""
     if not isinstance(leaf, Tensor):
         return [leaf] * K
     if expected is not None:
-        if leaf.shape not in (expected, (K, *expected)):
+        shared = leaf.dim() <= len(expected)  # sizes do not say it: N may be K
+        of_member = leaf.shape if shared else leaf.shape[1:]
+        if not (shared or leaf.shape[0] == K) or not _fits(of_member, expected, loose):
             raise PackError(
                 f"{where} is {tuple(leaf.shape)}, which does not fit: give {tuple(expected)}, shared by all members, "
-                f"or {(K, *expected)}."
+                f"or {(K, *expected)}{', or what broadcasts to them' * loose}."
             )
-        shared = leaf.shape == expected
     if shared is None and leaf.dim() > 1:
         raise PackError(
             f"{where} is {tuple(leaf.shape)}, which may be (N, …), shared by all members, or (K, N, …): say which with "
@@ -227,6 +233,13 @@ def _for_members(K: int, N: int, where: str, shared: bool | None, expected: torc
     if shared is False and leaf.dim() and leaf.shape[:2] != (K, N):
         raise PackError(f"{where} is {tuple(leaf.shape)}: with shared=False it must be ({K}, {N}, …).")
     return list(leaf.unbind()) if shared is False and leaf.dim() else [leaf] * K
+
+
+def _fits(shape: torch.Size, expected: torch.Size, loose: bool) -> bool:
+    if not loose:
+        return shape == expected
+    broadcasts = all(n in (1, wanted) for n, wanted in zip(reversed(shape), reversed(expected), strict=False))
+    return (broadcasts and len(shape) <= len(expected)) or shape == expected[:-1]  # the latter: gaussian_nll_loss
 
 
 def _buffers(criterion: Any) -> dict[str, tuple[Tensor, int, Tensor]]:

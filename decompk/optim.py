@@ -12,6 +12,8 @@ Code for one network sees stacks (K, …) in a packed one. What it does to them 
 - torch.amp.GradScaler: an inf of one member skips the step of all; bfloat16 needs no scaler.
 - "no weight decay where p.ndim <= 1": decays biases and norms, which are (K, c); `decay_groups` counts a member's
   dimensions.
+- A layer that some members do not run in a step: the others' gradient is of the whole stack, so theirs is zero, not
+  None, and decay and momentum move what they would leave alone; train those of `packed.unpack()` where that matters.
 """
 
 from __future__ import annotations
@@ -66,6 +68,11 @@ class _MemberOptimizer(torch.optim.Optimizer):
     _age: type = float  # what an update depends on of the step count
 
     def __init__(self, params: Groups, packed: nn.Module | None, numbers: tuple, flags: tuple, capturable: bool):
+        if packed is None and isinstance(params, list | tuple) and any(isinstance(group, dict) for group in params):
+            packed = getattr(params, "packed", None)
+            if packed is None:
+                name = type(self).__name__
+                raise PackError(f"param groups do not say whose they are: write {name}(groups, packed=packed).")
         self.packed = inside(params if packed is None else packed)
         self._saved: dict[int, dict[str, Tensor]] = {}
         if isinstance(params, nn.Module):
@@ -355,7 +362,7 @@ class _MemberOptimizer(torch.optim.Optimizer):
 class SGD(_MemberOptimizer):
     """torch.optim.SGD for each member of a packed module, all in one step.
 
-    params: the packed module, or torch's param groups of its parameters with packed= naming it. lr, momentum,
+    params: the packed module, `decay_groups` of it, or torch's param groups with packed= naming it. lr, momentum,
     dampening, weight_decay: one number, or a list of K. Raises DecompkError; PackError for parameters that are no
     stacks.
     """
@@ -408,9 +415,9 @@ class SGD(_MemberOptimizer):
 class Adam(_MemberOptimizer):
     """torch.optim.Adam for each member of a packed module, all in one step.
 
-    params: the packed module, or torch's param groups of its parameters with packed= naming it. lr, eps, weight_decay:
-    one number, or a list of K; betas: one pair, or a list of K. Raises DecompkError; PackError for parameters that are
-    no stacks.
+    params: the packed module, `decay_groups` of it, or torch's param groups with packed= naming it. lr, eps,
+    weight_decay: one number, or a list of K; betas: one pair, or a list of K. Raises DecompkError; PackError for
+    parameters that are no stacks.
     """
 
     _numbers = ("lr", "betas", "eps", "weight_decay")
@@ -511,16 +518,25 @@ def _on_device(values: tuple[float, ...], device: torch.device) -> Tensor:
     return torch.tensor(values, dtype=torch.float64, device=device)
 
 
-def decay_groups(packed: nn.Module, weight_decay: Number, least_dims: int = 2) -> list[dict[str, Any]]:
+class ParamGroups(list):
+    """What `decay_groups` returns: a list of param groups that knows the packed module of which they are."""
+
+    packed: nn.Module
+
+
+def decay_groups(packed: nn.Module, weight_decay: Number, least_dims: int = 2) -> ParamGroups:
     """Two param groups: parameters that have `least_dims` dimensions in a member, and the rest, which do not decay.
 
-    For any optimizer over stacks: `torch.optim.AdamW(decay_groups(packed, 0.05), lr=1e-3)`, or one of this module with
-    packed= beside them, where weight_decay may be K values. Raises PackError.
+    For any optimizer over stacks, torch's or one of this module, where weight_decay may be K values:
+    `AdamW(decay_groups(packed, 0.05), lr=1e-3)`. Raises PackError.
     """
-    groups: tuple[list[Tensor], list[Tensor]] = ([], [])
-    for p in inside(packed).parameters():
-        groups[p.dim() <= least_dims].append(p)
-    return [{"params": groups[0], "weight_decay": weight_decay}, {"params": groups[1], "weight_decay": 0.0}]
+    packed = inside(packed)
+    stacks: tuple[list[Tensor], list[Tensor]] = ([], [])
+    for p in packed.parameters():
+        stacks[p.dim() <= least_dims].append(p)
+    groups = ParamGroups({"params": ps, "weight_decay": d} for ps, d in zip(stacks, (weight_decay, 0.0), strict=True))
+    groups.packed = packed
+    return groups
 
 
 class Each:
@@ -539,9 +555,9 @@ class Each:
                         f"'{name}' of a member is not a slice of the packed module's: train packed.unpack()."
                     )
                 p.data = stacks[name].detach()[k]
-            built = build(member)
+            built = _built(build, member)
             self._views.append(own)
-            self.optimizers.append(list(built) if isinstance(built, list | tuple) else [built])
+            self.optimizers.append(built)
 
     @torch.no_grad()
     def step(self) -> None:
@@ -587,6 +603,22 @@ def each(packed: nn.Module, build: Callable[[nn.Module], Any]) -> Each:
     return Each(packed, build)
 
 
+def _built(build: Callable[[nn.Module], Any], member: nn.Module) -> list[torch.optim.Optimizer]:
+    try:
+        built = build(member)
+    except TypeError as error:
+        if not (isinstance(build, type) and issubclass(build, torch.optim.Optimizer)):
+            raise
+        raise PackError(
+            f"each calls build with a member, a network: write lambda net: {build.__name__}(net.parameters()), not "
+            f"{build.__name__}."
+        ) from error
+    found = list(built) if isinstance(built, list | tuple) else [built]
+    if not found or not all(callable(getattr(optimizer, "step", None)) for optimizer in found):
+        raise PackError(f"build returns {type(built).__name__}: let it return a member's optimizer, or a list of them.")
+    return found
+
+
 def inside(module: Any) -> nn.Module:
     """The packed module itself, of which torch.compile's and DistributedDataParallel's wrappers prefix the names."""
     found = module
@@ -595,9 +627,10 @@ def inside(module: Any) -> nn.Module:
             raise PackError("DataParallel joins outputs along the members' dimension: use DistributedDataParallel.")
         found = found._modules.get("_orig_mod", found._modules.get("module"))
     if not isinstance(found, Packed):
+        if isinstance(module, nn.Module):
+            raise PackError(f"{type(module).__name__} has no members: give the packed module.")
         raise PackError(
-            f"{type(module).__name__} has no members: give the packed module, or groups of its parameters and "
-            "packed=, the module."
+            f"{type(module).__name__} has no members: give the packed module itself, not packed.parameters()."
         )
     return found
 

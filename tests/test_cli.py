@@ -1,14 +1,16 @@
 """The command line: what it prints, and how a wrong call ends."""
 
+import argparse
 import csv
 import io
 import json
+import re
 import subprocess
 import sys
 
 import pytest
 
-from decompk.cli import main
+from decompk.cli import _parser, main
 
 
 def run(capsys, *arguments):
@@ -146,6 +148,30 @@ def test_a_wrong_call_ends_in_one_sentence_and_exit_code_2(case, capsys, own_mod
 def test_unknown_words_end_in_usage_and_exit_code_2(arguments, capsys):
     code, out, err = run(capsys, *arguments)
     assert code == 2 and out == "" and "usage: decompk" in err
+
+
+def test_help_says_every_default():
+    parsers = [_parser()]
+    for parser in parsers:
+        for action in parser._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                parsers += action.choices.values()
+            elif action.default not in (None, False, [], argparse.SUPPRESS):
+                said = re.search(r"(\S+ )?\(?default( \S+)?\)", action.help % vars(action)).group()
+                assert action.default is True or str(action.default) in said, action.option_strings
+    assert len(parsers) > 7
+
+
+def test_data_that_is_not_there_is_said_to_be_missing(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for spec in ("nosuch", "nosuch.npz"):
+        code, out, err = run(capsys, "train", "--data", spec)
+        assert code == 2 and out == "" and err.count("\n") == 1
+        assert err.startswith(f"decompk: '{spec}' names no data, and no such file or folder exists: give 'digits',")
+    (tmp_path / "photos").mkdir()
+    code, _, err = run(capsys, "train", "--data", "photos")
+    assert code == 2 and "there is no preset of its own for photos: give --preset" in err
+    assert [path.name for path in tmp_path.iterdir()] == ["photos"]
 
 
 def test_importing_takes_no_gpu_and_no_heavy_module():

@@ -1,5 +1,6 @@
 """Initialisers of one network act on each member of a packed one as on it alone."""
 
+import functools
 import math
 
 import pytest
@@ -59,6 +60,20 @@ def test_reset_parameters_is_each_members_own():
     packed = decompk.pack([network(k) for k in range(K)])
     packed.get_submodule("0").reset_parameters()
     assert packed.get_parameter("0.weight").abs().max().item() == pytest.approx(1 / math.sqrt(16 * 9), rel=0.01)
+
+
+def test_what_takes_no_network_is_told_what_it_gets():
+    packed = decompk.pack([network(k) for k in range(K)])
+    remedy = r"lambda net: \[kaiming_normal_\(p\) for p in net\.parameters\(\) if p\.dim\(\) > 1\]\.$"
+    for given in (nn.init.kaiming_normal_, functools.partial(nn.init.kaiming_normal_, mode="fan_out")):
+        with pytest.raises(PackError, match=rf"'kaiming_normal_' does not take a member, .* as in {remedy}"):
+            decompk.initialise(packed, given)
+    decompk.initialise(packed, lambda net: [nn.init.kaiming_normal_(p) for p in net.parameters() if p.dim() > 1])
+    with pytest.warns(UserWarning, match=r"'init' has changed nothing .* lambda net: net\.apply\(init\)\.$") as caught:
+        decompk.initialise(packed, init)
+    assert caught[0].filename == __file__
+    with pytest.raises(AttributeError, match="no attribute 'head'"):
+        decompk.initialise(packed, lambda net: nn.init.zeros_(net.head))
 
 
 def test_what_no_longer_fits_is_refused_and_changes_nothing():

@@ -244,6 +244,29 @@ def test_targets_and_weights_go_by_keyword_as_well():
     assert torch.allclose(each(nn.GaussianNLLLoss())(out, target, variance), loss, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("sizes", [(3, 5, 4), (4, 4, 4), (5, 5, 1), (1, 4, 4)])
+def test_variances_and_weights_may_broadcast_as_for_a_member_alone(sizes):
+    k, n, c = sizes
+    out, target = torch.randn(sizes, dtype=torch.float64), torch.rand(n, c, dtype=torch.float64)
+    for shape in [(n, 1), (n, c), (n,), (k, n, 1), (k, n, c)]:
+        values, own = torch.rand(shape, dtype=torch.float64) + 1, len(shape) == 3
+        pick = lambda i: values[i] if own else values  # noqa: B023, E731
+        loss, _ = members_alone(nn.GaussianNLLLoss(), out, lambda i: target, pick)  # noqa: B023
+        assert torch.allclose(each(nn.GaussianNLLLoss())(out, target, values), loss, rtol=0, atol=1e-12), shape
+        if shape != (n,):
+            weighted = F.binary_cross_entropy_with_logits
+            loss, _ = members_alone(lambda o, t, w: weighted(o, t, weight=w), out, lambda i: target, pick)  # noqa: B023
+            assert torch.allclose(each(weighted)(out, target, weight=values), loss, rtol=0, atol=1e-12), shape
+    maps = torch.randn(3, 5, 4, 2, dtype=torch.float64)
+    target, variance = torch.randn(5, 4, 2, dtype=torch.float64), torch.rand(5, 4, dtype=torch.float64) + 1
+    loss, _ = members_alone(nn.GaussianNLLLoss(), maps, lambda i: target, lambda i: variance)
+    assert torch.allclose(each(nn.GaussianNLLLoss())(maps, target, variance), loss, rtol=0, atol=1e-12)
+    with pytest.raises(PackError, match=r"argument 3 of GaussianNLLLoss is \(5, 3\), .* or what broadcasts to them\.$"):
+        each(nn.GaussianNLLLoss())(maps, target, variance[:, :3])
+    with pytest.raises(PackError, match=r"argument 2 of MSELoss is \(5, 1, 2\), .* or \(3, 5, 4, 2\)\.$"):
+        each(nn.MSELoss())(maps, target[:, :1])
+
+
 @dataclasses.dataclass
 class Sharpened:
     """A callable that has no hash."""
@@ -381,6 +404,9 @@ def test_what_each_cannot_read_is_refused(criterion, how, out, targets, sentence
 
 
 def test_each_takes_criteria_only_and_packed_outputs_only():
+    for given in (nn.CrossEntropyLoss, [nn.CrossEntropyLoss(), nn.CrossEntropyLoss]):
+        with pytest.raises(PackError, match=r"give it CrossEntropyLoss\(\), not the class\.$"):
+            each(given)
     with pytest.raises(PackError, match="each takes a criterion, or a list of one a member, not str"):
         each("mse")
     with pytest.raises(PackError, match="each takes a criterion"):

@@ -289,6 +289,12 @@ def test_explain_prints_the_choice_and_why(capsys):
     decompk.explain(packed, torch.randn(2, 3, 9, 9))
     text = capsys.readouterr().out
     assert "1 convolutions" in text and "wgrad" in text and "3→8" in text
-    for wrong in (lambda: decompk.explain(3), lambda: decompk.explain(packed)):
-        with pytest.raises(DecompkError):
-            wrong()
+    with pytest.raises(DecompkError, match="a Problem or a packed module, not int"):
+        decompk.explain(3)
+    with pytest.raises(DecompkError, match=r"write explain\(packed, x\)"):
+        decompk.explain(packed)
+    net = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 8, 3), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(8, 2)
+    )
+    decompk.explain(decompk.grouped_subnets(net, (3, 16, 16), partitions=2))  # knows its size
+    assert "1 convolutions" in capsys.readouterr().out

@@ -879,8 +879,18 @@ def test_what_is_not_a_stack_of_the_members_is_refused_by_name():
     members, packed = members_and_packed()
     with pytest.raises(PackError, match="Sequential has no members: give the packed module"):
         optim.SGD(members[0])
-    with pytest.raises(PackError, match="generator has no members"):
-        optim.SGD(packed.parameters())
+    itself = r"give the packed module itself, not packed\.parameters\(\)\.$"
+    for wrong in (optim.SGD, lambda parameters: optim.clip_grad_norm_(parameters, 1.0)):
+        with pytest.raises(PackError, match=f"generator has no members: {itself}"):
+            wrong(packed.parameters())
+    with pytest.raises(PackError, match=f"list has no members: {itself}"):
+        optim.AdamW(list(packed.parameters()), lr=LR)
+    with pytest.raises(PackError, match=r"do not say whose they are: write AdamW\(groups, packed=packed\)\.$"):
+        optim.AdamW([{"params": list(packed.parameters())}])
+    with pytest.raises(PackError, match=r"write lambda net: AdamW\(net\.parameters\(\)\), not AdamW\.$"):
+        optim.each(packed, torch.optim.AdamW)
+    with pytest.raises(PackError, match="build returns NoneType: let it return a member's optimizer"):
+        optim.each(packed, lambda net: None)
     with pytest.raises(PackError, match=r"a parameter of \(5, 3, 3, 3\) is not a stack of 3 members"):
         optim.SGD([{"params": members[0].parameters()}], packed=packed)
     packed.head.bias = nn.Parameter(torch.zeros(4, K))
@@ -1105,7 +1115,7 @@ def test_optimizers_of_each_member_follow_schedulers_moves_and_checkpoints():
         again.load_state_dict({"members": again.state_dict()["members"][1:]})
 
 
-@pytest.mark.parametrize("name", ["torch", "packed", "each"])
+@pytest.mark.parametrize("name", ["torch", "packed", "packed, named", "each"])
 def test_biases_and_norms_are_told_from_weights_by_a_members_dimensions(name):
     def one(net):
         groups = [[p for p in net.parameters() if (p.dim() > 1) == decays] for decays in (True, False)]
@@ -1118,10 +1128,46 @@ def test_biases_and_norms_are_told_from_weights_by_a_members_dimensions(name):
             return optim.each(net, one)
         groups = optim.decay_groups(net, 0.5)
         assert [len(group["params"]) for group in groups] == [2, 3]
-        return optim.AdamW(groups, 0.1, packed=net) if name == "packed" else torch.optim.AdamW(groups, lr=0.1)
+        if name == "torch":
+            return torch.optim.AdamW(groups, lr=0.1)
+        return optim.AdamW(groups, 0.1, packed=net if name == "packed, named" else None)
 
     found = after_steps(decompk.pack([small(k) for k in range(K)]), build)
     assert_as_alone(found, [after_steps(small(k), one) for k in range(K)])
+
+
+class Routed(nn.Module):
+    """A network that runs one of two layers, by its own weights."""
+
+    def __init__(self, first):
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 2), nn.Linear(4, 2)
+        nn.init.constant_(self.a.weight, 1.0 if first else -1.0)
+
+    def forward(self, x):
+        return self.a(x) if self.a.weight.sum() > 0 else self.b(x)
+
+
+def test_a_layer_that_some_members_leave_out_has_a_zero_gradient_there_where_alone_it_has_none():
+    """One gradient of the stack cannot be None for one member; README's table says so."""
+    nets, x = [Routed(True), Routed(False)], torch.randn(5, 4)
+    kept = nets[0].b.weight.detach().clone()
+
+    def build(net):
+        return torch.optim.AdamW(net.parameters(), lr=0.1)
+
+    for how in (build, optim.AdamW, lambda net: optim.each(net, build)):
+        packed = decompk.pack(nets)
+        optimizer = how(packed)
+        packed(x).square().sum().backward()
+        assert not packed.get_parameter("b.weight").grad[0].any()
+        optimizer.step()
+        assert not torch.equal(packed.get_parameter("b.weight")[0], kept)  # decay has moved it
+    alone = decompk.pack(nets).unpack()[0]
+    optimizer = build(alone)
+    alone(x).square().sum().backward()
+    optimizer.step()
+    assert alone.b.weight.grad is None and torch.equal(alone.b.weight, kept)
 
 
 @pytest.fixture

@@ -8,7 +8,6 @@ from collections import Counter
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from decompk.report import bench
 from decompk.report.paper import paper_cells
@@ -19,31 +18,34 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 RESULTS = ROOT / "bench/results/cpu-amd-epyc-2-cores"
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.S | re.M)
+PYTHON = [text for language, text in BLOCKS if language == "python"]
 
 
 def test_the_example_runs_as_written():
-    example = next(text for language, text in BLOCKS if language == "python")
+    example = PYTHON[0]
     assert len(example.strip().splitlines()) <= 12
     subprocess.run([sys.executable, "-c", example], check=True)
 
 
 def test_the_loop_of_one_network_trains_several_as_it_would_each_with_the_two_lines_changed():
-    loop, changed = [text.splitlines() for language, text in BLOCKS if language == "python"][1:]
+    setup, _, loop = PYTHON[1].partition("\nnet = ")
+    loop, changed = f"net = {loop}".splitlines(), PYTHON[2].splitlines()
     assert len(changed) == 2
     new = {line.partition(" = ")[0]: line for line in changed}
     assert sum(line.partition(" = ")[0] in new for line in loop) == 2
     several = [new.get(line.partition(" = ")[0], line) for line in loop]
-    x, y = torch.randn(3, 8, 3, 8, 8, dtype=torch.double), torch.randint(5, (3, 8))
+    written = {}
+    exec(setup, written)
+    batches = [(x.double(), y) for x, y in written["batches"]]
 
     def run(lines, first):
         seeds = iter(range(first, 4))
 
         def make_net():
             torch.manual_seed(next(seeds))
-            layers = (nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 5))
-            return nn.Sequential(*layers).double()
+            return written["make_net"]().double()
 
-        scope = {"make_net": make_net, "batches": list(zip(x, y, strict=True))}
+        scope = {**written, "make_net": make_net, "batches": batches}
         exec("\n".join(lines), scope)
         return dict(scope["net"].named_parameters())
 
@@ -51,6 +53,25 @@ def test_the_loop_of_one_network_trains_several_as_it_would_each_with_the_two_li
     for k in range(4):
         for name, p in run(loop, k).items():
             assert torch.allclose(packed[name][k], p, rtol=0, atol=1e-12), f"{name} of member {k}"
+
+
+def test_the_further_blocks_run_as_they_stand_one_after_the_other(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    scope, starts = {}, ["import", "net", "accuracy", "packed", "import"]
+    for block, start in zip(PYTHON[1:], starts, strict=True):
+        assert block.startswith(start)
+        exec(block, scope)
+        if start == "net":
+            other = re.search(r"# or (decompk.*)", block).group(1)
+            assert eval(other, scope)(scope["x"]).shape == (4, 16, 5)
+        elif start == "accuracy":
+            assert scope["accuracy"].shape == (4,)
+            state = torch.load("member2.pt")
+            alone = scope["make_net"]()
+            alone.load_state_dict(state)
+            assert torch.allclose(alone(scope["x"]), scope["net"](scope["x"])[2], atol=1e-5)
+    assert scope["optimizer"].stopped == (2,) and len(eval(capsys.readouterr().out)) == 4
+    assert scope["fast"](scope["batches"][0][0]).shape == (8, 100)
 
 
 def test_the_report_is_the_commands_output():

@@ -327,7 +327,7 @@ def test_arrays_that_do_not_fit_are_refused_by_name(tmp_path, changes, words):
 
 def test_a_file_that_holds_no_arrays_is_refused(tmp_path):
     path = tmp_path / "mine.npz"
-    refused(path, "cannot be read (No such file or directory)")
+    refused(path, "names no data, and no such file or folder exists: give 'digits'")
     path.write_bytes(b"")
     refused(path, "is no npz file, or is cut short")
     with path.open("wb") as file:
@@ -520,9 +520,10 @@ def test_torchvisions_own_food101_is_opened_from_its_lists_and_pictures(tmp_path
     refused(f"food101:{tmp_path}", "is not there, or not whole (Dataset not found")
 
 
-@pytest.mark.parametrize("spec", ["", "mnist", "cifar10", "cifar10:", "/no/such/folder", "images.tar"])
+@pytest.mark.parametrize("spec", ["", "cifar10", "cifar10:", __file__, "mnist", "/no/such/folder", "images.tar"])
 def test_anything_else_is_refused_with_what_is_possible(spec):
-    refused(spec, "names no data: give 'digits', a FILE.npz")
+    missing = ", and no such file or folder exists" * (spec in ("mnist", "/no/such/folder", "images.tar"))
+    refused(spec, f"names no data{missing}: give 'digits', a FILE.npz")
 
 
 @pytest.mark.parametrize("size", [0, -3, (8, 0), (8, 8, 8), (8.0, 8), ()])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
@@ -146,6 +147,7 @@ def open_data(spec: str, size: int | tuple[int, int] | None = None, workers: int
     pixels = None if size is None else (size, size) if isinstance(size, int) else tuple(size)
     if pixels is not None and (len(pixels) != 2 or not all(isinstance(p, int) and p > 0 for p in pixels)):
         raise DecompkError(f"{size!r} is no size; give pixels, or (height, width), each 1 or more.")
+    check_named(spec)
     kind, _, root = spec.partition(":")
     path = Path(spec).expanduser()
     try:
@@ -153,16 +155,23 @@ def open_data(spec: str, size: int | tuple[int, int] | None = None, workers: int
             return _digits(pixels or (32, 32))
         if kind in TORCHVISION and root:
             return _torchvision(kind, Path(root).expanduser(), pixels, workers)
-        if spec and path.is_dir():
-            return _folder(path, pixels or (224, 224), workers)
-        if path.suffix.lower() == ".npz":
-            return _npz(path, pixels)
+        return _folder(path, pixels or (224, 224), workers) if path.is_dir() else _npz(path, pixels)
     except OSError as error:
         raise DecompkError(f"{error.filename or spec} cannot be read ({error.strerror or error}).") from error
-    raise DecompkError(
-        f"{spec!r} names no data: give 'digits', a FILE.npz with x_train, y_train, x_test and y_test, a folder with "
-        "train/CLASS/ and test/CLASS/ (or val/), 'cifar10:ROOT', 'cifar100:ROOT' or 'food101:ROOT'."
-    )
+
+
+def check_named(spec: str) -> None:
+    """Raise DecompkError unless `spec` names data that may be read."""
+    kind, _, root = spec.partition(":")
+    path = Path(spec).expanduser()
+    there = bool(spec) and os.path.exists(path)
+    named = root if kind in TORCHVISION else there and (path.is_dir() or path.suffix.lower() == ".npz")
+    if not (spec == "digits" or named):
+        lacking = "" if there or kind in TORCHVISION or not spec else ", and no such file or folder exists"
+        raise DecompkError(
+            f"{spec!r} names no data{lacking}: give 'digits', a FILE.npz with x_train, y_train, x_test and y_test, a "
+            "folder with train/CLASS/ and test/CLASS/ (or val/), 'cifar10:ROOT', 'cifar100:ROOT' or 'food101:ROOT'."
+        )
 
 
 def seed_of(*numbers: int) -> int:

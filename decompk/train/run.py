@@ -9,6 +9,7 @@ from typing import Any
 
 from ..errors import DecompkError
 from .algorithm import begun, train
+from .data import check_named
 from .ranks import start, stop
 from .recipe import load_recipe
 
@@ -36,6 +37,7 @@ def run(
     if base is None and config is None:
         base = FITTING.get(data.partition(":")[0])
         if base is None:
+            check_named(data)
             raise DecompkError(f"there is no preset of its own for {data}: give --preset, or a recipe with --config.")
     recipe = load_recipe(base, config, changes)
     ranks = start(device)
