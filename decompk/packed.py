@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import inspect
 import math
+import os
+import sys
 import warnings
 from collections.abc import Collection, Hashable, Iterator, Sequence
 from typing import Any
@@ -87,9 +89,13 @@ def pack(
         leaf = net.get_submodule(path)
         if not isinstance(leaf, Twin):  # registered under two names
             kind._twin_adopt(leaf, K, path)
+    if whole.get("", "asked for") != "asked for" and K > 1:
+        name = type(_innermost(first)).__name__
+        _warn(f"{name}: the network runs member by member, no faster than alone: {whole['']}.")
     return Packed(net, K, crops, input_dims or input_dims_of(first), shared, rehearse, told=input_dims is not None)
 
 
+_NOT_USERS = (os.path.dirname(torch.__file__) + os.sep, os.path.dirname(__file__) + os.sep)
 _NUMBERS = frozenset(range(-1, 17))  # that may decide which way code goes, and are few enough to rehearse each
 _REHEARSED, _REST = 4, 64  # so many others in one place are rehearsed, too, and one more after so many calls
 _PUBLIC = {"K": "_K", "crops": "_crops", "input_dims": "_input_dims", "decomposition": "_decomposition"}
@@ -342,7 +348,7 @@ class Packed(Shell):
             return self._ways.setdefault(kind, one)
         if not N or not possible(tensors):
             if one and watched() and not torch.compiler.is_compiling():
-                warnings.warn("call a packed network once as it is before it is traced or transformed.", stacklevel=6)
+                _warn("call a packed network once as it is before it is traced or transformed.")
             if one:
                 return one
             raise PackError(
@@ -414,8 +420,7 @@ class Packed(Shell):
         if changes.whole:
             self._watch_switches(_switches(self._inner))
         for path, reason in changes.whole.items():
-            what = f"'{path}'" if path else "the network"
-            warnings.warn(f"{what} runs member by member: {reason}.", stacklevel=6)
+            _warn(f"{type(_innermost(self._inner)).__name__}: {_named(path)} runs member by member: {reason}.")
 
     def _is_shared(self, x: Tensor, args: tuple, kwargs: dict[str, Any] | None = None) -> bool:
         """Whether x, the first of the arguments, is one batch for all members (True) or has the member dimension."""
@@ -571,6 +576,18 @@ def _values(holder: Any) -> dict:
 
 def _of_torch(module: nn.Module) -> bool:
     return type(module).__module__.startswith("torch.")
+
+
+def _named(path: str) -> str:
+    return f"'{path}'" if path else "the network"
+
+
+def _warn(text: str) -> None:
+    """Warn at the user's line, so that Python, which says a thing once a line, says it of every network."""
+    level, frame = 1, sys._getframe()
+    while frame.f_back and frame.f_code.co_filename.startswith(_NOT_USERS):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(text, stacklevel=level)
 
 
 def _innermost(net: Any) -> Any:

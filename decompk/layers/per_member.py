@@ -267,7 +267,8 @@ class PerMember(Shell):
     def __class__(self) -> type:
         """It is of the wrapped module's class to who asks by isinstance: loops look for modules so, to change them."""
         inner = vars(self).get("_inner")
-        return type(self) if inner is None else type(inner)
+        # A compiler looks up methods by this, which are not the wrapped module's, since they run once a member.
+        return type(self) if inner is None or torch._guards.TracingContext.try_get() else type(inner)
 
     def __reduce_ex__(self, protocol: Any) -> tuple:
         return _blank, (type(self),), self.__getstate__()

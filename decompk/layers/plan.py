@@ -92,7 +92,8 @@ def entangled(modules: dict[str, nn.Module], whole: Collection[str]) -> dict[str
     for path in whole:
         inside = {id(part) for module in modules[path].modules() for part in _registered(module)}
         for below, module in modules.items():
-            for name, value in attributes(module).items() if is_in(below, path) else ():
+            held = {**attributes(module), **{hooks: getattr(module, hooks) for hooks in HOOKS}}
+            for name, value in held.items() if is_in(below, path) else ():
                 for part in walked(value, lambda part: id(part) in homes):
                     if not is_in(home := homes.get(id(part), path), path) and id(part) not in inside:
                         wider[_around(path, home)] = f"'{dotted(below, name)}' holds a part of '{home}'"
