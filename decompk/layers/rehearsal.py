@@ -486,8 +486,9 @@ class Rehearsal:
             if not any(is_in(path, one) for one in changes.whole):
                 changes = self._by_members(changes, path, reason)
         outs, changes = self._settled(roles, changes)
-        if self.tensors[self.anchor].is_floating_point() and not self._random and "" not in changes.whole:
-            self._scale = 32.0  # what samples saturate, or switch on, others do not
+        x = self.tensors[self.anchor].detach()
+        if x.is_floating_point() and not self._random and "" not in changes.whole:
+            self._scale = 32 / min(float(x.abs().max().nan_to_num().clamp(1e-3)), 1)  # what saturates, or is switched on
             with contextlib.suppress(Unknown):
                 changes = self._settled(roles, changes)[1]
             self._scale = 1.0

@@ -1,0 +1,444 @@
+"""What the first call of a kind finds out: code that samples, numbers, sizes, chance or watchers would hide from it."""
+
+import random
+import types
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from helpers import double, members_of
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import decompk
+from decompk import errors, pack
+
+K = 3
+pytestmark = pytest.mark.filterwarnings("ignore:.*member by member")
+
+
+class Base(nn.Module):
+    """Two layers; `code(net, x, …)` is its forward."""
+
+    def __init__(self, code):
+        super().__init__()
+        self.inner, self.outer, self.code = nn.Linear(5, 8), nn.Linear(8, 2), code
+        self.config, self.options = types.SimpleNamespace(mix=False, scale=1.0), {"mix": False}
+        self.share = None
+
+    def forward(self, *args):
+        return self.code(self, *args)
+
+
+def nets(code):
+    members = members_of(lambda: Base(code))
+    return members, pack(members)
+
+
+def assert_alone(members, packed, *args):
+    torch.testing.assert_close(packed(*args), torch.stack([m(*args) for m in members]), rtol=1e-9, atol=1e-11)
+
+
+def mixed(h):
+    return h - h.mean(0)
+
+
+def mixing(net, x):
+    return net.outer(mixed(net.inner(x)))
+
+
+# ---- watchers -------------------------------------------------------------------------------------------------------
+
+
+def flops(packed, x):
+    with FlopCounterMode(display=False) as counter:
+        packed(x)
+    assert counter.get_total_flops() > 0
+
+
+def hooked(packed, x):
+    seen = []
+    handle = nn.modules.module.register_module_forward_hook(lambda module, args, out: seen.append(module))
+    packed(x)
+    handle.remove()
+    assert {type(m).__name__ for m in seen} >= {"Packed"} and len(seen) < 30
+
+
+def on_device(packed, x):
+    with torch.device("cpu"):
+        packed(x)
+
+
+def inference(packed, x):
+    with torch.inference_mode():
+        packed(x)
+
+
+@pytest.mark.parametrize("first", [flops, hooked, on_device, inference])
+def test_who_watches_the_first_call_neither_sees_nor_hinders_the_rehearsal(first):
+    members, packed = nets(mixing)
+    x = double(6, 5)
+    first(packed, x)
+    assert "member by member" in packed.describe()
+    assert_alone(members, packed, x)
+    packed(x).sum().backward()
+
+
+# ---- chance ---------------------------------------------------------------------------------------------------------
+
+
+def by_python(net, x):
+    h = net.inner(x)
+    return net.outer(mixed(h) if random.random() < 0.5 else h)
+
+
+def by_numpy(net, x):
+    h = net.inner(x)
+    return net.outer(mixed(h) if np.random.rand() < 0.5 else h)  # noqa: NPY002
+
+
+def by_torch(net, x):
+    h = net.inner(x)
+    return net.outer(mixed(h) if torch.rand(1).item() < 0.5 else h)
+
+
+def seeded(run):
+    random.seed(1)
+    np.random.seed(1)  # noqa: NPY002
+    torch.manual_seed(1)
+    return run()
+
+
+@pytest.mark.parametrize("code", [by_python, by_numpy, by_torch])
+def test_a_number_that_is_drawn_is_drawn_for_each_member(code):
+    members, packed = nets(code)
+    x = double(6, 5)
+    for _ in range(5):
+        ours = seeded(lambda: packed(x))
+        torch.testing.assert_close(ours, seeded(lambda: torch.stack([m(x) for m in members])))
+    assert "its code draws one number" in packed.describe()
+
+
+def test_what_a_network_that_draws_leaves_in_an_attribute_is_one_for_each_member():
+    def variational(net, x):
+        mean = net.inner(x)
+        net.divergence = mean.square().sum(1).mean()
+        return net.outer(mean + torch.randn_like(mean))
+
+    members, packed = nets(variational)
+    x = double(6, 5)
+    packed(x)
+    torch.testing.assert_close(packed.divergence, torch.stack([m.inner(x).square().sum(1).mean() for m in members]))
+
+
+# ---- what these samples do not show ---------------------------------------------------------------------------------
+
+
+def by_sum(net, x):
+    return net.outer(net.inner(x)) * (2 if x.square().sum() > 50 else 1)
+
+
+def by_array(net, x):
+    h = net.inner(x)
+    return net.outer(h) * (2 if h.abs().max().detach().numpy() > 3 else 1)
+
+
+def by_list(net, x):
+    h = net.inner(x)
+    return net.outer(h) * (2 if max(h.detach().amax(0).tolist()) > 3 else 1)
+
+
+def clamped(net, x):
+    h = net.inner(x)
+    return net.outer(h * (20 / h.norm()).clamp(max=1))
+
+
+@pytest.mark.parametrize("code", [by_sum, by_array, by_list, clamped])
+def test_large_samples_may_follow_small_ones(code):
+    members, packed = nets(code)
+    for scale in (0.1, 1, 2, 10):
+        assert_alone(members, packed, scale * torch.ones(6, 5, dtype=torch.float64))
+
+
+def test_experts_that_get_the_rows_of_a_mask_get_their_own_members_only():
+    class Experts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.router, self.experts = nn.Linear(5, 2), nn.ModuleList(nn.Linear(5, 3) for _ in range(2))
+
+        def forward(self, x):
+            chosen, y = self.router(x).argmax(1), x.new_zeros(len(x), 3)
+            for i, expert in enumerate(self.experts):
+                y[chosen == i] = expert(x[chosen == i])
+            return y
+
+    members = members_of(Experts)
+    packed = pack(members)
+    for _ in range(20):
+        assert_alone(members, packed, double(8, 5))
+
+
+def test_zeros_that_a_last_layer_starts_with_hide_nothing():
+    members, packed = nets(lambda net, x: net.outer(torch.relu(net.inner(x)) / (1 + net.inner(x).std(0))))
+    for net in (packed, *members):
+        nn.init.zeros_(net.outer.weight)
+        nn.init.zeros_(net.outer.bias)
+    x = double(6, 5)
+    for net in (packed, *members):
+        net(x).sum().backward()
+    torch.testing.assert_close(packed.outer.weight.grad, torch.stack([m.outer.weight.grad for m in members]))
+    assert not packed.outer.weight.any()
+
+
+@pytest.mark.parametrize("threshold", [4, 12, 40])
+def test_code_may_ask_how_many_samples_there_are(threshold):
+    members, packed = nets(lambda net, x: net.outer(mixed(net.inner(x)) if len(x) > threshold else net.inner(x)))
+    for N in (8, 16, 3, 50):
+        assert_alone(members, packed, double(N, 5))
+
+
+def guarded(net, x):
+    h = net.inner(x)
+    return net.outer(mixed(h) if len(x) > 1 else h)
+
+
+def squeezed(net, x):
+    return net.outer(net.inner(x)).sum(1, keepdim=True).squeeze()
+
+
+class Norm(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner, self.norm = nn.Linear(5, 8), nn.BatchNorm1d(8)
+
+    def forward(self, x):
+        h = self.inner(x)
+        return self.norm(h) if len(h) > 1 else h
+
+
+def test_a_last_batch_of_one_runs_by_members_alone_where_it_must_and_the_others_do_not():
+    for members in (members_of(Norm), members_of(lambda: Base(squeezed))):
+        packed = pack(members)
+        for N in (6, 1, 6, 1):
+            assert_alone(members, packed, double(N, 5))
+        assert "member by member" not in packed.describe()
+        x = double(1, 5)
+        packed.zero_grad()
+        packed(x).sum().backward()
+        for k, member in enumerate(members):
+            member.zero_grad()
+            member(x).sum().backward()
+            torch.testing.assert_close(packed.inner.weight.grad[k], member.inner.weight.grad)
+        for name, buffer in packed.named_buffers():
+            torch.testing.assert_close(buffer, torch.stack([m.get_buffer(name) for m in members]))
+
+
+# ---- what is set later ----------------------------------------------------------------------------------------------
+
+
+def set_config(net):
+    net.config.mix = True
+
+
+def set_dict(net):
+    net.options["mix"] = True
+
+
+def set_none(net):
+    net.share = 0.5
+
+
+@pytest.mark.parametrize("change", [set_config, set_dict, set_none])
+def test_configurations_that_change_are_rehearsed_again(change):
+    def code(net, x):
+        mixes = net.config.mix or net.options["mix"] or net.share is not None
+        return net.outer(mixed(net.inner(x)) if mixes else net.inner(x))
+
+    members, packed = nets(code)
+    x = double(6, 5)
+    assert_alone(members, packed, x)
+    assert "member by member" not in packed.describe()
+    for net in (packed, *members):
+        change(net)
+    assert_alone(members, packed, x)
+
+
+def test_configurations_of_what_runs_by_members_reach_every_member():
+    members, packed = nets(lambda net, x: mixing(net, x) * net.config.scale)
+    x = double(6, 5)
+    packed(x)
+    for net in (packed, *members):
+        net.config.scale = 2.0
+    assert_alone(members, packed, x)
+
+
+def test_numbers_that_come_later_are_rehearsed_after_a_while():
+    members, packed = nets(lambda net, x, epoch: net.outer(mixed(net.inner(x)) if epoch > 30 else net.inner(x)))
+    x = double(6, 5)
+    for epoch in (0, *range(20, 34)):
+        for _ in range(70 if epoch > 22 else 1):
+            packed(x, epoch)
+        assert_alone(members, packed, x, epoch)
+    share = lambda net, x, s: net.outer(s * net.inner(x) + (1 - s) * net.inner(x).flip(0) if s < 1 else net.inner(x))  # noqa: E731
+    members, packed = nets(share)
+    for value in (1.0, 0.3):
+        assert_alone(members, packed, x, torch.tensor(value, dtype=torch.float64))
+
+
+def test_loops_over_modules_find_those_that_run_by_members():
+    class Gain(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gain, self.times = nn.Parameter(torch.rand(5)), 1.0
+
+        def forward(self, x):
+            return x * self.gain * self.times
+
+    members = members_of(lambda: nn.Sequential(Gain(), nn.Linear(5, 2)))
+    packed, x = pack(members), double(6, 5)
+    packed(x)
+    for net in (packed, *members):
+        for module in net.modules():
+            if isinstance(module, Gain):
+                module.times = 4.0
+    assert_alone(members, packed, x)
+
+
+def test_a_hook_that_is_a_method_writes_into_its_own_member():
+    class Tapped(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner, self.outer, self.seen = nn.Linear(5, 8), nn.Linear(8, 2), None
+            self.inner.register_forward_hook(self.keep)
+
+        def keep(self, module, args, out):
+            self.seen = out
+
+        def forward(self, x):
+            self.inner(x)
+            return self.outer(self.seen)
+
+    members = members_of(Tapped)
+    assert_alone(members, pack(members), double(6, 5))
+
+
+# ---- arguments and outputs ------------------------------------------------------------------------------------------
+
+
+def into_object(net, x, store):
+    store.seen = net.inner(x)
+    return net.outer(store.seen)
+
+
+def into_list(net, x, store):
+    store.append(net.inner(x))
+    return net.outer(store[-1])
+
+
+def into_tensor(net, x, store):
+    store.mul_(0.5)
+    return net.outer(net.inner(x)) * store.sum()
+
+
+@pytest.mark.parametrize(
+    ("code", "make", "untouched"),
+    [
+        (into_object, lambda: types.SimpleNamespace(seen=None), lambda store: store.seen is None),
+        (into_list, list, lambda store: store == []),
+        (into_tensor, lambda: torch.ones(4, dtype=torch.float64), lambda store: bool((store == 1).all())),
+    ],
+)
+@pytest.mark.parametrize("whole", [False, True])
+def test_an_argument_that_forward_changes_is_refused_and_left_as_it_was(code, make, untouched, whole):
+    members = members_of(lambda: Base(code))
+    packed, store = pack(members, member_by_member=[""] if whole else []), make()
+    with pytest.raises(errors.PackError, match="changes its argument number 2, which all of them would share"):
+        packed(double(6, 5), store)
+    assert untouched(store)
+
+
+def test_objects_with_tensors_come_back_as_one_for_each_member():
+    members, packed = nets(lambda net, x: torch.distributions.Categorical(logits=net.outer(net.inner(x))))
+    x = double(6, 5)
+    ours = packed(x)
+    assert [d.batch_shape for d in ours] == [(6,)] * K
+    for own, member in zip(ours, members, strict=True):
+        torch.testing.assert_close(own.logits, member(x).logits)
+
+
+class Graph(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(5, 4)
+
+    def forward(self, x, edges):
+        h = self.fc(x)
+        return h.index_add(0, edges[1], h[edges[0]])
+
+
+class Text(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.table, self.head = nn.Embedding(9, 6), nn.Linear(6, 9)
+
+    def forward(self, ids, targets):
+        count, length = ids.shape
+        scores = self.head(self.table(ids))
+        return nn.functional.cross_entropy(scores.view(count * length, -1), targets.view(-1))
+
+
+class Pair(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(7, 1)
+
+    def forward(self, state, action):
+        return self.fc(torch.cat([state, action], -1))
+
+
+def test_several_arguments_are_one_batch_or_one_per_member_as_members_take_them():
+    edges = torch.randint(6, (2, 9))
+    ids = torch.randint(9, (K, 4, 6))
+    x = double(K, 6, 5)
+    for members, args, own in (
+        (members_of(Graph), (x, edges), lambda k: (x[k], edges)),
+        (members_of(Text), (ids, ids), lambda k: (ids[k], ids[k])),
+    ):
+        ours = pack(members)(*args)
+        torch.testing.assert_close(ours, torch.stack([m(*own(k)) for k, m in enumerate(members)]))
+    members, (state, action) = members_of(Pair), (double(K, 6, 5), double(K, 6, 2))
+    with pytest.raises(errors.PackError, match="input_dims=3 or input_dims=2"):
+        pack(members)(state, action)
+    ours = pack(members, input_dims=2)(state, action)
+    torch.testing.assert_close(ours, torch.stack([m(state[k], action[k]) for k, m in enumerate(members)]))
+
+
+# ---- what is said ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("always:.*member by member")
+def test_every_network_that_runs_by_members_is_named_at_the_users_line():
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        pack(members_of(lambda: Base(mixing)))(double(6, 5))
+        owner = members_of(lambda: Base(mixing))
+        for member in owner:
+            member.token = nn.Parameter(torch.zeros(5))
+        pack(owner)
+    said = [warning for warning in caught if "member by member" in str(warning.message)]
+    assert [str(w.message).partition(":")[0] for w in said] == ["Base", "Base"]
+    assert {w.filename for w in said} == {__file__}
+
+
+def test_a_rehearsal_costs_little_once_the_kinds_of_calls_are_known(monkeypatch):
+    runs = []
+    forward = nn.Linear.forward
+    monkeypatch.setattr(nn.Linear, "forward", lambda self, x: runs.append(self) or forward(self, x))
+    packed = decompk.pack([nn.Sequential(nn.Linear(5, 5)) for _ in range(K)])
+    for N in (6, 7, 6, 7):
+        packed(torch.randn(N, 5))
+    known = len(runs)
+    for N in (6, 7, 6, 7):
+        packed(torch.randn(N, 5))
+    assert len(runs) == known > 0  # members run alone, as they do in a rehearsal, no more
