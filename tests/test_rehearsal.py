@@ -442,3 +442,26 @@ def test_a_rehearsal_costs_little_once_the_kinds_of_calls_are_known(monkeypatch)
     for N in (6, 7, 6, 7):
         packed(torch.randn(N, 5))
     assert len(runs) == known > 0  # members run alone, as they do in a rehearsal, no more
+
+
+def test_a_buffer_that_forward_changes_and_then_uses_trains_as_alone():
+    class Averaged(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(5, 2)
+            self.register_buffer("spread", torch.ones(2))
+
+        def forward(self, x):
+            y = self.fc(x)
+            self.spread.mul_(0.9).add_(0.1 * y.detach().std(0))
+            return y / self.spread
+
+    members, x = members_of(Averaged), double(6, 5)
+    packed = pack(members)
+    for _ in range(3):
+        packed(x).sum().backward()
+        for member in members:
+            member(x).sum().backward()
+    for k, member in enumerate(members):
+        torch.testing.assert_close(packed.fc.weight.grad[k], member.fc.weight.grad)
+        torch.testing.assert_close(packed.spread[k], member.spread)

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..dispatch import watched
 from ..errors import PackError
 from ..shell import Shell
 from .base import Record, check_rows, deep_copy, split
@@ -323,8 +324,11 @@ def _blank(kind: type[PerMember]) -> PerMember:
 
 def _slices(stack: Tensor) -> Sequence[Tensor]:
     """The K slices of a stacked tensor, in its memory: what a module writes into a slice is in the stack."""
-    if not (stack.requires_grad and torch.is_grad_enabled()) or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return stack.unbind(0)
+    if not stack.requires_grad:
+        # `.data` counts changes for itself: for one member's graph another's forward changes nothing that it has saved.
+        return stack.unbind(0) if watched() else [part.data for part in stack.unbind(0)]
     # Where autograd watches, it lets nobody write into what unbind returns, and some modules change their weights.
     return [part.squeeze(0) for part in stack.unsafe_split(1)]
 

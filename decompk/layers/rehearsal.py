@@ -488,7 +488,8 @@ class Rehearsal:
         outs, changes = self._settled(roles, changes)
         x = self.tensors[self.anchor].detach()
         if x.is_floating_point() and not self._random and "" not in changes.whole:
-            self._scale = 32 / min(float(x.abs().max().nan_to_num().clamp(1e-3)), 1)  # what saturates, or is switched on
+            # Large enough for what saturates, or is switched on, to be so.
+            self._scale = 32 / min(float(x.abs().max().nan_to_num().clamp(1e-3)), 1)
             with contextlib.suppress(Unknown):
                 changes = self._settled(roles, changes)[1]
             self._scale = 1.0
