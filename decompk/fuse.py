@@ -23,7 +23,7 @@ from .layers.base import HOOKS, Twin
 from .layers.conv import PackedConv2d
 from .layers.norm import PackedBatchNorm2d
 from .layers.per_member import PerMember
-from .layers.rehearsal import Changes
+from .layers.surgery import Changes
 from .ops import on_cpu
 from .ops.conv import arguments
 from .ops.layout import output_shape

@@ -22,22 +22,10 @@ from .layers.forward_code import attributes, is_plain_object
 from .layers.nest import leaves, spread, tree_map
 from .layers.per_member import PerMember, description, own_module, per_member_kind
 from .layers.plan import input_dims_of, plan
-from .layers.rehearsal import (
-    SAME,
-    Changes,
-    Rehearsal,
-    Role,
-    Rows,
-    Unknown,
-    Way,
-    apart_for_once,
-    first_line,
-    member_alone,
-    possible,
-    unseen,
-    without_insides,
-)
+from .layers.rehearsal import SAME, Rehearsal, Role, Rows, Unknown, Way, first_line
 from .layers.stack import hook, stacked
+from .layers.surgery import Changes, apart_for_once, member_alone, without_insides
+from .layers.unseen import possible, unseen
 from .partition import Part, by
 from .shell import Shell
 

@@ -9,19 +9,14 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import random
 import traceback
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
-from torch.overrides import _get_current_function_mode_stack, _pop_mode, _push_mode
-from torch.utils._device import DeviceContext
-from torch.utils._python_dispatch import _disable_current_modes
 
 from ..dispatch import backend
 from ..errors import PackError
@@ -30,9 +25,10 @@ from .base import HOOKS, Twin, deep_copy, packed_batch, rehearsal_of
 from .forward_code import is_plain_object
 from .nest import leaves, tree_map
 from .numbers import Numbers, other_numbers
-from .per_member import PerMember, member_of, own_module, per_member_kind
+from .per_member import PerMember
 from .plan import entangled, is_in
-from .stack import unhook
+from .surgery import Changes, member_alone, without_insides
+from .unseen import seeded
 
 COUNTS = (2, 3, 5, 7, 11)  # samples of a rehearsal: the first of which no other size is a multiple
 
@@ -72,140 +68,6 @@ class Way:
 
 class Unknown(Exception):
     """The members alone do not run on other numbers of samples, so nothing can be told."""
-
-
-# ---- one network, changed -------------------------------------------------------------------------------------------
-
-
-def member_alone(net: nn.Module, k: int, copies: bool = True) -> nn.Module:
-    """Member k of a packed `net` as an ordinary module of its own class; without `copies`, which shares what it can."""
-    memo: dict[int, Any] = {}
-    for tensor in (*net.parameters(), *net.buffers()):
-        own, parameter = tensor.detach()[k], isinstance(tensor, nn.Parameter)
-        if copies or not parameter or own.dim() > 3:  # a kernel that lies channels_last makes its output lie so
-            own = own.clone(memory_format=torch.contiguous_format)
-        memo[id(tensor)] = nn.Parameter(own, tensor.requires_grad) if parameter else own
-        if copies:
-            unhook(tensor, k, memo[id(tensor)])
-    if isinstance(net, PerMember):
-        return member_of(net, k, memo)
-    for shell in without_insides(net):
-        if isinstance(shell, PerMember):
-            memo[id(shell)] = member_of(shell, k, memo)
-    return _released(deep_copy(net, memo))
-
-
-def without_insides(module: nn.Module) -> Iterator[nn.Module]:
-    """Every module once, but none inside a module that runs member by member."""
-    seen: set[nn.Module] = set()
-    queue = [module]
-    while queue:
-        module = queue.pop()
-        if module not in seen:
-            seen.add(module)
-            yield module
-            if not isinstance(module, PerMember):
-                queue += reversed([child for child in module._modules.values() if child is not None])
-
-
-def _released(net: nn.Module) -> nn.Module:
-    for module in net.modules():
-        if isinstance(module, Twin):
-            module._twin_release()
-    return net
-
-
-def run_whole(net: nn.Module, K: int, path: str, reason: str) -> nn.Module:
-    """The packed `net` with its module at `path` run member by member from now on; its tensors stay what they are."""
-    module = net.get_submodule(path)
-    if isinstance(module, PerMember):
-        return net
-    members = [own_module(member_alone(module, k)) for k in range(K)]
-    _without_shells(module)
-    for tensor in (*_released(module).parameters(), *module.buffers()):
-        tensor.data = tensor.data.clone(memory_format=torch.contiguous_format)  # as alone, where outputs lie like them
-    shell = per_member_kind(module)(module, K, path, reason, members)
-    for parent in [m for m in net.modules() if module in m._modules.values()]:
-        parent._modules.update({name: shell for name, child in parent._modules.items() if child is module})
-    return shell if path == "" else net
-
-
-def apart_for_once(net: nn.Module, K: int) -> PerMember:
-    """A packed `net`, which stays what it is, run member by member on its own tensors."""
-    members = [own_module(member_alone(net, k)) for k in range(K)]
-    stacks = _without_shells(deep_copy(net, {id(t): t for t in (*net.parameters(), *net.buffers())}))
-    return PerMember(stacks, K, "", "", members)
-
-
-def _without_shells(module: nn.Module) -> nn.Module:
-    for parent in list(without_insides(module)):
-        for name, child in parent._modules.items():
-            if isinstance(child, PerMember):
-                parent._modules[name] = child._inner
-    return module
-
-
-@dataclass
-class Changes:
-    """What a rehearsal changes in a network: layers whose output is laid out as alone, modules that run by members."""
-
-    contiguous: list[str] = field(default_factory=list)
-    whole: dict[str, str] = field(default_factory=dict)
-
-    def applied(self, net: nn.Module, K: int) -> nn.Module:
-        for path in self.contiguous:
-            layer = net.get_submodule(path)
-            if isinstance(layer, Twin):
-                layer._twin_contiguous = True
-        for path, reason in self.whole.items():
-            net = run_whole(net, K, path, reason)
-        return net
-
-
-# ---- the rehearsal --------------------------------------------------------------------------------------------------
-
-
-def possible(tensors: Sequence[Tensor]) -> bool:
-    """Whether a network may be run here on a few samples: nothing traces or transforms the call."""
-    return not (
-        torch.compiler.is_compiling()
-        or torch.jit.is_tracing()
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or any(type(t) not in (Tensor, nn.Parameter) or t.is_meta for t in tensors)
-        or (torch.cuda.is_available() and torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing())
-    )
-
-
-@contextlib.contextmanager
-def unseen() -> Iterator[None]:
-    """Whatever runs inside is not seen by modes that count or record, nor by hooks of all modules."""
-    hooks = [getattr(nn.modules.module, name) for name in _GLOBAL_HOOKS]
-    known = [dict(h) for h in hooks]
-    functions, grad = _get_current_function_mode_stack(), torch.is_grad_enabled()
-    with contextlib.ExitStack() as stack:
-        if torch._C._len_torch_dispatch_stack():
-            stack.enter_context(_disable_current_modes())
-        for _ in functions:
-            _pop_mode()
-        try:
-            for mode in functions:
-                if isinstance(mode, DeviceContext):  # where new tensors are made
-                    stack.enter_context(DeviceContext(mode.device))
-            for h in hooks:
-                h.clear()
-            # parameters that are made anew must not be inference tensors: nobody could train them
-            stack.enter_context(torch.inference_mode(False))
-            stack.enter_context(torch.set_grad_enabled(grad))
-            yield
-        finally:
-            stack.close()
-            for h, before in zip(hooks, known, strict=True):
-                h.update(before)
-            for mode in functions:
-                _push_mode(mode)
-
-
-_GLOBAL_HOOKS = [f"_global_{when}_hooks" for when in ("backward_pre", "backward", "forward_pre", "forward")]
 
 
 @dataclass
@@ -398,23 +260,10 @@ class Rehearsal:
     def _apart(self, seed: int) -> Iterator[None]:
         """On operators that give the bits of a member alone, and unseen by the random state."""
         devices = {t.device for t in self.net.parameters() if t.is_cuda}
-        state, numpys = random.getstate(), np.random.get_state()  # noqa: NPY002
-        with torch.set_grad_enabled(self._grad), torch.random.fork_rng(devices=devices), backend("loop"):
-            torch.manual_seed(seed)
-            random.seed(seed)
-            np.random.seed(seed)  # noqa: NPY002
-            try:
-                yield
-            finally:
-                random.setstate(state)
-                np.random.set_state(numpys)  # noqa: NPY002
+        with torch.set_grad_enabled(self._grad), seeded(seed, devices), backend("loop"):
+            yield
 
     # -- the verdict
-
-    def run(self) -> tuple[Way, Changes]:
-        """How this kind of call runs, and what has to change in the network for it. Raises Unknown."""
-        with torch.autograd.graph.saved_tensors_hooks(_as_it_is, _as_it_is):  # unseen by who counts what autograd keeps
-            return self._run()
 
     def refuse_changes(self) -> None:
         """Raise PackError where forward changes what it is given, which is one and the same for all members."""
@@ -424,12 +273,6 @@ class Rehearsal:
                 f"the members' forward changes its argument {what}, which all of them would share: keep it inside the "
                 "network, where each member has its own, or call each of packed.unpack()."
             )
-
-    def again(self, way: Way) -> tuple[Way, Changes]:
-        """`run` for another number of samples, where all else is known."""
-        self.net, self._random, self._draws = self._varied(), way.random, way.draws
-        with torch.autograd.graph.saved_tensors_hooks(_as_it_is, _as_it_is):
-            return self._at_full_size(way, Changes())
 
     def _varied(self) -> nn.Module:
         """The network with something in place of zeros, as a last layer may start with, which hide what is before."""
@@ -479,7 +322,8 @@ class Rehearsal:
                 return False
         return True
 
-    def _run(self) -> tuple[Way, Changes]:
+    def run(self) -> tuple[Way, Changes]:
+        """How this kind of call runs, and what has to change in the network for it. Raises Unknown."""
         roles, changes = self.roles(), Changes()
         self.net = self._varied()
         for path, reason in self._decides(roles):
@@ -503,6 +347,11 @@ class Rehearsal:
                 changes = self._by_members(changes, path, "its samples see each other")
         way = Way(roles, None if "" in changes.whole else outs, random=self._random, draws=self._draws)
         return (way, changes) if way.outs is None else self._at_full_size(way, changes)
+
+    def again(self, way: Way) -> tuple[Way, Changes]:
+        """`run` for another number of samples, where all else is known."""
+        self.net, self._random, self._draws = self._varied(), way.random, way.draws
+        return self._at_full_size(way, Changes())
 
     def hand_over(self, net: nn.Module) -> None:
         """Tell the modules of `net` that run member by member which of their arguments had the batch's rows."""
@@ -739,10 +588,6 @@ class Rehearsal:
 
 _PLAIN = (bool, int, float, complex, str, bytes, type(None))
 Watch = Callable[[nn.Module], contextlib.AbstractContextManager] | None
-
-
-def _as_it_is(tensor: Tensor) -> Tensor:
-    return tensor
 
 
 def _state(value: Any, same: Collection[int], deep: int = 6) -> Any:
