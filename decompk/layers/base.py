@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import copy
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -186,8 +187,37 @@ def deep_copy(value: Any, memo: dict[int, Any]) -> Any:
     Handles of hooks that are gone stay what they are: torch cannot copy them.
     """
     modules = value.modules() if isinstance(value, nn.Module) else ()
-    held = (leaf for m in modules for attribute in vars(m).values() for leaf in leaves(attribute))
+    held = (leaf for m in modules for part in vars(m).values() if type(part) not in _ATOMS for leaf in leaves(part))
     handles = (leaf for leaf in held if isinstance(leaf, RemovableHandle))
     memo.update({id(h): h for h in handles if any(part is None for part in h.__getstate__())})
     with _Computed():
+        return _copied(value, memo)
+
+
+_ATOMS = {bool, int, float, str, type(None)}
+
+
+def _copied(value: Any, memo: dict[int, Any]) -> Any:
+    """copy.deepcopy, in a third of the time for modules, which are dictionaries of mostly empty dictionaries."""
+    kind = type(value)
+    default = getattr(object, "__getstate__", None)
+    if not isinstance(value, nn.Module) or hasattr(kind, "__deepcopy__") or "__deepcopy__" in vars(value):
         return copy.deepcopy(value, memo)
+    if kind.__reduce_ex__ is not object.__reduce_ex__ or getattr(kind, "__getstate__", None) is not default:
+        return copy.deepcopy(value, memo)
+    if id(value) in memo:
+        return memo[id(value)]
+    new = memo[id(value)] = kind.__new__(kind)
+    state = {}
+    for name, part in vars(value).items():
+        if type(part) in _ATOMS:
+            state[name] = part
+        elif id(part) in memo:
+            state[name] = memo[id(part)]
+        elif type(part) in (dict, OrderedDict) and (not part or name == "_modules"):
+            state[name] = memo[id(part)] = type(part)()
+            state[name].update({key: _copied(child, memo) for key, child in part.items()})
+        else:
+            state[name] = copy.deepcopy(part, memo)
+    new.__setstate__(state)
+    return new

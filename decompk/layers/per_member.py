@@ -304,7 +304,10 @@ class PerMember(Shell):
     def __deepcopy__(self, memo: dict[int, Any]) -> PerMember:
         new = self.__new__(type(self))
         memo[id(self)] = new
-        new.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        state = self.__getstate__()
+        members = state.pop("_members")  # copies already
+        inner = deep_copy(state.pop("_inner"), memo)
+        new.__setstate__({**copy.deepcopy(state, memo), "_inner": inner, "_members": members})
         return new
 
     def __getstate__(self) -> dict[str, Any]:
