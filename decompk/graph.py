@@ -273,7 +273,8 @@ _POOL_ARGUMENTS = {
 def windows(operation: Any, axes: int, args: tuple = (), kwargs: dict | None = None) -> tuple[Window, ...] | None:
     """One Window per spatial axis of a convolution or pooling: a module, or a functional's name with its arguments.
 
-    `args` are those after the input. None for everything that has no fixed window (adaptive pooling, resizing).
+    `args` are those after the input. None for everything that has no fixed window (adaptive pooling, resizing, a window
+    that the graph computes).
     """
     if isinstance(operation, nn.Module):
         if not isinstance(operation, (nn.modules.conv._ConvNd, *_POOL_MODULES)):
@@ -284,6 +285,10 @@ def windows(operation: Any, axes: int, args: tuple = (), kwargs: dict | None = N
         if names is None:
             return None
         given = dict(zip(names, args, strict=False)) | {k: v for k, v in (kwargs or {}).items() if k in names}
+        computed: list[fx.Node] = []
+        fx.node.map_arg(given, computed.append)
+        if computed:
+            return None
     kernel = _per_axis(given["kernel_size"], axes)
     stride = _per_axis(given.get("stride") or given["kernel_size"], axes)
     dilation = _per_axis(given.get("dilation") or 1, axes)

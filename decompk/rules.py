@@ -67,14 +67,14 @@ def functional_layer(p: Any, name: str, args: Any, kwargs: Any) -> Any:
 @rule("max_pool1d", "max_pool2d", "max_pool3d", "avg_pool1d", "avg_pool2d", "avg_pool3d", "lp_pool1d", "lp_pool2d")
 def pool(p: Any, name: str, args: Any, kwargs: Any) -> Any:
     x = args[0]
-    found = windows(name, x.full.dim() - 2, args[1:], kwargs)
-    member = None
-    if covers(found, x) and "lp_" not in name:  # a last pooling over the whole map follows the member's smaller map
-        extent = tuple(x.part.shape[2:])
+    found, own = (windows(name, x.full.dim() - 2, side(args[1:]), side(kwargs)) for side in (globally, in_member))
+    member, extent = None, tuple(x.part.shape[2:])
+    whole = covers(found, x) and "lp_" not in name  # a last pooling over the whole map follows the member's smaller map
+    if whole and tuple(w.kernel for w in own) != extent:  # which its own code does not see to
         node_kwargs = {k: v for k, v in p.node.kwargs.items() if k not in ("kernel_size", "stride", "input")}
         member = p.rewrite((p.node.args[0], extent, extent, *p.node.args[3:]), node_kwargs)
         p.adapted(p.node.name)
-    return p.spatial(name, args, kwargs, found, member)
+    return p.spatial(name, args, kwargs, found if found == own else None, member)
 
 
 def covers(found: tuple | None, x: T) -> bool:
