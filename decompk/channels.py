@@ -237,6 +237,8 @@ class _Pass:
                     raise
                 except Exception as error:  # an operation used in a way that its rule does not foresee
                     self.refuse(f"it cannot be followed ({type(error).__name__}: {brief(error)})")
+                if "holds" in node.meta:
+                    self._check(node.meta["holds"])
             self.values[self.mode] = self.env
         self._finish(self.values)
         return self.plan
@@ -270,6 +272,17 @@ class _Pass:
                 if isinstance(t.role, Split) and not t.role.axes:
                     self.refuse(f"it rearranges parameter '{t.role.bare}', which does not have one value per channel")
         return rule(self, name, args, kwargs)
+
+    def _check(self, holds: bool) -> None:
+        """What the network's own code checks here must hold of whole samples and of a member's part."""
+        value = self.env[self.node]
+        if bool(globally(value)) != holds:
+            raise PartitionError(f"{where(self.node)}: the network itself refuses samples of {by(self.input_size)}.")
+        if bool(in_member(value)) != holds:
+            raise MisfitError(
+                f"{where(self.node)}: the network's own check refuses a member, whose channels and maps are smaller; "
+                "let it check no size that the division changes, or pack copies of the network with decompk.pack."
+            )
 
     def _returns_maps(self, graph: fx.Graph) -> bool:
         """Whether what the network returns has the input's spatial axes."""
