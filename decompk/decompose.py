@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,7 +12,7 @@ from torch import nn
 
 from .channels import Plan, analyse
 from .compose import apart_shell, assemble, check_head, check_members, compose, extract, put, tensors
-from .errors import DecompkError, PartitionError
+from .errors import DecompkError, PackError, PartitionError
 from .graph import on_meta
 from .hooks import refuse_hooks, refuse_parameter_hooks
 from .packed import Packed, pack
@@ -237,7 +237,8 @@ class Decomposition:
     def extract(self, model: nn.Module, head: str = "sum") -> list[nn.Module]:
         """K sub-networks holding the diagonal blocks of `model`'s weights: the inverse of compose.
 
-        The bias of a head comes back as 1/K each (2.14 adds them up); head="mean" undoes (2.22).
+        The bias of a head comes back as 1/K each (2.14 adds them up); head="mean" undoes (2.22). Modes and
+        requires_grad are `model`'s.
         """
         check_head(head, self._split_outputs and head != "sum")
         if head == "concat" and not self._split_outputs:
@@ -248,12 +249,21 @@ class Decomposition:
         shells = {k: self.member_shell() for k in range(self.K)}
         return extract(self.plan, shells, model, "concat" if self._assembles else head, apart)
 
-    def compose(self, subnets: Sequence[nn.Module], head: str = "sum") -> nn.Module:
-        """The global network of K sub-networks (2.11)–(2.14): block-diagonal, zero between members.
+    def compose(self, subnets: Sequence[nn.Module] | Packed, head: str = "sum") -> nn.Module:
+        """The global network of K sub-networks (2.11)–(2.14), or of a packed module: block-diagonal, zero in between.
 
-        head: "sum" adds the members' outputs, "mean" averages them (2.22), "concat" puts them side by side.
+        head: "sum" adds the members' outputs, "mean" averages them (2.22), "concat" puts them side by side. Modes are
+        the members', eval where all of them have it, and a parameter trains (requires_grad) where any member's does.
         Raises PackError when the sub-networks are not of this decomposition.
         """
+        if isinstance(subnets, Packed):
+            subnets = subnets.unpack()
+        one = isinstance(subnets, nn.Module) and not isinstance(subnets, nn.ModuleList)
+        if one or not isinstance(subnets, Iterable):
+            raise PackError(
+                f"compose takes the {self.K} sub-networks in a list, or packed, not {type(subnets).__name__}."
+            )
+        subnets = list(subnets)
         if self._split_outputs and head == "sum":
             head = "concat"
         check_head(head, self._split_outputs)
@@ -272,7 +282,6 @@ class Decomposition:
         device = next(subnets[0].parameters()).device
         for name, order in buffers.items():
             net.register_buffer(name, torch.from_numpy(order).to(device), persistent=False)
-        net.train(subnets[0].training)
         return self._rewritten(net, {}, behind)
 
     def report(self) -> Report:

@@ -137,6 +137,36 @@ def test_the_global_network_and_its_mode_are_left_alone():
     assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
 
 
+def test_composed_and_extracted_networks_have_the_modes_and_the_frozen_parameters_of_what_they_are_made_of():
+    net, d = build("residual")
+    members = d.subnets(seed=0)
+    for member in members:
+        member.a.eval()
+        for part in (member.stem, member.c):
+            part.requires_grad_(False)
+    frozen = {"stem.0.weight", "stem.1.weight", "stem.1.bias", "c.weight", "c.bias"}
+    for made in (d.compose(members), d.compose(decompk.pack(members))):
+        for each in (made, d.extract(made)[3]):
+            assert (each.training, each.a.training) == (True, False)
+            assert {name for name, p in each.named_parameters() if not p.requires_grad} == frozen
+    members[2].a.train()  # one is enough
+    members[2].c.requires_grad_(True)
+    made = d.compose(members)
+    assert made.a.training and made.c.weight.requires_grad and not made.stem[0].weight.requires_grad
+    assert net.a.training and net.stem[0].weight.requires_grad
+
+
+def test_compose_takes_members_packed_and_says_what_it_takes():
+    _, d = build("residual")
+    members = d.subnets(seed=0)
+    for given in (decompk.pack(members), torch.nn.ModuleList(members), iter(members)):
+        for key, value in tensors(d.compose(given)).items():
+            assert torch.equal(value, tensors(d.compose(members))[key])
+    for given in (members[0], nn.Sequential(*members), None):
+        with pytest.raises(decompk.PackError, match="takes the 4 sub-networks in a list, or packed, not"):
+            d.compose(given)
+
+
 def test_a_seed_gives_the_same_members_and_leaves_the_random_state_alone():
     _, d = build("residual")
     state = torch.random.get_rng_state()
