@@ -640,8 +640,9 @@ class _Pass:
                 self.refuse("the layer is called twice on inputs that are divided differently")
             if leaf.inputs is not None:
                 self.strands.tie(known.inputs, leaf.inputs)
-        if target not in self.tensor_names:
-            self.plan.attributes[target] = attributes
+        owner = target if target not in self.tensor_names else target.rpartition(".")[0]
+        if isinstance(self.modules[owner], LAYERS):  # a functional may take the weight of a layer's module
+            self.plan.attributes[owner] = attributes
         full = on_meta(module)(x.full, *globally(extra))
         try:
             part = narrow(module, attributes, _member_shapes(module, leaf, attributes))(x.part, *in_member(extra))

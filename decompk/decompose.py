@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
+import operator
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -12,13 +14,13 @@ from torch import nn
 
 from .channels import Plan, analyse
 from .compose import apart_shell, assemble, check_head, check_members, compose, extract, put, tensors
-from .errors import DecompkError, PackError, PartitionError
+from .errors import DecompkError, PackError, PartitionError, UnsupportedOperation
 from .graph import on_meta
 from .hooks import refuse_hooks, refuse_parameter_hooks
 from .packed import Packed, pack
 from .partition import Crop, Part, Partitions, by, make_crops
 from .shell import Buffer, Rewritten, edited
-from .sizes import Found, check_form, find_size, same_members
+from .sizes import Found, check_form, find_size, refuse_size, same_members
 
 if TYPE_CHECKING:
     from .report.decomposition import Report
@@ -50,11 +52,11 @@ def decompose(
     if not isinstance(model, nn.Module):
         raise DecompkError(f"decompose needs an nn.Module, not {type(model).__name__}.")
     check_head(head, split_outputs=False)
+    refuse_hooks(model)
     refuse_parameter_hooks(model)
     head = "concat" if head == "concat" else "sum"
     cut = functools.partial(make_crops, partitions=partitions, crop_size=crop_size, margin=margin)
     if input_size is None:
-        refuse_hooks(model)
         found = find_size(model, cut, head)
         return Decomposition(model, found.size, found.crops, head, found, cut if found.waits else None)
     if isinstance(input_size, int):
@@ -62,12 +64,21 @@ def decompose(
             f"input_size {input_size} must be (channels, *spatial), such as (3, {input_size}, {input_size}), or "
             f"({input_size},) for vectors."
         )
-    size = tuple(int(n) for n in input_size)
+    try:
+        size = tuple(operator.index(n) for n in input_size)
+    except TypeError:
+        size = ()
     if not 1 <= len(size) <= 4 or min(size) < 1:
+        given = "as a tensor" if isinstance(input_size, torch.Tensor) else repr(input_size)
         raise PartitionError(
-            f"input_size {size} must be (channels, *spatial) with one to three spatial axes, or (features,)."
+            f"input_size {given} must be (channels, *spatial) with one to three spatial axes, or (features,)."
         )
-    return Decomposition(model, size, cut(size[1:] or size), head)
+    try:
+        return Decomposition(model, size, cut(size[1:] or size), head)
+    except DecompkError:
+        with contextlib.suppress(UnsupportedOperation):
+            refuse_size(model, size)  # the truer cause, where it is one
+        raise
 
 
 class Decomposition:
@@ -137,6 +148,11 @@ class Decomposition:
                 )
             self._divide(size, crops, plan)
         return self.crops
+
+    def lift_crops(self) -> None:
+        """Let the crops wait again for a first batch, if they did: the one that laid them did not run."""
+        if self._cut is not None:
+            self.input_size = self._crops = None
 
     @property
     def origin(self) -> str:

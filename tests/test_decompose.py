@@ -238,6 +238,14 @@ def test_the_first_fc_layer_of_a_map_one_position_high_lies_where_its_crop_is():
     torch.testing.assert_close(d.compose(members)(x), total, rtol=0, atol=1e-12)
 
 
+def test_a_bare_linear_layer_is_a_network():
+    net = nn.Linear(8, 4)
+    packed = decompk.grouped_subnets(net, seed=0)
+    assert [member.in_features for member in packed.unpack()] == [2] * 4
+    x = torch.randn(3, 8)
+    torch.testing.assert_close(packed(x).sum(0), packed.compose()(x))
+
+
 def test_splitting_a_batch_copies_nothing():
     d = build("residual")[1]
     x = torch.randn(2, 3, 16, 16)
