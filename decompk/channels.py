@@ -350,12 +350,12 @@ class _Pass:
         """One element of a tuple of tensors."""
         return args[0][globally(args[1])]
 
-    def wrap(self, full: Any, part: Any, role: Role | Split, scale: tuple = ()) -> Any:
+    def wrap(self, full: Any, part: Any, role: Role | Split, scale: tuple = (), moved: Window | None = None) -> Any:
         """The two results as one value; every divided tensor adds its demand for an even division."""
         if isinstance(full, torch.Tensor):
             if isinstance(role, Split) and role.bare is None:
                 self._demand(role, full, part)
-            return T(full, part, role, scale)
+            return T(full, part, role, scale, moved)
         if isinstance(full, (tuple, list)) and not isinstance(full, torch.Size):
             return type(full)(self.wrap(f, p, role, scale) for f, p in zip(full, part, strict=True))
         return full if full == part else Both(full, part)
@@ -526,7 +526,8 @@ class _Pass:
         full, part = self.run_both(args, kwargs)
         dims = full.dim() if isinstance(full, torch.Tensor) else tensors[0].full.dim()
         role, scale = self.join(name, tensors, dims)
-        return self.wrap(full, part, role, scale)
+        moved = next((t.moved for t in tensors if t.moved and t.full.shape == getattr(full, "shape", None)), None)
+        return self.wrap(full, part, role, scale, moved)
 
     # ---- layers ---------------------------------------------------------------------------------------------------
 
@@ -783,7 +784,7 @@ class _Pass:
         shapes = {name: (own,) for name, _ in _vectors(module)}
         full = shape_of(on_meta(module), x.full)
         part = shape_of(narrow(module, attributes, shapes), x.part)
-        return self.wrap(full, part, role, x.scale)
+        return self.wrap(full, part, role, x.scale, x.moved)
 
     def pool(self, target: str, module: nn.Module, args: tuple, kwargs: dict) -> Any:
         x = args[0]
@@ -868,6 +869,9 @@ class _Pass:
         if leaf.window is not None and not conv:
             extent = math.prod(leaf.window.full)
             flat = [np.ravel_multi_index(np.ix_(*s), leaf.window.full).reshape(-1) for s in spots]
+            if leaf.window.order is not None:
+                whole, own_order = leaf.window.order
+                flat = [np.argsort(whole)[f[own_order]] for f in flat]
             columns = [(c[:, None] * extent + f).reshape(-1) for c, f in zip(columns, flat, strict=True)]
         rows = [np.arange(outputs)] * self.K if leaf.outputs is None else own(leaf.outputs)
         if conv and module.transposed:

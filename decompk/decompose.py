@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import math
 import operator
@@ -14,7 +13,7 @@ from torch import nn
 
 from .channels import Plan, analyse
 from .compose import apart_shell, assemble, check_head, check_members, compose, extract, put, tensors
-from .errors import DecompkError, PackError, PartitionError, UnsupportedOperation
+from .errors import DecompkError, PackError, PartitionError
 from .graph import on_meta
 from .hooks import refuse_hooks, refuse_parameter_hooks
 from .packed import Packed, pack
@@ -76,8 +75,7 @@ def decompose(
     try:
         return Decomposition(model, size, cut(size[1:] or size), head)
     except DecompkError:
-        with contextlib.suppress(UnsupportedOperation):
-            refuse_size(model, size)  # the truer cause, where it is one
+        refuse_size(model, size)  # the truer cause, where it is one
         raise
 
 

@@ -13,7 +13,7 @@ from torch import fx, nn
 from torch.fx.node import map_aggregate, map_arg
 
 from .channels import Plan, analyse
-from .errors import MisfitError, PartitionError, brief
+from .errors import DecompkError, MisfitError, PartitionError, brief
 from .graph import MetaInterpreter, on_meta, shape_of, trace, where
 from .partition import Part, by
 from .roles import operation_name
@@ -75,7 +75,10 @@ def find_size(model: nn.Module, cut: Callable[[Size], tuple[Part, ...]], head: s
 
 def refuse_size(model: nn.Module, size: Size) -> None:
     """Raise PartitionError where the network itself does not run on samples of `size`."""
-    search = _Search(model, lambda size: (), "sum")
+    try:
+        search = _Search(model, lambda size: (), "sum")
+    except DecompkError:  # it is refused at any size
+        return
     if search.misfit(size) and search.failures:
         fits = [form for form in search.forms if len(form) == len(size)]
         channels = bool(fits) and all(form[0] not in (None, size[0]) for form in fits)
@@ -251,7 +254,8 @@ class _Search:
             try:
                 rows = trial.rows()
             except Exception as error:  # whatever the network's code raises
-                self.failures.add(f"{where(trial.node)}: {brief(error)}")
+                if not isinstance(error, NotImplementedError):  # which says that torch has no shapes without data
+                    self.failures.add(f"{where(trial.node)}: {brief(error)}")
                 return trial.misfit()
             if rows != {SAMPLES}:
                 return 1 if max(rows) > SAMPLES else -1

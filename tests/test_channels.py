@@ -201,7 +201,7 @@ def test_crops_too_small_for_the_network_are_refused():
     ("call", "words"),
     [
         (lambda: decompose("resnet", (3, 8, 8)), "nn.Module"),
-        (lambda: decompose(nn.Sequential(conv(3, 8), Head(8)), (224,)), "cannot be followed"),
+        (lambda: decompose(nn.Sequential(conv(3, 8), Head(8)), (224,)), "itself does not run"),
         (lambda: decompose(nn.Sequential(conv(3, 8), Head(8)), ()), "spatial axes"),
         (lambda: decompose(nn.Sequential(conv(3, 8), Head(8)), (3, 8, 8), head="max"), "unknown"),
         (lambda: decompose(nn.ReLU(), (3, 8, 8)), "no layer"),

@@ -246,6 +246,50 @@ def test_a_bare_linear_layer_is_a_network():
     torch.testing.assert_close(packed(x).sum(0), packed.compose()(x))
 
 
+class Flattens(nn.Module):
+    """Two convolutions, whose map `flat` makes vectors of."""
+
+    def __init__(self, flat, features=200):
+        super().__init__()
+        self.a, self.b, self.flat = nn.Conv2d(3, 8, 5), nn.Conv2d(8, 8, 5), flat
+        self.fc, self.norm, self.last = nn.Linear(features, 8), nn.BatchNorm1d(8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        x = nn.functional.max_pool2d(self.a(x).relu(), 2)
+        x = nn.functional.max_pool2d(self.b(x).relu(), 2)
+        return self.last(self.fc(self.flat(self, x)).relu())
+
+
+FLATTENS = {
+    "at once": lambda net, x: x.flatten(1),
+    "space first": lambda net, x: x.flatten(2).flatten(1),
+    "space turned": lambda net, x: x.transpose(2, 3).flatten(1),
+    "all of it": lambda net, x: x.transpose(2, 3).reshape(x.size(0), x.size(1), -1).relu().flatten(1),
+    "turned twice": lambda net, x: x.permute(0, 2, 3, 1).permute(0, 3, 2, 1).flatten(1),
+    "by features": lambda net, x: x.flatten(2).transpose(1, 2).transpose(1, 2).flatten(1),
+    "with an axis more": lambda net, x: x.unsqueeze(2).flatten(1),
+    "normalised": lambda net, x: net.norm(x.flatten(2)).flatten(1),
+    "one axis": lambda net, x: x.amax(2).flatten(1),
+}
+
+
+@pytest.mark.parametrize("partitions", [4, (1, 2), (2, 1)])
+@pytest.mark.parametrize("name", FLATTENS)
+def test_the_first_fc_layer_lies_where_its_crop_is_whichever_way_the_map_is_flattened(name, partitions):
+    torch.manual_seed(0)
+    one_axis = name == "one axis"
+    net = Flattens(FLATTENS[name], 40 if one_axis else 200).double().eval()
+    x = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    d = decompk.decompose(net, (3, 32, 32), (1, 2) if one_axis else partitions)
+    assert d.adapted == ["fc"] and not d.notes
+    members = d.extract(net)
+    total = sum(member(part) for member, part in zip(members, d.split(x), strict=True))
+    if one_axis:  # a member's 1 of 5 columns: which are they?
+        assert torch.equal(members[0].fc.weight[:, :1], net.fc.weight[:4, :1])
+        assert torch.equal(members[1].fc.weight[:, :1], net.fc.weight[4:, 24:25])
+    torch.testing.assert_close(d.compose(members)(x), total, rtol=0, atol=1e-12)
+
+
 def test_splitting_a_batch_copies_nothing():
     d = build("residual")[1]
     x = torch.randn(2, 3, 16, 16)
