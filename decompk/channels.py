@@ -195,6 +195,7 @@ class _Pass:
         self.bare: dict[str, tuple[int, np.ndarray]] = {}
         self.features = np.zeros(0, dtype=np.int64)  # the strands of an input vector, whose owners the crops say
         self.checks: list[tuple[fx.Node, Callable[[np.ndarray], bool]]] = []
+        self.turned: fx.Node | None = None  # what swaps axes of the image itself
         self.shuffles: list[tuple[bool, fx.Node, np.ndarray, int, np.ndarray]] = []
         self.pinned: list[np.ndarray] = []  # strands whose order an operation without parameters relies on
         self.plan = Plan(self.K)
@@ -614,13 +615,22 @@ class _Pass:
             if o % self.K:
                 raise PartitionError(
                     f"{where(self.node)}: {o} channels cannot be divided into {self.K} equal parts; "
-                    f"choose a number of partitions that divides {o}."
+                    f"choose a number of partitions that divides {o}{self._dividing()}."
                 )
             attributes[out] = o // self.K
         if groups > 1:
             # lcm(G, K) / K groups a member: each lies inside one global group. G and K divide both widths, so lcm does.
             leaf.member_groups = attributes["groups"] = math.lcm(groups, self.K) // self.K
         return self._finish_layer(target, module, leaf, attributes, x, axis, (*args[1:], *kwargs.values()))
+
+    def _dividing(self) -> str:
+        """The numbers that divide the widths of all layers but the last."""
+        targets = {n.target for g in self.plan.graphs.values() for n in g.nodes if n.op == "call_module"} - self.heads
+        layers = [self.modules[target] for target in targets]
+        widths = [_sides(layer)[1] for layer in layers if isinstance(layer, LAYERS)]
+        common = math.gcd(*widths, *(layer.hidden_size for layer in layers if isinstance(layer, nn.RNNBase)))
+        numbers = [str(n) for n in range(2, common + 1) if common % n == 0]
+        return f" (all widths: {', '.join(numbers)})" if numbers else " (no number divides all widths)"
 
     def _finish_layer(
         self, target: str, module: nn.Module, leaf: Leaf, attributes: dict, x: T, axis: int, extra: tuple
@@ -691,7 +701,7 @@ class _Pass:
         if H % self.K:
             raise PartitionError(
                 f"{where(self.node)}: a hidden state of {H} cannot be divided into {self.K} equal parts; "
-                f"choose a number of partitions that divides {H}."
+                f"choose a number of partitions that divides {H}{self._dividing()}."
             )
         directions = 1 + module.bidirectional
         attributes = {"input_size": x.part.shape[2], "hidden_size": H // self.K}
@@ -894,6 +904,11 @@ class _Pass:
         spots = []
         if window is None:
             return spots
+        if self.turned is not None and window.full != window.part:
+            raise UnsupportedOperation(
+                f"{where(self.turned)}: it swaps axes of the image, whose crops cannot be followed to the first fully "
+                "connected layer; give the network images that are turned already."
+            )
         for axis, full, part, scale in zip(window.axes, window.full, window.part, window.scale, strict=True):
             pixels = scale if scale is not None else Fraction(self.input_size[1 + axis], full)
             start = min(math.ceil(Fraction(crop.start[axis]) / pixels), full - part) if full != part else 0

@@ -377,10 +377,12 @@ def _sizes(args: tuple) -> tuple:
 def permute(p: Any, name: str, args: Any, kwargs: Any) -> Any:
     x = args[0]
     full, part = p.run_both(args, kwargs)
-    if not isinstance(x.role, Split):
-        return p.wrap(full, part, p.join(name, [x], x.full.dim())[0])
     labels = torch.empty(tuple(range(1, x.full.dim() + 1)), device="meta")
     order = [size - 1 for size in _method(labels, p.node, globally(args), globally(kwargs)).shape]
+    if not isinstance(x.role, Split):
+        if x.role is SHARED and x.scale and order != sorted(order):
+            p.turned = p.node
+        return p.wrap(full, part, p.join(name, [x], x.full.dim())[0])
     turned = sorted(range(len(x.role.axes)), key=lambda i: order.index(x.role.axes[i]))
     axes = tuple(order.index(x.role.axes[i]) for i in turned)
     rest = [a for a in order if a not in (0, *x.role.axes)]

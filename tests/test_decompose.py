@@ -290,6 +290,26 @@ def test_the_first_fc_layer_lies_where_its_crop_is_whichever_way_the_map_is_flat
     torch.testing.assert_close(d.compose(members)(x), total, rtol=0, atol=1e-12)
 
 
+def test_windows_of_a_turned_image_are_refused_and_what_needs_none_is_not():
+    net = Flattens(FLATTENS["at once"]).eval()
+    turned = nn.Sequential(Turned(), net)
+    with pytest.raises(decompk.UnsupportedOperation, match="swaps axes of the image"):
+        decompk.decompose(turned, (3, 32, 32))
+    last = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3)
+    assert not decompk.decompose(nn.Sequential(Turned(), nn.Conv2d(3, 8, 3), *last), (3, 32, 32)).notes
+
+
+class Turned(nn.Module):
+    def forward(self, x):
+        return x.transpose(2, 3)
+
+
+def test_a_width_that_does_not_divide_names_the_numbers_that_divide_all():
+    layers = nn.Conv2d(3, 12, 3), nn.ReLU(), nn.Conv2d(12, 18, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+    with pytest.raises(decompk.PartitionError, match=r"divides 18 \(all widths: 2, 3, 6\)\.$"):
+        decompk.decompose(nn.Sequential(*layers, nn.Linear(18, 5)), (3, 32, 32), 4)
+
+
 def test_splitting_a_batch_copies_nothing():
     d = build("residual")[1]
     x = torch.randn(2, 3, 16, 16)
