@@ -370,7 +370,7 @@ class MetaInterpreter(fx.Interpreter):
     def run_node(self, node: fx.Node) -> Any:
         self.values[node] = super().run_node(node)
         if "holds" in node.meta and bool(self.values[node]) != node.meta["holds"]:
-            raise ValueError(f"{where(node)} refuses such samples")
+            raise ValueError("the network's own check there refuses such samples")
         return self.values[node]
 
     def call_module(self, target: str, args: tuple, kwargs: dict) -> Any:
