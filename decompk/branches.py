@@ -8,7 +8,6 @@ import re
 from types import CodeType
 
 _SILENT = ("CACHE", "EXTENDED_ARG", "NOP", "NOT_TAKEN")
-_ASKS = ("TO_BOOL", "COMPARE_OP")  # what asks for a truth in front of the jump, from Python 3.13 on
 _ONE_WAY = ("JUMP_FORWARD", "JUMP_BACKWARD", "JUMP_ABSOLUTE", "JUMP_BACKWARD_NO_INTERRUPT")
 
 
@@ -17,7 +16,8 @@ def goes_on_with(code: CodeType, offset: int) -> bool | None:
     """The truth asked for at `offset` with which the code goes on, where it only raises with the other; else None."""
     instructions = [i for i in dis.get_instructions(code) if i.opname not in _SILENT or i.offset == offset]
     at = next(n for n, i in enumerate(instructions) if i.offset == offset)
-    jump = instructions[at + (instructions[at].opname in _ASKS)]
+    asks = instructions[at]  # the jump itself, or, from Python 3.13 on, what is in front of it
+    jump = instructions[at + (asks.opname == "TO_BOOL" or asks.argrepr.startswith("bool("))]
     kind = re.search(r"JUMP.*_IF_(TRUE|FALSE)", jump.opname)
     if kind is None:
         return None
