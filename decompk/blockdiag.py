@@ -181,7 +181,7 @@ class Members(ZeroSkipping, Packed):
         return Packed(inner, self._K, None, self._input_dims).unpack()
 
     def _dense(self) -> nn.Module:
-        return self._decomposition.compose(self.unpack()).train(self.training)
+        return self._decomposition.compose(self.unpack())
 
 
 def _as_members(net: nn.Module, input_size: Sequence[int] | None) -> tuple[Members | None, str]:
@@ -266,7 +266,7 @@ def _members(net: nn.Module, d: Decomposition, counts: dict[str, int]) -> Member
             what += ", its zeros kept by a mask"
         decisions.append(Decision(path, "members", share, what))
     fast.decisions = _with_losses(fast._inner, decisions, 3)
-    return fast.train(net.training)
+    return fast
 
 
 # ---- layer by layer -------------------------------------------------------------------------------------------------

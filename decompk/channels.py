@@ -195,6 +195,7 @@ class _Pass:
         self.bare: dict[str, tuple[int, np.ndarray]] = {}
         self.features = np.zeros(0, dtype=np.int64)  # the strands of an input vector, whose owners the crops say
         self.checks: list[tuple[fx.Node, Callable[[np.ndarray], bool]]] = []
+        self.turned: fx.Node | None = None  # what swaps axes of the image itself
         self.shuffles: list[tuple[bool, fx.Node, np.ndarray, int, np.ndarray]] = []
         self.pinned: list[np.ndarray] = []  # strands whose order an operation without parameters relies on
         self.plan = Plan(self.K)
@@ -237,6 +238,8 @@ class _Pass:
                     raise
                 except Exception as error:  # an operation used in a way that its rule does not foresee
                     self.refuse(f"it cannot be followed ({type(error).__name__}: {brief(error)})")
+                if "holds" in node.meta:
+                    self._check(node.meta["holds"])
             self.values[self.mode] = self.env
         self._finish(self.values)
         return self.plan
@@ -270,6 +273,17 @@ class _Pass:
                 if isinstance(t.role, Split) and not t.role.axes:
                     self.refuse(f"it rearranges parameter '{t.role.bare}', which does not have one value per channel")
         return rule(self, name, args, kwargs)
+
+    def _check(self, holds: bool) -> None:
+        """What the network's own code checks here must hold of whole samples and of a member's part."""
+        value = self.env[self.node]
+        if bool(globally(value)) != holds:
+            raise PartitionError(f"{where(self.node)}: the network itself refuses samples of {by(self.input_size)}.")
+        if bool(in_member(value)) != holds:
+            raise MisfitError(
+                f"{where(self.node)}: the network's own check refuses a member, whose channels and maps are smaller; "
+                "let it check no size that the division changes, or pack copies of the network with decompk.pack."
+            )
 
     def _returns_maps(self, graph: fx.Graph) -> bool:
         """Whether what the network returns has the input's spatial axes."""
@@ -337,12 +351,12 @@ class _Pass:
         """One element of a tuple of tensors."""
         return args[0][globally(args[1])]
 
-    def wrap(self, full: Any, part: Any, role: Role | Split, scale: tuple = ()) -> Any:
+    def wrap(self, full: Any, part: Any, role: Role | Split, scale: tuple = (), moved: Window | None = None) -> Any:
         """The two results as one value; every divided tensor adds its demand for an even division."""
         if isinstance(full, torch.Tensor):
             if isinstance(role, Split) and role.bare is None:
                 self._demand(role, full, part)
-            return T(full, part, role, scale)
+            return T(full, part, role, scale, moved)
         if isinstance(full, (tuple, list)) and not isinstance(full, torch.Size):
             return type(full)(self.wrap(f, p, role, scale) for f, p in zip(full, part, strict=True))
         return full if full == part else Both(full, part)
@@ -513,7 +527,8 @@ class _Pass:
         full, part = self.run_both(args, kwargs)
         dims = full.dim() if isinstance(full, torch.Tensor) else tensors[0].full.dim()
         role, scale = self.join(name, tensors, dims)
-        return self.wrap(full, part, role, scale)
+        moved = next((t.moved for t in tensors if t.moved and t.full.shape == getattr(full, "shape", None)), None)
+        return self.wrap(full, part, role, scale, moved)
 
     # ---- layers ---------------------------------------------------------------------------------------------------
 
@@ -600,13 +615,22 @@ class _Pass:
             if o % self.K:
                 raise PartitionError(
                     f"{where(self.node)}: {o} channels cannot be divided into {self.K} equal parts; "
-                    f"choose a number of partitions that divides {o}."
+                    f"choose a number of partitions that divides {o}{self._dividing()}."
                 )
             attributes[out] = o // self.K
         if groups > 1:
             # lcm(G, K) / K groups a member: each lies inside one global group. G and K divide both widths, so lcm does.
             leaf.member_groups = attributes["groups"] = math.lcm(groups, self.K) // self.K
         return self._finish_layer(target, module, leaf, attributes, x, axis, (*args[1:], *kwargs.values()))
+
+    def _dividing(self) -> str:
+        """The numbers that divide the widths of all layers but the last."""
+        targets = {n.target for g in self.plan.graphs.values() for n in g.nodes if n.op == "call_module"} - self.heads
+        layers = [self.modules[target] for target in targets]
+        widths = [_sides(layer)[1] for layer in layers if isinstance(layer, LAYERS)]
+        common = math.gcd(*widths, *(layer.hidden_size for layer in layers if isinstance(layer, nn.RNNBase)))
+        numbers = [str(n) for n in range(2, common + 1) if common % n == 0]
+        return f" (all widths: {', '.join(numbers)})" if numbers else " (no number divides all widths)"
 
     def _finish_layer(
         self, target: str, module: nn.Module, leaf: Leaf, attributes: dict, x: T, axis: int, extra: tuple
@@ -627,8 +651,9 @@ class _Pass:
                 self.refuse("the layer is called twice on inputs that are divided differently")
             if leaf.inputs is not None:
                 self.strands.tie(known.inputs, leaf.inputs)
-        if target not in self.tensor_names:
-            self.plan.attributes[target] = attributes
+        owner = target if target not in self.tensor_names else target.rpartition(".")[0]
+        if isinstance(self.modules[owner], LAYERS):  # a functional may take the weight of a layer's module
+            self.plan.attributes[owner] = attributes
         full = on_meta(module)(x.full, *globally(extra))
         try:
             part = narrow(module, attributes, _member_shapes(module, leaf, attributes))(x.part, *in_member(extra))
@@ -676,7 +701,7 @@ class _Pass:
         if H % self.K:
             raise PartitionError(
                 f"{where(self.node)}: a hidden state of {H} cannot be divided into {self.K} equal parts; "
-                f"choose a number of partitions that divides {H}."
+                f"choose a number of partitions that divides {H}{self._dividing()}."
             )
         directions = 1 + module.bidirectional
         attributes = {"input_size": x.part.shape[2], "hidden_size": H // self.K}
@@ -769,7 +794,7 @@ class _Pass:
         shapes = {name: (own,) for name, _ in _vectors(module)}
         full = shape_of(on_meta(module), x.full)
         part = shape_of(narrow(module, attributes, shapes), x.part)
-        return self.wrap(full, part, role, x.scale)
+        return self.wrap(full, part, role, x.scale, x.moved)
 
     def pool(self, target: str, module: nn.Module, args: tuple, kwargs: dict) -> Any:
         x = args[0]
@@ -854,6 +879,9 @@ class _Pass:
         if leaf.window is not None and not conv:
             extent = math.prod(leaf.window.full)
             flat = [np.ravel_multi_index(np.ix_(*s), leaf.window.full).reshape(-1) for s in spots]
+            if leaf.window.order is not None:
+                whole, own_order = leaf.window.order
+                flat = [np.argsort(whole)[f[own_order]] for f in flat]
             columns = [(c[:, None] * extent + f).reshape(-1) for c, f in zip(columns, flat, strict=True)]
         rows = [np.arange(outputs)] * self.K if leaf.outputs is None else own(leaf.outputs)
         if conv and module.transposed:
@@ -876,6 +904,11 @@ class _Pass:
         spots = []
         if window is None:
             return spots
+        if self.turned is not None and window.full != window.part:
+            raise UnsupportedOperation(
+                f"{where(self.turned)}: it swaps axes of the image, whose crops cannot be followed to the first fully "
+                "connected layer; give the network images that are turned already."
+            )
         for axis, full, part, scale in zip(window.axes, window.full, window.part, window.scale, strict=True):
             pixels = scale if scale is not None else Fraction(self.input_size[1 + axis], full)
             start = min(math.ceil(Fraction(crop.start[axis]) / pixels), full - part) if full != part else 0

@@ -30,12 +30,22 @@ def put(module: nn.Module, values: dict[str, torch.Tensor]) -> None:
             store.update({name: new[id(old)] for name, old in store.items() if id(old) in new})
 
 
+def take_state(net: nn.Module, members: Sequence[nn.Module]) -> None:
+    """Give `net` its members' modes: eval where all have it. A parameter trains where any member's does."""
+    modules = [dict(member.named_modules(remove_duplicate=False)) for member in members]
+    for path, module in net.named_modules(remove_duplicate=False):
+        module.training = any(own[path].training for own in modules if path in own)
+    trained = {name for member in members for name, p in member.named_parameters() if p.requires_grad}
+    for name, parameter in net.named_parameters():
+        parameter.requires_grad_(name in trained)
+
+
 def compose(plan: Plan, shell: nn.Module, members: Sequence[nn.Module], head: str) -> nn.Module:
     """Fill `shell` (the global network on the meta device) with the members' tensors.
 
     Layers become block-diagonal; every value between two members is zero. The last layer is joined along its input:
     its biases add up ("sum", 2.14), or weights and biases are averaged ("mean", 2.22); "concat" keeps every member's
-    outputs apart, K·C of them.
+    outputs apart, K·C of them. Modes and what trains are the members', see take_state.
     """
     K = plan.members
     per_member = [tensors(member) for member in members]
@@ -63,6 +73,7 @@ def compose(plan: Plan, shell: nn.Module, members: Sequence[nn.Module], head: st
                 whole = parts[0].clone()
             values[name] = whole
     put(shell, values)
+    take_state(shell, members)
     if head == "concat":
         widen(plan, shell)
     return shell
@@ -136,6 +147,7 @@ def extract(
                     part = value
                 values[name] = part.clone(memory_format=torch.contiguous_format)
             put(shell, values)
+            take_state(shell, [model])
     return list(shells.values())
 
 

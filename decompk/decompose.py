@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+import operator
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,13 +13,13 @@ from torch import nn
 
 from .channels import Plan, analyse
 from .compose import apart_shell, assemble, check_head, check_members, compose, extract, put, tensors
-from .errors import DecompkError, PartitionError
+from .errors import DecompkError, PackError, PartitionError
 from .graph import on_meta
 from .hooks import refuse_hooks, refuse_parameter_hooks
 from .packed import Packed, pack
 from .partition import Crop, Part, Partitions, by, make_crops
 from .shell import Buffer, Rewritten, edited
-from .sizes import Found, check_form, find_size, same_members
+from .sizes import Found, check_form, find_size, refuse_size, same_members
 
 if TYPE_CHECKING:
     from .report.decomposition import Report
@@ -50,11 +51,11 @@ def decompose(
     if not isinstance(model, nn.Module):
         raise DecompkError(f"decompose needs an nn.Module, not {type(model).__name__}.")
     check_head(head, split_outputs=False)
+    refuse_hooks(model)
     refuse_parameter_hooks(model)
     head = "concat" if head == "concat" else "sum"
     cut = functools.partial(make_crops, partitions=partitions, crop_size=crop_size, margin=margin)
     if input_size is None:
-        refuse_hooks(model)
         found = find_size(model, cut, head)
         return Decomposition(model, found.size, found.crops, head, found, cut if found.waits else None)
     if isinstance(input_size, int):
@@ -62,12 +63,20 @@ def decompose(
             f"input_size {input_size} must be (channels, *spatial), such as (3, {input_size}, {input_size}), or "
             f"({input_size},) for vectors."
         )
-    size = tuple(int(n) for n in input_size)
+    try:
+        size = tuple(operator.index(n) for n in input_size)
+    except TypeError:
+        size = ()
     if not 1 <= len(size) <= 4 or min(size) < 1:
+        given = "as a tensor" if isinstance(input_size, torch.Tensor) else repr(input_size)
         raise PartitionError(
-            f"input_size {size} must be (channels, *spatial) with one to three spatial axes, or (features,)."
+            f"input_size {given} must be (channels, *spatial) with one to three spatial axes, or (features,)."
         )
-    return Decomposition(model, size, cut(size[1:] or size), head)
+    try:
+        return Decomposition(model, size, cut(size[1:] or size), head)
+    except DecompkError:
+        refuse_size(model, size)  # the truer cause, where it is one
+        raise
 
 
 class Decomposition:
@@ -137,6 +146,11 @@ class Decomposition:
                 )
             self._divide(size, crops, plan)
         return self.crops
+
+    def lift_crops(self) -> None:
+        """Let the crops wait again for a first batch, if they did: the one that laid them did not run."""
+        if self._cut is not None:
+            self.input_size = self._crops = None
 
     @property
     def origin(self) -> str:
@@ -237,7 +251,8 @@ class Decomposition:
     def extract(self, model: nn.Module, head: str = "sum") -> list[nn.Module]:
         """K sub-networks holding the diagonal blocks of `model`'s weights: the inverse of compose.
 
-        The bias of a head comes back as 1/K each (2.14 adds them up); head="mean" undoes (2.22).
+        The bias of a head comes back as 1/K each (2.14 adds them up); head="mean" undoes (2.22). Modes and
+        requires_grad are `model`'s.
         """
         check_head(head, self._split_outputs and head != "sum")
         if head == "concat" and not self._split_outputs:
@@ -248,12 +263,21 @@ class Decomposition:
         shells = {k: self.member_shell() for k in range(self.K)}
         return extract(self.plan, shells, model, "concat" if self._assembles else head, apart)
 
-    def compose(self, subnets: Sequence[nn.Module], head: str = "sum") -> nn.Module:
-        """The global network of K sub-networks (2.11)–(2.14): block-diagonal, zero between members.
+    def compose(self, subnets: Sequence[nn.Module] | Packed, head: str = "sum") -> nn.Module:
+        """The global network of K sub-networks (2.11)–(2.14), or of a packed module: block-diagonal, zero in between.
 
-        head: "sum" adds the members' outputs, "mean" averages them (2.22), "concat" puts them side by side.
+        head: "sum" adds the members' outputs, "mean" averages them (2.22), "concat" puts them side by side. Modes are
+        the members', eval where all of them have it, and a parameter trains (requires_grad) where any member's does.
         Raises PackError when the sub-networks are not of this decomposition.
         """
+        if isinstance(subnets, Packed):
+            subnets = subnets.unpack()
+        one = isinstance(subnets, nn.Module) and not isinstance(subnets, nn.ModuleList)
+        if one or not isinstance(subnets, Iterable):
+            raise PackError(
+                f"compose takes the {self.K} sub-networks in a list, or packed, not {type(subnets).__name__}."
+            )
+        subnets = list(subnets)
         if self._split_outputs and head == "sum":
             head = "concat"
         check_head(head, self._split_outputs)
@@ -272,7 +296,6 @@ class Decomposition:
         device = next(subnets[0].parameters()).device
         for name, order in buffers.items():
             net.register_buffer(name, torch.from_numpy(order).to(device), persistent=False)
-        net.train(subnets[0].training)
         return self._rewritten(net, {}, behind)
 
     def report(self) -> Report:

@@ -7,7 +7,10 @@ import inspect
 import operator
 import os
 import re
-from collections.abc import Iterator
+import sys
+import traceback
+from collections import deque
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +18,9 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from .errors import UnsupportedOperation
+from .branches import goes_on_with
+from .errors import DecompkError, UnsupportedOperation, brief
+from .layers.held import opaque, walked
 
 # Subclasses of these stay whole even when they live outside torch.nn: a batch norm with an activation inside, a
 # weight-standardised convolution. Their parameters are known, their own forward code is not looked into.
@@ -40,17 +45,86 @@ class _Tracer(fx.Tracer):
     def is_leaf_module(self, module: nn.Module, qualified_name: str) -> bool:
         return isinstance(module, PARAMETRIC) or super().is_leaf_module(module, qualified_name)
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.checks: dict[fx.Node, bool] = {}  # conditions that forward raises without, and what they must be
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return Proxy(node, self)
+
     def iter(self, obj: fx.Proxy) -> Iterator:
-        """Also over `x.size()[1:]`, as hand-written networks count their features, where x's dimensions are known."""
-        node = obj.node
+        count = self.length(obj.node)
+        return super().iter(obj) if count is None else iter([obj[i] for i in range(count)])
+
+    def length(self, node: fx.Node) -> int | None:
+        """Of `x.size()[1:]`, as hand-written networks count their features, where x's dimensions are known."""
         sliced = node.op == "call_function" and node.target is operator.getitem and isinstance(node.args[1], slice)
         size = node.args[0] if sliced else node
         is_size = (size.op, size.target) == ("call_method", "size") and len(size.args) == 1 and not size.kwargs
         is_shape = size.op == "call_function" and size.target is getattr and size.args[1] == "shape"
         dims = _dims(size.args[0], self.root) if is_size or is_shape else None
-        if dims is None:
-            return super().iter(obj)
-        return iter([obj[i] for i in range(len(range(dims)[node.args[1]]) if sliced else dims)])
+        return len(range(dims)[node.args[1]]) if sliced and dims is not None else dims
+
+    def to_bool(self, obj: fx.Proxy) -> bool:
+        """A branch whose other side only raises, `assert x.dim() == 4`, is no branch."""
+        node, frame = obj.node, sys._getframe(2)
+        if node not in self.checks:
+            answer = goes_on_with(frame.f_code, frame.f_lasti)
+            if answer is None:
+                what = "a tensor's shape" if _is_fact(node) else "the values of a tensor"
+                raise UnsupportedOperation(
+                    f"torch.fx cannot trace {type(self.root).__name__}: {_line(traceback.extract_stack(frame))} "
+                    f"branches on {what}, which tracing does not know; let something given to __init__ decide, or pack "
+                    "copies of the network with decompk.pack, which has no such limit."
+                )
+            self.checks[node] = answer
+        return self.checks[node]
+
+
+class _Answering:
+    """What torch.fx's proxies do not answer: how many sizes a shape has, and functions of numpy."""
+
+    def __len__(self) -> int:
+        count = self.tracer.length(self.node)
+        if count is None:
+            raise RuntimeError("a Proxy has no len: a tensor's dimensions are x.dim(), its samples x.size(0)")
+        return count
+
+    def __getattr__(self, name: str) -> fx.Proxy:
+        if name.startswith("__"):  # protocols of other libraries, to which a proxy would seem to answer
+            raise AttributeError(name)
+        return Attribute(self, name)
+
+    def __array_function__(self, function: Callable, types: Any, args: tuple, kwargs: dict) -> fx.Proxy:
+        return self.tracer.create_proxy("call_function", function, args, kwargs)
+
+
+class Proxy(_Answering, fx.Proxy):
+    pass
+
+
+class Attribute(_Answering, fx.proxy.Attribute):
+    pass
+
+
+_FACTS = {"size", "dim", "ndimension", "numel", "is_floating_point", "is_complex", "stride", "get_device", "len"}
+_TENSORS = {"data", "T", "mT", "H", "mH", "real", "imag", "grad"}  # attributes that are no facts
+
+
+def _is_fact(node: fx.Node) -> bool:
+    """Whether a value is made of shapes and other facts about tensors, not of what they hold."""
+    if node.op not in ("call_function", "call_method"):
+        return False
+    if node.target is getattr:
+        return node.args[1] not in _TENSORS
+    name = getattr(node.target, "__name__", node.target)
+    return name in _FACTS or (bool(node.all_input_nodes) and all(map(_is_fact, node.all_input_nodes)))
+
+
+def _line(stack: traceback.StackSummary) -> str:
+    """The innermost line outside torch and this file, as file.py:12."""
+    own = [frame for frame in stack if not frame.filename.startswith((_TORCH, __file__, "<"))] or stack
+    return f"{os.path.basename(own[-1].filename)}:{own[-1].lineno}"
 
 
 def _dims(node: fx.Node, root: nn.Module) -> int | None:
@@ -95,7 +169,6 @@ def trace(model: nn.Module, training: bool) -> fx.Graph:
     Only the first argument of forward is an input; the others keep their defaults. The model's own mode is
     restored. Raises UnsupportedOperation where torch.fx cannot follow the code.
     """
-    attributes = dict(vars(model))
     inputs = list(inspect.signature(model.forward).parameters.items())
     variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     defaults = {name: p.default for name, p in inputs[1:] if p.default is not inspect.Parameter.empty}
@@ -105,28 +178,82 @@ def trace(model: nn.Module, training: bool) -> fx.Graph:
                 f"{type(model).__name__}.forward needs '{name}' beside its first argument; only networks of one input "
                 "can be decomposed: give the others defaults."
             )
+    tracer = _Tracer()
     try:
-        with in_mode(model, training), torch.random.fork_rng(devices=[]):
-            graph = _Tracer().trace(model, concrete_args=defaults or None)
+        with _as_it_was(model), in_mode(model, training), torch.random.fork_rng(devices=[]):
+            graph = tracer.trace(model, concrete_args=defaults or None)
+    except DecompkError:
+        raise
     except Exception as error:  # torch.fx raises whatever the traced code raised
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UnsupportedOperation(
-            f"torch.fx cannot trace {type(model).__name__}: {reason.rstrip('.')}; only networks whose forward does not "
-            "branch on tensor values can be decomposed (decompk.pack has no such limit)."
-        ) from error
-    finally:
-        made = [name for name in vars(model) if name not in attributes]
-        for name in made:  # torch.fx keeps tensors that forward makes as attributes of the network
-            del vars(model)[name]
-    if made:
-        raise UnsupportedOperation(
-            f"{type(model).__name__}.forward makes a tensor of its own, which tracing would freeze; register it as a "
-            "buffer."
-        )
+        raise UnsupportedOperation(f"torch.fx cannot trace {type(model).__name__}: {_why(error)}.") from error
+    for node in graph.nodes:
+        if node.op == "get_attr" and not _holds(model, node.target):  # torch.fx would keep it in the network
+            raise UnsupportedOperation(
+                f"{type(model).__name__}.forward makes a tensor of its own, which tracing would freeze; register it as "
+                "a buffer."
+            )
+    for node, answer in tracer.checks.items():
+        node.meta["holds"] = answer
+        if not _is_fact(node):  # only samples can tell
+            _erase_unused(graph, node)
     _drop_fixed_arguments(graph)
     for node in graph.nodes:
         _spell_alike(node)
     return graph
+
+
+def _why(error: Exception) -> str:
+    """Why tracing failed, and what to do."""
+    place = _line(traceback.extract_tb(error.__traceback__))
+    if "Proxy" in str(error) or "symbolic" in str(error):
+        return (
+            f"{place} needs a number that tracing does not know ({brief(error)}); write sizes without int(), features "
+            "as x.flatten(1), or pack copies of the network with decompk.pack, which has no such limit"
+        )
+    return f"{place} raises {type(error).__name__} ({brief(error)}); decompk.pack needs no tracing"
+
+
+@contextmanager
+def _as_it_was(model: nn.Module) -> Iterator[None]:
+    """Afterwards, modules and what they hold have the attributes and elements that they had."""
+    held = []
+    for value in walked(model, lambda value: isinstance(value, torch.Tensor)):
+        if not isinstance(value, torch.Tensor):
+            held += [value] if isinstance(value, dict | list | set | deque) else [] if opaque(value) else [vars(value)]
+    kept = [(value, _elements(value)) for value in held]
+    try:
+        yield
+    finally:
+        for value, elements in kept:
+            now = _elements(value)
+            if len(now) != len(elements) or any(a is not b for a, b in zip(now, elements, strict=True)):
+                value.clear()
+                if isinstance(value, dict):
+                    half = len(elements) // 2
+                    value.update(zip(elements[:half], elements[half:], strict=True))
+                else:
+                    (value.update if isinstance(value, set) else value.extend)(elements)
+
+
+def _elements(value: Any) -> list:
+    return [*value.keys(), *value.values()] if isinstance(value, dict) else [*value]
+
+
+def _holds(model: nn.Module, path: str) -> bool:
+    try:
+        operator.attrgetter(path)(model)
+    except AttributeError:
+        return False
+    return True
+
+
+def _erase_unused(graph: fx.Graph, node: fx.Node) -> None:
+    """Remove a node that nothing uses, and those in front of it that were there for it alone."""
+    if not node.users and node.op in ("call_function", "call_method", "get_attr"):
+        sources = node.all_input_nodes
+        graph.erase_node(node)
+        for source in sources:
+            _erase_unused(graph, source)
 
 
 def _spell_alike(node: fx.Node) -> None:
@@ -242,6 +369,8 @@ class MetaInterpreter(fx.Interpreter):
 
     def run_node(self, node: fx.Node) -> Any:
         self.values[node] = super().run_node(node)
+        if "holds" in node.meta and bool(self.values[node]) != node.meta["holds"]:
+            raise ValueError("the network's own check there refuses such samples")
         return self.values[node]
 
     def call_module(self, target: str, args: tuple, kwargs: dict) -> Any:
@@ -273,7 +402,8 @@ _POOL_ARGUMENTS = {
 def windows(operation: Any, axes: int, args: tuple = (), kwargs: dict | None = None) -> tuple[Window, ...] | None:
     """One Window per spatial axis of a convolution or pooling: a module, or a functional's name with its arguments.
 
-    `args` are those after the input. None for everything that has no fixed window (adaptive pooling, resizing).
+    `args` are those after the input. None for everything that has no fixed window (adaptive pooling, resizing, a window
+    that the graph computes).
     """
     if isinstance(operation, nn.Module):
         if not isinstance(operation, (nn.modules.conv._ConvNd, *_POOL_MODULES)):
@@ -284,6 +414,10 @@ def windows(operation: Any, axes: int, args: tuple = (), kwargs: dict | None = N
         if names is None:
             return None
         given = dict(zip(names, args, strict=False)) | {k: v for k, v in (kwargs or {}).items() if k in names}
+        computed: list[fx.Node] = []
+        fx.node.map_arg(given, computed.append)
+        if computed:
+            return None
     kernel = _per_axis(given["kernel_size"], axes)
     stride = _per_axis(given.get("stride") or given["kernel_size"], axes)
     dilation = _per_axis(given.get("dilation") or 1, axes)

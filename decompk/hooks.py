@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
 from .errors import UnsupportedOperation
@@ -22,6 +23,8 @@ def refuse_hooks(model: nn.Module) -> None:
     """Raise UnsupportedOperation, naming the module, where a network does more than its classes' forward says."""
     for path, module in model.named_modules():
         what = f"'{path}'" if path else "the network"
+        if any(is_lazy(tensor) for store in (module._parameters, module._buffers) for tensor in store.values()):
+            raise UnsupportedOperation(f"{what} is lazy and has no shape yet: run a batch through the network first.")
         for store in HOOKS:
             for hook in getattr(module, store).values():
                 raise UnsupportedOperation(f"{what} {_of_torch(hook) or _plain(store)}.")

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import product
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -139,8 +140,10 @@ def make_crops(
     and overlap where crop_size · n exceeds the size. Raises PartitionError.
     """
     axes = len(spatial)
-    if isinstance(partitions, bool) or not isinstance(partitions, (int, Sequence)):
+    if isinstance(partitions, bool | str) or not isinstance(partitions, (int, Sequence)):
         raise PartitionError(f"partitions {partitions!r} must be a number, the parts per axis, or a list of crops.")
+    if not isinstance(margin, Integral) or margin < 0:
+        raise PartitionError(f"a margin of {margin!r} is no border: give a whole number of pixels, 0 or more.")
     if not isinstance(partitions, int) and any(not isinstance(p, int) for p in partitions):
         if crop_size is not None or margin:
             raise PartitionError("crop_size and margin only shape a grid; a list of crops already fixes both.")
@@ -149,12 +152,17 @@ def make_crops(
     parts = _parts_per_axis(partitions, axes)
     names = _AXIS_NAMES[axes]
     inner = tuple(s - 2 * margin for s in spatial)
-    if margin < 0 or min(inner) < 1:
+    if min(inner) < 1:
         raise PartitionError(f"a margin of {margin} leaves nothing of an input of {by(spatial)}.")
     if crop_size is None:
         sizes = tuple(s // n for s, n in zip(inner, parts, strict=True))
     else:
-        sizes = (crop_size,) * axes if isinstance(crop_size, int) else tuple(int(c) for c in crop_size)
+        sizes = (crop_size,) * axes if isinstance(crop_size, Integral) else crop_size
+        if not isinstance(sizes, Iterable) or any(not isinstance(c, Integral) for c in sizes):
+            raise PartitionError(
+                f"crop_size {crop_size!r} must be whole numbers of pixels, one for all axes or for each."
+            )
+        sizes = tuple(int(c) for c in sizes)
         if len(sizes) != axes:
             raise PartitionError(f"crop_size {sizes} has {len(sizes)} numbers; the input has {axes} spatial axes.")
 

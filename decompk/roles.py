@@ -28,13 +28,15 @@ PARTIAL = Role("partial")  # every member holds all channels of a summand of the
 class Window:
     """The spatial extent that a flatten put behind every channel, globally and in a member; None is unknown scale.
 
-    axes: which of the input's axes these are; those of one position leave no trace in a flatten.
+    axes: which of the input's axes these are; those of one position leave no trace in a flatten. order: where the axes
+    were merged or swapped before the flatten, for each position, globally and in a member, which one it was before.
     """
 
     axes: tuple[int, ...]
     full: tuple[int, ...]
     part: tuple[int, ...]
     scale: tuple[Fraction | None, ...]
+    order: tuple[np.ndarray, np.ndarray] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,12 +51,16 @@ class Split:
 
 @dataclass(frozen=True, eq=False)
 class T:
-    """A tensor of the graph: its global and its member's shape (meta tensors), its role, input pixels per position."""
+    """A tensor of the graph: its global and its member's shape (meta tensors), its role, input pixels per position.
+
+    moved: the map that it was, where its spatial axes were merged or swapped.
+    """
 
     full: torch.Tensor
     part: torch.Tensor
     role: Role | Split
     scale: tuple[Fraction | None, ...] = ()
+    moved: Window | None = None
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from fractions import Fraction
 from typing import Any
@@ -67,14 +67,14 @@ def functional_layer(p: Any, name: str, args: Any, kwargs: Any) -> Any:
 @rule("max_pool1d", "max_pool2d", "max_pool3d", "avg_pool1d", "avg_pool2d", "avg_pool3d", "lp_pool1d", "lp_pool2d")
 def pool(p: Any, name: str, args: Any, kwargs: Any) -> Any:
     x = args[0]
-    found = windows(name, x.full.dim() - 2, args[1:], kwargs)
-    member = None
-    if covers(found, x) and "lp_" not in name:  # a last pooling over the whole map follows the member's smaller map
-        extent = tuple(x.part.shape[2:])
+    found, own = (windows(name, x.full.dim() - 2, side(args[1:]), side(kwargs)) for side in (globally, in_member))
+    member, extent = None, tuple(x.part.shape[2:])
+    whole = covers(found, x) and "lp_" not in name  # a last pooling over the whole map follows the member's smaller map
+    if whole and tuple(w.kernel for w in own) != extent:  # which its own code does not see to
         node_kwargs = {k: v for k, v in p.node.kwargs.items() if k not in ("kernel_size", "stride", "input")}
         member = p.rewrite((p.node.args[0], extent, extent, *p.node.args[3:]), node_kwargs)
         p.adapted(p.node.name)
-    return p.spatial(name, args, kwargs, found, member)
+    return p.spatial(name, args, kwargs, found if found == own else None, member)
 
 
 def covers(found: tuple | None, x: T) -> bool:
@@ -151,7 +151,8 @@ def reduction(p: Any, name: str, args: Any, kwargs: Any) -> Any:
         scale = tuple(None if axis + 2 in dims else s for axis, s in enumerate(x.scale))
         return p.wrap(full, part, x.role, scale)
     axes = tuple(a - sum(d < a for d in dims) for a in x.role.axes)
-    return p.wrap(full, part, replace(x.role, axes=axes))
+    moved = _as_laid(x, {0, *dims}) if 0 not in dims and x.moved is None else None
+    return p.wrap(full, part, replace(x.role, axes=axes), moved=moved)
 
 
 @rule("glu")
@@ -278,7 +279,7 @@ class _Regrouping:
                     p.refuse("it merges part of the channels with space")
                 window = self._window(rest)
             elif window is not None and len(outside) > 1:
-                if tuple(self.full.shape[a] for a in outside[1:]) != window.full:
+                if window.order is not None or tuple(self.full.shape[a] for a in outside[1:]) != window.full:
                     p.refuse("it reshapes flattened channels differently than they were flattened")
                 return p.wrap(self.full, part, Split(role.ids, (outside[0],)), window.scale)
             if len(channels) > 1 and self.cut_axis in channels[:-1] and len(outside) == 1:
@@ -296,17 +297,54 @@ class _Regrouping:
             p.shuffles.append((p.mode, p.node, role.ids, merged_cut, ids))
         else:
             ids = role.ids.reshape(shape)
-        scale = x.scale if self.full.dim() - len(axes) == x.full.dim() - len(role.axes) else ()
-        return p.wrap(self.full, part, Split(ids, tuple(axes), window, role.bare), scale)
+        same = self.full.dim() - len(axes) == x.full.dim() - len(role.axes) and x.moved is None
+        moved = None if same or window else _moved(x, self.full, part, tuple(axes), torch.reshape)
+        return p.wrap(self.full, part, Split(ids, tuple(axes), window, role.bare), x.scale if same else (), moved)
 
     def _window(self, space: list[int]) -> Window | None:
+        if self.x.moved is not None:
+            return self.x.moved
         full = tuple(self.x.full.shape[a] for a in space)
         part = tuple(self.x.part.shape[a] for a in space)
         spatial = range(2, self.x.full.dim())
         scale = tuple(self.x.scale[a - 2] if self.x.scale and a in spatial else None for a in space)
         if any(own > whole for own, whole in zip(part, full, strict=True)):
             self.p.refuse(f"a member's map of {by(part)} is larger than the global one of {by(full)}")
+        if full != part and not self.x.scale:
+            self.p.refuse(
+                "it flattens a map whose axes were merged or moved", "flatten it as the last layer returned it"
+            )
         return Window(tuple(a - 2 for a in space), full, part, scale)
+
+
+def _moved(x: T, full: torch.Tensor, part: torch.Tensor, axes: tuple[int, ...], move: Callable) -> Window | None:
+    """The map that x holds or once was, with where its positions lie behind move(x, shape); None if that is unknown.
+
+    axes: those of the channels behind it.
+    """
+    known = x.moved or _as_laid(x)
+    if known is None:
+        return None
+    orders = []
+    for before, after, order in zip((x.full, x.part), (full, part), known.order, strict=True):
+        if after.shape[:1] != before.shape[:1]:  # the batch moved
+            return None
+        spatial = [1 if a == 0 or a in x.role.axes else n for a, n in enumerate(before.shape)]
+        moved = move(torch.from_numpy(order).reshape(spatial).expand(before.shape), after.shape)
+        first = tuple(0 if a == 0 or a in axes else slice(None) for a in range(moved.dim()))
+        orders.append(moved[first].reshape(-1).numpy())
+    return replace(known, order=tuple(orders))
+
+
+def _as_laid(x: T, without: Collection[int] = ()) -> Window | None:
+    """The map that x holds, without some of its axes; None if it is not known how its positions lie."""
+    spatial = [a for a in range(1, x.full.dim()) if a not in x.role.axes]
+    if not x.role.axes or x.role.window or len(x.scale) != len(spatial):
+        return None
+    kept = [i for i, a in enumerate(spatial) if a not in without]
+    full, part = (tuple(side.shape[spatial[i]] for i in kept) for side in (x.full, x.part))
+    orders = tuple(np.arange(math.prod(sizes)) for sizes in (full, part))
+    return Window(tuple(kept), full, part, tuple(x.scale[i] for i in kept), orders)
 
 
 def _matched(before: tuple[int, ...], after: tuple[int, ...]) -> list[tuple[list[int], list[int]]]:
@@ -339,18 +377,19 @@ def _sizes(args: tuple) -> tuple:
 def permute(p: Any, name: str, args: Any, kwargs: Any) -> Any:
     x = args[0]
     full, part = p.run_both(args, kwargs)
-    if not isinstance(x.role, Split):
-        return p.wrap(full, part, p.join(name, [x], x.full.dim())[0])
     labels = torch.empty(tuple(range(1, x.full.dim() + 1)), device="meta")
     order = [size - 1 for size in _method(labels, p.node, globally(args), globally(kwargs)).shape]
-    moved = sorted(range(len(x.role.axes)), key=lambda i: order.index(x.role.axes[i]))
-    axes = tuple(order.index(x.role.axes[i]) for i in moved)
-    scale = (
-        x.scale
-        if [a for a in order if a not in (0, *x.role.axes)] == sorted(a for a in order if a not in (0, *x.role.axes))
-        else ()
-    )
-    return p.wrap(full, part, replace(x.role, ids=np.transpose(x.role.ids, moved), axes=axes), scale)
+    if not isinstance(x.role, Split):
+        if x.role is SHARED and x.scale and order != sorted(order):
+            p.turned = p.node
+        return p.wrap(full, part, p.join(name, [x], x.full.dim())[0])
+    turned = sorted(range(len(x.role.axes)), key=lambda i: order.index(x.role.axes[i]))
+    axes = tuple(order.index(x.role.axes[i]) for i in turned)
+    rest = [a for a in order if a not in (0, *x.role.axes)]
+    same = rest == sorted(rest) and x.moved is None
+    moved = None if same else _moved(x, full, part, axes, lambda index, shape: index.permute(order))
+    role = replace(x.role, ids=np.transpose(x.role.ids, turned), axes=axes)
+    return p.wrap(full, part, role, x.scale if same else (), moved)
 
 
 def _method(x: torch.Tensor, node: Any, args: Any, kwargs: Any) -> torch.Tensor:

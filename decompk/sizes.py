@@ -13,8 +13,8 @@ from torch import fx, nn
 from torch.fx.node import map_aggregate, map_arg
 
 from .channels import Plan, analyse
-from .errors import MisfitError, PartitionError
-from .graph import MetaInterpreter, on_meta, shape_of, trace
+from .errors import DecompkError, MisfitError, PartitionError, brief
+from .graph import MetaInterpreter, on_meta, shape_of, trace, where
 from .partition import Part, by
 from .roles import operation_name
 
@@ -62,10 +62,32 @@ def find_size(model: nn.Module, cut: Callable[[Size], tuple[Part, ...]], head: s
                 return found
         except PartitionError as error:
             refused = refused or error
+    if refused is None and len(search.failures) == 1:
+        raise PartitionError(
+            f"{search.name} itself runs on no {_kind(search.forms[0])} that was tried: {search.failures.pop()}; "
+            "mend that, or give input_size=, the size of one sample."
+        )
     raise refused or PartitionError(
         f"{search.name} runs on no {_kind(search.forms[0])} that was tried, up to {LIMITS[_free(search.forms[0])]} a "
         "side: give input_size=, the size of one sample, such as (3, 224, 224)."
     )
+
+
+def refuse_size(model: nn.Module, size: Size) -> None:
+    """Raise PartitionError where the network itself does not run on samples of `size`."""
+    try:
+        search = _Search(model, lambda size: (), "sum")
+    except DecompkError:  # it is refused at any size
+        return
+    if search.misfit(size) and search.failures:
+        fits = [form for form in search.forms if len(form) == len(size)]
+        channels = bool(fits) and all(form[0] not in (None, size[0]) for form in fits)
+        example = " or ".join(str(_filled(form, size[-1] if size[-1] > 4 else 32)) for form in search.forms)
+        remedy = "" if fits and not channels else f"; one sample is (channels, *spatial), such as {example}"
+        raise PartitionError(
+            f"{search.name} itself does not run on samples of {size}: {search.failures.pop()}{remedy}; give an "
+            "input_size= that it runs on, or none."
+        )
 
 
 def same_members(a: Plan, b: Plan) -> bool:
@@ -158,6 +180,7 @@ class _Search:
         self.graphs = {mode: trace(model, mode) for mode in (True, False)}
         self.forms = _forms(model, self.graphs[False])
         self.skeleton = on_meta(model)
+        self.failures: set[str] = set()  # where and what the network raised on sizes that do not fit
 
     def found(self, size: Size, source: str, form: Form | None = None, waits: bool = False) -> Found:
         crops = self.cut(size[1:] or size)
@@ -230,7 +253,9 @@ class _Search:
             trial = _Trial(self.skeleton, graph, size, SAMPLES)
             try:
                 rows = trial.rows()
-            except Exception:  # whatever the network's code raises
+            except Exception as error:  # whatever the network's code raises
+                if not isinstance(error, NotImplementedError):  # which says that torch has no shapes without data
+                    self.failures.add(f"{where(trial.node)}: {brief(error)}")
                 return trial.misfit()
             if rows != {SAMPLES}:
                 return 1 if max(rows) > SAMPLES else -1

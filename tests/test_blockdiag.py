@@ -119,6 +119,20 @@ def test_on_a_cpu_wide_members_run_in_turn_and_equal_those_that_run_together(mon
         assert not fast._runs_in_turn(torch.empty(4 * 64, 3, 256, 256))
 
 
+def test_modes_of_layers_and_frozen_parameters_stay_in_both_directions():
+    c = nn.Sequential(nn.Conv2d(4, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 3), nn.AdaptiveAvgPool2d(1))
+    c = c.append(nn.Flatten()).append(nn.Linear(8, 5)).double()
+    c[2].weight.data[:4, 4:] = c[2].weight.data[4:, :4] = 0
+    c[1].eval()
+    c[2].requires_grad_(False)
+    fast, z = decompk.block_diagonal(c), torch.randn(3, 4, 9, 9, dtype=torch.float64)
+    assert isinstance(fast, Members)
+    torch.testing.assert_close(fast(z), c(z), rtol=0, atol=1e-12)
+    dense = decompk.densify(fast)
+    assert [m.training for m in dense.modules()] == [m.training for m in c.modules()]
+    assert [p.requires_grad for p in dense.parameters()] == [p.requires_grad for p in c.parameters()]
+
+
 def test_it_is_fused_saved_and_copied_like_any_packed_network():
     net = composed("resnet32").float()
     fast = decompk.block_diagonal(net)

@@ -131,6 +131,35 @@ def test_what_cannot_be_divided_is_refused_by_name_in_one_sentence(case):
     assert "\n" not in message and message.endswith(".")
 
 
+def pooled_by_sides(x):
+    n, c, h, w = x.shape
+    return F.avg_pool2d(x, (h, w))
+
+
+OVER_THE_MAP = [
+    lambda x: F.avg_pool2d(x, x.size()[3]),
+    lambda x: F.avg_pool2d(x, x.size(2)),
+    lambda x: F.avg_pool2d(x, x.size()[2:]),
+    lambda x: F.avg_pool2d(x, kernel_size=x.shape[-2:], stride=1),
+    lambda x: F.avg_pool1d(x.flatten(2), x.size(2) * x.size(3))[..., None],
+    pooled_by_sides,
+]
+
+
+@pytest.mark.parametrize("pool", OVER_THE_MAP)
+@pytest.mark.parametrize("partitions", [4, (1, 2)])
+def test_a_pooling_whose_window_is_the_maps_own_size_is_a_global_pooling(pool, partitions):
+    nets = [Between(nn.Sequential(nn.ReLU(), Call(f))).double() for f in (lambda x: x.mean((2, 3), True), pool)]
+    nets[1].load_state_dict(nets[0].state_dict())
+    known, d = (decompose(net, (3, 16, 16), partitions) for net in nets)
+    members, same = d.subnets(seed=0), known.subnets(seed=0)
+    x = torch.randn(2, 3, 16, 16, dtype=torch.float64)
+    for one, other, part in zip(members, same, d.split(x), strict=True):
+        torch.testing.assert_close(one(part), other(part), rtol=0, atol=1e-12)
+    torch.testing.assert_close(d.compose(members)(x), known.compose(same)(x), rtol=0, atol=1e-12)
+    assert not d.notes and (not d.adapted or partitions != 4)
+
+
 @pytest.mark.parametrize(
     ("net", "K", "words"),
     [
@@ -172,7 +201,7 @@ def test_crops_too_small_for_the_network_are_refused():
     ("call", "words"),
     [
         (lambda: decompose("resnet", (3, 8, 8)), "nn.Module"),
-        (lambda: decompose(nn.Sequential(conv(3, 8), Head(8)), (224,)), "cannot be followed"),
+        (lambda: decompose(nn.Sequential(conv(3, 8), Head(8)), (224,)), "itself does not run"),
         (lambda: decompose(nn.Sequential(conv(3, 8), Head(8)), ()), "spatial axes"),
         (lambda: decompose(nn.Sequential(conv(3, 8), Head(8)), (3, 8, 8), head="max"), "unknown"),
         (lambda: decompose(nn.ReLU(), (3, 8, 8)), "no layer"),

@@ -137,6 +137,36 @@ def test_the_global_network_and_its_mode_are_left_alone():
     assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
 
 
+def test_composed_and_extracted_networks_have_the_modes_and_the_frozen_parameters_of_what_they_are_made_of():
+    net, d = build("residual")
+    members = d.subnets(seed=0)
+    for member in members:
+        member.a.eval()
+        for part in (member.stem, member.c):
+            part.requires_grad_(False)
+    frozen = {"stem.0.weight", "stem.1.weight", "stem.1.bias", "c.weight", "c.bias"}
+    for made in (d.compose(members), d.compose(decompk.pack(members))):
+        for each in (made, d.extract(made)[3]):
+            assert (each.training, each.a.training) == (True, False)
+            assert {name for name, p in each.named_parameters() if not p.requires_grad} == frozen
+    members[2].a.train()  # one is enough
+    members[2].c.requires_grad_(True)
+    made = d.compose(members)
+    assert made.a.training and made.c.weight.requires_grad and not made.stem[0].weight.requires_grad
+    assert net.a.training and net.stem[0].weight.requires_grad
+
+
+def test_compose_takes_members_packed_and_says_what_it_takes():
+    _, d = build("residual")
+    members = d.subnets(seed=0)
+    for given in (decompk.pack(members), torch.nn.ModuleList(members), iter(members)):
+        for key, value in tensors(d.compose(given)).items():
+            assert torch.equal(value, tensors(d.compose(members))[key])
+    for given in (members[0], nn.Sequential(*members), None):
+        with pytest.raises(decompk.PackError, match="takes the 4 sub-networks in a list, or packed, not"):
+            d.compose(given)
+
+
 def test_a_seed_gives_the_same_members_and_leaves_the_random_state_alone():
     _, d = build("residual")
     state = torch.random.get_rng_state()
@@ -206,6 +236,78 @@ def test_the_first_fc_layer_of_a_map_one_position_high_lies_where_its_crop_is():
     x = torch.randn(2, 1, 8, 16, dtype=torch.float64)
     total = sum(member(part) for member, part in zip(members, d.split(x), strict=True))
     torch.testing.assert_close(d.compose(members)(x), total, rtol=0, atol=1e-12)
+
+
+def test_a_bare_linear_layer_is_a_network():
+    net = nn.Linear(8, 4)
+    packed = decompk.grouped_subnets(net, seed=0)
+    assert [member.in_features for member in packed.unpack()] == [2] * 4
+    x = torch.randn(3, 8)
+    torch.testing.assert_close(packed(x).sum(0), packed.compose()(x))
+
+
+class Flattens(nn.Module):
+    """Two convolutions, whose map `flat` makes vectors of."""
+
+    def __init__(self, flat, features=200):
+        super().__init__()
+        self.a, self.b, self.flat = nn.Conv2d(3, 8, 5), nn.Conv2d(8, 8, 5), flat
+        self.fc, self.norm, self.last = nn.Linear(features, 8), nn.BatchNorm1d(8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        x = nn.functional.max_pool2d(self.a(x).relu(), 2)
+        x = nn.functional.max_pool2d(self.b(x).relu(), 2)
+        return self.last(self.fc(self.flat(self, x)).relu())
+
+
+FLATTENS = {
+    "at once": lambda net, x: x.flatten(1),
+    "space first": lambda net, x: x.flatten(2).flatten(1),
+    "space turned": lambda net, x: x.transpose(2, 3).flatten(1),
+    "all of it": lambda net, x: x.transpose(2, 3).reshape(x.size(0), x.size(1), -1).relu().flatten(1),
+    "turned twice": lambda net, x: x.permute(0, 2, 3, 1).permute(0, 3, 2, 1).flatten(1),
+    "by features": lambda net, x: x.flatten(2).transpose(1, 2).transpose(1, 2).flatten(1),
+    "with an axis more": lambda net, x: x.unsqueeze(2).flatten(1),
+    "normalised": lambda net, x: net.norm(x.flatten(2)).flatten(1),
+    "one axis": lambda net, x: x.amax(2).flatten(1),
+}
+
+
+@pytest.mark.parametrize("partitions", [4, (1, 2), (2, 1)])
+@pytest.mark.parametrize("name", FLATTENS)
+def test_the_first_fc_layer_lies_where_its_crop_is_whichever_way_the_map_is_flattened(name, partitions):
+    torch.manual_seed(0)
+    one_axis = name == "one axis"
+    net = Flattens(FLATTENS[name], 40 if one_axis else 200).double().eval()
+    x = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    d = decompk.decompose(net, (3, 32, 32), (1, 2) if one_axis else partitions)
+    assert d.adapted == ["fc"] and not d.notes
+    members = d.extract(net)
+    total = sum(member(part) for member, part in zip(members, d.split(x), strict=True))
+    if one_axis:  # a member's 1 of 5 columns: which are they?
+        assert torch.equal(members[0].fc.weight[:, :1], net.fc.weight[:4, :1])
+        assert torch.equal(members[1].fc.weight[:, :1], net.fc.weight[4:, 24:25])
+    torch.testing.assert_close(d.compose(members)(x), total, rtol=0, atol=1e-12)
+
+
+def test_windows_of_a_turned_image_are_refused_and_what_needs_none_is_not():
+    net = Flattens(FLATTENS["at once"]).eval()
+    turned = nn.Sequential(Turned(), net)
+    with pytest.raises(decompk.UnsupportedOperation, match="swaps axes of the image"):
+        decompk.decompose(turned, (3, 32, 32))
+    last = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3)
+    assert not decompk.decompose(nn.Sequential(Turned(), nn.Conv2d(3, 8, 3), *last), (3, 32, 32)).notes
+
+
+class Turned(nn.Module):
+    def forward(self, x):
+        return x.transpose(2, 3)
+
+
+def test_a_width_that_does_not_divide_names_the_numbers_that_divide_all():
+    layers = nn.Conv2d(3, 12, 3), nn.ReLU(), nn.Conv2d(12, 18, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+    with pytest.raises(decompk.PartitionError, match=r"divides 18 \(all widths: 2, 3, 6\)\.$"):
+        decompk.decompose(nn.Sequential(*layers, nn.Linear(18, 5)), (3, 32, 32), 4)
 
 
 def test_splitting_a_batch_copies_nothing():

@@ -4,6 +4,7 @@ import copy
 import math
 import pickle
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -173,6 +174,16 @@ def test_a_first_batch_that_does_not_fit_is_refused_and_leaves_the_next_one_be()
     assert packed(torch.randn(2, 3, 32, 32)).shape == (4, 2, 5)
 
 
+def test_crops_that_a_batch_laid_in_vain_can_be_laid_again():
+    waiting, told = decompk.decompose(pooled()), decompk.decompose(pooled(), (3, 32, 32))
+    crops = told.crops
+    for d in (waiting, told):
+        d.lay_crops((3, 32, 32))
+        d.lift_crops()
+    assert waiting.input_size is None and told.crops == crops
+    assert waiting.lay_crops((3, 64, 64))[3] == Crop(32, 32, 32, 32)
+
+
 def test_a_first_batch_for_which_the_members_would_be_others_is_refused():
     net = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.AvgPool2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), Last())
     packed = decompk.grouped_subnets(net)
@@ -213,6 +224,38 @@ def test_what_has_no_size_is_refused_with_a_remedy(net, words):
     with pytest.raises(PartitionError, match=words) as caught:
         decompk.decompose(net)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("size", "words"),
+    [
+        ((3, 48, 48), r"samples of \(3, 48, 48\): 'fc1' .*; give an input_size= that it runs on"),
+        ((1, 32, 32), r"'conv1' .* such as \(3, 32, 32\)"),
+        ((32, 32), r"one sample is \(channels, \*spatial\), such as \(3, 32, 32\)"),
+        ((4, 3, 32, 32), r"such as \(3, 32, 32\)"),
+    ],
+)
+def test_a_size_on_which_the_network_itself_does_not_run_is_refused_as_that(size, words):
+    with pytest.raises(PartitionError, match=f"LeNet itself does not run on .*{words}") as caught:
+        decompk.decompose(LeNet(3, 0), size)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_network_that_raises_at_any_size_or_is_lazy_is_refused_with_its_own_words():
+    layers = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 5)
+    for size in (None, (3, 32, 32)):
+        with pytest.raises(PartitionError, match="itself .* '1': running_mean should contain 8 elements not 16"):
+            decompk.decompose(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(16), *layers), size)
+        with pytest.raises(decompk.UnsupportedOperation, match="'0' is lazy .* run a batch through the network first"):
+            decompk.decompose(nn.Sequential(nn.LazyConv2d(16, 3), *layers), size)
+
+
+def test_a_size_may_be_of_any_whole_numbers_and_of_nothing_else():
+    for size in (np.array([3, 32, 32]), torch.Size([3, 32, 32]), torch.tensor([3, 32, 32]), [np.int64(3), 32, 32]):
+        assert decompk.decompose(LeNet(3, 0), size, margin=np.int64(0)).input_size == (3, 32, 32)
+    for size in ("abc", (3.0, 32, 32), torch.zeros(2, 3, 32, 32), 2.5):
+        with pytest.raises(PartitionError, match=r"input_size .* must be \(channels, \*spatial\)"):
+            decompk.decompose(LeNet(3, 0), size)
 
 
 def test_a_declaration_goes_with_copies_and_members_declare_their_crops():
