@@ -170,6 +170,16 @@ class Packed(Shell):
             super().__setattr__(name, value)
 
     def forward(self, x: Any = _ABSENT, /, *args: Any, **kwargs: Any) -> Any:
+        if self._crops != () or torch.compiler.is_compiling():
+            return self._called(x, *args, **kwargs)
+        try:
+            return self._called(x, *args, **kwargs)
+        except Exception:  # whatever the members raise: a batch that they do not take shall not lay the crops for good
+            vars(self)["_crops"] = ()
+            self._decomposition.lift_crops()
+            raise
+
+    def _called(self, x: Any = _ABSENT, /, *args: Any, **kwargs: Any) -> Any:
         if args or kwargs or not isinstance(x, Tensor) or not x.dim():
             return self._forward_any(args if x is _ABSENT else (x, *args), kwargs)
         shared = self._is_shared(x, (x,))

@@ -284,3 +284,12 @@ def test_images_given_to_members_of_vectors_are_refused_with_the_right_call():
     with pytest.raises(PartitionError, match=r"give it x.flatten\(1\)"):
         packed(x)
     assert packed(x.flatten(1)).shape == (4, 3, 4)
+
+
+def test_a_first_batch_that_members_do_not_take_lays_no_crops():
+    packed = decompk.grouped_subnets(pooled())
+    with pytest.raises(decompk.DecompkError, match="uint8"):
+        packed(torch.zeros(2, 3, 64, 64, dtype=torch.uint8))
+    assert packed(torch.randn(2, 3, 32, 32)).shape == (4, 2, 5)
+    with pytest.raises(PartitionError, match="decomposed for 32×32"):
+        packed(torch.randn(2, 3, 64, 64))
