@@ -184,7 +184,7 @@ class Packed(Shell):
             return self._forward_any(args if x is _ABSENT else (x, *args), kwargs)
         shared = self._is_shared(x, (x,))
         N = x.shape[0] if shared else x.shape[1]
-        kind = (self.training, shared, x.dim()), self._switched(), self._size(N)
+        kind = self._in_full((self.training, shared, x.dim()), N)
         way = self._ways.get(kind) or self._way(kind, (x,), {}, [x], shared)
         if way.apart or isinstance(self._inner, PerMember):
             return self._members_apart(way, (x,), {}, shared)
@@ -211,7 +211,7 @@ class Packed(Shell):
             return self._members_apart(way, args, kwargs, True)
         shared = self._is_shared(x, args, kwargs)
         N = x.shape[0] if shared else x.shape[1]
-        kind = (self.training, shared, *self._kind(args, kwargs, N)), self._switched(), self._size(N)
+        kind = self._in_full((self.training, shared, *self._kind(args, kwargs, N)), N, args, kwargs)
         way = self._ways.get(kind) or self._way(kind, args, kwargs, tensors, shared)
         if way.apart or isinstance(self._inner, PerMember):
             return self._members_apart(way, args, kwargs, shared)
@@ -235,34 +235,42 @@ class Packed(Shell):
     def _watch_switches(self, switches: list[tuple[Any, list]]) -> None:
         vars(self).update(_switches=switches, _values=([], ()), _numbers={}, _calls=0)
 
+    def _in_full(self, kind: tuple, N: int, args: tuple = (), kwargs: dict[str, Any] | None = None) -> tuple:
+        """The kind of a call, its numbers and how many samples it has; compiled code knows the kind alone."""
+        if torch.compiler.is_compiling():
+            return kind
+        numbers = () if kwargs is None or watched() else self._numbers_of(args, kwargs)
+        return kind, (*self._switched(), *numbers), self._number(N, "samples")
+
     def _switched(self) -> tuple[Hashable, ...]:
         """What decides, beside arguments, which way the network's own code goes: modes, flags and numbers it holds."""
-        if torch.compiler.is_compiling():
-            return ()
         vars(self)["_calls"] += 1
         values = [_values(holder).get(name) for holder, names in self._switches for name in names]
         if values != self._values[0]:
-            known = tuple(self._known(value, ("attribute", i)) for i, value in enumerate(values))
+            known = tuple(self._number(value, ("attribute", i)) for i, value in enumerate(values))
             vars(self)["_values"] = (values, known)
         return (torch.is_grad_enabled(), *self._values[1])
-
-    def _size(self, N: int) -> Hashable:
-        return None if torch.compiler.is_compiling() else self._known(N, "samples")
 
     def _kind(self, args: tuple, kwargs: dict[str, Any], N: int) -> Iterator[Hashable]:
         """What calls of one kind have in common: names, plain values, and which sizes of tensors are K or N."""
         yield len(args), *kwargs
-        for place, leaf in enumerate(leaves((args, kwargs))):
+        for leaf in leaves((args, kwargs)):
             if isinstance(leaf, Tensor):
                 yield leaf.dim(), leaf.shape[:1] == (self._K,), *(size == N for size in leaf.shape[:3])
-                if not leaf.dim() and leaf.device.type == "cpu" and type(leaf) is Tensor:
-                    yield self._known(leaf.item(), place)
             else:
-                yield self._known(leaf, place)
+                yield leaf if _is_one_of_few(leaf) else type(leaf)
 
-    def _known(self, value: Any, place: Hashable) -> Hashable:
-        """A plain value, which may decide which way code goes; of many numbers the first few, then their kind."""
-        if isinstance(value, bool | str | None) or (isinstance(value, int | float) and value in _NUMBERS):
+    def _numbers_of(self, args: tuple, kwargs: dict[str, Any]) -> Iterator[Hashable]:
+        """The numbers among the arguments, also in tensors that lie on the CPU."""
+        for place, leaf in enumerate(leaves((args, kwargs))):
+            if type(leaf) is Tensor and not leaf.dim() and leaf.device.type == "cpu":
+                yield self._number(leaf.item(), place)
+            elif isinstance(leaf, int | float):
+                yield self._number(leaf, place)
+
+    def _number(self, value: Any, place: Hashable) -> Hashable:
+        """What a kind of call knows of a value: itself, of many numbers in one place the first few and some more."""
+        if _is_one_of_few(value):
             return value
         if not isinstance(value, int | float):
             return type(value)
@@ -357,6 +365,7 @@ class Packed(Shell):
         cut = (lambda t, k: crops[k].cut(t)) if crops else None
         rehearsal = Rehearsal(self._inner, self._K, args, kwargs, shared, N, cut, named)
         apart, changes = isinstance(self._inner, PerMember), None
+        switches = len(self._switched())
         with unseen():
             try:
                 known = self._ways.get(kind[:2])
@@ -385,10 +394,10 @@ class Packed(Shell):
                         rehearsal.apart()
             self._change(changes)
         rehearsal.hand_over(self._inner)
-        switched = self._switched()
-        for known in ((kind[0], switched, kind[2]), (kind[0], (), None), (kind[0], switched)):
-            if known[2:] == kind[2:] or not way.apart:
-                self._ways[known] = way  # also for compiled code, which asks no more, and for other sizes
+        kind = kind[0], (*self._switched(), *kind[1][switches:]), kind[2]  # fewer modules may be watched now
+        self._ways[kind] = way
+        if not way.apart:
+            self._ways[kind[:2]] = self._ways[kind[0]] = way  # for other sizes; for compiled code, which asks no more
         return way
 
     def _roles_apart(self, rehearsal: Rehearsal) -> tuple[Role, ...]:
@@ -566,6 +575,11 @@ def _switches(net: nn.Module) -> list[tuple[Any, list]]:
         (holder, [name for name, value in _values(holder).items() if isinstance(value, plain)])
         for holder in (*own, *held.values())
     ]
+
+
+def _is_one_of_few(value: Any) -> bool:
+    """Whether a plain value may decide which way code goes, and is one of few."""
+    return isinstance(value, bool | str | None) or (isinstance(value, int | float) and value in _NUMBERS)
 
 
 def _values(holder: Any) -> dict:
