@@ -103,9 +103,9 @@ class Packed(Shell):
     leading dimension K.
 
     That first call also runs a few samples, and as many as it has, through one member alone and through all of them
-    packed, unseen by their buffers, the random state and hooks. Where the two differ (samples that see each other, a `view` of what lies
-    otherwise, outputs that are no rows), the smallest module that mends it runs member by member from then on, as
-    `describe()` says, or a layer lays out its output as alone. `pack(rehearse=False)` leaves that out.
+    packed, unseen by their buffers, the random state and hooks. Where the two differ (samples that see each other, a
+    `view` of what lies otherwise, outputs that are no rows), the smallest module that mends it runs member by member
+    from then on, as `describe()` says, or a layer lays out its output as alone. `pack(rehearse=False)` leaves that out.
     """
 
     def __init__(

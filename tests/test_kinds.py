@@ -319,7 +319,9 @@ def test_wrong_partitions_of_other_kinds_are_refused():
     with pytest.raises(UnsupportedOperation, match=r"input_size=\(features,\)"):
         decompk.decompose(nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.Linear(8, 2)), (1, 8, 8), 4)
     with pytest.raises(UnsupportedOperation, match="proj_size"):
-        decompk.decompose(models.Recurrent(8, 2, 8, "LSTM", proj_size=4), (5, 8), 2)
+        projected = models.Recurrent(8, 2, 8, "LSTM", proj_size=4)
+        projected.head = nn.Linear(4, 2)
+        decompk.decompose(projected, (5, 8), 2)
     with pytest.raises(DecompkError, match="one kind"):
         decompk.decompose(models.mlp(4, 2, (4,)), (4,), [Crop(0, 2), Indices([2, 3])])
 

@@ -115,7 +115,7 @@ class Numbers(TorchFunctionMode):
         kwargs = kwargs or {}
         name = getattr(function, "__name__", "")
         of = self._made_of((args, kwargs)) | _DRAWN * (name in _DRAWS)
-        reads = bool(self._running) and not sys._getframe(1).f_code.co_filename.startswith(_NOT_USERS)
+        reads = len(self._running) > 0 and not sys._getframe(1).f_code.co_filename.startswith(_NOT_USERS)
         if reads and name in _LISTS and (args[0].dim() == 0 or args[0].shape[0] % self._count):
             name = "item"
         if reads and of & _BATCH and of & _OWN and self._chooses(name, args):

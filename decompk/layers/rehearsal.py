@@ -461,7 +461,8 @@ class Rehearsal:
         if all(isinstance(m, Twin | Shell) or _home(m) == "torch" for m in without_insides(self.net)):
             return []
         apart = {m._path for m in without_insides(self.net) if isinstance(m, PerMember)}
-        belongs = [None if r is SAME else r.own or (i == self.anchor and bool(self.cut)) for i, r in enumerate(roles)]
+        cut = self.anchor if self.cut else None
+        belongs = [None if r is SAME else r.own or i == cut for i, r in enumerate(roles)]
         one, all_ = Numbers(self.count, apart), Numbers(self.K * self.count, apart)
         try:
             self.alone(roles, watch=lambda net: one.watch(net, belongs))
