@@ -1,5 +1,6 @@
 """What the first call of a kind finds out: code that samples, numbers, sizes, chance or watchers would hide from it."""
 
+import itertools
 import random
 import types
 import warnings
@@ -465,3 +466,37 @@ def test_a_buffer_that_forward_changes_and_then_uses_trains_as_alone():
     for k, member in enumerate(members):
         torch.testing.assert_close(packed.fc.weight.grad[k], member.fc.weight.grad)
         torch.testing.assert_close(packed.spread[k], member.spread)
+
+
+# ---- rounding -------------------------------------------------------------------------------------------------------
+
+
+class Chaotic(nn.Module):
+    """Twelve norms of few samples, each of which multiplies rounding; `middle` stands between two of them."""
+
+    def __init__(self, middle, makes=None):
+        super().__init__()
+        self.layers = nn.Sequential(*[layer for _ in range(12) for layer in (nn.Linear(8, 8), nn.BatchNorm1d(8))])
+        self.middle, self.makes = middle, makes
+
+    def forward(self, x):
+        for i, layer in enumerate(self.layers):
+            x = layer(x)
+            if i == 11:
+                x = self.middle(x)
+                x = x @ torch.eye(8, dtype=self.makes) if self.makes else x
+        return x
+
+
+@pytest.mark.parametrize("runs_in_double", [True, False])
+@pytest.mark.parametrize(
+    ("dtype", "mixed_precision"), [(torch.float32, False), (torch.float32, True), (torch.bfloat16, False)]
+)
+def test_rounding_makes_no_network_run_by_members_and_hides_none_that_mixes(dtype, mixed_precision, runs_in_double):
+    for seed, middle in itertools.product(range(3), (torch.tanh, mixed)):
+        torch.manual_seed(seed)
+        packed = pack([Chaotic(middle, None if runs_in_double else dtype).to(dtype) for _ in range(K)])
+        with warnings.catch_warnings(record=True) as caught, torch.autocast("cpu", torch.bfloat16, mixed_precision):
+            warnings.simplefilter("always")
+            packed(torch.randn(4, 8, dtype=dtype))
+        assert ("member by member" in "".join(str(w.message) for w in caught)) == (middle is mixed)

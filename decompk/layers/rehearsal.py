@@ -308,19 +308,22 @@ class Rehearsal:
             ours = _tensors(self.together(way.roles, changes))
         except Exception as error:  # whatever the packed network raises where a member alone does not
             return self._by_members(changes, self._origin(error), f"packed, {first_line(error)}")
-        if compare and not self._same_rows(ours, single, way.outs):
+        if compare and not self._same_rows(way, changes, ours, single):
             return self._by_members(changes, self._where(way.roles, changes), "its code asks how many samples it has")
         return changes
 
-    def _same_rows(self, ours: Sequence[Tensor], single: Sequence[Tensor], outs: Sequence[int | None]) -> bool:
+    def _same_rows(self, way: Way, changes: Changes, ours: Sequence[Tensor], single: Sequence[Tensor]) -> bool:
         if len(ours) != len(single):
             return False
-        for packed, alone, place in zip(ours, single, outs, strict=True):
+        for packed, place in zip(ours, way.outs, strict=True):
             if place is not None and (packed.dim() <= place or packed.shape[place] % self.K):
                 return False
-            if not _close(self._mine(packed, place), alone):
-                return False
-        return True
+        mine = [self._mine(packed, place) for packed, place in zip(ours, way.outs, strict=True)]
+        if all(map(_close, mine, single)):
+            return True
+        self._figures = {("output", "", i): (t, None, 0.0) for i, t in enumerate(single)}
+        found = {("output", "", i): t for i, t in enumerate(mine)}
+        return self._by_rounding(way.roles, changes, way.outs, found)
 
     def run(self) -> tuple[Way, Changes]:
         """How this kind of call runs, and what has to change in the network for it. Raises Unknown."""
@@ -390,7 +393,7 @@ class Rehearsal:
             return self._by_members(changes, "", constant)
         found = self._figures_together(ours, outs)
         wrong = [name for name in self._figures if not _close(found.get(name), *self._figures[name])]
-        if self._random or not wrong or self._excused(roles, found):
+        if self._random or not wrong or self._by_chance(roles) or self._by_rounding(roles, changes, outs, found):
             return outs
         kind, path, name = wrong[0]
         if kind == "output":
@@ -409,7 +412,8 @@ class Rehearsal:
         figures = {("output", "", i): (t.detach(), None, 0.0) for i, t in enumerate(outputs)}
         figures |= {("kept", path, name): (t.detach(), None, 0.0) for path, name, t in _kept(net)}
         length = sum(float(g.double().norm()) ** 2 for g in gradients) ** 0.5
-        return figures | {("gradient", "", i): (g, COARSE, SMALL * length) for i, g in enumerate(gradients)}
+        least = max(SMALL, 8 * self._eps()) * length
+        return figures | {("gradient", "", i): (g, COARSE, least) for i, g in enumerate(gradients)}
 
     def _figures_together(self, out: Any, outs: Sequence[int | None]) -> dict[tuple, Tensor]:
         net, K = self._together, self.K
@@ -552,38 +556,66 @@ class Rehearsal:
         """The last member's part of a packed tensor."""
         return packed if place is None else packed.unflatten(place, (self.K, -1)).select(place, self.K - 1)
 
-    def _excused(self, roles: Sequence[Role], found: dict[tuple, Tensor]) -> bool:
-        """Whether rounding explains the differences, or the network draws random numbers, which is noted."""
+    def _by_chance(self, roles: Sequence[Role]) -> bool:
+        """Whether the network draws random numbers, which is noted."""
         again = self._figures_alone(self.alone(roles, seed=1))
-        if not all(_close(again[name][0], *figure) for name, figure in self._figures.items() if name in again):
-            self._random = True
-            return True
-        dtype = next((t.dtype for t in self.net.parameters() if t.is_floating_point()), torch.get_default_dtype())
-        nudged = self._figures_alone(self.alone(roles, scaled=1 + 8 * torch.finfo(dtype).eps))
-        for name, (single, *allowed) in self._figures.items():
+        self._random = not all(_close(again[name][0], *one) for name, one in self._figures.items() if name in again)
+        return self._random
+
+    def _by_rounding(
+        self, roles: Sequence[Role], changes: Changes, outs: Sequence[int | None], found: dict[tuple, Tensor]
+    ) -> bool:
+        """Whether but rounding parts `found` from the last member's figures: whether in double precision nothing does.
+
+        Where the network does not run so: whether samples that are off by a few roundings change as much.
+        """
+        figures, eps = self._figures, self._eps()
+        if eps > torch.finfo(torch.float64).eps:
+            self._doubled = True
+            try:
+                exact = self._figures_alone(self.alone(roles))
+                ours = self._figures_together(self.together(roles, changes), outs)
+                return all(_close(ours.get(name), *exact[name]) for name in figures if name in exact)
+            except Exception:  # whatever a network raises that makes tensors of a dtype of its own
+                pass
+            finally:
+                self._doubled = False
+        nudged = self._figures_alone(self.alone(roles, scaled=1 + 8 * eps))
+        for name, (single, *allowed) in figures.items():
             mine, moved = found.get(name), nudged.get(name, (single,))[0]
             if not _close(mine, single, *allowed):
-                if mine is None or mine.shape != single.shape or not single.is_floating_point():
+                if mine is None or not mine.shape == single.shape == moved.shape or not single.is_floating_point():
                     return False
                 error, response = ((t - single).abs().nan_to_num().max() for t in (mine, moved))
-                if error > 1000 * response:
+                if error > min(1000, 2**-6 / eps) * response:
                     return False
         return True
 
+    def _eps(self) -> float:
+        """The rounding of what the network computes in."""
+        first = next((t for t in self.net.parameters() if t.is_floating_point()), torch.empty(0))
+        return torch.finfo(_computed(first)).eps
+
     def _where(self, roles: Sequence[Role], changes: Changes) -> str:
-        """The module in whose own code packed departs from alone."""
-        ours, theirs = [], []
-        self.together(roles, changes, lambda net: _recording(net, ours))
-        self.alone(roles, watch=lambda net: _recording(net, theirs))
-        opaque = [f"{shell._path}." for shell in self._shells]
-        theirs = [event for event in theirs if not event[0].startswith(tuple(opaque))]
-        for (path, entered, packed), (other, _, single) in zip(ours, theirs, strict=False):
-            if path != other:
-                break
-            if isinstance(packed, Tensor) and isinstance(single, Tensor):
-                place = self._place(packed.shape, single.shape)
-                if place == "nowhere" or not _close(self._mine(packed, place), single):
-                    return path.rpartition(".")[0] if entered else path
+        """The module in whose own code packed departs from alone, in double precision where the network runs so."""
+        for self._doubled in (True, False):
+            ours, theirs = [], []
+            try:
+                self.together(roles, changes, lambda net, events=ours: _recording(net, events))
+                self.alone(roles, watch=lambda net, events=theirs: _recording(net, events))
+            except Exception:  # whatever a network raises that makes tensors of a dtype of its own
+                continue
+            finally:
+                self._doubled = False
+            opaque = tuple(f"{shell._path}." for shell in self._shells)
+            theirs = [event for event in theirs if not event[0].startswith(opaque)]
+            for (path, entered, packed), (other, _, single) in zip(ours, theirs, strict=False):
+                if path != other:
+                    break
+                if isinstance(packed, Tensor) and isinstance(single, Tensor):
+                    place = self._place(packed.shape, single.shape)
+                    if place == "nowhere" or not _close(self._mine(packed, place), single):
+                        return path.rpartition(".")[0] if entered else path
         return ""
 
 
@@ -633,9 +665,13 @@ def _close(ours: Tensor | None, theirs: Tensor, share: float | None = None, leas
     error, size = (torch.where(finite, t, 0).abs() for t in (ours - theirs, theirs))
     if share is not None:
         return bool(error.double().norm() <= share * max(float(size.double().norm()), least))
-    device = theirs.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else ours.dtype
-    return theirs.numel() == 0 or bool(error.max() <= torch.finfo(dtype).eps ** 0.5 * size.max())
+    return theirs.numel() == 0 or bool(error.max() <= torch.finfo(_computed(ours)).eps ** 0.5 * size.max())
+
+
+def _computed(t: Tensor) -> torch.dtype:
+    """What a tensor like `t` is computed in, under autocast, too."""
+    device = t.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else t.dtype
 
 
 def first_line(error: Exception) -> str:
