@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import decompk
-from decompk import errors, pack
+from decompk import errors, models, pack
 
 K = 3
 pytestmark = pytest.mark.filterwarnings("ignore:.*member by member")
@@ -197,6 +197,23 @@ def test_code_may_ask_how_many_samples_there_are(threshold):
     members, packed = nets(lambda net, x: net.outer(mixed(net.inner(x)) if len(x) > threshold else net.inner(x)))
     for N in (8, 16, 3, 50):
         assert_alone(members, packed, double(N, 5))
+
+
+def test_what_was_found_out_at_the_size_of_the_call_is_tried_before_it_runs():
+    class Loops(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.Sequential(nn.Linear(5, 5), nn.Tanh(), nn.Linear(5, 2))
+
+        def forward(self, x):
+            for layer in self.layers:
+                x = layer(x)
+                if len(x) > 20:
+                    x = mixed(x)
+            return x
+
+    members = members_of(Loops)
+    assert_alone(members, pack(members), double(16, 5))
 
 
 def guarded(net, x):
@@ -469,6 +486,16 @@ def test_a_buffer_that_forward_changes_and_then_uses_trains_as_alone():
 
 
 # ---- rounding -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_rounding_is_no_sample_that_sees_others(seed):
+    torch.manual_seed(seed)
+    packed = pack([models.resnet50(num_classes=5, width=8) for _ in range(2)])
+    for precision in (torch.bfloat16, torch.float32):
+        with warnings.catch_warnings(), torch.autocast("cpu", torch.bfloat16, enabled=precision is torch.bfloat16):
+            warnings.simplefilter("error")
+            packed(torch.randn(4, 3, 32, 32))
 
 
 class Chaotic(nn.Module):

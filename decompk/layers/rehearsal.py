@@ -95,7 +95,7 @@ class Rehearsal:
         taken.add(self.N)
         fits = [n for n in COUNTS if not any(size and (size % (self.K * n) == 0 or size == n) for size in taken)]
         self.count = (fits or COUNTS[1:])[0]
-        self._evaluates, self._grad, self._scale = False, torch.is_grad_enabled(), 1.0
+        self._evaluates, self._grad, self._scale, self._doubled = False, torch.is_grad_enabled(), 1.0, False
         self._shells: list[PerMember] = []
         self._draws = False  # in eval mode, too
         self._changed: list[str | int] = []
@@ -195,7 +195,7 @@ class Rehearsal:
 
     def given(self, tensors: Sequence[Tensor]) -> tuple[tuple, dict[str, Any]]:
         """The arguments with other tensors in their places, and copies of objects, which a forward may change."""
-        others = iter(tensors)
+        others = iter([t.double() if self._doubled and t.is_floating_point() else t for t in tensors])
 
         def other(leaf: Any) -> Any:
             if isinstance(leaf, Tensor):
@@ -254,13 +254,18 @@ class Rehearsal:
 
     def _posed(self, net: nn.Module) -> nn.Module:
         _drop_hooks(net)
+        net = net.double() if self._doubled else net
         return net.eval() if self._evaluates else net
 
     @contextlib.contextmanager
     def _apart(self, seed: int) -> Iterator[None]:
         """On operators that give the bits of a member alone, and unseen by the random state."""
         devices = {t.device for t in self.net.parameters() if t.is_cuda}
-        with torch.set_grad_enabled(self._grad), seeded(seed, devices), backend("loop"):
+        with contextlib.ExitStack() as stack:
+            for context in (torch.set_grad_enabled(self._grad), seeded(seed, devices), backend("loop")):
+                stack.enter_context(context)
+            for device in {"cpu", *(d.type for d in devices)} if self._doubled else ():
+                stack.enter_context(torch.autocast(device, enabled=False))
             yield
 
     # -- the verdict
@@ -304,12 +309,16 @@ class Rehearsal:
             single = _tensors(self.alone(way.roles))
         except Exception:  # whatever the members raise: the call itself will
             return changes
-        try:
-            ours = _tensors(self.together(way.roles, changes))
-        except Exception as error:  # whatever the packed network raises where a member alone does not
-            return self._by_members(changes, self._origin(error), f"packed, {first_line(error)}")
-        if compare and not self._same_rows(way, changes, ours, single):
-            return self._by_members(changes, self._where(way.roles, changes), "its code asks how many samples it has")
+        while "" not in changes.whole:
+            try:
+                ours = _tensors(self.together(way.roles, changes))
+            except Exception as error:  # whatever the packed network raises where a member alone does not
+                changes = self._by_members(changes, self._origin(error), f"packed, {first_line(error)}")
+                continue
+            if not compare or self._same_rows(way, changes, ours, single):
+                break
+            reason = "its code asks how many samples it has"
+            changes = self._by_members(changes, self._where(way.roles, changes), reason)
         return changes
 
     def _same_rows(self, way: Way, changes: Changes, ours: Sequence[Tensor], single: Sequence[Tensor]) -> bool:
