@@ -216,6 +216,31 @@ def test_what_was_found_out_at_the_size_of_the_call_is_tried_before_it_runs():
     assert_alone(members, pack(members), double(16, 5))
 
 
+def test_a_network_that_draws_may_return_more_in_training():
+    class Auxiliary(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.drop, self.last, self.aux = (
+                nn.Linear(5, 8),
+                nn.Dropout(0.5),
+                nn.Linear(8, 2),
+                nn.Linear(8, 2),
+            )
+
+        def forward(self, x):
+            x = self.drop(self.first(x))
+            return (self.last(x), self.aux(x)) if self.training else self.last(x)
+
+    members = members_of(Auxiliary)
+    packed = pack(members).train()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert [tuple(t.shape) for t in packed(double(16, 5))] == [(K, 16, 2)] * 2
+    for net in (*members, packed.eval()):
+        net.eval()
+    assert_alone(members, packed, double(16, 5))
+
+
 def guarded(net, x):
     h = net.inner(x)
     return net.outer(mixed(h) if len(x) > 1 else h)

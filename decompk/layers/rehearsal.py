@@ -306,33 +306,29 @@ class Rehearsal:
 
     def _by_size(self, way: Way, changes: Changes, compare: bool) -> Changes:
         try:
-            single = _tensors(self.alone(way.roles))
+            theirs = self.alone(way.roles)
         except Exception:  # whatever the members raise: the call itself will
             return changes
         while "" not in changes.whole:
             try:
-                ours = _tensors(self.together(way.roles, changes))
+                ours = self.together(way.roles, changes)
             except Exception as error:  # whatever the packed network raises where a member alone does not
                 changes = self._by_members(changes, self._origin(error), f"packed, {first_line(error)}")
                 continue
-            if not compare or self._same_rows(way, changes, ours, single):
+            if not compare or self._same_rows(way, changes, ours, theirs):
                 break
             reason = "its code asks how many samples it has"
             changes = self._by_members(changes, self._where(way.roles, changes), reason)
         return changes
 
-    def _same_rows(self, way: Way, changes: Changes, ours: Sequence[Tensor], single: Sequence[Tensor]) -> bool:
-        if len(ours) != len(single):
+    def _same_rows(self, way: Way, changes: Changes, ours: Any, theirs: Any) -> bool:
+        outs = self._places(ours, theirs)
+        if outs is None or (outs != way.outs and not self._evaluates):  # in eval mode it may return something else
             return False
-        for packed, place in zip(ours, way.outs, strict=True):
-            if place is not None and (packed.dim() <= place or packed.shape[place] % self.K):
-                return False
-        mine = [self._mine(packed, place) for packed, place in zip(ours, way.outs, strict=True)]
-        if all(map(_close, mine, single)):
-            return True
-        self._figures = {("output", "", i): (t, None, 0.0) for i, t in enumerate(single)}
-        found = {("output", "", i): t for i, t in enumerate(mine)}
-        return self._by_rounding(way.roles, changes, way.outs, found)
+        self._figures = {("output", "", i): (t, None, 0.0) for i, t in enumerate(_tensors(theirs))}
+        found = {("output", "", i): self._mine(t, outs[i]) for i, t in enumerate(_tensors(ours))}
+        close = all(_close(found[name], *figure) for name, figure in self._figures.items())
+        return close or self._by_rounding(way.roles, changes, outs, found)
 
     def run(self) -> tuple[Way, Changes]:
         """How this kind of call runs, and what has to change in the network for it. Raises Unknown."""
