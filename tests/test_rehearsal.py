@@ -1,5 +1,6 @@
 """What the first call of a kind finds out: code that samples, numbers, sizes, chance or watchers would hide from it."""
 
+import gc
 import itertools
 import random
 import types
@@ -552,3 +553,43 @@ def test_rounding_makes_no_network_run_by_members_and_hides_none_that_mixes(dtyp
             warnings.simplefilter("always")
             packed(torch.randn(4, 8, dtype=dtype))
         assert ("member by member" in "".join(str(w.message) for w in caught)) == (middle is mixed)
+
+
+# ---- memory ---------------------------------------------------------------------------------------------------------
+
+
+def held():
+    gc.collect()
+    tensors = [o for o in gc.get_objects() if issubclass(type(o), torch.Tensor)]
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+
+
+def test_a_rehearsal_holds_no_memory():
+    before = held()
+    packed = pack([nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 2)) for _ in range(K)])
+    own = held()
+    for N in (32, 20, 9):
+        packed(torch.randn(N, 5)).sum().backward()
+        packed.zero_grad()
+    assert held() == own
+    del packed
+    assert held() == before
+
+
+def test_hooks_on_what_is_saved_see_the_call_alone_and_stay_in_their_order():
+    packed, seen = pack([nn.Sequential(nn.Linear(5, 8), nn.ReLU()) for _ in range(K)]), []
+
+    def hooks(name):
+        return torch.autograd.graph.saved_tensors_hooks(
+            lambda t: seen.append(("save", name, t.shape)) or t, lambda t: seen.append(("load", name, t.shape)) or t
+        )
+
+    counts = []
+    for _ in range(2):
+        seen.clear()
+        with hooks("outer"):
+            with hooks("inner"):
+                out = packed(torch.randn(4, 5))
+            out.sum().backward()
+        counts.append([*seen])
+    assert counts[0] == counts[1] != [] and {name for _, name, _ in counts[0]} == {"inner"}

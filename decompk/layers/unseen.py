@@ -9,6 +9,7 @@ from collections.abc import Collection, Iterator, Sequence
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch._C import _autograd
 from torch.overrides import _get_current_function_mode_stack, _pop_mode, _push_mode
 from torch.utils._device import DeviceContext
 from torch.utils._python_dispatch import _disable_current_modes
@@ -45,7 +46,7 @@ def unseen() -> Iterator[None]:
             # parameters that are made anew must not be inference tensors: nobody could train them
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.set_grad_enabled(grad))
-            stack.enter_context(torch.autograd.graph.saved_tensors_hooks(_as_it_is, _as_it_is))
+            stack.enter_context(_no_saved_tensors_hooks())
             yield
         finally:
             stack.close()
@@ -58,8 +59,18 @@ def unseen() -> Iterator[None]:
 _GLOBAL_HOOKS = [f"_global_{when}_hooks" for when in ("backward_pre", "backward", "forward_pre", "forward")]
 
 
-def _as_it_is(tensor: Tensor) -> Tensor:
-    return tensor
+@contextlib.contextmanager
+def _no_saved_tensors_hooks() -> Iterator[None]:
+    """Take hooks away, for hooks on top that give a tensor itself would tie a graph to what it saves, never freed."""
+    hooks = []
+    while (top := _autograd._top_saved_tensors_default_hooks(True)) is not None:
+        hooks.append(top)
+        _autograd._pop_saved_tensors_default_hooks()
+    try:
+        yield
+    finally:
+        for pack, unpack in reversed(hooks):
+            _autograd._push_saved_tensors_default_hooks(pack, unpack)
 
 
 @contextlib.contextmanager
