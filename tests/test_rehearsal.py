@@ -524,6 +524,83 @@ def test_rounding_is_no_sample_that_sees_others(seed):
             packed(torch.randn(4, 3, 32, 32))
 
 
+class InFloat32(nn.Module):
+    """A norm of every pixel that computes in single precision, whatever the network does."""
+
+    def forward(self, x):
+        h = x.float()
+        return torch.relu((h * torch.rsqrt(h.pow(2).mean(1, keepdim=True) + 1e-6)).to(x.dtype))
+
+
+@pytest.mark.parametrize(("members", "N", "norm"), [(3, 16, nn.ReLU), (3, 16, InFloat32), (2, 2, InFloat32)])
+def test_what_few_samples_make_of_rounding_is_rounding(members, N, norm):
+    def make():
+        net = models.resnet50(num_classes=5, width=16)
+        for module in [*net.modules()]:
+            for name, child in module._modules.items():
+                if isinstance(child, nn.ReLU):
+                    module._modules[name] = norm()
+        return net
+
+    torch.manual_seed(0)
+    packed = pack([make() for _ in range(members)], input_dims=4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        packed(torch.randn(N, 3, 32, 32))
+
+
+def quantised(x):
+    scale = x.detach().abs().amax() / 127
+    return x + ((x / scale).round().clamp(-128, 127) * scale - x).detach()
+
+
+def standardised(x):
+    return (x - x.mean()) / x.std()
+
+
+def attentive(x):
+    return x + 1e-3 * torch.softmax(x @ x.T, -1) @ x
+
+
+def nearly_mixed(x):
+    return x - 1e-4 * x.mean()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("weak", [quantised, standardised, attentive, nearly_mixed])
+def test_what_mixes_little_is_seen_in_every_precision_and_stays_so_in_others(weak, dtype):
+    members, packed = nets(lambda net, x: net.outer(weak(net.inner(x))))
+    for net in (*members, packed):
+        net.float()
+    x = torch.randn(8, 5)
+    if dtype == torch.float16:  # parameters as well
+        for net in (*members, packed):
+            net.half()
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype is torch.bfloat16), pytest.warns(match="member by member"):
+        packed(x.to(dtype) if dtype is torch.float16 else x)
+    for net in (*members, packed):
+        net.float()
+    torch.testing.assert_close(packed(x), torch.stack([m(x) for m in members]))
+
+
+def test_networks_of_complex_numbers_are_compared_as_such():
+    class Spectral(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(5, 4, dtype=torch.cfloat))
+
+        def forward(self, x):
+            return torch.fft.irfft(torch.fft.rfft(x) * self.weight[:, :4], n=x.shape[-1])
+
+    members = [nn.Sequential(nn.Conv1d(2, 5, 1), Spectral(), nn.Conv1d(5, 1, 1)) for _ in range(K)]
+    packed, x = pack(members, input_dims=3), torch.randn(7, 2, 6)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", ".*member by member")
+        out = packed(x)
+    torch.testing.assert_close(out, torch.stack([m(x) for m in members]))
+
+
 class Chaotic(nn.Module):
     """Twelve norms of few samples, each of which multiplies rounding; `middle` stands between two of them."""
 

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..dispatch import backend
 from ..errors import PackError
@@ -95,7 +96,8 @@ class Rehearsal:
         taken.add(self.N)
         fits = [n for n in COUNTS if not any(size and (size % (self.K * n) == 0 or size == n) for size in taken)]
         self.count = (fits or COUNTS[1:])[0]
-        self._evaluates, self._grad, self._scale, self._doubled = False, torch.is_grad_enabled(), 1.0, False
+        self._evaluates, self._grad, self._scale = False, torch.is_grad_enabled(), 1.0
+        self._raised: torch.dtype | None = None  # what it runs in, if not in what the user has it run in
         self._shells: list[PerMember] = []
         self._draws = False  # in eval mode, too
         self._changed: list[str | int] = []
@@ -173,7 +175,7 @@ class Rehearsal:
 
     # -- arguments and runs
 
-    def part(self, i: int, role: Role, k: int, count: int, scaled: float = 1.0) -> Tensor:
+    def part(self, i: int, role: Role, k: int, count: int, factor: float = 1.0) -> Tensor:
         """Member k's few samples of tensor i; every member has others, so that no one can stand in for another."""
         t = self.tensors[i]
         if role is SAME:
@@ -188,14 +190,14 @@ class Rehearsal:
         t = t.detach().index_select(role.dim, index)
         if i == self.anchor:
             if t.is_floating_point():
-                t = t * (self._scale * scaled * (1 - k / (4 * self.K)))
+                t = t * (self._scale * factor * (1 - k / (4 * self.K)))
             if self.cut and self.shared:
                 t = self.cut(t, k)
         return t
 
     def given(self, tensors: Sequence[Tensor]) -> tuple[tuple, dict[str, Any]]:
         """The arguments with other tensors in their places, and copies of objects, which a forward may change."""
-        others = iter([t.double() if self._doubled and t.is_floating_point() else t for t in tensors])
+        others = iter(tensors)
 
         def other(leaf: Any) -> Any:
             if isinstance(leaf, Tensor):
@@ -207,12 +209,18 @@ class Rehearsal:
         return tree_map(other, (self.args, self.kwargs))
 
     def alone(
-        self, roles: Sequence[Role], left: int | None = None, scaled: float = 1.0, seed: int = 0, watch: Watch = None
+        self, roles: Sequence[Role], left: int | None = None, nudge: float = 0.0, seed: int = 0, watch: Watch = None
     ) -> Any:
-        """What the last member returns alone; `left`: a tensor that keeps another number of samples."""
+        """What the last member returns alone.
+
+        left: a tensor that keeps another number of samples. nudge: how far its parameters are off, relatively.
+        """
         k = self.K - 1
         net = self._posed(member_alone(self.net, k, copies=False))
-        parts = [self.part(i, role, k, self.count + (i == left), scaled) for i, role in enumerate(roles)]
+        for i, p in enumerate(net.parameters() if nudge else ()):
+            wave = torch.cos(torch.arange(p.numel(), dtype=torch.float64, device=p.device) + i)
+            p.data = p.data * (1 + nudge * wave).view(p.shape).to(p.dtype)
+        parts = [self._up(self.part(i, role, k, self.count + (i == left))) for i, role in enumerate(roles)]
         args, kwargs = self.given(parts)
         same = {id(part) for part, role in zip(parts, roles, strict=True) if role is SAME}
         given = {**dict(enumerate(args)), **kwargs}
@@ -240,9 +248,11 @@ class Rehearsal:
         factors = [others] * (self.K - 1) + [1.0]
         order = [self.K - 1] * self.K if alike else range(self.K)
         parts = [
-            self.tensors[i]
-            if r is SAME
-            else torch.cat([self.part(i, r, k, self.count, f) for k, f in zip(order, factors, strict=True)], r.dim)
+            self._up(
+                self.tensors[i]
+                if r is SAME
+                else torch.cat([self.part(i, r, k, self.count, f) for k, f in zip(order, factors, strict=True)], r.dim)
+            )
             for i, r in enumerate(roles)
         ]
         args, kwargs = self.given(parts)
@@ -254,8 +264,13 @@ class Rehearsal:
 
     def _posed(self, net: nn.Module) -> nn.Module:
         _drop_hooks(net)
-        net = net.double() if self._doubled else net
+        net = net._apply(self._up) if self._raised else net
         return net.eval() if self._evaluates else net
+
+    def _up(self, t: Tensor) -> Tensor:
+        if self._raised is None or not (t.is_floating_point() or t.is_complex()):
+            return t
+        return t.to(self._raised.to_complex() if t.is_complex() else self._raised)
 
     @contextlib.contextmanager
     def _apart(self, seed: int) -> Iterator[None]:
@@ -264,7 +279,7 @@ class Rehearsal:
         with contextlib.ExitStack() as stack:
             for context in (torch.set_grad_enabled(self._grad), seeded(seed, devices), backend("loop")):
                 stack.enter_context(context)
-            for device in {"cpu", *(d.type for d in devices)} if self._doubled else ():
+            for device in {"cpu", *(d.type for d in devices)} if self._raised else ():
                 stack.enter_context(torch.autocast(device, enabled=False))
             yield
 
@@ -327,8 +342,29 @@ class Rehearsal:
             return False
         self._figures = {("output", "", i): (t, None, 0.0) for i, t in enumerate(_tensors(theirs))}
         found = {("output", "", i): self._mine(t, outs[i]) for i, t in enumerate(_tensors(ours))}
-        close = all(_close(found[name], *figure) for name, figure in self._figures.items())
-        return close or self._by_rounding(way.roles, changes, outs, found)
+        if not self._wrong(found):
+            return True
+        if self._raised is None and self._precise(way.roles):
+            try:
+                return self._same_rows(way, changes, self.together(way.roles, changes), self.alone(way.roles))
+            except Exception:  # whatever packed alone raises in that precision
+                pass
+            finally:
+                self._raised = None
+        return self._by_rounding(way.roles, found)
+
+    def _precise(self, roles: Sequence[Role]) -> bool:
+        """Whether it can run in higher precision than the user's, in which it does from now on.
+
+        There rounding hides less, and is told from samples that see each other; no processor has its own verdict.
+        """
+        first = next((t for t in self.net.parameters() if t.is_floating_point() or t.is_complex()), torch.empty(0))
+        eps = torch.finfo(self._computed(first)).eps
+        for self._raised in (torch.float64, torch.float32):
+            if torch.finfo(self._raised).eps < eps and self.runs(roles):
+                return True
+        self._raised = None
+        return False
 
     def run(self) -> tuple[Way, Changes]:
         """How this kind of call runs, and what has to change in the network for it. Raises Unknown."""
@@ -337,6 +373,7 @@ class Rehearsal:
         for path, reason in self._decides(roles):
             if not any(is_in(path, one) for one in changes.whole):
                 changes = self._by_members(changes, path, reason)
+        self._precise(roles)
         outs, changes = self._settled(roles, changes)
         x = self.tensors[self.anchor].detach()
         if x.is_floating_point() and not self._random and "" not in changes.whole:
@@ -353,6 +390,7 @@ class Rehearsal:
                 self._evaluates, self._random, self._draws = False, True, self._random
             while "" not in changes.whole and (path := self._depends(roles, changes, outs)) is not None:
                 changes = self._by_members(changes, path, "its samples see each other")
+        self._raised = None
         way = Way(roles, None if "" in changes.whole else outs, random=self._random, draws=self._draws)
         return (way, changes) if way.outs is None else self._at_full_size(way, changes)
 
@@ -397,8 +435,8 @@ class Rehearsal:
         if outs is None:
             return self._by_members(changes, "", constant)
         found = self._figures_together(ours, outs)
-        wrong = [name for name in self._figures if not _close(found.get(name), *self._figures[name])]
-        if self._random or not wrong or self._by_chance(roles) or self._by_rounding(roles, changes, outs, found):
+        wrong = self._wrong(found)
+        if self._random or not wrong or self._by_chance(roles) or self._by_rounding(roles, found):
             return outs
         kind, path, name = wrong[0]
         if kind == "output":
@@ -416,8 +454,7 @@ class Rehearsal:
         gradients = self._gradients([outputs], net)
         figures = {("output", "", i): (t.detach(), None, 0.0) for i, t in enumerate(outputs)}
         figures |= {("kept", path, name): (t.detach(), None, 0.0) for path, name, t in _kept(net)}
-        length = sum(float(g.double().norm()) ** 2 for g in gradients) ** 0.5
-        least = max(SMALL, 8 * self._eps()) * length
+        least = SMALL * sum(float(torch.linalg.vector_norm(g)) ** 2 for g in gradients) ** 0.5
         return figures | {("gradient", "", i): (g, COARSE, least) for i, g in enumerate(gradients)}
 
     def _figures_together(self, out: Any, outs: Sequence[int | None]) -> dict[tuple, Tensor]:
@@ -497,10 +534,10 @@ class Rehearsal:
         for (path, entered, one), (_, _, two) in zip(*runs, strict=False):
             if isinstance(one, Tensor) and one.dim() and one.shape[0] % rows == 0:
                 one, two = ([t.unflatten(0, (self.K, -1))[self.K - 1]] for t in (one, two))
-            if isinstance(one, list) and not all(map(_close, one, two)):
+            if isinstance(one, list) and not all(map(self._close, one, two)):
                 return path.rpartition(".")[0] if entered else path
         for (_, path, name), one in kept[0].items():
-            if not _close(kept[1].get(("kept", path, name)), one):
+            if not self._close(kept[1].get(("kept", path, name)), one):
                 return path
         return None
 
@@ -564,46 +601,69 @@ class Rehearsal:
     def _by_chance(self, roles: Sequence[Role]) -> bool:
         """Whether the network draws random numbers, which is noted."""
         again = self._figures_alone(self.alone(roles, seed=1))
-        self._random = not all(_close(again[name][0], *one) for name, one in self._figures.items() if name in again)
+        self._random = not all(
+            self._close(again[name][0], *one) for name, one in self._figures.items() if name in again
+        )
         return self._random
 
-    def _by_rounding(
-        self, roles: Sequence[Role], changes: Changes, outs: Sequence[int | None], found: dict[tuple, Tensor]
-    ) -> bool:
-        """Whether but rounding parts `found` from the last member's figures: whether in double precision nothing does.
+    def _wrong(self, found: dict[tuple, Tensor], eps: float = 0.0) -> list[tuple]:
+        return [name for name, figure in self._figures.items() if not self._close(found.get(name), *figure, eps)]
 
-        Where the network does not run so: whether samples that are off by a few roundings change as much.
+    def _by_rounding(self, roles: Sequence[Role], found: dict[tuple, Tensor]) -> bool:
+        """Whether `found` is the last member's figures but for rounding, of which a network may make much.
+
+        How much is seen where its parameters are off by a few roundings of the narrowest dtype that it computes in.
         """
-        figures, eps = self._figures, self._eps()
-        if eps > torch.finfo(torch.float64).eps:
-            self._doubled = True
-            try:
-                exact = self._figures_alone(self.alone(roles))
-                ours = self._figures_together(self.together(roles, changes), outs)
-                return all(_close(ours.get(name), *exact[name]) for name in figures if name in exact)
-            except Exception:  # whatever a network raises that makes tensors of a dtype of its own
-                pass
-            finally:
-                self._doubled = False
-        nudged = self._figures_alone(self.alone(roles, scaled=1 + 8 * eps))
-        for name, (single, *allowed) in figures.items():
-            mine, moved = found.get(name), nudged.get(name, (single,))[0]
-            if not _close(mine, single, *allowed):
-                if mine is None or not mine.shape == single.shape == moved.shape or not single.is_floating_point():
-                    return False
-                error, response = ((t - single).abs().nan_to_num().max() for t in (mine, moved))
-                if error > min(1000, 2**-6 / eps) * response:
-                    return False
+        narrow = _Narrowest()
+        try:
+            self.alone(roles, watch=lambda net: narrow)
+        except Exception:  # whatever code raises that does not run in a mode
+            narrow.eps = max(narrow.eps, torch.finfo(torch.float32).eps)
+        eps = narrow.eps
+        wrong = self._wrong(found, eps)
+        nudge = max(8 * eps, 1e-12)
+        nudged = self._figures_alone(self.alone(roles, nudge=nudge)) if wrong else {}
+        for name in wrong:
+            mine, single, moved = found.get(name), self._figures[name][0], nudged.get(name, self._figures[name])[0]
+            if mine is None or not mine.shape == single.shape == moved.shape or not single.is_floating_point():
+                return False
+            error, response = ((t - single).abs().nan_to_num().max() for t in (mine, moved))
+            if error > min(100 * eps, 0.125) / nudge * response:  # deep networks came to 22 roundings
+                return False
         return True
 
-    def _eps(self) -> float:
-        """The rounding of what the network computes in."""
-        first = next((t for t in self.net.parameters() if t.is_floating_point()), torch.empty(0))
-        return torch.finfo(_computed(first)).eps
+    def _close(
+        self, ours: Tensor | None, theirs: Tensor, share: float | None = None, least: float = 0.0, eps: float = 0.0
+    ) -> bool:
+        """Whether only rounding parts two tensors: by the root of an epsilon, of the largest value.
+
+        eps: the least epsilon, of which their dtype's may be larger. share: allowed instead, of the vector's length,
+        which counts as `least` if it is shorter.
+        """
+        if ours is None or ours.shape != theirs.shape or ours.dtype != theirs.dtype:
+            return False
+        if not theirs.is_floating_point() and not theirs.is_complex():
+            return theirs.numel() == 0 or bool((ours != theirs).double().mean() < 0.05)
+        finite = theirs.isfinite() & ours.isfinite()
+        error, size = (torch.where(finite, t, 0).abs() for t in (ours - theirs, theirs))
+        if share is not None:
+            return bool(error.double().norm() <= share * max(float(size.double().norm()), least))
+        eps = max(eps, torch.finfo(self._computed(ours)).eps)
+        return theirs.numel() == 0 or bool(error.max() <= eps**0.5 * size.max())
+
+    def _computed(self, t: Tensor) -> torch.dtype:
+        """What a tensor like `t` is computed in, under autocast, too."""
+        device = t.device.type
+        cast = self._raised is None and t.dtype != torch.float64 and torch.is_autocast_enabled(device)
+        return torch.get_autocast_dtype(device) if cast else t.dtype
 
     def _where(self, roles: Sequence[Role], changes: Changes) -> str:
-        """The module in whose own code packed departs from alone, in double precision where the network runs so."""
-        for self._doubled in (True, False):
+        """The module in whose own code packed departs from alone, in higher precision where the network runs so."""
+        before = self._raised
+        if before is None:
+            self._precise(roles)
+        for raised in dict.fromkeys((self._raised, None)):
+            self._raised = raised
             ours, theirs = [], []
             try:
                 self.together(roles, changes, lambda net, events=ours: _recording(net, events))
@@ -611,7 +671,7 @@ class Rehearsal:
             except Exception:  # whatever a network raises that makes tensors of a dtype of its own
                 continue
             finally:
-                self._doubled = False
+                self._raised = before
             opaque = tuple(f"{shell._path}." for shell in self._shells)
             theirs = [event for event in theirs if not event[0].startswith(opaque)]
             for (path, entered, packed), (other, _, single) in zip(ours, theirs, strict=False):
@@ -619,9 +679,21 @@ class Rehearsal:
                     break
                 if isinstance(packed, Tensor) and isinstance(single, Tensor):
                     place = self._place(packed.shape, single.shape)
-                    if place == "nowhere" or not _close(self._mine(packed, place), single):
+                    if place == "nowhere" or not self._close(self._mine(packed, place), single):
                         return path.rpartition(".")[0] if entered else path
         return ""
+
+
+class _Narrowest(TorchDispatchMode):
+    """Notes the epsilon of the narrowest dtype that tensors are computed in."""
+
+    eps = 0.0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        narrow = [torch.finfo(t.dtype).eps for t in _tensors(out) if t.is_floating_point() or t.is_complex()]
+        self.eps = max([self.eps, *narrow])
+        return out
 
 
 _PLAIN = (bool, int, float, complex, str, bytes, type(None))
@@ -655,28 +727,6 @@ def _kept(net: nn.Module) -> Iterator[tuple[str, str, Tensor]]:
         for name, value in (*module._buffers.items(), *held.items()):
             if isinstance(value, Tensor):
                 yield path, name, value
-
-
-def _close(ours: Tensor | None, theirs: Tensor, share: float | None = None, least: float = 0.0) -> bool:
-    """Whether only rounding parts two tensors: by the root of their dtype's epsilon, of the largest value.
-
-    Or, where a share is allowed, by that of the vector's length, which counts as `least` if it is shorter.
-    """
-    if ours is None or ours.shape != theirs.shape or ours.dtype != theirs.dtype:
-        return False
-    if not theirs.is_floating_point() and not theirs.is_complex():
-        return theirs.numel() == 0 or bool((ours != theirs).double().mean() < 0.05)
-    finite = theirs.isfinite() & ours.isfinite()
-    error, size = (torch.where(finite, t, 0).abs() for t in (ours - theirs, theirs))
-    if share is not None:
-        return bool(error.double().norm() <= share * max(float(size.double().norm()), least))
-    return theirs.numel() == 0 or bool(error.max() <= torch.finfo(_computed(ours)).eps ** 0.5 * size.max())
-
-
-def _computed(t: Tensor) -> torch.dtype:
-    """What a tensor like `t` is computed in, under autocast, too."""
-    device = t.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else t.dtype
 
 
 def first_line(error: Exception) -> str:
