@@ -583,6 +583,21 @@ def test_what_mixes_little_is_seen_in_every_precision_and_stays_so_in_others(wea
     torch.testing.assert_close(packed(x), torch.stack([m(x) for m in members]))
 
 
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, TypeError])
+def test_what_fails_in_higher_precision_alone_is_rehearsed_in_the_users(error):
+    def code(net, x, mixes):
+        if x.dtype is torch.float64 and len(x) > 5:
+            raise error("not in double precision")
+        return mixing(net, x) if mixes else net.outer(net.inner(x))
+
+    for mixes in (False, True):
+        packed = pack([Base(lambda net, x, mixes=mixes: code(net, x, mixes)) for _ in range(K)])
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            packed(torch.randn(16, 5))
+        assert ["its samples see each other" in str(w.message) for w in caught] == [True] * mixes
+
+
 def test_networks_of_complex_numbers_are_compared_as_such():
     class Spectral(nn.Module):
         def __init__(self):

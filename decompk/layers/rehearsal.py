@@ -67,6 +67,10 @@ class Way:
     draws: bool = False
 
 
+class _TooPrecise(Exception):
+    """What fails in higher precision than the user's, and not in the user's."""
+
+
 class Unknown(Exception):
     """The members alone do not run on other numbers of samples, so nothing can be told."""
 
@@ -98,6 +102,7 @@ class Rehearsal:
         self.count = (fits or COUNTS[1:])[0]
         self._evaluates, self._grad, self._scale = False, torch.is_grad_enabled(), 1.0
         self._raised: torch.dtype | None = None  # what it runs in, if not in what the user has it run in
+        self._best: torch.dtype | None = None  # the best that it could
         self._shells: list[PerMember] = []
         self._draws = False  # in eval mode, too
         self._changed: list[str | int] = []
@@ -327,6 +332,8 @@ class Rehearsal:
         while "" not in changes.whole:
             try:
                 ours = self.together(way.roles, changes)
+            except torch.OutOfMemoryError:  # the call itself holds less
+                break
             except Exception as error:  # whatever the packed network raises where a member alone does not
                 changes = self._by_members(changes, self._origin(error), f"packed, {first_line(error)}")
                 continue
@@ -344,27 +351,34 @@ class Rehearsal:
         found = {("output", "", i): self._mine(t, outs[i]) for i, t in enumerate(_tensors(ours))}
         if not self._wrong(found):
             return True
-        if self._raised is None and self._precise(way.roles):
-            try:
+        if self._raised is None:
+            self._find_best(way.roles)
+        if self._raised is None and self._best:
+            with contextlib.suppress(Exception), self._in(self._best):  # whatever packed alone raises in that precision
                 return self._same_rows(way, changes, self.together(way.roles, changes), self.alone(way.roles))
-            except Exception:  # whatever packed alone raises in that precision
-                pass
-            finally:
-                self._raised = None
         return self._by_rounding(way.roles, found)
 
-    def _precise(self, roles: Sequence[Role]) -> bool:
-        """Whether it can run in higher precision than the user's, in which it does from now on.
+    def _find_best(self, roles: Sequence[Role]) -> None:
+        """Find the precision, if any higher than the user's, in which a member runs.
 
         There rounding hides less, and is told from samples that see each other; no processor has its own verdict.
         """
         first = next((t for t in self.net.parameters() if t.is_floating_point() or t.is_complex()), torch.empty(0))
         eps = torch.finfo(self._computed(first)).eps
-        for self._raised in (torch.float64, torch.float32):
-            if torch.finfo(self._raised).eps < eps and self.runs(roles):
-                return True
-        self._raised = None
-        return False
+        self._best = None
+        for dtype in (torch.float64, torch.float32):
+            with self._in(dtype):
+                if torch.finfo(dtype).eps < eps and self.runs(roles):
+                    self._best = dtype
+                    break
+
+    @contextlib.contextmanager
+    def _in(self, dtype: torch.dtype | None, gradients: bool = True) -> Iterator[None]:
+        before, self._raised, self._grad = (self._raised, self._grad), dtype, self._grad and gradients
+        try:
+            yield
+        finally:
+            self._raised, self._grad = before
 
     def run(self) -> tuple[Way, Changes]:
         """How this kind of call runs, and what has to change in the network for it. Raises Unknown."""
@@ -373,24 +387,26 @@ class Rehearsal:
         for path, reason in self._decides(roles):
             if not any(is_in(path, one) for one in changes.whole):
                 changes = self._by_members(changes, path, reason)
-        self._precise(roles)
+        self._find_best(roles)
         outs, changes = self._settled(roles, changes)
         x = self.tensors[self.anchor].detach()
         if x.is_floating_point() and not self._random and "" not in changes.whole:
             # Large enough for what saturates, or is switched on, to be so.
             self._scale = 32 / min(float(x.abs().max().nan_to_num().clamp(1e-3)), 1)
             with contextlib.suppress(Unknown):
-                changes = self._settled(roles, changes)[1]
+                changes = self._settled(roles, changes, again=True)[1]
             self._scale = 1.0
         if self._random:
             if any(m.training for m in self.net.modules()):
                 self._evaluates, self._random = True, False
                 with contextlib.suppress(Unknown):
-                    changes = self._settled(roles, changes)[1]
+                    changes = self._settled(roles, changes, again=True)[1]
                 self._evaluates, self._random, self._draws = False, True, self._random
-            while "" not in changes.whole and (path := self._depends(roles, changes, outs)) is not None:
-                changes = self._by_members(changes, path, "its samples see each other")
-        self._raised = None
+            for dtype in dict.fromkeys((self._best, None)):
+                with contextlib.suppress(Unknown), self._in(dtype):
+                    while "" not in changes.whole and (path := self._depends(roles, changes, outs)) is not None:
+                        changes = self._by_members(changes, path, "its samples see each other")
+                    break
         way = Way(roles, None if "" in changes.whole else outs, random=self._random, draws=self._draws)
         return (way, changes) if way.outs is None else self._at_full_size(way, changes)
 
@@ -406,18 +422,38 @@ class Rehearsal:
             if isinstance(shell, PerMember):
                 shell._batch.update(found.get(shell._path, {}))
 
-    def _settled(self, roles: tuple[Role, ...], changes: Changes) -> tuple[tuple | None, Changes]:
+    def _settled(self, roles: tuple[Role, ...], changes: Changes, again: bool = False) -> tuple[tuple | None, Changes]:
+        """Where each output has its samples, and the changes with which packed is as alone.
+
+        again: on other samples, of which the best precision tells enough, and the gradients nothing new.
+        """
+        while True:
+            outs = None
+            try:
+                if self._best:  # without gradients, for which larger numbers take long and much memory
+                    with self._in(self._best, gradients=False):
+                        outs, changes = self._judged(roles, changes)
+                if "" in changes.whole or (again and self._best):
+                    return outs, changes
+                return self._judged(roles, changes)
+            except _TooPrecise:
+                self._best = None
+
+    def _judged(self, roles: tuple[Role, ...], changes: Changes) -> tuple[tuple | None, Changes]:
+        self._look(roles)
+        outs: tuple | None = None
+        while outs is None and "" not in changes.whole:
+            found = self._outcome(roles, changes)
+            outs, changes = (None, found) if isinstance(found, Changes) else (found, changes)
+        return outs, changes
+
+    def _look(self, roles: tuple[Role, ...]) -> None:
         try:
             self._theirs = self.alone(roles)
         except Exception as error:  # whatever the members raise
             raise Unknown from error
         self.refuse_changes()
         self._figures = self._figures_alone(self._theirs)
-        outs: tuple | None = None
-        while outs is None and "" not in changes.whole:
-            found = self._outcome(roles, changes)
-            outs, changes = (None, found) if isinstance(found, Changes) else (found, changes)
-        return outs, changes
 
     def _outcome(self, roles: tuple[Role, ...], changes: Changes) -> tuple | Changes:
         """Where each output has its samples, if packed is as alone; else what to change further."""
@@ -425,6 +461,10 @@ class Rehearsal:
         try:
             ours = self.together(roles, changes, lambda net: _noting(net, order))
         except Exception as error:  # whatever the packed network raises where a member alone does not
+            if self._raised and self._packs(roles, changes):
+                raise _TooPrecise from error
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
             left = [path for path in reversed(order) if path not in changes.contiguous]
             if "view size is not compatible" in str(error) and left:
                 return Changes([*changes.contiguous, *left[: max(1, len(changes.contiguous))]], changes.whole)
@@ -436,7 +476,15 @@ class Rehearsal:
             return self._by_members(changes, "", constant)
         found = self._figures_together(ours, outs)
         wrong = self._wrong(found)
-        if self._random or not wrong or self._by_chance(roles) or self._by_rounding(roles, found):
+        if self._random or not wrong or self._by_chance(roles):
+            return outs
+        if self._best and self._raised is None:
+            with self._in(self._best):
+                self._look(roles)
+                verdict = self._outcome(roles, changes)
+            self._look(roles)
+            return verdict
+        if self._by_rounding(roles, found):
             return outs
         kind, path, name = wrong[0]
         if kind == "output":
@@ -447,6 +495,15 @@ class Rehearsal:
             return self._by_members(changes, path, f"its samples share '{name}'")
         return self._by_members(changes, "", "its samples see each other's gradients")
 
+    def _packs(self, roles: Sequence[Role], changes: Changes) -> bool:
+        """Whether the packed network runs in the user's own precision."""
+        with self._in(None):
+            try:
+                self.together(roles, changes)
+            except Exception:  # whatever it raises
+                return False
+        return True
+
     # -- what is compared: (kind, path, name) → the last member's tensor, and what rounding may do to it as a whole
 
     def _figures_alone(self, out: Any) -> dict[tuple, tuple[Tensor, float | None, float]]:
@@ -454,6 +511,7 @@ class Rehearsal:
         gradients = self._gradients([outputs], net)
         figures = {("output", "", i): (t.detach(), None, 0.0) for i, t in enumerate(outputs)}
         figures |= {("kept", path, name): (t.detach(), None, 0.0) for path, name, t in _kept(net)}
+        self._alone = None  # which may be large
         least = SMALL * sum(float(torch.linalg.vector_norm(g)) ** 2 for g in gradients) ** 0.5
         return figures | {("gradient", "", i): (g, COARSE, least) for i, g in enumerate(gradients)}
 
@@ -466,6 +524,7 @@ class Rehearsal:
         gradients = self._gradients(list(zip(*apart, strict=True)), net)
         figures = {("output", "", i): parts[-1].detach() for i, parts in enumerate(apart)}
         figures |= self._kept_together()
+        self._together = None
         return figures | {("gradient", "", i): g for i, g in enumerate(gradients)}
 
     def _kept_together(self) -> dict[tuple, Tensor]:
@@ -494,10 +553,13 @@ class Rehearsal:
                     if t.requires_grad and t.is_floating_point()
                 )
                 found = torch.autograd.grad(loss, parameters, allow_unused=True)
+        except torch.OutOfMemoryError as error:
+            raise _TooPrecise if self._raised else error from None
         except Exception:  # whatever a backward raises, also where no output follows a parameter
             return []
         whole = [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found, strict=True)]
-        return whole if net is self._alone else [g[self.K - 1] for g in whole]
+        own = whole if net is self._alone else [g[self.K - 1] for g in whole]
+        return [g.float() if g.dtype == self._raised else g for g in own]  # which holds less
 
     def _decides(self, roles: Sequence[Role]) -> list[tuple[str, str]]:
         """(path, why) of modules whose own code does with values what for all members' samples is another thing.
@@ -526,8 +588,8 @@ class Rehearsal:
         for others, events in zip((1.0, 0.5), runs, strict=True):
             try:
                 out = self.together(roles, changes, lambda net, events=events: _recording(net, events), others)
-            except Exception:  # whatever code raises at other samples: nothing can be told so
-                return None
+            except Exception as error:  # whatever code raises at other samples: nothing can be told so
+                raise Unknown from error
             events.append(("", False, [self._mine(t, p) for t, p in zip(_tensors(out), outs, strict=True)]))
             kept.append(self._kept_together())
         rows = self.K * self.count
@@ -659,19 +721,14 @@ class Rehearsal:
 
     def _where(self, roles: Sequence[Role], changes: Changes) -> str:
         """The module in whose own code packed departs from alone, in higher precision where the network runs so."""
-        before = self._raised
-        if before is None:
-            self._precise(roles)
-        for raised in dict.fromkeys((self._raised, None)):
-            self._raised = raised
+        for dtype in dict.fromkeys((self._best, None)):
             ours, theirs = [], []
             try:
-                self.together(roles, changes, lambda net, events=ours: _recording(net, events))
-                self.alone(roles, watch=lambda net, events=theirs: _recording(net, events))
+                with self._in(dtype):
+                    self.together(roles, changes, lambda net, events=ours: _recording(net, events))
+                    self.alone(roles, watch=lambda net, events=theirs: _recording(net, events))
             except Exception:  # whatever a network raises that makes tensors of a dtype of its own
                 continue
-            finally:
-                self._raised = before
             opaque = tuple(f"{shell._path}." for shell in self._shells)
             theirs = [event for event in theirs if not event[0].startswith(opaque)]
             for (path, entered, packed), (other, _, single) in zip(ours, theirs, strict=False):
