@@ -451,7 +451,7 @@ class Rehearsal:
         try:
             self._theirs = self.alone(roles)
         except Exception as error:  # whatever the members raise
-            raise Unknown from error
+            raise (_TooPrecise if self._raised else Unknown) from error
         self.refuse_changes()
         self._figures = self._figures_alone(self._theirs)
 
