@@ -683,14 +683,13 @@ class Rehearsal:
             narrow.eps = max(narrow.eps, torch.finfo(torch.float32).eps)
         eps = narrow.eps
         wrong = self._wrong(found, eps)
-        nudge = max(8 * eps, 1e-12)
-        nudged = self._figures_alone(self.alone(roles, nudge=nudge)) if wrong else {}
+        nudged = self._figures_alone(self.alone(roles, nudge=8 * eps)) if wrong else {}
         for name in wrong:
             mine, single, moved = found.get(name), self._figures[name][0], nudged.get(name, self._figures[name])[0]
             if mine is None or not mine.shape == single.shape == moved.shape or not single.is_floating_point():
                 return False
             error, response = ((t - single).abs().nan_to_num().max() for t in (mine, moved))
-            if error > min(100 * eps, 0.125) / nudge * response:  # deep networks came to 22 roundings
+            if error > min(100, 0.125 / eps) / 8 * response:  # deep networks came to 22 roundings
                 return False
         return True
 
