@@ -139,8 +139,9 @@ const float* backward_blocks(const Shape& s, const float* w, int row, int column
 }
 
 // The pixels of a unit: where the input of each starts and where its output is; `step` leads to the next tap row.
-// Behind the `count` ones the last is repeated: what is computed twice is written twice.
+// Behind the `count` ones the last is repeated: what is computed twice is written twice. `inside`: no tap is padding.
 struct Pixels {
+  bool inside;
   const float** in;
   float** out;
   Long step;
@@ -149,7 +150,7 @@ struct Pixels {
   Pixels(const Job& j, const Unit& u, int N) : count(size_t(u.images) * u.rows * j.columns) {
     Long tall = Long(u.rows - 1) * j.stride_h + j.taps_h, wide = Long(j.columns - 1) * j.stride_w + j.taps_w;
     Long top = Long(u.row) * j.stride_h - j.pad_h, left = -j.pad_w;
-    bool inside = top >= 0 && top + tall <= j.H && left >= 0 && left + wide <= j.W;
+    inside = top >= 0 && top + tall <= j.H && left >= 0 && left + wide <= j.W;
     bool in_place = inside && j.C % 8 == 0;  // else the last vector would reach behind the image
     step = (in_place ? Long(j.W) : wide) * j.C;
     Long image_step = (in_place ? Long(j.H) : tall) * step;
@@ -246,6 +247,72 @@ inline void outers(const float* const* x, Long from, const float* const* dy, Lon
       auto add = length - l > 16 ? outer<3> : length - l > 8 ? outer<2> : outer<1>;
       add(x, from + l, dy, o + i, count, dw + i * row + l, row, std::min(24, length - l));
     }
+}
+
+// ---- NaN and infinity -----------------------------------------------------------------------------------------------
+// Zeros that stand for padding make NaN of infinite weights, Winograd's differences of infinite inputs: torch, which
+// leaves padding out and multiplies directly, has none there. So where that can be, all is computed tap by tap.
+
+inline std::vector<char> finite_members(int K, Long size, const float* values) {
+  std::vector<char> finite(K);
+  for (int k = 0; k < K; ++k) finite[k] = all_finite(values + k * size, size);
+  return finite;
+}
+
+template <typename F>  // f(pixel of src, pixel of dst, tap) for every tap of a unit's pixels that is no padding
+inline void each_tap(const Job& j, const Unit& u, int N, F f) {
+  for (int i = 0; i < u.images; ++i) {
+    Long image = Long(u.k) * N + u.n + i;
+    for (int h = u.row; h < u.row + u.rows; ++h)
+      for (int w = 0; w < j.columns; ++w)
+        for (int r = 0; r < j.taps_h; ++r)
+          for (int t = 0; t < j.taps_w; ++t) {
+            Long from_h = Long(h) * j.stride_h + r - j.pad_h, from_w = Long(w) * j.stride_w + t - j.pad_w;
+            if (from_h < 0 || from_h >= j.H || from_w < 0 || from_w >= j.W) continue;
+            Long to_h = Long(h) * j.step_h + j.h0, to_w = Long(w) * j.step_w + j.w0;
+            f((image * j.H + from_h) * j.W + from_w, (image * j.dst_H + to_h) * j.dst_W + to_w, r * j.taps_w + t);
+          }
+  }
+}
+
+// A unit's outputs of `weight`, its member's in blocks, and `bias`, its member's or null.
+inline void tap_by_tap(const Job& j, const Unit& u, int N, const float* weight, const float* bias) {
+  Long taps = Long(j.taps_h) * j.taps_w;
+  for (int i = 0; i < u.images; ++i)
+    for (int h = u.row; h < u.row + u.rows; ++h)
+      for (int w = 0; w < j.columns; ++w) {
+        Long at = ((Long(u.k) * N + u.n + i) * j.dst_H + Long(h) * j.step_h + j.h0) * j.dst_W + Long(w) * j.step_w + j.w0;
+        for (int o = 0; o < j.O; ++o) j.dst[at * j.O + o] = bias ? bias[o] : 0;
+      }
+  each_tap(j, u, N, [&](Long from, Long to, int tap) {
+    const float* x = j.src + from * j.C;
+    for (int o = 0, width; o < j.O; o += width) {
+      width = width_of(j.O - o);
+      const float* w = weight + (o * taps + Long(tap) * width) * j.C;
+      float* y = j.dst + to * j.O + o;
+      for (int c = 0; c < j.C; ++c)
+        for (int i = 0; i < width; ++i) y[i] += x[c] * w[c * width + i];
+    }
+  });
+}
+
+// dw (K, O, kh, kw, C) of the members where it is not finite.
+inline void mend_weights(const Shape& s, const float* x, const float* dy, float* dw) {
+  Job j = forward_job(s, x, nullptr);
+  Long size = Long(s.O) * s.kh * s.kw * s.C;
+#pragma omp parallel for
+  for (int k = 0; k < s.K; ++k) {
+    float* to = dw + k * size;
+    if (all_finite(to, size)) continue;
+    std::vector<double> sums(size);
+    each_tap(j, {k, 0, s.N, 0, s.rows}, s.N, [&](Long from, Long pixel, int tap) {
+      for (int o = 0; o < s.O; ++o) {
+        double* sum = &sums[(Long(o) * s.kh * s.kw + tap) * s.C];
+        for (int c = 0; c < s.C; ++c) sum[c] += double(dy[pixel * s.O + o]) * x[from * s.C + c];
+      }
+    });
+    std::copy(sums.begin(), sums.end(), to);
+  }
 }
 
 }  // namespace

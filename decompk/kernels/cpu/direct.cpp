@@ -11,15 +11,19 @@ namespace {
 void run(const Job& j, int K, int N, const float* weights, const float* bias) {
   Long taps = Long(j.taps_h) * j.taps_w * j.C;
   auto units = units_of(K, N, j.rows, j.columns, 240);
+  auto finite = finite_members(K, taps * j.O, weights);
 #pragma omp parallel for schedule(dynamic)
   for (size_t i = 0; i < units.size(); ++i) {
     const Unit& u = units[i];
     Pixels p(j, u, N);
-    const float* weight = weights + u.k * taps * j.O;
-    for (int o = 0, width; o < j.O; o += width, weight += taps * width) {
+    const float *weight = weights + u.k * taps * j.O, *start = bias ? bias + Long(u.k) * j.O : nullptr;
+    if (!p.inside && !finite[u.k]) {
+      tap_by_tap(j, u, N, weight, start);
+      continue;
+    }
+    for (int o = 0, width; o < j.O; o += width) {
       width = width_of(j.O - o);
-      const float* start = bias ? bias + Long(u.k) * j.O + o : nullptr;
-      tiles(p.in, 0, p.step, j.taps_h, j.taps_w * j.C, weight, start, p.out, o, p.count, width);
+      tiles(p.in, 0, p.step, j.taps_h, j.taps_w * j.C, weight + taps * o, start ? start + o : nullptr, p.out, o, p.count, width);
     }
   }
 }
@@ -74,6 +78,7 @@ void wgrad(const float* x, const float* dy, float* dw, const Long* sizes) {
       for (int part = 0; part < parts; ++part) sum += sums[(k * parts + part) * size + i];
       dw[k * size + i] = sum;
     }
+  mend_weights(s, x, dy, dw);
 }
 
 }  // extern "C"

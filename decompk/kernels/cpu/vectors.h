@@ -7,6 +7,13 @@
 using Long = long;
 typedef float vec8 __attribute__((vector_size(32)));
 typedef float vec4 __attribute__((vector_size(16)));
+typedef double double8 __attribute__((vector_size(64)));
+
+template <typename to, typename from>  // in another precision
+inline to as(from value) {
+  if constexpr (sizeof(from) <= sizeof(double)) return value;
+  else return __builtin_convertvector(value, to);
+}
 
 template <typename vec>  // a vector, or a single float
 inline vec load(const float* from) {
@@ -18,6 +25,21 @@ inline vec load(const float* from) {
 template <typename vec>
 inline void store(float* to, vec value) {
   std::memcpy(to, &value, sizeof value);
+}
+
+inline bool all_finite(const float* values, Long count) {
+  vec8 sum[4] = {};
+  Long i = 0;
+  for (; i + 32 <= count; i += 32)
+    for (int v = 0; v < 4; ++v) {
+      vec8 value = load<vec8>(values + i + v * 8);
+      sum[v] += value - value;  // zero, or NaN
+    }
+  sum[0] += sum[1] + (sum[2] + sum[3]);
+  for (; i < count; ++i) sum[0][i % 8] += values[i] - values[i];
+  for (int lane = 0; lane < 8; ++lane)
+    if (sum[0][lane] != 0) return false;
+  return true;
 }
 
 enum Place { WEIGHTS, BLOCKS, SUMS, WINDOW, INPUTS, OUTPUTS, IN_ROWS, OUT_ROWS };

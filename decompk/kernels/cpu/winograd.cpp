@@ -95,7 +95,8 @@ struct Tiles : Shapes {
         for (int w = 0; w < columns(); ++w, ++t) body(t, Long(u.k) * N + u.n + i, 2 * (u.row + h), 2 * w);
   }
 
-  void write(float* y, const float* bias) {  // y = Aᵀ out A + bias
+  bool write(float* y, const float* bias) {  // y = Aᵀ out A + bias; whether it is finite
+    vec8 sum = {};
     each([&](size_t t, Long image, int row, int column) {
       for (int o = 0; o < O; o += 8) {
         vec8 from[4][4], to[2][2];
@@ -108,8 +109,10 @@ struct Tiles : Shapes {
         for (int a = 0; a < 2 && row + a < out_H; ++a)
           for (int b = 0; b < 2 && column + b < out_W; ++b)
             store(y + ((image * out_H + row + a) * out_W + column + b) * O + o, to[a][b] + start);
+        sum += (to[0][0] + to[0][1]) + (to[1][0] + to[1][1]);
       }
     });
+    return all_finite(reinterpret_cast<float*>(&sum), 8);
   }
 
   void read_gradient(const float* dy) {  // out = A dy Aᵀ
@@ -158,7 +161,9 @@ const float* frequencies(int K, int O, int C, const float* blocks) {
   return weights;
 }
 
-void run(const float* x, int K, const Shapes& s, const float* weights, const float* bias, float* y) {
+// blocks: 3×3 weights [outputs in blocks][3][3][C][block] of every member
+void run(const float* x, int K, const Shapes& s, const float* blocks, const float* bias, float* y) {
+  const float* weights = frequencies(K, s.O, s.C, blocks);
   auto units = units_of(K, s.N, s.rows(), s.columns(), target_of(s.C + s.O));
 #pragma omp parallel for schedule(dynamic)
   for (size_t i = 0; i < units.size(); ++i) {
@@ -170,7 +175,11 @@ void run(const float* x, int K, const Shapes& s, const float* weights, const flo
         const float* weight = weights + ((size_t(t.u.k) * F + f) * s.O + o) * s.C;
         tiles(t.in_rows, f * t.full * s.C, 0, 1, s.C, weight, nullptr, t.out_rows, f * t.full * s.O + o, t.count, width);
       }
-    t.write(y, bias ? bias + Long(t.u.k) * s.O : nullptr);
+    const float* start = bias ? bias + Long(t.u.k) * s.O : nullptr;
+    if (t.write(y, start)) continue;
+    Unit pixels{t.u.k, t.u.n, t.u.images, 2 * t.u.row, std::min(2 * t.u.rows, s.out_H - 2 * t.u.row)};
+    tap_by_tap({x, s.H, s.W, s.C, y, s.out_H, s.out_W, s.O, 1, 1, 0, 0, s.out_H, s.out_W, 3, 3, 1, 1, s.pad_h, s.pad_w},
+               pixels, s.N, blocks + Long(t.u.k) * s.O * 9 * s.C, start);
   }
 }
 
@@ -180,14 +189,14 @@ extern "C" {
 
 void winograd_fprop(const float* x, const float* w, const float* bias, float* y, const Long* sizes) {
   Shape s(sizes);
-  auto weights = frequencies(s.K, s.O, s.C, forward_blocks<BLOCKS>(s, w));
-  run(x, s.K, {s.N, s.H, s.W, s.C, s.O, s.rows, s.columns, s.pad_h, s.pad_w}, weights, bias, y);
+  Shapes shapes{s.N, s.H, s.W, s.C, s.O, s.rows, s.columns, s.pad_h, s.pad_w};
+  run(x, s.K, shapes, forward_blocks<BLOCKS>(s, w), bias, y);
 }
 
 void winograd_dgrad(const float* dy, const float* w, float* dx, const Long* sizes) {
   Shape s(sizes);
-  auto weights = frequencies(s.K, s.C, s.O, backward_blocks<BLOCKS>(s, w, 0, 0, 3, 3));
-  run(dy, s.K, {s.N, s.rows, s.columns, s.O, s.C, s.H, s.W, 2 - s.pad_h, 2 - s.pad_w}, weights, nullptr, dx);
+  Shapes shapes{s.N, s.rows, s.columns, s.O, s.C, s.H, s.W, 2 - s.pad_h, 2 - s.pad_w};
+  run(dy, s.K, shapes, backward_blocks<BLOCKS>(s, w, 0, 0, 3, 3), nullptr, dx);
 }
 
 void winograd_wgrad(const float* x, const float* dy, float* dw, const Long* sizes) {
@@ -222,6 +231,7 @@ void winograd_wgrad(const float* x, const float* dy, float* dw, const Long* size
           to[(a * 3 + 2) * s.C] = (g[1] + g[2]) / 2 + g[3];
         }
       }
+  mend_weights(s, x, dy, dw);
 }
 
 }  // extern "C"
