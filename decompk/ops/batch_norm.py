@@ -35,7 +35,7 @@ def batch_norm(
 
     x (K, N, C, H, W), float16, bfloat16, float32 or float64: member-major or channel-grouped, and y lies as x does;
     other strides are first copied member-major. weight, bias, running_mean, running_var (K, C), of any floating dtype;
-    residual as x. Statistics are float32 (float64 for float64).
+    residual as x. Statistics are float32 (float64 for float64): deviations above 1e19 overflow, as in torch on a GPU.
 
     training: mean and var are those of x, var without Bessel's correction; the running statistics, contiguous, move by
     `momentum` towards mean and the unbiased var. moments (K, S, 3, C), where whoever wrote x knows them: count, mean

@@ -53,7 +53,8 @@ def grouped_conv2d(
     float64).
 
     Differentiable as often as torch's own operators, which compute whatever follows the first derivative, and all that
-    torch.func, forward mode or an export looks at. Raises DecompkError for shapes, dtypes or sizes that do not fit.
+    torch.func, forward mode or an export looks at. NaN and infinity stay within their member: on Triton they may reach
+    more of its elements than in torch, never fewer. Raises DecompkError for shapes, dtypes or sizes that do not fit.
     """
     if x.dim() != 5 or weight.dim() != 5:
         raise DecompkError(
