@@ -185,10 +185,11 @@ def by_triton(t, K, training, momentum, eps, residual, relu):
 
 
 def by_torch(t, K, training, momentum, eps, residual, relu):
+    """On NCHW, where torch's own is the more exact one."""
     members = [
         F.batch_norm(x, mean, var, weight, bias, training, momentum, eps)
         for x, mean, var, weight, bias in zip(
-            t["x"].unflatten(0, (K, -1)), *(t[n] for n in ("mean", "var", "weight", "bias")), strict=True
+            t["x"].contiguous().unflatten(0, (K, -1)), *(t[n] for n in ("mean", "var", "weight", "bias")), strict=True
         )
     ]
     y = torch.cat(members)
