@@ -49,6 +49,10 @@ template <typename T, Place place>
 inline T* scratch(size_t count) {
   static thread_local std::unique_ptr<T[]> kept;
   static thread_local size_t size = 0;
+#ifdef POISON  // for tools/sanitize.py: never larger than asked for, and full of NaN
+  kept.reset(new T[count]), size = count;
+  std::memset(static_cast<void*>(kept.get()), 0xff, count * sizeof(T));
+#endif
   if (size < count) kept.reset(), kept.reset(new T[count]), size = count;
   return kept.get();
 }

@@ -1,0 +1,318 @@
+// Drives the CPU kernels for tools/sanitize.py: a line of stdin is a problem, a line of stdout what is wrong with it.
+//
+// Every tensor is an allocation of its own, of the exact size; outputs are full of NaN before. Results are held against
+// plain loops in double, and those of any number of threads, bit for bit, against each other.
+#include <algorithm>
+#include <cmath>
+#include <condition_variable>
+#include <cstring>
+#include <functional>
+#include <iostream>
+#include <limits>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <random>
+#include <sstream>
+#include <string>
+#include <thread>
+#include <vector>
+
+using Long = long;
+
+extern "C" {  // as decompk/kernels/cpu defines them
+using Forward = void(const float* x, const float* w, const float* bias, float* y, const Long* sizes);
+using Backward = void(const float* a, const float* b, float* to, const Long* sizes);
+Forward fprop, winograd_fprop;
+Backward dgrad, wgrad, winograd_dgrad, winograd_wgrad;
+void batch_norm(const float* x, const float* weight, const float* bias, float* running_mean, float* running_var,
+                const float* residual, float* y, float* saved, int training, int relu, double momentum, double eps,
+                Long K, Long rows, Long C);
+void batch_norm_backward(const float* dy, const float* x, const float* y, const float* saved, int training, int relu,
+                         float* dx, float* dweight, float* dbias, float* g, Long K, Long rows, Long C);
+}
+
+// ---- OpenMP as GCC calls it, on std::thread: ThreadSanitizer sees all synchronisation in it, and none in libgomp -----
+
+namespace {
+
+int threads = 1;
+
+struct Team {
+  int size = threads;
+  std::mutex lock;
+  std::condition_variable passed;
+  int waiting = 0;
+  Long barriers = 0;
+};
+struct Chunks {
+  Long next, end, size, stride;
+};
+thread_local Team* team = nullptr;
+thread_local int number = 0;
+thread_local Chunks chunks;
+
+// Chunks go round the threads: taking one from a common counter would order threads that nothing else orders.
+template <typename T>
+bool next_chunk(T* from, T* until) {
+  if (chunks.next >= chunks.end) return false;
+  *from = chunks.next, *until = std::min(chunks.next + chunks.size, chunks.end);
+  chunks.next += chunks.stride;
+  return true;
+}
+
+}  // namespace
+
+extern "C" {
+int omp_get_num_threads() { return team ? team->size : 1; }
+int omp_get_thread_num() { return number; }
+
+void GOMP_parallel(void (*body)(void*), void* data, unsigned, unsigned) {
+  Team own;
+  std::vector<std::thread> others;
+  auto run = [&](int i) { team = &own, number = i, body(data), team = nullptr, number = 0; };
+  for (int i = 1; i < threads; ++i) others.emplace_back(run, i);
+  run(0);
+  for (auto& thread : others) thread.join();
+}
+void GOMP_barrier() {
+  std::unique_lock<std::mutex> held(team->lock);
+  Long before = team->barriers;
+  if (++team->waiting == team->size) team->waiting = 0, ++team->barriers, team->passed.notify_all();
+  else team->passed.wait(held, [&] { return team->barriers != before; });
+}
+bool GOMP_loop_nonmonotonic_dynamic_next(Long* from, Long* until) { return next_chunk(from, until); }
+bool GOMP_loop_nonmonotonic_dynamic_start(Long start, Long end, Long, Long size, Long* from, Long* until) {
+  chunks = {start + number * size, end, size, size * omp_get_num_threads()};
+  return next_chunk(from, until);
+}
+using Ull = unsigned long long;
+bool GOMP_loop_ull_nonmonotonic_dynamic_next(Ull* from, Ull* until) { return next_chunk(from, until); }
+bool GOMP_loop_ull_nonmonotonic_dynamic_start(bool, Ull start, Ull end, Ull, Ull size, Ull* from, Ull* until) {
+  chunks = {Long(start + number * size), Long(end), Long(size), Long(size * omp_get_num_threads())};
+  return next_chunk(from, until);
+}
+void GOMP_loop_end_nowait() {}
+void GOMP_loop_end() { GOMP_barrier(); }
+}
+
+// ---- tensors and what is checked of them ----------------------------------------------------------------------------
+
+namespace {
+
+#define UNSANITIZED __attribute__((no_sanitize("address", "thread", "undefined")))  // its own loops: they are slow
+
+const float POISONED = std::numeric_limits<float>::quiet_NaN();
+std::mt19937 engine;
+std::string faults;
+std::vector<int> thread_counts;
+
+struct Floats {
+  size_t size = 0;
+  std::unique_ptr<float[]> at;  // null: the tensor is absent
+
+  Floats() = default;
+  explicit Floats(size_t size) : size(size), at(new float[size]) { std::fill_n(at.get(), size, POISONED); }
+  Floats(const Floats& other) {
+    if (!other.at) return;
+    *this = Floats(other.size);
+    std::copy_n(other.get(), size, get());
+  }
+  Floats(Floats&&) = default;
+  Floats& operator=(Floats&&) = default;
+  float* get() const { return at.get(); }
+  float& operator[](size_t i) const { return at[i]; }
+  bool same(const Floats& other) const { return !size || !std::memcmp(get(), other.get(), size * sizeof(float)); }
+};
+
+UNSANITIZED Floats random(size_t size, double deviation = 1, double middle = 0) {
+  std::normal_distribution<double> normal(middle, deviation);
+  Floats found(size);
+  for (size_t i = 0; i < size; ++i) found[i] = float(normal(engine));
+  return found;
+}
+
+void fault(const std::string& what) { faults += (faults.empty() ? "" : "; ") + what; }
+
+UNSANITIZED void compare(const std::string& name, const Floats& found, const std::vector<double>& reference,
+                         double tolerance) {
+  double worst = 0;
+  for (size_t i = 0; i < found.size; ++i) {
+    if (found[i] != found[i]) return fault(name + " is NaN at " + std::to_string(i));
+    worst = std::max(worst, std::abs(found[i] - reference[i]));
+  }
+  std::ostringstream text;
+  text << name << " is wrong by " << worst << " where " << tolerance << " is allowed";
+  if (!(worst <= tolerance)) fault(text.str());
+}
+
+using Named = std::map<std::string, Floats>;
+
+// The outputs that run(inputs, outputs) leaves on every number of threads; a fault where they differ or inputs change.
+Named run_on_threads(const Named& inputs, const Named& before, std::function<void(Named&, Named&)> run) {
+  Named first;
+  for (int count : thread_counts) {
+    threads = count;
+    Named in = inputs, out = before;
+    run(in, out);
+    for (auto& [name, tensor] : inputs)
+      if (!tensor.same(in[name])) fault(name + ", an input, was written");
+    for (auto& [name, tensor] : out)
+      if (!first.empty() && !tensor.same(first[name])) fault(name + " has other bits on " + std::to_string(count) + " threads");
+    if (first.empty()) first = std::move(out);
+  }
+  return first;
+}
+
+double largest(const std::vector<double>& values) { return *std::max_element(values.begin(), values.end()); }
+
+// ---- convolutions ---------------------------------------------------------------------------------------------------
+
+struct Products {
+  std::vector<double> sums, sizes;  // Σ a · b and Σ |a · b| of every output
+};
+
+UNSANITIZED Products plain(const std::string& kind, const Long* s, const Floats& x, const Floats& w, const Floats& dy) {
+  auto [K, N, C, O, H, W, kh, kw] = std::tie(s[0], s[1], s[2], s[3], s[4], s[5], s[6], s[7]);
+  Long rows = s[12], columns = s[13];
+  size_t size = kind == "fprop" ? dy.size : kind == "dgrad" ? x.size : w.size;
+  Products found{std::vector<double>(size), std::vector<double>(size)};
+  for (Long image = 0; image < K * N; ++image)
+    for (Long h = 0; h < rows; ++h)
+      for (Long v = 0; v < columns; ++v)
+        for (Long r = 0; r < kh; ++r)
+          for (Long t = 0; t < kw; ++t) {
+            Long row = h * s[8] + r - s[10], column = v * s[9] + t - s[11];
+            if (row < 0 || row >= H || column < 0 || column >= W) continue;
+            for (Long o = 0; o < O; ++o)
+              for (Long c = 0; c < C; ++c) {
+                Long in = ((image * H + row) * W + column) * C + c, out = ((image * rows + h) * columns + v) * O + o;
+                Long tap = (((image / N * O + o) * kh + r) * kw + t) * C + c;
+                Long to = kind == "fprop" ? out : kind == "dgrad" ? in : tap;
+                double product = kind == "fprop"   ? double(x[in]) * w[tap]
+                                 : kind == "dgrad" ? double(dy[out]) * w[tap]
+                                                   : double(x[in]) * dy[out];
+                found.sums[to] += product, found.sizes[to] += std::abs(product);
+              }
+          }
+  return found;
+}
+
+// kind, form, with a bias or not, and Shape's numbers as conv.h has them
+void convolution(std::istream& line) {
+  std::string kind, form;
+  bool biased;
+  Long s[14];
+  line >> kind >> form >> biased;
+  for (Long& value : s) line >> value;
+  Long outputs = s[0] * s[1] * s[12] * s[13] * s[3];
+  Named in;
+  in["x"] = random(s[0] * s[1] * s[4] * s[5] * s[2]), in["w"] = random(s[0] * s[3] * s[6] * s[7] * s[2]);
+  in["dy"] = random(outputs), in["bias"] = biased ? random(s[0] * s[3]) : Floats();
+  Products wanted = plain(kind, s, in["x"], in["w"], in["dy"]);
+  if (biased && kind == "fprop")
+    for (Long i = 0; i < outputs; ++i) wanted.sums[i] += in["bias"][i / (outputs / s[0]) * s[3] + i % s[3]];
+  Named out;
+  out[kind] = Floats(wanted.sums.size());
+  bool direct = form == "direct";
+  Named found = run_on_threads(in, out, [&](Named& in, Named& out) {
+    float *x = in["x"].get(), *w = in["w"].get(), *dy = in["dy"].get(), *to = out[kind].get();
+    if (kind == "fprop") (direct ? fprop : winograd_fprop)(x, w, in["bias"].get(), to, s);
+    if (kind == "dgrad") (direct ? dgrad : winograd_dgrad)(dy, w, to, s);
+    if (kind == "wgrad") (direct ? wgrad : winograd_wgrad)(x, dy, to, s);
+  });
+  compare(kind, found[kind], wanted.sums, 1e-5 * std::max(largest(wanted.sizes), 1.));
+}
+
+// ---- batch norms ----------------------------------------------------------------------------------------------------
+
+// K, rows, C, training, relu, with weight, bias, running statistics, residual or not, momentum, eps
+UNSANITIZED void norm(std::istream& line) {
+  Long K, rows, C;
+  bool training, relu, weighted, biased, running, added;
+  double momentum, eps;
+  line >> K >> rows >> C >> training >> relu >> weighted >> biased >> running >> added >> momentum >> eps;
+  Long vectors = K * C, count = K * rows * C;
+  auto if_wanted = [](bool wanted, Floats made) { return wanted ? std::move(made) : Floats(); };
+  Named in, out;
+  in["x"] = random(count, 2, 3), in["residual"] = if_wanted(added, random(count));
+  in["weight"] = if_wanted(weighted, random(vectors, 0.3, 1)), in["bias"] = if_wanted(biased, random(vectors));
+  out["y"] = Floats(count), out["saved"] = Floats(4 * vectors);
+  out["running_mean"] = if_wanted(running, random(vectors, 1, 3));
+  out["running_var"] = if_wanted(running, random(vectors, 0.1, 2));
+  const Floats old_mean = out["running_mean"], old_var = out["running_var"];
+  Named forward = run_on_threads(in, out, [&](Named& in, Named& out) {
+    batch_norm(in["x"].get(), in["weight"].get(), in["bias"].get(), out["running_mean"].get(), out["running_var"].get(),
+               in["residual"].get(), out["y"].get(), out["saved"].get(), training, relu, momentum, eps, K, rows, C);
+  });
+
+  using Doubles = std::vector<double>;
+  Doubles mean(vectors), var(vectors), rstd(vectors), scale(vectors), moved_mean(vectors), moved_var(vectors);
+  double slack = 1;  // what rounding x costs y: its distance from zero in deviations
+  auto each = [&](auto body) {
+    for (Long i = 0; i < count; ++i) body(i, i / (rows * C) * C + i % C);
+  };
+  const Floats &x = in["x"], &weight = in["weight"], &bias = in["bias"], &residual = in["residual"];
+  each([&](Long i, Long c) { mean[c] += double(x[i]) / rows; });
+  each([&](Long i, Long c) { var[c] += (x[i] - mean[c]) * (x[i] - mean[c]) / rows; });
+  for (Long c = 0; c < vectors; ++c) {
+    if (running) moved_mean[c] = old_mean[c] + momentum * (mean[c] - old_mean[c]);
+    if (running) moved_var[c] = old_var[c] + momentum * (var[c] * rows / (rows - 1) - old_var[c]);
+    if (!training) moved_mean[c] = mean[c] = old_mean[c], moved_var[c] = var[c] = old_var[c];
+    rstd[c] = 1 / std::sqrt(var[c] + eps), scale[c] = weighted ? rstd[c] * weight[c] : rstd[c];
+    slack = std::max(slack, 10 * rstd[c]);
+  }
+  Doubles y(count), before(count);
+  each([&](Long i, Long c) {
+    before[i] = (x[i] - mean[c]) * scale[c] + (biased ? bias[c] : 0) + (added ? residual[i] : 0);
+    y[i] = relu ? std::max(before[i], 0.) : before[i];
+  });
+  compare("y", forward["y"], y, 1e-5 * slack * (1 + largest(y)));
+  compare("running_mean", forward["running_mean"], moved_mean, 1e-4);
+  compare("running_var", forward["running_var"], moved_var, 1e-5 * (1 + largest(moved_var)));
+  for (size_t i = 0; i < forward["saved"].size; ++i)
+    if (forward["saved"][i] != forward["saved"][i]) fault("saved is NaN at " + std::to_string(i));
+
+  in["dy"] = random(count), in["saved"] = std::move(forward["saved"]);
+  each([&](Long i, Long) { if (relu && std::abs(before[i]) < 1e-4 * slack) in["dy"][i] = 0; });  // either side is right
+  in["y"] = if_wanted(relu && added, std::move(forward["y"]));
+  out.clear();
+  out["dx"] = Floats(count), out["dweight"] = Floats(vectors), out["dbias"] = Floats(vectors);
+  out["g"] = if_wanted(relu && added, Floats(count));
+  Named backward = run_on_threads(in, out, [&](Named& in, Named& out) {
+    batch_norm_backward(in["dy"].get(), in["x"].get(), in["y"].get(), in["saved"].get(), training, relu, out["dx"].get(),
+                        out["dweight"].get(), out["dbias"].get(), out["g"].get(), K, rows, C);
+  });
+  Doubles g(count), dx(count), dweight(vectors), dbias(vectors), sizes(vectors), parts(vectors);
+  each([&](Long i, Long c) {
+    g[i] = relu && before[i] <= 0 ? 0 : in["dy"][i];
+    double part = g[i] * (in["x"][i] - mean[c]) * rstd[c];
+    dbias[c] += g[i], dweight[c] += part, sizes[c] += std::abs(g[i]), parts[c] += std::abs(part);
+  });
+  double steepest = 1;
+  each([&](Long i, Long c) {
+    double normalised = (in["x"][i] - mean[c]) * rstd[c];
+    dx[i] = scale[c] * (g[i] - (training ? (dbias[c] + normalised * dweight[c]) / rows : 0));
+    steepest = std::max(steepest, std::abs(scale[c] * g[i]));
+  });
+  compare("dx", backward["dx"], dx, 1e-5 * slack * steepest);
+  compare("dweight", backward["dweight"], dweight, 1e-5 * slack * (1 + largest(parts)));
+  compare("dbias", backward["dbias"], dbias, 1e-5 * (1 + largest(sizes)));
+  compare("g", backward["g"], g, 0);
+}
+
+}  // namespace
+
+// Arguments: the numbers of threads.
+int main(int, char** arguments) {
+  for (char** each = arguments + 1; *each; ++each) thread_counts.push_back(std::stoi(*each));
+  for (std::string text; std::getline(std::cin, text);) {
+    std::istringstream line(text);
+    std::string op;
+    unsigned seed;
+    line >> seed >> op;
+    engine.seed(seed), faults.clear();
+    op == "conv" ? convolution(line) : norm(line);
+    std::cout << "answer: " << (line ? faults : "a line of too few numbers") << std::endl;
+  }
+}

@@ -1,0 +1,194 @@
+"""Random problems for the CPU kernels under AddressSanitizer with UBSan, and under ThreadSanitizer.
+
+    python tools/sanitize.py [--seconds S | --problems N] [--seed N] [--only address|thread] [--threads 1,2,4]
+
+tools/sanitize.cpp, linked with decompk/kernels/cpu/*.cpp, runs them: see there what it checks beside. Each problem has
+a seed of its own, counted up from --seed, so `--seed N --problems 1` repeats one. Exit codes: 0 nothing was found, 1
+something was, 2 there is no g++ or it has no sanitizers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import select
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
+
+import build_ext
+
+from decompk.config import PASSES, Problem
+from decompk.kernels import cpu
+
+SANITIZERS = {"address": "address,undefined", "thread": "thread"}
+FLAGS = ("-O1", "-g1", "-DPOISON", "-fno-omit-frame-pointer", "-fno-sanitize-recover=all")
+OPTIONS = {"ASAN_OPTIONS": "detect_stack_use_after_return=1", "TSAN_OPTIONS": "halt_on_error=1"}
+PATIENCE_S = 60  # for one problem
+ANSWER = "answer: "
+
+
+class Unavailable(Exception):
+    """One sentence: what is missing here."""
+
+
+@dataclass
+class Found:
+    """What a run has found: `reports` are a sanitizer's, `faults` wrong results."""
+
+    problems: int = 0
+    reports: int = 0
+    faults: int = 0
+
+
+# ---- problems -------------------------------------------------------------------------------------------------------
+
+
+def line_of(seed: int) -> str:
+    """The problem of this seed, as tools/sanitize.cpp reads it."""
+    rng = random.Random(seed)
+    return f"{seed} {_conv(rng) if rng.random() < 0.75 else _norm(rng)}"
+
+
+def _conv(rng: random.Random) -> str:
+    large = rng.random() < 0.1  # enough pixels for sums in several parts
+    while True:
+        kind, form = rng.choice(PASSES), rng.choice(cpu.FORMS)
+        step = 8 if form == "winograd" else rng.choice((1, 4))
+        most = 2 if large else 4 if rng.random() < 0.7 else 24
+        C, O = (step * rng.randint(1, most if step > 1 else 20) for _ in "CO")
+        sides = [rng.randint(*((20, 40) if large else (1, rng.choice((3, 9, 16))))) for _ in "HW"]
+        kernel = (3, 3) if form == "winograd" else tuple(rng.choice((1, 1, 2, 3, 3, 5, 7)) for _ in "HW")
+        stride = (1, 1) if form == "winograd" else tuple(rng.choice((1, 1, 2, 3, 4)) for _ in "HW")
+        padding = tuple(rng.choice((0, 0, k // 2, rng.randint(0, k))) for k in kernel)
+        K, N = rng.randint(1, 2 if large else 5), rng.randint(1, 6)
+        p = Problem(kind, "float32", K, N, C, O, *sides, kernel, stride, padding)
+        macs = K * N * C * O * p.taps * max(p.out_size[0], 0) * max(p.out_size[1], 0)
+        if 0 < macs < (4e6 if large else 2e5) and _legal(p, form):
+            break
+    sizes = (K, N, C, O, *sides, *kernel, *stride, *padding, *p.out_size)
+    return f"conv {kind} {form} {rng.randint(0, 1)} {' '.join(map(str, sizes))}"
+
+
+def _legal(problem: Problem, form: str) -> bool:
+    reason = cpu.why_not_conv(problem, form)
+    return reason is None or reason == cpu.why_not()  # what keeps all of them from running is not the problem's
+
+
+def _norm(rng: random.Random) -> str:
+    training, C = rng.random() < 0.7, rng.choice((1, 3, 4, 8, 12, 17, 32, 40, 96))
+    rows = rng.choice((rng.randint(1 + training, 40), rng.randint(40, 3000 if C < 16 else 600)))
+    flags = [rng.randint(0, 1) for _ in ("relu", "weight", "bias")]
+    running = int(not training or rng.random() < 0.7)
+    numbers = (rng.choice((0.1, 0.3, 0, 1)), rng.choice((1e-5, 1e-3)))
+    values = (rng.randint(1, 4), rows, C, int(training), *flags, running, rng.randint(0, 1), *numbers)
+    return f"norm {' '.join(map(str, values))}"
+
+
+# ---- the driver -----------------------------------------------------------------------------------------------------
+
+
+def build(sanitizer: str, into: Path, sources: tuple[Path, ...] = ()) -> Path:
+    """The driver with the CPU kernels, or with `sources` in their place. Raises Unavailable where there is no such."""
+    gxx, sanitize = os.environ.get("CXX") or "g++", f"-fsanitize={SANITIZERS[sanitizer]}"
+    try:
+        build_ext.run([gxx, sanitize, "-shared", "-x", "c++", os.devnull, "-o", str(into / "trial")])
+    except (OSError, build_ext.BuildError):
+        raise Unavailable(f"'{gxx} {sanitize}' does not work here: install g++ and its libraries for it.") from None
+    flags = [flag for flag in cpu.FLAGS if flag not in ("-O3", "-fPIC")]
+    sources = (*(sources or sorted(cpu.SOURCES.glob("*.cpp"))), ROOT / "tools/sanitize.cpp")
+    objects = [str(into / f"{source.stem}-{sanitizer}.o") for source in sources]
+    build_ext.run(
+        *([gxx, *flags, *FLAGS, sanitize, "-c", str(s), "-o", o] for s, o in zip(sources, objects, strict=True))
+    )
+    program = into / f"driver-{sanitizer}"
+    build_ext.run([gxx, sanitize, "-pthread", *objects, "-o", str(program)])
+    return program
+
+
+class Driver:
+    """A running driver; one that a report has ended is started again for the next problem."""
+
+    def __init__(self, program: Path, threads: list[int]):
+        self._command = [str(program), *map(str, threads)]
+        self._process: subprocess.Popen | None = None
+
+    def __enter__(self) -> Driver:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._end()
+
+    def ask(self, line: str) -> tuple[str, bool]:
+        """What is wrong with this problem, "" for nothing, and whether a sanitizer says so."""
+        if self._process is None:
+            pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+            self._process = subprocess.Popen(self._command, env={**os.environ, **OPTIONS}, **pipes)
+        print(line, file=self._process.stdin, flush=True)
+        if not select.select([self._process.stdout], [], [], PATIENCE_S)[0]:
+            self._end()
+            return f"no answer within {PATIENCE_S} s", False
+        answer = self._process.stdout.readline()
+        if answer.startswith(ANSWER):
+            return answer.removeprefix(ANSWER).strip(), False
+        said = [answer, *self._process.stdout]  # until it has ended
+        telling = [part for part in said if "SUMMARY:" in part or "runtime error:" in part]
+        self._end()
+        return (telling or said)[-1].strip() or "ended without a word", True
+
+    def _end(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process.communicate()
+        self._process = None
+
+
+def search(program: Path, threads: list[int], seeds: range, seconds: float) -> Found:
+    """Run the problems of `seeds` for at most so many seconds; says on stdout which fail."""
+    found, end = Found(), time.monotonic() + seconds
+    with Driver(program, threads) as driver:
+        for seed in seeds:
+            if time.monotonic() > end:
+                break
+            line = line_of(seed)
+            wrong, reported = driver.ask(line)
+            found.problems += 1
+            found.reports += bool(wrong) and reported
+            found.faults += bool(wrong) and not reported
+            if wrong:
+                print(f"seed {seed}: {line.partition(' ')[2]}: {wrong}", flush=True)
+    return found
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seconds", type=float, default=60.0, help="of running, for each of the sanitizers")
+    parser.add_argument("--problems", type=int, default=10**9, help="at most so many for each")
+    parser.add_argument("--seed", type=int, default=0, help="of the first problem")
+    parser.add_argument("--only", choices=SANITIZERS)
+    parser.add_argument("--threads", default="1,2,4", help="numbers of threads whose results have to be the same")
+    args = parser.parse_args(arguments)
+    wrong = False
+    with tempfile.TemporaryDirectory() as scratch:
+        for sanitizer in [args.only] if args.only else SANITIZERS:
+            try:
+                program = build(sanitizer, Path(scratch))
+            except Unavailable as error:
+                print(error, file=sys.stderr)
+                return 2
+            threads = [int(count) for count in args.threads.split(",")]
+            found = search(program, threads, range(args.seed, args.seed + args.problems), args.seconds)
+            print(f"{sanitizer}: {found.problems} problems, {found.reports} reports, {found.faults} faults")
+            wrong |= bool(found.reports or found.faults)
+    return int(wrong)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
