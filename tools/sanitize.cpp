@@ -164,7 +164,10 @@ Named run_on_threads(const Named& inputs, const Named& before, std::function<voi
   return first;
 }
 
-double largest(const std::vector<double>& values) { return *std::max_element(values.begin(), values.end()); }
+double largest(const std::vector<double>& values) {
+  auto [least, most] = std::minmax_element(values.begin(), values.end());
+  return std::max(-*least, *most);
+}
 
 // ---- convolutions ---------------------------------------------------------------------------------------------------
 
