@@ -361,9 +361,11 @@ def key_of(problem: Problem) -> str:
 
 @functools.lru_cache
 def table(device: Device) -> dict[str, dict]:
-    """The tuned entries for `device`: key → {"backend", "form", "config", "ms"}; empty where none was measured."""
-    path = table_path(device)
-    return json.loads(path.read_text())["entries"] if path.exists() else {}
+    """The tuned entries for `device`: key → {"backend", "form", "config", "ms"}; empty where none is whole."""
+    try:
+        return dict(json.loads(table_path(device).read_text())["entries"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):  # without a table, the model decides
+        return {}
 
 
 def lookup(problem: Problem, device: Device) -> Choice | None:
@@ -371,10 +373,10 @@ def lookup(problem: Problem, device: Device) -> Choice | None:
     from .cost import op_cost
     from .kernels import conv
 
-    entry = table(device).get(key_of(problem))
-    if entry is None:
+    try:
+        choice = choice_of(table(device)[key_of(problem)])
+    except (BackendError, KeyError, TypeError, ValueError, AttributeError):  # none, or none of this version
         return None
-    choice = choice_of(entry)
     if choice.config is None:
         return choice if choice.form in library_forms(problem) else None
     if choice.backend == "cuda" and extension.why_not("cuda"):

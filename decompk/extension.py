@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 from pathlib import Path
 
@@ -36,14 +37,26 @@ def why_not(kind: str, device: torch.device | None = None) -> str | None:
         if not torch.cuda.is_available():
             return "torch finds no CUDA device"
         capability = torch.cuda.get_device_capability(device)
-        built = json.loads(library(kind).with_suffix(".json").read_text())["architectures"]
-        if not any(runs_on(architecture, capability) for architecture in built):
+        built = _made(kind)[1]
+        if built and not any(runs_on(architecture, capability) for architecture in built):
             wanted = "".join(map(str, capability))
             return (
                 f"the extension is built for sm_{', sm_'.join(built)}, not sm_{wanted}: "
                 f"run {BUILD[kind]} --arch {wanted}"
             )
     return _load(kind)
+
+
+def _made(kind: str) -> tuple[str, list[str]]:
+    """Digest and architectures, as tools/build_ext.py wrote them beside the library; empty where that is damaged."""
+    try:
+        made = json.loads(library(kind).with_suffix(".json").read_text())
+        digest, architectures = str(made["sha256"]), list(made["architectures"])
+        for architecture in architectures:
+            runs_on(architecture, (0, 0))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return "", []
+    return digest, architectures
 
 
 def runs_on(architecture: str, capability: tuple[int, int]) -> bool:
@@ -64,6 +77,12 @@ def load(kind: str, device: torch.device | None = None) -> None:
 
 @functools.cache
 def _load(kind: str) -> str | None:
+    try:  # before it is loaded: what is cut short ends the process
+        digest = hashlib.sha256(library(kind).read_bytes()).hexdigest()
+    except OSError as error:
+        return f"the extension cannot be read: {error.strerror}"
+    if digest != _made(kind)[0]:
+        return f"the extension is damaged: run {BUILD[kind]}"
     _define()
     try:
         torch.ops.load_library(str(library(kind)))

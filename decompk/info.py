@@ -48,6 +48,7 @@ def _cpu() -> list[tuple[str, str, str]]:
     known = len(measured.entries(measured.path()))
     return [
         ("backend cpu", "absent" if reason else "available", reason or f"C++ for float32 on this processor{kept}"),
+        ("kernels on this CPU", "absent" if reason else "built", "see above" if reason else cpu.where()),
         ("choices on this CPU", f"{known} measured", f"{measured.path()}: remove it to have them measured again"),
     ]
 

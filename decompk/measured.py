@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from .cache import folder, processor, slug
+from . import cache
 
 if TYPE_CHECKING:
     from .config import Problem
@@ -21,13 +21,15 @@ if TYPE_CHECKING:
 
 ROUNDS, SECONDS = 7, 0.3  # how often each contestant runs at most, and how long a measurement may take
 HOPELESS = 1.5  # who is that much slower than the fastest after a round does not run again
+FOREVER = 1e9  # ms: what a file holds beyond that is no time
 MARGIN = 0.95  # torch's operators are chosen where they take less than that share of our own kernel's time
 
 
 def path() -> Path:
     """The file of choices for this processor, this number of threads and this torch. It may be removed at any time."""
     torch_version = torch.__version__.partition("+")[0]
-    return folder() / f"choices-{slug(processor()[0])}-{torch.get_num_threads()}-threads-torch-{torch_version}.json"
+    processor = cache.slug(cache.processor()[0])
+    return cache.folder() / f"choices-{processor}-{torch.get_num_threads()}-threads-torch-{torch_version}.json"
 
 
 def allowed() -> bool:
@@ -40,14 +42,15 @@ def choose(problem: Problem, choices: Sequence[Choice], measure: bool = True) ->
     from .dispatch import key_of
 
     key = key_of(replace(problem, aligned=True, deterministic=False))
-    known = entries(path()).get(key, {})
+    file = path()
+    known = entries(file).get(key) or _not_kept.get((file, key), {})
     forms = [choice.form for choice in choices if choice.form in known]
     if not forms:
         if not (measure and allowed()):
             return replace(choices[0], reason="not measured" if allowed() else "not measured: DECOMPK_MEASURE=0")
         known = time_each(problem, [choice.form for choice in choices])
         forms = list(known)
-        _keep(path(), key, known)
+        _keep(file, key, known)
     torchs = {choice.form for choice in choices if choice.backend == "torch"}
     fastest = min(forms, key=lambda form: known[form] / (MARGIN if form in torchs else 1))
     times = ", ".join(f"{form} {known[form]:.3g}" for form in sorted(forms, key=known.__getitem__))
@@ -55,38 +58,44 @@ def choose(problem: Problem, choices: Sequence[Choice], measure: bool = True) ->
     return replace(chosen, ms=known[fastest], reason=f"measured here, ms: {times}")
 
 
+_not_kept: dict[tuple[Path, str], dict[str, float]] = {}  # what this process measured and could not write
+
+
 def entries(file: Path) -> dict[str, dict[str, float]]:
-    """Problem → form → median milliseconds; empty where the file is missing or no such table."""
+    """Problem → form → median milliseconds, as far as the file holds such; empty where there is none."""
     try:
-        changed = file.stat().st_mtime_ns
+        found = file.stat()
     except OSError:
         return {}
-    return _read(file, changed)
+    return _read(file, (found.st_ino, found.st_size, found.st_mtime_ns))
 
 
 @functools.lru_cache(maxsize=8)
-def _read(file: Path, changed: int) -> dict[str, dict[str, float]]:
+def _read(file: Path, changed: object) -> dict[str, dict[str, float]]:
+    return _table(file)
+
+
+def _table(file: Path) -> dict[str, dict[str, float]]:
     try:
-        found = json.loads(file.read_text())
-    except (OSError, ValueError):
+        found = json.loads(cache.read(file))
+    except (OSError, ValueError, RecursionError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return {key: times for key, times in found.items() if _are_times(times)} if isinstance(found, dict) else {}
+
+
+def _are_times(times: object) -> bool:
+    return isinstance(times, dict) and all(type(ms) in (int, float) and 0 < ms < FOREVER for ms in times.values())
 
 
 def _keep(file: Path, key: str, times: dict[str, float]) -> None:
-    """Add an entry; a cache that cannot be written is measured again next time."""
-    import fcntl  # of Unix alone, as our kernels are
-
+    """Add an entry; where the file cannot be written, this process keeps it, and the next one measures again."""
+    times = {form: round(ms, 5) for form, ms in times.items()}
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with open(file.with_suffix(".lock"), "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            found = {**entries(file), key: {form: round(ms, 5) for form, ms in times.items()}}
-            new = file.with_suffix(f".{os.getpid()}")
-            new.write_text(json.dumps(found, indent=0, sort_keys=True))
-            new.replace(file)
+        cache.prepare(file.parent)
+        with cache.lock(file):
+            cache.write(file, json.dumps({**_table(file), key: times}, indent=0, sort_keys=True).encode())
     except OSError:
-        return
+        _not_kept[file, key] = times
 
 
 def time_each(problem: Problem, forms: Sequence[str]) -> dict[str, float]:

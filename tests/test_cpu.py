@@ -1,11 +1,12 @@
 """The C++ kernels for CPUs, how packed layers reach them, and the choices measured between them and torch's."""
 
 import copy
-import ctypes
 import json
+import math
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -259,11 +260,58 @@ def test_the_fastest_wins_and_torchs_by_a_margin(cache):
     assert (found.backend, found.form, found.ms) == ("torch", "grouped", 0.5)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[1]", '{"x": {}}'])
-def test_a_damaged_table_is_measured_again(cache, text):
-    measured.path().write_text(text)
-    assert choose().reason.startswith("measured here")
-    assert dispatch.key_of(LAYER) in json.loads(measured.path().read_text())
+KEY = dispatch.key_of(LAYER)
+TIMES = [math.nan, math.inf, -1.0, 0, True, [1], 10**400]
+DAMAGED = [
+    *("", "{", "[1]", "null", "5", '"x"', "NaN", "[" * 200_000, "1" * 5000, b"\xff\xfe{}", b"\0" * 100, '{"x": {}}'),
+    *(json.dumps({KEY: value}) for value in (None, 3, "direct", ["direct"], {"direct": "1.0"}, {"direct": None})),
+    *(json.dumps({KEY: {"direct": 2.0, "grouped": ms}}) for ms in TIMES),
+]
+
+
+@pytest.mark.parametrize("content", DAMAGED, ids=range(len(DAMAGED)))
+def test_a_damaged_table_is_measured_again(cache, monkeypatch, content):
+    monkeypatch.setattr(measured, "time_each", lambda problem, forms: dict.fromkeys(forms, 1.0))
+    measured.path().write_bytes(content if isinstance(content, bytes) else content.encode())
+    assert choose().ms == 1.0
+    assert set(json.loads(measured.path().read_text())[KEY]) == {"direct", "winograd", "loop", "grouped"}
+
+
+def test_what_is_whole_in_a_damaged_table_stays(cache):
+    measured.path().write_text(json.dumps({"a": {"direct": 1.0}, "b": {"direct": "slow"}}))
+    measured._keep(measured.path(), "c", {"direct": 2.0})
+    assert json.loads(measured.path().read_text()) == {"a": {"direct": 1.0}, "c": {"direct": 2.0}}
+
+
+def test_what_is_no_file_in_the_tables_place_is_no_table(cache, monkeypatch):
+    monkeypatch.setattr(measured, "time_each", lambda problem, forms: dict.fromkeys(forms, 1.0))
+    for make in (os.mkdir, os.mkfifo, lambda path: os.symlink("nowhere", path), lambda path: os.symlink(path, path)):
+        make(measured.path())
+        assert choose().ms == 1.0 and KEY in json.loads(measured.path().read_text())
+        measured.path().unlink()
+    monkeypatch.setattr(decompk.cache, "LARGEST", 10**4)
+    measured.path().write_text(json.dumps({KEY: {"direct": 2.0}}) + " " * 10**4)
+    assert choose().ms == 1.0 and measured.path().stat().st_size < 10**4
+
+
+def test_where_nothing_can_be_kept_the_process_measures_once(cache, monkeypatch):
+    asked = []
+    monkeypatch.setattr(measured, "time_each", lambda problem, forms: asked.append(1) or dict.fromkeys(forms, 1.0))
+    (cache / "a file").touch()
+    monkeypatch.setenv("DECOMPK_CACHE", str(cache / "a file"))
+    assert choose() == choose() and len(asked) == 1
+    monkeypatch.setenv("DECOMPK_CACHE", str(cache))
+    (measured.path() / "kept").mkdir(parents=True)  # not a file, and not to be replaced by one
+    assert choose() == choose() and len(asked) == 2
+
+
+def test_threads_that_write_at_once_lose_nothing(cache):
+    def keep(number):
+        measured._keep(measured.path(), f"problem {number}", {"direct": 1.0})
+
+    with ThreadPoolExecutor(8) as threads:
+        list(threads.map(keep, range(40)))
+    assert len(measured.entries(measured.path())) == 40
 
 
 def test_nothing_is_measured_where_it_may_not_be(cache, monkeypatch):
@@ -272,42 +320,3 @@ def test_nothing_is_measured_where_it_may_not_be(cache, monkeypatch):
     monkeypatch.setenv("DECOMPK_MEASURE", "1")
     assert dispatch.choose(LAYER, torch.device("cpu"), measure=False).reason == "not measured"
     assert not list(cache.iterdir())
-
-
-# ---- building -------------------------------------------------------------------------------------------------------
-
-
-def test_a_machine_without_a_compiler_trains_on_torchs_operators(tmp_path):
-    script = (
-        "import torch, decompk\n"
-        "from decompk.kernels import cpu\n"
-        "print(cpu.why_not())\n"
-        "packed = decompk.pack([torch.nn.Conv2d(3, 8, 3), torch.nn.Conv2d(3, 8, 3)])\n"
-        "packed(torch.randn(2, 3, 8, 8)).sum().backward()\n"
-        "try:\n"
-        "    decompk.backend('cpu').__enter__()\n"
-        "except decompk.DecompkError as error:\n"
-        "    print(error)\n"
-    )
-    environment = {**os.environ, "PATH": "", "DECOMPK_CACHE": str(tmp_path)}
-    environment.pop("CXX", None)
-    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("there is no C++ compiler") == 2
-
-
-def test_a_compiler_that_fails_is_quoted(tmp_path, monkeypatch):
-    monkeypatch.setenv("CXX", sys.executable)
-    with pytest.raises(OSError, match="failed"):
-        cpu.build(tmp_path)
-    assert not list(tmp_path.glob("*.so"))
-
-
-def test_it_is_built_once_and_again_for_another_processor(tmp_path, monkeypatch):
-    first = cpu.build(tmp_path)
-    monkeypatch.setattr(cpu, "_run", None)  # would raise
-    assert cpu.build(tmp_path) == first
-    assert hasattr(ctypes.CDLL(str(first)), "winograd_wgrad")
-    monkeypatch.setattr(cpu, "processor", lambda: ("another", ""))
-    with pytest.raises(TypeError):
-        cpu.build(tmp_path)

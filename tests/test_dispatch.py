@@ -1,6 +1,7 @@
 """Who runs an operation: the keys of real networks, the backend asked for by name in every thread, unknown names."""
 # ruff: noqa: E402 (the tools stand beside the package)
 
+import json
 import math
 import sys
 import threading
@@ -281,8 +282,6 @@ def test_a_halo_choice_without_the_extension_is_not_timed_as_torchs(monkeypatch)
 
 
 def test_a_table_serves_no_extension_that_is_not_built(monkeypatch, tmp_path):
-    import json
-
     here = devices.KNOWN[90]
     one = problem("fprop", "bfloat16", (2, 8, 16, 16, 18, 18), (3, 3), padding=(1, 1))
     config = conv.halo.configs(one)[0]
@@ -299,6 +298,21 @@ def test_a_table_serves_no_extension_that_is_not_built(monkeypatch, tmp_path):
         assert dispatch.lookup(one, here) is None and dispatch.lookup(one.of("dgrad"), here) is None
         monkeypatch.setattr(extension, "why_not", lambda *a: None)
         assert dispatch.lookup(one, here).config == config
+
+
+def test_a_damaged_table_is_none(monkeypatch, tmp_path):
+    here, one = devices.KNOWN[90], problem("fprop", "bfloat16", (2, 8, 16, 16, 18, 18), (3, 3), padding=(1, 1))
+    entry = dispatch.entry_of(next(c for c in dispatch.candidates(one, here) if c.config))
+    texts = [b"", b"{", b"null", b"5", b"[]", b'{"entries": 5}', b'{"entries": null}', b"\xff", b"[" * 200_000]
+    for bad in (None, 5, "x", [], {}, {**entry, "backend": "x"}, {**entry, "config": 5}, {**entry, "config": {"a": 1}}):
+        texts.append(json.dumps({"entries": {dispatch.key_of(one): bad}}).encode())
+    monkeypatch.setattr(dispatch, "TABLES", tmp_path)
+    monkeypatch.setattr(dispatch, "table", dispatch.table.__wrapped__)
+    for text in texts:
+        dispatch.table_path(here).write_bytes(text)
+        assert dispatch.lookup(one, here) is None
+    dispatch.table_path(here).write_text(json.dumps({"entries": {dispatch.key_of(one): entry}}))
+    assert dispatch.lookup(one, here) is not None
 
 
 # ---- grids ----------------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 
 import ctypes
 import itertools
+import json
 import shutil
 import sys
 from dataclasses import replace
@@ -458,6 +459,40 @@ def test_nothing_is_built_twice_and_a_missing_compiler_is_named(tmp_path, monkey
     assert build_ext.main() == 1
     assert capsys.readouterr().err == "g++ is not installed: there is none in CUDA_HOME, PATH or /usr/local/cuda.\n"
     assert library.stat().st_mtime_ns == built
+
+
+def _cut(library, beside):
+    library.write_bytes(library.read_bytes()[:-4096])
+
+
+def _of_another_build(library, beside):
+    beside.write_text(beside.read_text().replace('"sha256": "', '"sha256": "0'))
+
+
+DAMAGES = [_cut, _of_another_build, lambda library, beside: beside.unlink()]
+for text in ("", "null", "5", "[]", "{}", '{"sha256": 1, "architectures": [80]}', "[" * 200_000, b"\xff"):
+    content = text if isinstance(text, bytes) else text.encode()
+    DAMAGES.append(lambda library, beside, content=content: beside.write_bytes(content))
+
+
+@pytest.mark.parametrize("damage", DAMAGES, ids=range(len(DAMAGES)))
+def test_a_damaged_extension_is_not_loaded_and_is_built_again(tmp_path, monkeypatch, damage):
+    library = Path(shutil.copy(build_ext.build(emulation=True), tmp_path))
+    beside = Path(shutil.copy(extension.library("emulation").with_suffix(".json"), tmp_path))
+    made = {name: value for name, value in json.loads(beside.read_text()).items() if name != "sha256"}
+    assert build_ext._is_built(library, beside, made)
+    damage(library, beside)
+    assert not build_ext._is_built(library, beside, made)
+    monkeypatch.setattr(extension, "LIBRARIES", tmp_path)
+    monkeypatch.setattr(extension, "_load", extension._load.__wrapped__)
+    monkeypatch.setattr(torch.ops, "load_library", None)  # would raise
+    assert extension.why_not("emulation") == "the extension is damaged: run python tools/build_ext.py --emulation"
+    library.rename(extension.library("cuda"))
+    if beside.exists():
+        beside.rename(extension.library("cuda").with_suffix(".json"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    assert extension.why_not("cuda") == "the extension is damaged: run python tools/build_ext.py"
 
 
 @pytest.mark.parametrize("layout", ["member", "grouped"])

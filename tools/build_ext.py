@@ -3,7 +3,8 @@
     python tools/build_ext.py [--arch 80,90a,100] [--emulation] [--into DIR]
 
 --arch: the architectures to compile for, as in sm_90a; --emulation: the same kernels for the host, with g++ alone, for
-tests. Beside the library stands what it was built from and for; while neither changes, nothing is built again.
+tests. Beside the library stands what it was built from and for, and its digest; while none changes, nothing is built
+again.
 """
 
 from __future__ import annotations
@@ -76,7 +77,7 @@ def build(emulation: bool = False, architectures: tuple[str, ...] = ARCHITECTURE
     into.mkdir(parents=True, exist_ok=True)
     with open(into / ".lock", "w") as lock, tempfile.TemporaryDirectory(dir=into) as scratch:
         fcntl.flock(lock, fcntl.LOCK_EX)  # the second of two processes finds what the first has built
-        if library.exists() and beside.exists() and json.loads(beside.read_text()) == made:
+        if _is_built(library, beside, made):
             return library
         kernel, bindings, linked = (Path(scratch) / name for name in ("halo.o", "bindings.o", library.name))
         binding = ["-isystem", f"{torch}/include", "-c", f"{SOURCES}/bindings.cpp", "-o", str(bindings)]
@@ -92,9 +93,23 @@ def build(emulation: bool = False, architectures: tuple[str, ...] = ARCHITECTURE
             link = [nvcc, "-Xlinker", "--no-as-needed"]
         objects = [str(kernel), str(bindings)]
         run([*link, "-shared", *objects, "-o", str(linked), f"-L{torch}/lib", "-ltorch", "-ltorch_cpu"])
+        described = Path(scratch) / beside.name
+        described.write_text(json.dumps({**made, "sha256": digest(linked)}) + "\n")
         linked.replace(library)
-        beside.write_text(json.dumps(made) + "\n")
+        described.replace(beside)  # between the two, the digest says that they do not belong together
     return library
+
+
+def digest(path: Path) -> str:
+    """Of a file's content, as the package checks it before it loads the library."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _is_built(library: Path, beside: Path, made: dict) -> bool:
+    try:
+        return json.loads(beside.read_text()) == {**made, "sha256": digest(library)}
+    except (OSError, ValueError, RecursionError):
+        return False
 
 
 def main() -> int:

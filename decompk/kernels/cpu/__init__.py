@@ -9,13 +9,14 @@ import os
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ...cache import folder, processor
+from ... import cache
 from ...config import Problem
 from ...errors import BackendError
 
@@ -53,19 +54,80 @@ def why_not() -> str | None:
     if torch.version.hip is not None or os.name != "posix" or os.uname().sysname != "Linux":
         return "they are built on Linux alone"
     try:
-        _library()
+        _opened()
     except (OSError, subprocess.SubprocessError) as error:
-        return str(error)
+        return _reason(error)
     return None
 
 
-@functools.cache
+def where() -> str:
+    """Where the library is, and why it is not in the cache where it is not. Raises what `why_not` says."""
+    return _opened()[1]
+
+
 def _library() -> ctypes.CDLL:
-    library = ctypes.CDLL(str(build(folder())))
-    _keep_freed_memory()
+    return _opened()[0]
+
+
+@functools.cache
+def _opened() -> tuple[ctypes.CDLL, str]:
+    """The library and where it is: from the cache, built if there is none that is whole and loads; else a private one.
+
+    Raises OSError and SubprocessError where none can be built, or what was built does not load.
+    """
+    compiler = _compiler()
+    path = cache.folder() / _name(compiler)
+    made = None
+    try:
+        cache.prepare(path.parent)
+        with cache.lock(path):  # the second of two processes finds what the first has built
+            was = ""
+            try:
+                return _loaded(path, cache.read_code(path)), f"in {path}"
+            except FileNotFoundError:
+                pass
+            except OSError as error:
+                was = f", built again: {_reason(error)}"
+            made = _compiled(path.parent if cache.alone(path.parent) else None, path.name)
+            cache.write_code(path, made)
+            return _loaded(path, made), f"in {path}{was}"
+    except (OSError, subprocess.SubprocessError) as error:
+        unusable = _reason(error)
+    library = _loaded_alone(path.name, made or _compiled(None, path.name))
+    return library, f"built for this process alone: {path.parent} cannot be used ({unusable})"
+
+
+def _reason(error: Exception) -> str:
+    """What an error says, without its number."""
+    if not isinstance(error, OSError) or error.strerror is None:
+        return str(error)
+    return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+
+
+def _loaded(path: Path, content: bytes) -> ctypes.CDLL:
+    """The library at `path`, which has been read: a copy of it where others could exchange it in between."""
+    return _load(path) if cache.alone(path.parent) else _loaded_alone(path.name, content)
+
+
+def _loaded_alone(name: str, content: bytes) -> ctypes.CDLL:
+    # A library that is loaded needs its file no more.
+    with tempfile.TemporaryDirectory(prefix="decompk-", ignore_cleanup_errors=True) as private:
+        path = Path(private) / name
+        path.write_bytes(content)
+        return _load(path)
+
+
+def _load(path: Path) -> ctypes.CDLL:
+    try:
+        library = ctypes.CDLL(str(path))
+    except OSError as error:
+        raise OSError(f"the library does not load: {error}") from error
     for name, signature in _SIGNATURES.items():
+        if not hasattr(library, name):
+            raise OSError(f"the library has no function {name}")
         function = getattr(library, name)
         function.argtypes, function.restype = signature, None
+    _keep_freed_memory()
     return library
 
 
@@ -88,40 +150,50 @@ def _keep_freed_memory() -> None:
             mallopt(option, value)
 
 
-def build(into: Path) -> Path:
-    """The shared library in folder `into`, compiled unless it is there. Raises OSError where that cannot be done."""
+def _compiler() -> str:
     compiler = os.environ.get("CXX") or next(filter(None, map(shutil.which, COMPILERS)), None)
     if compiler is None:
         raise FileNotFoundError(f"there is no C++ compiler ({', '.join(COMPILERS)}, or CXX): install one, such as g++")
-    sources = sorted(SOURCES.glob("*.cpp"))
-    contents = hashlib.sha256(repr((compiler, FLAGS, processor())).encode())
-    for source in (*sources, *sorted(SOURCES.glob("*.h"))):
+    return compiler
+
+
+def _name(compiler: str) -> str:
+    """The library's name in the cache: of all that decides what is in it."""
+    contents = hashlib.sha256(repr((compiler, FLAGS, cache.processor())).encode())
+    for source in (*sorted(SOURCES.glob("*.cpp")), *sorted(SOURCES.glob("*.h"))):
         contents.update(source.read_bytes())
-    library = into / f"cpu-{contents.hexdigest()[:16]}.so"
-    if library.exists():
-        return library
-    import fcntl  # of Unix alone
-
-    into.mkdir(parents=True, exist_ok=True)
-    with open(into / ".lock", "w") as lock, tempfile.TemporaryDirectory(dir=into) as scratch:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # the second of two processes finds what the first has built
-        if not library.exists():
-            made = Path(scratch) / library.name
-            objects = []
-            for source in sources:
-                objects.append(str(Path(scratch) / source.with_suffix(".o").name))
-                _run([compiler, *FLAGS, "-c", str(source), "-o", objects[-1]])
-            # Linked without -fopenmp: its symbols are then torch's own, and so are its threads.
-            _run([compiler, "-shared", *objects, "-o", str(made)])
-            made.replace(library)
-    return library
+    return f"cpu-{contents.hexdigest()[:16]}.so"
 
 
-def _run(command: list[str]) -> None:
-    found = subprocess.run(command, capture_output=True, text=True, timeout=300)
+def _compiled(place: Path | None, name: str) -> bytes:
+    """The library, built in a folder of its own in `place`, by default where temporary files belong."""
+    with tempfile.TemporaryDirectory(prefix=f".{name}.", dir=place, ignore_cleanup_errors=True) as scratch:
+        library = Path(scratch) / name
+        build(library)
+        return library.read_bytes()
+
+
+def build(library: Path, flags: Sequence[str] = FLAGS, linking: Sequence[str] = ()) -> None:
+    """Compile the sources into the shared library `library`; all that is left on the way lies in its folder.
+
+    flags: for the compiler; linking: for the linker. Raises OSError and SubprocessError where that cannot be done.
+    """
+    compiler, objects = _compiler(), []
+    for source in sorted(SOURCES.glob("*.cpp")):
+        objects.append(str(library.with_name(f"{source.stem}.o")))
+        _run([compiler, *flags, "-c", str(source), "-o", objects[-1]], library.parent)
+    # Linked without -fopenmp: its symbols are then torch's own, and so are its threads.
+    _run([compiler, "-shared", *linking, *objects, "-o", str(library)], library.parent)
+
+
+def _run(command: list[str], scratch: Path) -> None:
+    """Run a compiler, which keeps its own temporary files in `scratch`, too."""
+    environment = {**os.environ, "TMPDIR": str(scratch), "LC_ALL": "C"}
+    found = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=300, env=environment)
     if found.returncode:
-        said = next((line for line in found.stderr.splitlines() if "error" in line), found.stderr[-200:]).strip()
-        raise OSError(f"{command[0]} failed: {said}")
+        lines = (line for line in found.stderr.splitlines() if "error" in line or "failed" in line)
+        said = next(lines, found.stderr[-200:]).strip()
+        raise OSError(f"{command[0]} failed: {said or f'exit status {found.returncode}'}")
 
 
 FORMS = ("direct", "winograd")
