@@ -44,12 +44,12 @@ def prepare(place: Path) -> None:
     """Make the folder unless it is there. Raises OSError, also where everyone may exchange what lies in it."""
     place.mkdir(mode=0o755, parents=True, exist_ok=True)
     found = place.stat()
+    if found.st_uid not in (os.geteuid(), 0):
+        raise OSError("it belongs to another user")
     if found.st_mode & OTHERS and not os.environ.get("DECOMPK_CACHE"):  # nobody shares it: an odd umask left it open
         with contextlib.suppress(OSError):
             place.chmod(stat.S_IMODE(found.st_mode) & ~OTHERS)
         found = place.stat()
-    if found.st_uid not in (os.geteuid(), 0):
-        raise OSError("it belongs to another user")
     if found.st_mode & stat.S_IWOTH and not found.st_mode & stat.S_ISVTX:
         raise OSError("every user can write it")
 
@@ -95,7 +95,7 @@ def write(path: Path, content: bytes) -> None:
 
 
 def read_code(path: Path) -> bytes:
-    """What `write_code` wrote: Raises OSError unless it is whole, and nobody else can write it."""
+    """What `write_code` wrote. Raises OSError unless it is whole, and nobody else can write it."""
     content, found = _read(path)
     if found.st_uid not in (os.geteuid(), 0) or found.st_mode & OTHERS:
         raise OSError("another user could have written it")

@@ -251,10 +251,11 @@ def test_wrong_files_end_in_one_sentence(tmp_path, capsys):
     other = json.loads((tmp_path / "good.json").read_text())
     (tmp_path / "text.json").write_text("no JSON")
     (tmp_path / "list.json").write_text("[]")
+    (tmp_path / "deep.json").write_text("[" * 10**5)
     (tmp_path / "other.json").write_text(json.dumps({**other, "benchmarks": [{"extra_info": {}}]}))
     (tmp_path / "half.json").write_text(json.dumps({**other, "benchmarks": [{"extra_info": {"part": "training"}}]}))
     (tmp_path / "machine.json").write_text(json.dumps({**other, "machine_info": {}}))
-    for name in ("absent.json", "text.json", "list.json", "other.json", "half.json", "machine.json", "."):
+    for name in ("absent.json", "text.json", "list.json", "deep.json", "other.json", "half.json", "machine.json", "."):
         out = tmp_path / "page" / "README.md"
         assert main(["bench-report", str(tmp_path / name), "--out", str(out)]) == 2, name
         said = capsys.readouterr().err

@@ -717,9 +717,12 @@ def test_the_command_trains_every_variant_and_goes_on_where_it_was(tmp_path, cap
     assert capsys.readouterr().out.strip().endswith(run.summary_of(out).to_csv().strip())
     assert main([*command[:-1], "2,1,1", "--seeds", "0"]) == 2
     assert "other settings" in capsys.readouterr().err
-    (out / "result.json").write_text("{")
-    assert main([*command, "--seeds", "0"]) == 2
-    assert "damaged" in capsys.readouterr().err
+    for text in ("{", "5", "{}", '{"runs": 5}', "[" * 10**5):
+        (out / "result.json").write_text(text)
+        assert main([*command, "--seeds", "0"]) == 2
+        assert "damaged" in capsys.readouterr().err
+        assert main(["report", "--splitnet", str(out)]) == 2
+        assert "holds no result" in capsys.readouterr().err
     assert main(["report", "--splitnet", str(tmp_path)]) == 2
     assert "holds no result" in capsys.readouterr().err
 

@@ -299,9 +299,11 @@ def test_a_folder_that_holds_a_training_is_neither_overwritten_nor_resumed_as_an
     np.savez(tmp_path / "other.npz", **{**data, "y_train": data["y_train"][::-1]})
     with pytest.raises(CheckpointError, match=r"holds another training: its (data|fingerprint) is"):
         train.train(small(random=False), str(tmp_path / "other.npz"), out, resume=True, report=False)
-    (out / "run.json").write_text("{")
-    with pytest.raises(CheckpointError, match=r"run\.json cannot be read"):
-        train.train(small(random=False), digits, out, resume=True, report=False)
+    known = json.loads((out / "run.json").read_text())
+    for text in ("{", "[" * 10**5, *(json.dumps({**known, key: 5}) for key in ("data", "recipe", "identity"))):
+        (out / "run.json").write_text(text)
+        with pytest.raises(CheckpointError, match=r"run\.json cannot be read"):
+            train.train(small(random=False), digits, out, resume=True, report=False)
     assert all(torch.equal(before[key], value) for key, value in weights_of_members(out).items())
 
 
@@ -391,6 +393,14 @@ def test_a_bad_checkpoint_is_refused_by_name_and_the_one_before_it_used(
     for name in ("members", "composed", "global"):
         one, other = (torch.load(o / "seed0" / f"{name}.pt", weights_only=True) for o in (whole, out))
         assert all(torch.equal(one[key], other[key]) for key in one), name
+
+
+def test_a_damaged_head_of_a_checkpoint_is_named(tmp_path):
+    sizes = (f'{{"sha256": 1, "bytes": {size}, "run": {{}}}}' for size in ("[]", "1e999"))
+    for head in ("", "null", "[" * 10**5, "{}", *sizes):
+        (tmp_path / "step-1.ckpt").write_bytes(checkpoint.MAGIC + head.encode() + b"\n")
+        with pytest.raises(CheckpointError, match=r"step-1\.ckpt has a damaged head"):
+            checkpoint.read(tmp_path / "step-1.ckpt", {})
 
 
 def test_with_no_usable_checkpoint_left_nothing_is_thrown_away(digits, tmp_path, monkeypatch):

@@ -291,7 +291,7 @@ def _read(path: Path) -> Run:
         run.made_with()
     except OSError as error:
         raise DecompkError(f"{path} cannot be read: {error.strerror}.") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DecompkError(
             f"{path} is no result of the bench: {type(error).__name__} {error}; make one with "
             "`pytest bench --benchmark-only`."

@@ -101,7 +101,7 @@ def summary_of(out: Path) -> Table:
     try:
         known = json.loads((out / "result.json").read_text())
         return summary(known)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DecompkError(f"{str(out)!r} holds no result of `decompk split`.") from error
 
 
@@ -122,9 +122,10 @@ class _Run:
             if not (self.out / "result.json").exists():
                 return fresh
             before = dict(json.loads((self.out / "result.json").read_text()))
+            dict(before["runs"])
         except OSError as error:
             raise DecompkError(f"{str(self.out)!r} cannot be used as a folder ({error.strerror}).") from error
-        except (ValueError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise DecompkError(
                 f"{str(self.out / 'result.json')!r} is damaged: remove it or give another folder."
             ) from error

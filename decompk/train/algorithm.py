@@ -273,8 +273,10 @@ def begun(out: Path) -> dict[str, Any]:
     """What run.json in `out` says: "data", "recipe" and "identity". Raises CheckpointError where it is damaged."""
     try:
         found = json.loads((out / "run.json").read_text())
+        if [type(found[key]) for key in ("data", "recipe", "identity")] != [str, dict, dict]:
+            raise TypeError("values of other types")
         return {key: found[key] for key in ("data", "recipe", "identity")}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{out / 'run.json'} cannot be read; nothing there says what to resume.") from error
 
 

@@ -76,8 +76,8 @@ def read(path: Path, run: dict[str, Any]) -> dict[str, Any]:
     line, _, payload = content[len(MAGIC) :].partition(b"\n")
     try:
         head = json.loads(line)
-        expected, size, theirs = head["sha256"], head["bytes"], dict(head["run"])
-    except (ValueError, KeyError, TypeError) as error:
+        expected, size, theirs = head["sha256"], int(head["bytes"]), dict(head["run"])
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise CheckpointError(f"{name} has a damaged head.") from error
     if len(payload) != size:
         raise CheckpointError(f"{name} is truncated: {len(payload):,} of {size:,} bytes are there.")

@@ -123,9 +123,9 @@ def _load(path: Path) -> ctypes.CDLL:
     except OSError as error:
         raise OSError(f"the library does not load: {error}") from error
     for name, signature in _SIGNATURES.items():
-        if not hasattr(library, name):
+        function = getattr(library, name, None)
+        if function is None:
             raise OSError(f"the library has no function {name}")
-        function = getattr(library, name)
         function.argtypes, function.restype = signature, None
     _keep_freed_memory()
     return library
@@ -169,11 +169,11 @@ def _compiled(place: Path | None, name: str) -> bytes:
     """The library, built in a folder of its own in `place`, by default where temporary files belong."""
     with tempfile.TemporaryDirectory(prefix=f".{name}.", dir=place, ignore_cleanup_errors=True) as scratch:
         library = Path(scratch) / name
-        build(library)
+        build(library, FLAGS)
         return library.read_bytes()
 
 
-def build(library: Path, flags: Sequence[str] = FLAGS, linking: Sequence[str] = ()) -> None:
+def build(library: Path, flags: Sequence[str], linking: Sequence[str] = ()) -> None:
     """Compile the sources into the shared library `library`; all that is left on the way lies in its folder.
 
     flags: for the compiler; linking: for the linker. Raises OSError and SubprocessError where that cannot be done.
