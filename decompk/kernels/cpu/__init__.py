@@ -65,6 +65,7 @@ def where() -> str:
     return _opened()[1]
 
 
+@functools.cache
 def _library() -> ctypes.CDLL:
     return _opened()[0]
 
