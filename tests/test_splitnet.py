@@ -781,6 +781,9 @@ def test_a_run_stopped_anywhere_goes_on_to_the_same_bits(tmp_path, capsys, monke
         torch.load(tmp_path / f / "history/shallow-overlap-simplex.pt", weights_only=True) for f in ("whole", "often")
     ]
     assert frames[0][0] == frames[1][0] and torch.equal(frames[0][1], frames[1][1])
+    (tmp_path / "whole/history/shallow-overlap-simplex.pt").write_bytes(b"cut short")
+    assert main([*command, str(tmp_path / "whole")]) == 2
+    assert "is damaged: remove it" in capsys.readouterr().err
 
 
 def test_a_random_split_of_the_paper_keeps_what_its_table_says():

@@ -26,7 +26,7 @@ from ..progress import bar
 from ..report.figure import new_figure
 from ..report.table import Table
 from ..train.augment import Augment, normalise
-from ..train.checkpoint import Checkpoints, dump, write_atomically
+from ..train.checkpoint import Checkpoints, dump, load, write_atomically
 from ..train.data import Dataset, epoch_order, open_data, seed_of
 from ..train.evaluate import evaluate
 from ..train.loop import Interrupted
@@ -300,14 +300,24 @@ class _Run:
     def _history(self, variant: Variant) -> Path:
         return self.out / "history" / f"{variant.slug}.pt"
 
+    def _frames(self, variant: Variant) -> tuple[list[int], Tensor]:
+        """What `_keep` kept of a variant."""
+        try:
+            steps, values = load(self._history(variant).read_bytes())
+            return steps, values.float()
+        except Exception as error:  # torch.load refuses what is damaged in many classes
+            raise DecompkError(
+                f"{str(self._history(variant))!r} is damaged: remove it to draw the others without it."
+            ) from error
+
     def _draw_assignments(self) -> None:
         found = {}
         for variant in self.chosen:
             if variant.learned and self._history(variant).exists():
-                steps, values = torch.load(self._history(variant), weights_only=True)
+                steps, values = self._frames(variant)
                 kind = "reduced gradient" if variant.simplex else "softmax"
                 title = f"{variant.setting}, {kind}{', frozen' if variant.overlap else ''}"
-                found[title] = steps, values.float().numpy()
+                found[title] = steps, values.numpy()
         if found:
             draw_assignments(found, self.out / "assignments.png")
 
