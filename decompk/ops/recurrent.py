@@ -163,7 +163,7 @@ class _Recurrence(torch.autograd.Function):
                 (i, f, n, o), (di, df, dn, do) = opened[t].split(H, -1), dgates[t].split(H, -1)
                 dc += _through_tanh(dh * o, squashed[t])
                 torch.mul(dc, i, out=dn).mul_(2)
-                torch.mul(dc, n, out=di).mul_(2).sub_(dc)
+                torch.mul(n, 2, out=di).sub_(1).mul_(dc)
                 torch.mul(dc, cells[t - 1] if t else c, out=df)
                 torch.mul(dh, squashed[t], out=do)
                 _through_sigmoid(dgates[t], opened[t], out=dgates[t])
@@ -219,5 +219,5 @@ def _through_sigmoid(grad: Tensor, y: Tensor, out: Tensor) -> Tensor:
 
 
 def _through_relu(grad: Tensor, y: Tensor, out: Tensor) -> Tensor:
-    """grad where y > 0"""
-    return torch.mul(grad, y > 0, out=out)
+    """grad but where y <= 0"""
+    return torch.ops.aten.threshold_backward.grad_input(grad, y, 0, grad_input=out)
