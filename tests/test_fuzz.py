@@ -17,7 +17,7 @@ needs_kernels = pytest.mark.skipif(cpu.why_not() is not None, reason=f"no C++ ke
 
 
 def test_random_problems_are_right_on_every_backend():
-    counts, failing = fuzz.search(range(300), seconds=60, names=list(fuzz.OPS))
+    counts, failing = fuzz.search(range(700), seconds=60, names=list(fuzz.OPS))
     assert not failing
     assert counts["problems"] > 200 and counts["refused"] < counts["problems"] / 10
 

@@ -1,4 +1,4 @@
-"""tools/sanitize.py: the CPU kernels pass under the sanitizers, and kernels with a fault put in do not."""
+"""tools/sanitize.py: the C++ kernels pass under the sanitizers, and kernels with a fault put in do not."""
 # ruff: noqa: E402 (the tools stand beside the package)
 
 import sys
@@ -24,7 +24,7 @@ def built(sanitizer, into, sources=()):
 
 @pytest.mark.parametrize("sanitizer", sanitize.SANITIZERS)
 def test_random_problems_overrun_nothing_race_nowhere_and_are_right(sanitizer, tmp_path):
-    found = sanitize.search(built(sanitizer, tmp_path), THREADS, range(60), seconds=20)
+    found = sanitize.search(sanitizer, built(sanitizer, tmp_path), THREADS, range(60), seconds=20)
     assert found.problems and not found.reports and not found.faults
 
 
@@ -42,7 +42,7 @@ def test_a_fault_put_in_is_found(sanitizer, file, code, broken, said, tmp_path, 
         assert code in text or source.name != file
         (tmp_path / source.name).write_text(text.replace(code, broken) if source.name == file else text)
     program = built(sanitizer, tmp_path, tuple(sorted(tmp_path.glob("*.cpp"))))
-    found = sanitize.search(program, THREADS, range(30), seconds=20)
+    found = sanitize.search(sanitizer, program, THREADS, range(30), seconds=20)
     assert found.reports + found.faults
     first = capsys.readouterr().out.splitlines()[0]
     assert said in first and first.startswith("seed ")

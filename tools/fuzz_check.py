@@ -203,9 +203,10 @@ def _error(
     """Our and torch's error; raises Wrong where fewer or more values than torch's are not finite, and may not be."""
     if found.shape != torchs.shape or found.dtype != torchs.dtype:
         raise Wrong(f"{name} is {tuple(found.shape)} {found.dtype}, torch's {tuple(torchs.shape)} {torchs.dtype}")
+    # oneDNN multiplies zeros that fill its registers in halves; float64 does not.
+    alike = any(torch.equal(_special(found), _special(t)) for t in (torchs, reference.to(torchs.dtype)))
     missing, added = (~a.isfinite() & b.isfinite() for a, b in ((torchs, found), (found, torchs)))
-    alike = fewer or more or torch.equal(_special(found), _special(torchs))
-    if not alike or (missing.any() and not fewer) or (added.any() and not more):
+    if not alike and not ((fewer or not missing.any()) and (more or not added.any()) and (fewer or more)):
         told = (f"{int(t.isnan().sum())} NaN and {int(t.isinf().sum())} infinities" for t in (found, torchs))
         raise Wrong(f"{name} has {next(told)}, torch's {next(told)}, or not in the same places")
     kept = torchs.isfinite() & found.isfinite() & reference.isfinite()

@@ -189,27 +189,15 @@ def _near_zero(p: Problem, t: Tensors) -> Tensor:
 
 
 SAME = dict(fewer=(), more=())  # no padding, whose zeros are multiplied or not
+SATURATING = ("mean10", "mean100", "mean1000", "1e30")  # of gates
+PACKED_ON = {"default": 3, "torch": 1}
 OPS = {
     "batch_norm": Op(draw_norm, NORM, norm_inputs, norm, norms, {"default": 1, "triton": 0.05}, HOT, **SAME),
     "batch_norm on_cpu": Op(draw_norm, NORM, norm_inputs, norm_on_cpu, norms, {"cpu": 1}, HOT, ("float32",), **SAME),
     "packed batch_norm": Op(
-        draw_packed,
-        PACKED,
-        packed_inputs,
-        packed_norm,
-        separate_norms,
-        {"default": 3, "torch": 1},
-        dtypes=FLOATS,
-        **SAME,
+        draw_packed, PACKED, packed_inputs, packed_norm, separate_norms, PACKED_ON, dtypes=FLOATS, **SAME
     ),
     "recurrence": Op(
-        draw_recurrent,
-        RECURRENT,
-        recurrent_inputs,
-        together,
-        in_turn,
-        {"default": 1},
-        dtypes=FLOATS,
-        exempt=("mean10", "mean100", "mean1000", "1e30"),  # they saturate its gates
+        draw_recurrent, RECURRENT, recurrent_inputs, together, in_turn, {"default": 1}, dtypes=FLOATS, exempt=SATURATING
     ),
 }

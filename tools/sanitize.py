@@ -1,10 +1,11 @@
-"""Random problems for the CPU kernels under AddressSanitizer with UBSan, and under ThreadSanitizer.
+"""Random problems for the C++ kernels under AddressSanitizer with UBSan, and under ThreadSanitizer.
 
-    python tools/sanitize.py [--seconds S | --problems N] [--seed N] [--only address|thread] [--threads 1,2,4]
+    python tools/sanitize.py [--seconds S | --problems N] [--seed N] [--only address|thread|halo] [--threads 1,2,4]
 
-tools/sanitize.cpp, linked with decompk/kernels/cpu/*.cpp, runs them: see there what it checks beside. Each problem has
-a seed of its own, counted up from --seed, so `--seed N --problems 1` repeats one. Exit codes: 0 nothing was found, 1
-something was, 2 there is no g++ or it has no sanitizers.
+tools/sanitize.cpp, linked with decompk/kernels/cpu/*.cpp, runs them under either; tools/sanitize_halo.cpp, the kernel of
+csrc/ on the host, under the first ("halo"): see there what they check beside. Each problem has a seed of its own,
+counted up from --seed, so `--seed N --problems 1` repeats one. Exit codes: 0 nothing was found, 1 something was, 2
+there is no g++ or it has no sanitizers.
 """
 
 from __future__ import annotations
@@ -27,10 +28,14 @@ import build_ext
 
 from decompk.config import PASSES, Problem
 from decompk.kernels import cpu
+from decompk.kernels.conv import halo
 
-SANITIZERS = {"address": "address,undefined", "thread": "thread"}
-FLAGS = ("-O1", "-g1", "-DPOISON", "-fno-omit-frame-pointer", "-fno-sanitize-recover=all")
-OPTIONS = {"ASAN_OPTIONS": "detect_stack_use_after_return=1", "TSAN_OPTIONS": "halt_on_error=1"}
+SANITIZERS = {"address": "address,undefined", "thread": "thread", "halo": "address,undefined"}
+FLAGS = ("-g1", "-fno-omit-frame-pointer", "-fno-sanitize-recover=all")
+CPU_FLAGS = ("-O1", "-DPOISON")
+HALO_FLAGS = ("-std=c++17", "-O0", *build_ext.EMULATION_FLAGS[1:])  # -O0 compiles twice as fast
+# The emulation's fibers have stacks of their own, which AddressSanitizer takes for returned from.
+OPTIONS = {"ASAN_OPTIONS": "detect_stack_use_after_return=0", "TSAN_OPTIONS": "halt_on_error=1"}
 PATIENCE_S = 60  # for one problem
 ANSWER = "answer: "
 
@@ -51,10 +56,11 @@ class Found:
 # ---- problems -------------------------------------------------------------------------------------------------------
 
 
-def line_of(seed: int) -> str:
-    """The problem of this seed, as tools/sanitize.cpp reads it."""
+def line_of(seed: int, sanitizer: str) -> str:
+    """The problem of this seed, as the driver reads it."""
     rng = random.Random(seed)
-    return f"{seed} {_conv(rng) if rng.random() < 0.75 else _norm(rng)}"
+    draw = _halo if sanitizer == "halo" else _conv if rng.random() < 0.75 else _norm
+    return f"{seed} {draw(rng)}"
 
 
 def _conv(rng: random.Random) -> str:
@@ -92,18 +98,37 @@ def _norm(rng: random.Random) -> str:
     return f"norm {' '.join(map(str, values))}"
 
 
+def _halo(rng: random.Random) -> str:
+    while True:
+        C, O = (rng.choice((1, 3, 4, 5, 8, 12, 16, 24, 32, 48, 64)) for _ in "CO")
+        sides, stride, padding = (
+            [rng.randint(1, 12) for _ in "HW"],
+            rng.choice((1, 2)),
+            [rng.randint(0, 2) for _ in "HW"],
+        )
+        shape = (rng.randint(1, 3), rng.randint(1, 4), C, O, *sides, (3, 3), (stride, stride), tuple(padding))
+        p = Problem("fprop", "bfloat16", *shape)
+        if min(p.out_size) > 0 and p.K * p.N * C * O * p.out_size[0] * p.out_size[1] < 2e5:
+            break
+    config = rng.choice([config for config in halo.configs(p) if halo.why_not(p, config) is None])
+    flags = [rng.randint(0, 1) for _ in range(7)]
+    return " ".join(map(str, (rng.randint(0, 1), *shape[:6], stride, *padding, *config.tile, config.warps, *flags)))
+
+
 # ---- the driver -----------------------------------------------------------------------------------------------------
 
 
 def build(sanitizer: str, into: Path, sources: tuple[Path, ...] = ()) -> Path:
-    """The driver with the CPU kernels, or with `sources` in their place. Raises Unavailable where there is no such."""
+    """The driver with its kernels, or with `sources` in their place. Raises Unavailable where there is no such."""
     gxx, sanitize = os.environ.get("CXX") or "g++", f"-fsanitize={SANITIZERS[sanitizer]}"
     try:
         build_ext.run([gxx, sanitize, "-shared", "-x", "c++", os.devnull, "-o", str(into / "trial")])
     except (OSError, build_ext.BuildError):
         raise Unavailable(f"'{gxx} {sanitize}' does not work here: install g++ and its libraries for it.") from None
-    flags = [flag for flag in cpu.FLAGS if flag not in ("-O3", "-fPIC")]
+    flags = [*(flag for flag in cpu.FLAGS if flag not in ("-O3", "-fPIC")), *CPU_FLAGS]
     sources = (*(sources or sorted(cpu.SOURCES.glob("*.cpp"))), ROOT / "tools/sanitize.cpp")
+    if sanitizer == "halo":
+        flags, sources = HALO_FLAGS, (ROOT / "tools/sanitize_halo.cpp",)
     objects = [str(into / f"{source.stem}-{sanitizer}.o") for source in sources]
     build_ext.run(
         *([gxx, *flags, *FLAGS, sanitize, "-c", str(s), "-o", o] for s, o in zip(sources, objects, strict=True))
@@ -135,13 +160,14 @@ class Driver:
         if not select.select([self._process.stdout], [], [], PATIENCE_S)[0]:
             self._end()
             return f"no answer within {PATIENCE_S} s", False
-        answer = self._process.stdout.readline()
-        if answer.startswith(ANSWER):
-            return answer.removeprefix(ANSWER).strip(), False
-        said = [answer, *self._process.stdout]  # until it has ended
+        said = []
+        for part in self._process.stdout:
+            if part.startswith(ANSWER):
+                return part.removeprefix(ANSWER).strip(), False
+            said.append(part)
         telling = [part for part in said if "SUMMARY:" in part or "runtime error:" in part]
         self._end()
-        return (telling or said)[-1].strip() or "ended without a word", True
+        return (telling or said or ["it ended without a word"])[-1].strip(), True
 
     def _end(self) -> None:
         if self._process is not None:
@@ -150,14 +176,14 @@ class Driver:
         self._process = None
 
 
-def search(program: Path, threads: list[int], seeds: range, seconds: float) -> Found:
+def search(sanitizer: str, program: Path, threads: list[int], seeds: range, seconds: float) -> Found:
     """Run the problems of `seeds` for at most so many seconds; says on stdout which fail."""
     found, end = Found(), time.monotonic() + seconds
     with Driver(program, threads) as driver:
         for seed in seeds:
             if time.monotonic() > end:
                 break
-            line = line_of(seed)
+            line = line_of(seed, sanitizer)
             wrong, reported = driver.ask(line)
             found.problems += 1
             found.reports += bool(wrong) and reported
@@ -169,7 +195,7 @@ def search(program: Path, threads: list[int], seeds: range, seconds: float) -> F
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seconds", type=float, default=60.0, help="of running, for each of the sanitizers")
+    parser.add_argument("--seconds", type=float, default=60.0, help="of running, for each of the three")
     parser.add_argument("--problems", type=int, default=10**9, help="at most so many for each")
     parser.add_argument("--seed", type=int, default=0, help="of the first problem")
     parser.add_argument("--only", choices=SANITIZERS)
@@ -184,7 +210,7 @@ def main(arguments: list[str] | None = None) -> int:
                 print(error, file=sys.stderr)
                 return 2
             threads = [int(count) for count in args.threads.split(",")]
-            found = search(program, threads, range(args.seed, args.seed + args.problems), args.seconds)
+            found = search(sanitizer, program, threads, range(args.seed, args.seed + args.problems), args.seconds)
             print(f"{sanitizer}: {found.problems} problems, {found.reports} reports, {found.faults} faults")
             wrong |= bool(found.reports or found.faults)
     return int(wrong)
