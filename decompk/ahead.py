@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from .threads import one_at_a_time
+
 if TYPE_CHECKING:
     from .kernels.launch import Launch
 
@@ -47,7 +49,7 @@ def launches_of(net: nn.Module, run: Callable[[], Any]) -> list[Launch]:
     from .kernels.launch import recording
 
     cards = {p.device for p in net.parameters() if p.device.type == "cuda"}
-    with torch.random.fork_rng(list(cards)), kept_buffers(net), recording() as launches:
+    with one_at_a_time(), torch.random.fork_rng(list(cards)), kept_buffers(net), recording() as launches:
         run()
     return launches
 

@@ -20,6 +20,7 @@ from .packed import Packed, pack
 from .partition import Crop, Part, Partitions, by, make_crops
 from .shell import Buffer, Rewritten, edited
 from .sizes import Found, check_form, find_size, refuse_size, same_members
+from .threads import one_at_a_time
 
 if TYPE_CHECKING:
     from .report.decomposition import Report
@@ -213,12 +214,13 @@ class Decomposition:
 
         Every leaf draws its own `reset_parameters`; weights are then scaled so that std · √fan_in is the global
         network's, and what is constant there (biases at 0, norms at 1) stays so: the author's initialisation is
-        kept whatever its law. With a seed the global random state is left alone.
+        kept whatever its law. With a seed the global random state is left alone, from which no other thread may draw
+        meanwhile.
         """
         each = isinstance(seed, Sequence)
         if each and len(seed) != self.K:
             raise DecompkError(f"{len(seed)} seeds were given for {self.K} sub-networks; give one number, or one each.")
-        with torch.random.fork_rng(devices=[], enabled=seed is not None):
+        with one_at_a_time(), torch.random.fork_rng(devices=[], enabled=seed is not None):
             members = []
             for k in range(self.K):
                 if each or (seed is not None and k == 0):

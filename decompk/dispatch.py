@@ -67,13 +67,13 @@ def backend(name: str) -> Iterator[None]:
         reason = extension.why_not(name)
     if reason:
         raise BackendError(f"backend '{name}' cannot run here: {reason}.")
-    token, before = _forced.set(name), _traced.name
+    token = _forced.set(name)
     _traced.name = name
     try:
         yield
     finally:
-        _traced.name = before
         _forced.reset(token)
+        _traced.name = _forced.get()  # not what it was before, which another thread may have set
 
 
 def _check_backend(name: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,6 +18,7 @@ from .errors import DecompkError
 from .graph import in_mode
 from .ops.conv import operands
 from .ops.layout import ohwi
+from .threads import one_at_a_time
 
 if TYPE_CHECKING:
     from .report.table import Table
@@ -107,7 +109,7 @@ def convolutions(net: nn.Module, x: Tensor | None = None) -> list[tuple[str, Pro
     """(layer, its fprop Problem) of every decompk convolution that one forward of `net` runs, in order."""
     x = _default_input(net) if x is None else x
     found: list[tuple[str, Problem]] = []
-    current = [""]
+    current, thread = [""], threading.get_ident()
 
     class Watch(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -123,14 +125,16 @@ def convolutions(net: nn.Module, x: Tensor | None = None) -> list[tuple[str, Pro
             return out
 
     def enter(module: nn.Module, args: tuple) -> None:
-        current[0] = getattr(module, "_twin_path", current[0])
+        if threading.get_ident() == thread:  # the hook is the process's
+            current[0] = getattr(module, "_twin_path", current[0])
 
-    hook = nn.modules.module.register_module_forward_pre_hook(enter)
-    try:
-        with in_mode(net, False), torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True) as mode, Watch():
-            net(mode.from_tensor(x))
-    finally:
-        hook.remove()
+    with one_at_a_time():
+        hook = nn.modules.module.register_module_forward_pre_hook(enter)
+        try:
+            with in_mode(net, False), torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True) as mode, Watch():
+                net(mode.from_tensor(x))
+        finally:
+            hook.remove()
     return found
 
 

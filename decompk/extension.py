@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from .errors import BackendError
+from .threads import once
 
 LIBRARIES = Path(__file__).parent / "lib"
 BUILD = {"cuda": "python tools/build_ext.py", "emulation": "python tools/build_ext.py --emulation"}
@@ -91,7 +92,7 @@ def _load(kind: str) -> str | None:
     return None
 
 
-@functools.cache
+@once
 def _define() -> torch.library.Library:
     definitions = torch.library.Library("decompk", "FRAGMENT")
     definitions.define(SCHEMA)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import operator
-import random
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -24,12 +23,14 @@ from .layers.conv import PackedConv2d
 from .layers.norm import PackedBatchNorm2d
 from .layers.per_member import PerMember
 from .layers.surgery import Changes
+from .layers.unseen import undrawn
 from .ops import on_cpu
 from .ops.conv import arguments
 from .ops.layout import output_shape
 from .packed import Packed
 from .partition import Crop
 from .shell import Rewritten, Shell
+from .threads import Tracer, one_at_a_time
 
 
 def fuse(net: Packed) -> Fused:
@@ -170,7 +171,7 @@ def _augmented(name: str, value: Any, other: Any) -> Any:
     return getattr(operator, name)(value, other)
 
 
-class _Tracer(fx.Tracer):
+class _Tracer(Tracer):
     """Twins and modules that run member by member stay whole; `entered` are the modules whose code is read."""
 
     proxy_buffer_attributes = True
@@ -183,10 +184,10 @@ class _Tracer(fx.Tracer):
     def is_leaf_module(self, module: nn.Module, qualified_name: str) -> bool:
         return isinstance(module, (Twin, PerMember)) or super().is_leaf_module(module, qualified_name)
 
-    def call_module(self, module: nn.Module, forward: Any, args: tuple, kwargs: dict) -> Any:
+    def called(self, module: nn.Module, forward: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         if not self.is_leaf_module(module, ""):
             self.entered[module] = None
-        return super().call_module(module, module.forward, args, kwargs)  # without its hooks
+        return super().called(module, module.forward, args, kwargs)  # without its hooks
 
     def proxy(self, node: fx.Node) -> _Proxy:
         return _Proxy(node, self)
@@ -216,13 +217,15 @@ def _read(net: nn.Module, training: bool) -> tuple[fx.Graph, list[nn.Module]]:
     if isinstance(net, Twin):
         raise UnsupportedOperation(f"the network is a single {net._twin_class.__name__}: there is nothing to fuse.")
     reader = _Reader(net)
-    attributes, drawn = set(vars(reader)), random.getstate()
+    attributes = set(vars(reader))
+
+    def read() -> tuple[_Tracer, fx.Graph]:
+        tracer = _Tracer(net)
+        return tracer, tracer.trace(reader)
+
     try:
-        with in_mode(net, training), torch.random.fork_rng(devices=[]):
-            state = torch.get_rng_state()
-            tracer = _Tracer(net)
-            graph = tracer.trace(reader)
-            draws = random.getstate() != drawn or not torch.equal(torch.get_rng_state(), state)
+        with one_at_a_time(), in_mode(net, training):
+            (tracer, graph), draws = undrawn(read)
     except UnsupportedOperation:
         raise
     except Exception as error:  # torch.fx raises whatever the traced code raised
@@ -231,12 +234,11 @@ def _read(net: nn.Module, training: bool) -> tuple[fx.Graph, list[nn.Module]]:
             f"torch.fx cannot trace {type(net).__name__}: {reason.rstrip('.')}; only networks of one input whose "
             "forward does not branch on tensor values can be fused."
         ) from error
-    finally:
-        random.setstate(drawn)
     if draws:
         raise UnsupportedOperation(
             f"{type(net).__name__}.forward draws a random number to decide what it does, which tracing would freeze: "
-            "name the module that does in pack(..., member_by_member=[...])."
+            "name the module that does in pack(..., member_by_member=[...]); if it does not, another thread drew from "
+            "Python's random meanwhile: fuse while none does."
         )
     if vars(reader).keys() - attributes:  # where torch.fx keeps tensors that forward makes
         raise UnsupportedOperation(

@@ -18,9 +18,11 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from . import threads
 from .branches import goes_on_with
 from .errors import DecompkError, UnsupportedOperation, brief
 from .layers.held import opaque, walked
+from .layers.unseen import undrawn
 
 # Subclasses of these stay whole even when they live outside torch.nn: a batch norm with an activation inside, a
 # weight-standardised convolution. Their parameters are known, their own forward code is not looked into.
@@ -38,7 +40,7 @@ PARAMETRIC = (
 )
 
 
-class _Tracer(fx.Tracer):
+class _Tracer(threads.Tracer):
     record_stack_traces = True
     proxy_buffer_attributes = True
 
@@ -122,8 +124,8 @@ def _is_fact(node: fx.Node) -> bool:
 
 
 def _line(stack: traceback.StackSummary) -> str:
-    """The innermost line outside torch and this file, as file.py:12."""
-    own = [frame for frame in stack if not frame.filename.startswith((_TORCH, __file__, "<"))] or stack
+    """The innermost line outside torch and what traces here, as file.py:12."""
+    own = [frame for frame in stack if not frame.filename.startswith((*_TRACING, "<"))] or stack
     return f"{os.path.basename(own[-1].filename)}:{own[-1].lineno}"
 
 
@@ -178,10 +180,14 @@ def trace(model: nn.Module, training: bool) -> fx.Graph:
                 f"{type(model).__name__}.forward needs '{name}' beside its first argument; only networks of one input "
                 "can be decomposed: give the others defaults."
             )
-    tracer = _Tracer()
+
+    def read() -> tuple[_Tracer, fx.Graph]:
+        tracer = _Tracer()
+        return tracer, tracer.trace(model, concrete_args=defaults or None)
+
     try:
-        with _as_it_was(model), in_mode(model, training), torch.random.fork_rng(devices=[]):
-            graph = tracer.trace(model, concrete_args=defaults or None)
+        with threads.one_at_a_time(), _as_it_was(model), in_mode(model, training):
+            (tracer, graph), _ = undrawn(read)
     except DecompkError:
         raise
     except Exception as error:  # torch.fx raises whatever the traced code raised
@@ -283,7 +289,7 @@ def _drop_fixed_arguments(graph: fx.Graph) -> None:
         graph.erase_node(node)
 
 
-_TORCH = os.path.dirname(torch.__file__) + os.sep  # torchvision lies beside it
+_TRACING = (os.path.dirname(torch.__file__) + os.sep, __file__, threads.__file__)  # torchvision lies beside torch
 
 
 def where(node: fx.Node) -> str:
@@ -296,7 +302,7 @@ def where(node: fx.Node) -> str:
     lines = [
         found
         for found in re.findall(r'File "([^"]+)", line (\d+)', node.stack_trace or "")
-        if not found[0].startswith(_TORCH)
+        if not found[0].startswith(_TRACING)
     ]
     if lines:
         file, line = lines[-1]

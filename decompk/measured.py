@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from . import cache
+from .threads import one_at_a_time
 
 if TYPE_CHECKING:
     from .config import Problem
@@ -43,14 +44,22 @@ def choose(problem: Problem, choices: Sequence[Choice], measure: bool = True) ->
 
     key = key_of(replace(problem, aligned=True, deterministic=False))
     file = path()
-    known = entries(file).get(key) or _not_kept.get((file, key), {})
+
+    def known_times() -> dict[str, float]:
+        return entries(file).get(key) or _not_kept.get((file, key), {})
+
+    known = known_times()
     forms = [choice.form for choice in choices if choice.form in known]
     if not forms:
         if not (measure and allowed()):
             return replace(choices[0], reason="not measured" if allowed() else "not measured: DECOMPK_MEASURE=0")
-        known = time_each(problem, [choice.form for choice in choices])
-        forms = list(known)
-        _keep(file, key, known)
+        with one_at_a_time():  # two that measure at once would measure each other
+            known = known_times()
+            forms = [choice.form for choice in choices if choice.form in known]
+            if not forms:
+                known = time_each(problem, [choice.form for choice in choices])
+                forms = list(known)
+                _keep(file, key, known)
     torchs = {choice.form for choice in choices if choice.backend == "torch"}
     fastest = min(forms, key=lambda form: known[form] / (MARGIN if form in torchs else 1))
     times = ", ".join(f"{form} {known[form]:.3g}" for form in sorted(forms, key=known.__getitem__))

@@ -28,6 +28,7 @@ from .layers.surgery import Changes, apart_for_once, member_alone, without_insid
 from .layers.unseen import possible, unseen
 from .partition import Part, by
 from .shell import Shell
+from .threads import one_at_a_time
 
 
 def pack(
@@ -172,12 +173,15 @@ class Packed(Shell):
     def forward(self, x: Any = _ABSENT, /, *args: Any, **kwargs: Any) -> Any:
         if self._crops != () or torch.compiler.is_compiling():
             return self._called(x, *args, **kwargs)
-        try:
-            return self._called(x, *args, **kwargs)
-        except Exception:  # whatever the members raise: a batch that they do not take shall not lay the crops for good
-            vars(self)["_crops"] = ()
-            self._decomposition.lift_crops()
-            raise
+        with one_at_a_time():
+            lays = self._crops == ()  # still: another thread may have laid them
+            try:
+                return self._called(x, *args, **kwargs)
+            except Exception:  # whatever members raise: a batch that they do not take shall not lay the crops for good
+                if lays:
+                    vars(self)["_crops"] = ()
+                    self._decomposition.lift_crops()
+                raise
 
     def _called(self, x: Any = _ABSENT, /, *args: Any, **kwargs: Any) -> Any:
         if args or kwargs or not isinstance(x, Tensor) or not x.dim():
@@ -344,7 +348,20 @@ class Packed(Shell):
     # ---- how a kind of call runs ------------------------------------------------------------------------------------
 
     def _way(self, kind: tuple, args: tuple, kwargs: dict[str, Any], tensors: Sequence[Tensor], shared: bool) -> Way:
-        """How a kind of call runs that is met for the first time; the network is changed where that is needed."""
+        """How a kind of call runs that is met for the first time; the network is changed where that is needed.
+
+        Of threads that meet it at once, the first finds out, and the others read what it found.
+        """
+        if torch.compiler.is_compiling():
+            return self._found_way(kind, args, kwargs, tensors, shared)
+        x = next(t for t in tensors if t.dim())
+        with one_at_a_time():
+            kind = self._in_full(kind[0], x.shape[0] if shared else x.shape[1], args, kwargs)  # another may be watched
+            return self._ways.get(kind) or self._found_way(kind, args, kwargs, tensors, shared)
+
+    def _found_way(
+        self, kind: tuple, args: tuple, kwargs: dict[str, Any], tensors: Sequence[Tensor], shared: bool
+    ) -> Way:
         x = next(t for t in tensors if t.dim())
         N = x.shape[0] if shared else x.shape[1]
         named = None if self._shared is None or len(tensors) == 1 else self._named_roles(args, kwargs, shared, N)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..dispatch import watched
 from ..errors import PackError
 from ..shell import Shell
+from ..threads import Turn
 from .base import Record, check_rows, deep_copy, split
 from .forward_code import attributes, is_plain_object, read_forward
 from .nest import leaves, spread, tree_map
@@ -48,7 +49,7 @@ class PerMember(Shell):
 
     def __init__(self, inner: nn.Module, K: int, path: str, reason: str, members: Sequence[nn.Module]):
         super().__init__(inner)
-        vars(self).update(_K=K, _path=path, _reason=reason, _members=list(members), _batch={})
+        vars(self).update(_K=K, _path=path, _reason=reason, _members=list(members), _batch={}, _turn=Turn())
         self._note()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -63,6 +64,12 @@ class PerMember(Shell):
 
     def _run(self, inputs: Sequence[Inputs], method: str = "") -> list:
         """What each member returns for its own arguments; of a module call, or of a method by name."""
+        if torch.compiler.is_compiling():
+            return self._run_in_turn(inputs, method)
+        with self._turn:  # members hold the slices of one call
+            return self._run_in_turn(inputs, method)
+
+    def _run_in_turn(self, inputs: Sequence[Inputs], method: str) -> list:
         self._bring_over()
         laid = self._lay_in()
         outputs, written = [], len(laid) < len(self._places)  # a member may fill a place that was empty

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import threading
 import traceback
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -19,17 +20,17 @@ from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..dispatch import backend
+from ..dispatch import resumed
 from ..errors import PackError
 from ..shell import Shell
 from .base import HOOKS, Twin, deep_copy, packed_batch, rehearsal_of
 from .forward_code import is_plain_object
 from .nest import leaves, tree_map
-from .numbers import Numbers, other_numbers
+from .numbers import DRAWS, Numbers, other_numbers
 from .per_member import PerMember
 from .plan import entangled, is_in
 from .surgery import Changes, member_alone, without_insides
-from .unseen import seeded
+from .unseen import OwnDraws, seeded
 
 COUNTS = (2, 3, 5, 7, 11)  # samples of a rehearsal: the first of which no other size is a multiple
 
@@ -105,6 +106,7 @@ class Rehearsal:
         self._best: torch.dtype | None = None  # the best that it could
         self._shells: list[PerMember] = []
         self._draws = False  # in eval mode, too
+        self._draws_apart = False  # from numbers that no other thread draws
         self._changed: list[str | int] = []
         self._random = any(isinstance(m, _DropoutNd) and m.training and m.p for m in self.net.modules())
 
@@ -282,10 +284,12 @@ class Rehearsal:
         """On operators that give the bits of a member alone, and unseen by the random state."""
         devices = {t.device for t in self.net.parameters() if t.is_cuda}
         with contextlib.ExitStack() as stack:
-            for context in (torch.set_grad_enabled(self._grad), seeded(seed, devices), backend("loop")):
+            for context in (torch.set_grad_enabled(self._grad), seeded(seed, devices), resumed("loop")):
                 stack.enter_context(context)
             for device in {"cpu", *(d.type for d in devices)} if self._raised else ():
                 stack.enter_context(torch.autocast(device, enabled=False))
+            if self._draws_apart:
+                stack.enter_context(OwnDraws())
             yield
 
     # -- the verdict
@@ -574,6 +578,10 @@ class Rehearsal:
         one, all_ = Numbers(self.count, apart), Numbers(self.K * self.count, apart)
         try:
             self.alone(roles, watch=lambda net: one.watch(net, belongs))
+            if any(reason == DRAWS for _, reason in one.found):  # or another thread has drawn meanwhile
+                again = Numbers(self.count, apart)
+                self.alone(roles, watch=lambda net: again.watch(net, belongs))
+                one.found = [found for found in one.found if found in again.found]
             if not one.reads_shared or "" in apart:
                 return one.found
             self.together(roles, Changes(), lambda net: all_.watch(net, belongs), alike=True)
@@ -583,6 +591,16 @@ class Rehearsal:
 
     def _depends(self, roles: Sequence[Role], changes: Changes, outs: Sequence[int | None]) -> str | None:
         """Where the last member's rows follow other members' samples, if they do: for code that draws, drawn alike."""
+        path = self._departs(roles, changes, outs)
+        if path is None or threading.active_count() == 1:
+            return path
+        self._draws_apart = True  # another thread may have drawn meanwhile
+        with contextlib.suppress(Unknown):
+            path = self._departs(roles, changes, outs)
+        self._draws_apart = False
+        return path
+
+    def _departs(self, roles: Sequence[Role], changes: Changes, outs: Sequence[int | None]) -> str | None:
         runs: list[list[tuple[str, bool, Any]]] = [[], []]
         kept: list[dict[tuple, Tensor]] = []
         for others, events in zip((1.0, 0.5), runs, strict=True):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import random
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,7 +13,9 @@ from torch import Tensor, nn
 from torch._C import _autograd
 from torch.overrides import _get_current_function_mode_stack, _pop_mode, _push_mode
 from torch.utils._device import DeviceContext
-from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+
+from ..threads import one_at_a_time
 
 
 def possible(tensors: Sequence[Tensor]) -> bool:
@@ -28,7 +31,16 @@ def possible(tensors: Sequence[Tensor]) -> bool:
 
 @contextlib.contextmanager
 def unseen() -> Iterator[None]:
-    """Whatever runs inside is seen by no mode that counts or records, nor by hooks of all modules or saved tensors."""
+    """Whatever runs inside is seen by no mode that counts or records, nor by hooks of all modules or saved tensors.
+
+    Hooks of all modules are the process's: one thread at a time goes without them.
+    """
+    with one_at_a_time(), _unseen():
+        yield
+
+
+@contextlib.contextmanager
+def _unseen() -> Iterator[None]:
     hooks = [getattr(nn.modules.module, name) for name in _GLOBAL_HOOKS]
     known = [dict(h) for h in hooks]
     functions, grad = _get_current_function_mode_stack(), torch.is_grad_enabled()
@@ -75,7 +87,10 @@ def _no_saved_tensors_hooks() -> Iterator[None]:
 
 @contextlib.contextmanager
 def seeded(seed: int, devices: Collection[torch.device]) -> Iterator[None]:
-    """Whatever runs inside draws from `seed`, of torch, Python and NumPy, and leaves their random states alone."""
+    """Whatever runs inside draws from `seed`, of torch, Python and NumPy, and leaves their random states alone.
+
+    These are the process's: what another thread draws meanwhile comes from `seed`, too, and not from its place.
+    """
     state, numpys = random.getstate(), np.random.get_state()  # noqa: NPY002
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
@@ -86,3 +101,61 @@ def seeded(seed: int, devices: Collection[torch.device]) -> Iterator[None]:
         finally:
             random.setstate(state)
             np.random.set_state(numpys)  # noqa: NPY002
+
+
+class OwnDraws(TorchDispatchMode):
+    """What its thread draws of torch on a CPU comes from a generator of its own, seeded with 0, and is noted.
+
+    It takes a second to load what modes need, and a fifth of the time from there on.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.drawn, self._generator = False, torch.Generator().manual_seed(0)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        if torch.Tag.nondeterministic_seeded in func.tags and kwargs.get("generator") is None:
+            self.drawn = True
+            if not _takes_generator(func):
+                func = getattr(func.overloadpacket, "generator", func)
+            if _takes_generator(func) and _device(args, kwargs).type == "cpu":
+                kwargs = {**kwargs, "generator": self._generator}
+        return func(*args, **kwargs)
+
+
+def _takes_generator(func: Any) -> bool:
+    return any(argument.name == "generator" for argument in func._schema.arguments)
+
+
+def _device(args: tuple, kwargs: dict[str, Any]) -> torch.device:
+    """Where an operator computes."""
+    tensor = next((arg for arg in args if isinstance(arg, Tensor)), None)
+    return torch.device(kwargs.get("device") or "cpu") if tensor is None else tensor.device
+
+
+def undrawn(run: Callable[[], Any]) -> tuple[Any, bool]:
+    """(what `run` returns, whether it draws from Python's or torch's random states, which are then as before).
+
+    Another thread may have drawn while it ran. So it runs again, where torch's numbers can be told apart, and once more
+    for Python's, which cannot: one run without any tells enough.
+    """
+    before = random.getstate(), torch.get_rng_state()
+    watch: OwnDraws | None = None
+    drawn = True
+    try:
+        for _ in range(3):
+            pythons, torchs = random.getstate(), torch.get_rng_state()
+            with watch or contextlib.nullcontext():
+                out = run()
+            drawn = watch.drawn if watch else not torch.equal(torch.get_rng_state(), torchs)
+            if not drawn and random.getstate() == pythons:
+                before = None
+                return out, False
+            watch = OwnDraws()
+        return out, True
+    finally:
+        if before is not None:
+            random.setstate(before[0])
+            if drawn:
+                torch.set_rng_state(before[1])

@@ -18,6 +18,7 @@ from torch import Tensor
 from .. import dispatch
 from ..config import DTYPES, Problem, dtype_name
 from ..errors import BackendError, DecompkError
+from ..threads import once
 from . import library
 from .conv import Pair, check, check_alike, padded, register_autocast, tell_flop_counter
 from .followed import follows, gradients
@@ -759,7 +760,7 @@ for _name, _forward, _backward, _chooses, _dense in (  # a linear layer is torch
     register_autocast(_name)
 
 
-@functools.cache
+@once
 def _register_flops() -> None:
     """Two for every multiply-accumulate of a kept block, whatever form computes it."""
     from torch.utils.flop_counter import register_flop_formula

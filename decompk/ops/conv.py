@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -16,6 +15,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from .. import dispatch
 from ..config import DTYPES, Epilogue, Problem, dtype_name
 from ..errors import DecompkError
+from ..threads import once
 from . import library, on_cpu
 from .followed import conv_gradients, follows
 from .layout import (
@@ -309,7 +309,7 @@ def tell_flop_counter(register: Callable[[], None]) -> None:
             mode.counter.flop_registry.update({op: f for op, f in registry.items() if "decompk" in str(op)})
 
 
-@functools.cache
+@once
 def register_flops() -> None:
     from torch.utils.flop_counter import register_flop_formula
 
