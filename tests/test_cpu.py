@@ -204,6 +204,49 @@ def test_torchs_operators_are_kept_from_writing_past_their_memory(name):
     assert subprocess.run([sys.executable, "-c", script]).returncode == 0
 
 
+def test_torchs_operators_are_kept_from_dying_of_windows_that_see_padding_alone():
+    """Dilated, channels_last, no pixel read along the last axis: without care, torch 2.13 dies of it.
+
+    Every output is then the bias, and every other gradient zero.
+    """
+    script = """
+import contextlib, torch, decompk
+from torch import nn
+computed = nn.utils.parametrizations.weight_norm
+problems = [  # the first is as it was found: H, W, kernel, stride, padding, dilation
+    ((37, 1), (2, 2), (3, 2), (2, 3), (2, 2)), ((5, 2), (2, 1), (1, 5), (0, 3), (1, 2)),
+    ((3, 1), (1, 2), (1, 1), (0, 3), (1, 5)), ((2, 1), (1, 2), (2, 2), (0, 3), (1, 2)),
+]
+def network(front, layer, size, dtype=torch.float32):
+    packed = decompk.pack([nn.Sequential(front(18, 18, 1), layer()) for _ in range(2)], rehearse=False).to(dtype)
+    for _ in range(3):
+        y = packed(torch.randn(16, 18, *size, dtype=dtype))
+    bias = packed[1].bias.detach()
+    assert torch.equal(y, bias[:, None, :, *[None] * len(size)].expand_as(y)), "not the bias"
+    y.sum().backward()
+    assert not any(p.grad.any() for name, p in packed.named_parameters() if name != "1.bias"), "a gradient"
+for name in (None, "torch", "loop"):
+    with decompk.backend(name) if name else contextlib.nullcontext():
+        for size, *geometry in problems:
+            k, s, p, d = geometry
+            x = torch.randn(5, 2, 19, *size, requires_grad=True)
+            weight, bias = torch.randn(5, 20, 19, *k, requires_grad=True), torch.randn(5, 20, requires_grad=True)
+            for _ in range(3):
+                y = decompk.ops.grouped_conv2d(x, weight, bias, s, p, d)
+            assert torch.equal(y, bias[:, None, :, None, None].expand_as(y)), "not the bias"
+            y.sum().backward()
+            assert not (x.grad.any() or weight.grad.any()), "a gradient"
+            for groups in (1, 2):
+                network(nn.Conv2d, lambda: nn.Conv2d(18, 20, *geometry, groups=groups), size)
+            network(nn.Conv2d, lambda: nn.Conv2d(18, 20, *geometry), size, torch.bfloat16)
+            network(nn.Conv2d, lambda: computed(nn.Conv2d(18, 20, *geometry)), size)
+            network(nn.Conv3d, lambda: nn.Conv3d(18, 20, *[(1 if g is not p else 0, *g) for g in geometry]), (3, *size))
+            network(nn.Conv1d, lambda: nn.Conv1d(18, 20, *[g[1] for g in geometry]), size[1:])
+"""
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
 def test_asked_for_by_name_it_runs_or_says_why_not():
     x, weight = torch.randn(2, 3, 8, 5, 5), torch.randn(2, 6, 8, 3, 3)
     with decompk.backend("cpu"):

@@ -1,5 +1,7 @@
 """The convolution operators as torch sees them: contract, layouts, gradients, refusals; on every backend a CPU has."""
 
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -95,6 +97,25 @@ def test_channels_first_costs_one_visible_copy():
 def test_strided_pointwise_convolutions_of_few_channels_are_known_to_overrun_memory(channels, kernel, stride, overruns):
     x, weight = torch.empty(7, channels, 16, 16), torch.empty(20, channels, kernel, kernel)
     assert library.overruns(x, weight, (stride, stride)) == overruns
+
+
+def test_dilated_windows_that_see_padding_alone_are_known():
+    seen = set()
+    for width, kernel, stride, padding, dilation in itertools.product(*map(range, (1, 1, 1, 0, 1), (5, 4, 6, 6, 5))):
+        if width + 2 * padding > dilation * (kernel - 1):
+            x, weight = torch.ones(1, 1, 3, width), torch.ones(1, 1, 1, kernel)
+            geometry = (1, stride), (0, padding), (1, dilation)
+            nothing = dilation > 1 and not F.conv2d(x, weight, None, *geometry).any()
+            assert library.sees_nothing(x, weight, *geometry) == nothing
+            seen.add(nothing)
+    assert seen == {True, False}
+
+
+def test_same_padding_may_see_padding_alone():
+    x, weight = torch.ones(2, 3, 7, 2), torch.ones(4, 3, 1, 2)
+    assert not F.conv2d(x, weight, padding="same", dilation=4).any()
+    assert library.sees_nothing(x, weight, (1, 1), "same", (4, 4))
+    assert not library.sees_nothing(x, weight, (1, 1), "same", (1, 1))
 
 
 @pytest.mark.parametrize("form", ["loop", "grouped", "matmul"])

@@ -27,8 +27,7 @@ class _PackedConv(Twin):
             return self._twin_laid_out(y)
 
         def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> Tensor:
-            if library.overruns(x, weight, self.stride):
-                x, weight = x.contiguous(), weight.contiguous()
+            x, weight = library.as_torch_can(x, weight, self.stride, padding, self.dilation)
             return self._twin_function(x, weight, bias, self.stride, padding, self.dilation, groups)
 
         return self._twin_laid_out(self._twin_run(convolve, x))

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..dispatch import watched
 from ..errors import PackError
+from ..ops.library import is_delicate
 from ..shell import Shell
 from ..threads import Turn
 from .base import Record, check_rows, deep_copy, split
@@ -173,6 +174,7 @@ class PerMember(Shell):
                 for store, name in owners.get(id(value), ())
             ],
             _writes_data=any(_writes_data(m) for m, _ in rows),
+            _is_delicate=any(is_delicate(m) for m, _ in rows),
         )
 
     def _bring_over(self) -> None:
@@ -215,7 +217,7 @@ class PerMember(Shell):
             x = args[0]
             check_rows(x.shape[0], self._K, self._path, x.shape)
             record = self._batch.setdefault((x.dim(),), Record())
-            return x.shape[0], [((part,), {}) for part in split(x, self._K)], record
+            return x.shape[0], [((part,), {}) for part in self._split(x)], record
         found = leaves((args, kwargs))
         tensors = [leaf for leaf in found if isinstance(leaf, Tensor) and leaf.dim()]
         if not tensors:
@@ -233,11 +235,18 @@ class PerMember(Shell):
         def cut(leaf: Any) -> Any:
             if isinstance(leaf, Tensor) and leaf.dim() and next(verdict):
                 check_rows(leaf.shape[0], self._K, self._path, leaf.shape)
-                return split(leaf, self._K)
+                return self._split(leaf)
             return [leaf] * self._K
 
         check_rows(rows, self._K, self._path, first.shape)
         return rows, spread(cut, (args, kwargs), self._K), record
+
+    def _split(self, x: Tensor) -> Sequence[Tensor]:
+        """Each member's rows; laid out as it would get them alone where its own convolutions might not survive ours."""
+        parts = split(x, self._K)
+        if not self._is_delicate or not x.is_floating_point():
+            return parts
+        return [part.clone(memory_format=torch.contiguous_format) for part in parts]
 
     def _join(self, rows: int, outputs: list, record: Record) -> Any:
         if all(type(output) is Tensor and output.dim() for output in outputs):
@@ -319,7 +328,7 @@ class PerMember(Shell):
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the members' slices, which only the stacks own."""
-        derived = ("_was", "_places", "_aliases", "_writes_data")
+        derived = ("_was", "_places", "_aliases", "_writes_data", "_is_delicate")
         state = {name: value for name, value in vars(self).items() if name not in derived}
         return {**state, "_members": [own_module(member) for member in self._members]}
 

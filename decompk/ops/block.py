@@ -289,8 +289,12 @@ def _conv_products(
             dy, x, weight, None, stride, padding, dilation, False, [0, 0], 1, [*wanted, False]
         )
 
+    def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        x, weight = library.as_torch_can(x, weight, stride, padding, dilation, differentiable=False)
+        return torch.convolution(x, weight, bias, stride, padding, dilation, False, (0, 0), 1)
+
     return Products(
-        lambda x, weight, bias: torch.convolution(x, weight, bias, stride, padding, dilation, False, (0, 0), 1),
+        forward,
         # Of x in dgrad, and of the weight in wgrad, torch reads the shape alone.
         lambda dy, weight: backward(dy, _channels_last(dy, (len(dy), weight.shape[1], *image)), weight, [True, False])[
             0
@@ -373,8 +377,7 @@ def _counted(weight: Tensor, mask: str, skipped_gradients: bool) -> Tensor:
 def _dense_conv(x, weight, bias, mask, stride, padding, dilation, skipped_gradients) -> Tensor:
     """`block_conv2d` for whatever follows torch's own operators alone."""
     weight = _counted(weight, mask, skipped_gradients)
-    if library.overruns(x, weight, stride):
-        x, weight = x.contiguous(), weight.contiguous()
+    x, weight = library.as_torch_can(x, weight, stride, padding, dilation)
     return F.conv2d(x, weight, bias, stride, padding, dilation)
 
 

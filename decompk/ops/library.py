@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from math import prod
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .. import dispatch
 from ..config import TORCH_FORMS, Epilogue, Prologue
@@ -45,8 +45,7 @@ def forward(
         return y.view(*shape, -1).movedim(-1, 2)
 
     def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> Tensor:
-        if differentiable and overruns(x, weight, stride):
-            x, weight = x.contiguous(), weight.contiguous()
+        x, weight = as_torch_can(x, weight, stride, padding, dilation, differentiable)
         return torch.convolution(x, weight, bias, stride, padding, dilation, False, (0, 0), groups)
 
     if form == "loop":
@@ -176,6 +175,46 @@ def backward_by_forms(
     return dx, dw
 
 
+def as_torch_can(
+    x: Tensor,
+    weight: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int] | int | str,
+    dilation: Sequence[int],
+    differentiable: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """x and weight, laid out so that torch's convolution, and its backward if it is differentiable, survive them."""
+    if differentiable and overruns(x, weight, stride):
+        x, weight = x.contiguous(), weight.contiguous()
+    if sees_nothing(x, weight, stride, padding, dilation):  # what has one pixel may be contiguous and channels_last
+        x, weight = (t.clone(memory_format=torch.contiguous_format) for t in (x, weight))
+    return x, weight
+
+
+def sees_nothing(
+    x: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int] | int | str, dilation: Sequence[int]
+) -> bool:
+    """Whether every window of a dilated convolution misses the input along its last axis, of which torch may die.
+
+    oneDNN, in torch 2.13 on a CPU with AVX2 or AVX-512, calls a kernel that it has not made, at address 0, where the
+    last axis is dilated, two outputs or more lie along it and none reads an input, the rows of the other axes do read
+    some, x or weight is channels_last (of signals: of length 1), and the dtype is float32 with a bias or bfloat16;
+    1-D to 3-D, grouped or not, on any number of threads. It computes as it should without one of these, in
+    backward, and transposed.
+    """
+    n, k, s, d = x.shape[-1], weight.shape[-1], stride[-1], dilation[-1]
+    if d == 1 or x.device.type != "cpu" or not isinstance(n, int):  # a trace would keep what is asked of its sizes
+        return False
+    if n >= max(s, d):  # steps no wider than the input do not miss it
+        return False
+    if isinstance(padding, str):
+        before = d * (k - 1) // 2 if padding == "same" else 0
+    else:
+        before = padding if isinstance(padding, int) else padding[-1]
+    starts = range(-before, n + before - d * (k - 1), s)
+    return not any(0 <= start + d * tap < n for start in starts for tap in range(k))
+
+
 def overruns(x: Tensor, weight: Tensor, stride: Sequence[int]) -> bool:
     """Whether torch's wgrad would write past its memory unless all is contiguous: oneDNN's in torch 2.13, on a CPU.
 
@@ -183,6 +222,14 @@ def overruns(x: Tensor, weight: Tensor, stride: Sequence[int]) -> bool:
     """
     pointwise = prod(weight.shape[2:]) == 1 and max(stride) > 1
     return pointwise and x.device.type == "cpu" and x.shape[1] < 16
+
+
+def is_delicate(layer: nn.Module) -> bool:
+    """Whether a layer's own numbers leave it open that `overruns` or `sees_nothing` is true of its convolution."""
+    if not isinstance(layer, nn.modules.conv._ConvNd) or layer.transposed:
+        return False
+    pointwise = prod(layer.kernel_size) == 1 and max(layer.stride) > 1 and layer.in_channels < 16
+    return pointwise or (layer.dilation[-1] > 1 and layer.padding not in ("valid", (0,) * len(layer.dilation)))
 
 
 def side_by_side(x: Tensor) -> Tensor:
