@@ -2,7 +2,7 @@
 
     python tools/sanitize.py [--seconds S | --problems N] [--seed N] [--only address|thread|halo] [--threads 1,2,4]
 
-tools/sanitize.cpp, linked with decompk/kernels/cpu/*.cpp, runs them under either; tools/sanitize_halo.cpp, the kernel of
+tools/sanitize.cpp, linked with decompk/kernels/cpu/*.cpp, runs them under both; tools/sanitize_halo.cpp, the kernel of
 csrc/ on the host, under the first ("halo"): see there what they check beside. Each problem has a seed of its own,
 counted up from --seed, so `--seed N --problems 1` repeats one. Exit codes: 0 nothing was found, 1 something was, 2
 there is no g++ or it has no sanitizers.
