@@ -13,6 +13,7 @@ import stat
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
@@ -393,6 +394,12 @@ def test_without_locks_and_with_one_that_is_never_let_go_the_cache_is_used(place
     with open(library(place).with_suffix(".lock"), "w") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
         assert opened() == f"in {library(place)}" and len(builds()) == 1
+
+
+def test_four_threads_on_an_empty_cache_build_once(place, builds):
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda _: cpu._opened.__wrapped__()[1], range(4)))
+    assert set(found) == {f"in {library(place)}"} and len(builds()) == 1
 
 
 def test_four_processes_on_an_empty_cache_build_once(place, builds):

@@ -16,7 +16,6 @@ from torch.utils.data import DataLoader, Dataset
 
 import decompk
 from decompk import dispatch
-from decompk.kernels import cpu
 from decompk.layers.rehearsal import Rehearsal
 from decompk.threads import Turn, one_at_a_time
 
@@ -289,22 +288,6 @@ def test_backends_asked_for_in_threads_that_overlap_are_left_behind():
 
     at_once(first, second)
     assert dispatch._traced.name is None
-
-
-@pytest.mark.skipif(bool(cpu.why_not()), reason="no C++ kernels here")
-def test_kernels_are_compiled_once_by_threads_that_need_them_at_once(tmp_path, monkeypatch):
-    runs = []
-
-    def compile_(command):
-        runs.append(command)
-        time.sleep(0.01)
-        with open(command[-1], "w") as made:
-            made.write("machine code")
-
-    monkeypatch.setattr(cpu, "_run", compile_)
-    built = at_once(*[lambda: cpu.build(tmp_path)] * 4)
-    assert len(set(built)) == 1
-    assert sum("-shared" in command for command in runs) == 1
 
 
 # ---- processes ------------------------------------------------------------------------------------------------------

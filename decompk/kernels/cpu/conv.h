@@ -25,6 +25,11 @@ struct Job {
   int dst_H, dst_W, O, step_h, step_w, h0, w0;
   int rows, columns;  // how many pixels of dst
   int taps_h, taps_w, stride_h, stride_w, pad_h, pad_w;
+
+  bool padded() const {
+    return pad_h > 0 || pad_w > 0 || (rows - 1) * stride_h + taps_h - pad_h > H ||
+           (columns - 1) * stride_w + taps_w - pad_w > W;
+  }
 };
 
 inline Job forward_job(const Shape& s, const float* x, float* y) {
@@ -252,12 +257,6 @@ inline void outers(const float* const* x, Long from, const float* const* dy, Lon
 // ---- NaN and infinity -----------------------------------------------------------------------------------------------
 // Zeros that stand for padding make NaN of infinite weights, Winograd's differences of infinite inputs: torch, which
 // leaves padding out and multiplies directly, has none there. So where that can be, all is computed tap by tap.
-
-inline std::vector<char> finite_members(int K, Long size, const float* values) {
-  std::vector<char> finite(K);
-  for (int k = 0; k < K; ++k) finite[k] = all_finite(values + k * size, size);
-  return finite;
-}
 
 template <typename F>  // f(pixel of src, pixel of dst, tap) for every tap of a unit's pixels that is no padding
 inline void each_tap(const Job& j, const Unit& u, int N, F f) {

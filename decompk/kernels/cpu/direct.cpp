@@ -11,13 +11,16 @@ namespace {
 void run(const Job& j, int K, int N, const float* weights, const float* bias) {
   Long taps = Long(j.taps_h) * j.taps_w * j.C;
   auto units = units_of(K, N, j.rows, j.columns, 240);
-  auto finite = finite_members(K, taps * j.O, weights);
+  std::vector<char> exact(K, true);  // whether zeros times a member's weights are zeros
+  if (j.padded())
+#pragma omp parallel for
+    for (int k = 0; k < K; ++k) exact[k] = all_finite(weights + k * taps * j.O, taps * j.O);
 #pragma omp parallel for schedule(dynamic)
   for (size_t i = 0; i < units.size(); ++i) {
     const Unit& u = units[i];
     Pixels p(j, u, N);
     const float *weight = weights + u.k * taps * j.O, *start = bias ? bias + Long(u.k) * j.O : nullptr;
-    if (!p.inside && !finite[u.k]) {
+    if (!p.inside && !exact[u.k]) {
       tap_by_tap(j, u, N, weight, start);
       continue;
     }
