@@ -33,6 +33,8 @@ PROBLEMS = {
     "images": problem(2, 1, 3, 8, 9, 9, (5, 5), (2, 2), (2, 2)),
     "1×1": problem(2, 2, 16, 16, 4, 5, (1, 1), padding=(0, 0)),
     "wide": problem(2, 1, 16, 24, 5, 9),
+    "more padding than kernel": problem(2, 2, 8, 8, 4, 3, padding=(3, 4)),
+    "one pixel": problem(2, 2, 8, 8, 1, 1),
 }
 # Member 1's, NHWC: of the first pixel, whose taps reach over the edge, of one inside, and of the last.
 PLACES = {"corner": (0, 0), "inside": (2, 3), "last": (-1, -1)}
@@ -60,8 +62,10 @@ def exact(p, x, weight, dy):
             reads.append([o * stride + at * dilation - pad for o in inside])
             writes.append(inside)
         part = torch.einsum("knchw,koc->knohw", x[:, :, :, reads[0]][..., reads[1]], weight[..., tap[0], tap[1]])
-        rows = torch.zeros((*y.shape[:3], p.out_size[0], len(writes[1]))).index_add(3, torch.tensor(writes[0]), part)
-        y = y.index_add(4, torch.tensor(writes[1]), rows)
+        rows = torch.zeros((*y.shape[:3], p.out_size[0], len(writes[1]))).index_add(
+            3, torch.tensor(writes[0], dtype=torch.long), part
+        )
+        y = y.index_add(4, torch.tensor(writes[1], dtype=torch.long), rows)
     if p.kind == "fprop":
         return y.detach()
     return torch.autograd.grad(y, x if p.kind == "dgrad" else weight, dy)[0]
@@ -108,6 +112,23 @@ def test_the_processors_convolutions_have_nan_and_infinity_where_torchs_have_the
     clean = by_form(form, p, *tensors)
     for victim, place, value in itertools.product(read_by(kind), PLACES.values(), BAD):
         hurt = placed(tensors, victim, place, value)
+        assert_as_in_torch(by_form(form, p, *hurt), exact(p, *hurt), clean)
+
+
+@needs_cpu
+@pytest.mark.parametrize("name", PROBLEMS)
+@pytest.mark.parametrize("form", cpu.FORMS)
+@pytest.mark.parametrize("kind", PASSES)
+def test_a_member_that_has_diverged_is_nan_where_torchs_is(kind, form, name):
+    """Its operands are NaN throughout, or here and there, as behind a pooling: neither is computed tap by tap."""
+    p = PROBLEMS[name].of(kind)
+    if reason := cpu.why_not_conv(p, form):
+        pytest.skip(reason)
+    tensors = operands(p)
+    clean = by_form(form, p, *tensors)
+    for victim, share in itertools.product(read_by(kind), (1.0, 0.3)):
+        hurt = [t.clone() for t in tensors]
+        hurt[victim][1].masked_fill_(torch.rand(hurt[victim][1].shape) < share, NAN)
         assert_as_in_torch(by_form(form, p, *hurt), exact(p, *hurt), clean)
 
 

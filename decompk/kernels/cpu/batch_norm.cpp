@@ -68,13 +68,15 @@ void add_up(const Rows& r, Long count, F term, double* const (&sums)[S]) {
   }
 }
 
-// `add_up` in single floats, and again in double where the last of the sums overflowed or is below `least` by underflow.
+// `add_up` in single floats, and again in double where the last of the sums overflowed or is below `least` by underflow;
+// not where NaN has come in, as it has everywhere once training has diverged.
 template <int S, typename F>
 void column_sums(const Rows& r, Long count, double least, F term, double* const (&sums)[S]) {
   add_up<vec8, float>(r, count, term, sums);
   for (Long c = 0; c < r.C; ++c) {
-    double last = std::abs(sums[S - 1][c]);
-    if (!(last < 1e37) || (last < least && sums[0][c] != 0)) return add_up<double8, double>(r, count, term, sums);
+    double first = sums[0][c], last = std::abs(sums[S - 1][c]);
+    if (first == first && (!(last < 1e37) || (last < least && first != 0)))
+      return add_up<double8, double>(r, count, term, sums);
   }
 }
 

@@ -256,7 +256,24 @@ inline void outers(const float* const* x, Long from, const float* const* dy, Lon
 
 // ---- NaN and infinity -----------------------------------------------------------------------------------------------
 // Zeros that stand for padding make NaN of infinite weights, Winograd's differences of infinite inputs: torch, which
-// leaves padding out and multiplies directly, has none there. So where that can be, all is computed tap by tap.
+// leaves padding out and multiplies directly, has none there. So where that can be, all is computed tap by tap; not so
+// where an operand is NaN throughout, as all are once training has diverged: the result is NaN, whatever the order.
+
+inline bool all_nan(const float* values, Long count) {
+  return std::all_of(values, values + count, [](float value) { return value != value; });
+}
+
+// Whether every window along an axis of `size` reads something, and every tap is read by one.
+inline bool all_meet(int windows, int taps, int stride, int pad, int size) {
+  std::vector<char> met(windows + taps);
+  for (int i = 0; i < windows; ++i)
+    for (int tap = 0, at = i * stride - pad; tap < taps; ++tap, ++at)
+      if (at >= 0 && at < size) met[i] = met[windows + tap] = true;
+  return std::all_of(met.begin(), met.end(), [](char one) { return one; });
+}
+inline bool all_meet(const Job& j) {
+  return all_meet(j.rows, j.taps_h, j.stride_h, j.pad_h, j.H) && all_meet(j.columns, j.taps_w, j.stride_w, j.pad_w, j.W);
+}
 
 template <typename F>  // f(pixel of src, pixel of dst, tap) for every tap of a unit's pixels that is no padding
 inline void each_tap(const Job& j, const Unit& u, int N, F f) {
@@ -295,14 +312,34 @@ inline void tap_by_tap(const Job& j, const Unit& u, int N, const float* weight, 
   });
 }
 
+// Whether every tap of every output meets a NaN in a member's dy (N, rows, columns, O): a pooling leaves zeros between.
+inline bool nan_meets_all(const Job& j, int N, const float* dy) {
+  auto meets = [&](int o, int r, int t) {
+    for (int i = 0; i < N; ++i)
+      for (int h = 0; h < j.rows; ++h)
+        for (int w = 0; w < j.columns; ++w) {
+          float value = dy[((Long(i) * j.rows + h) * j.columns + w) * j.O + o];
+          int row = h * j.stride_h + r - j.pad_h, column = w * j.stride_w + t - j.pad_w;
+          if (value != value && row >= 0 && row < j.H && column >= 0 && column < j.W) return true;
+        }
+    return false;
+  };
+  for (int o = 0; o < j.O; ++o)
+    for (int r = 0; r < j.taps_h; ++r)
+      for (int t = 0; t < j.taps_w; ++t)
+        if (!meets(o, r, t)) return false;
+  return true;
+}
+
 // dw (K, O, kh, kw, C) of the members where it is not finite.
 inline void mend_weights(const Shape& s, const float* x, const float* dy, float* dw) {
   Job j = forward_job(s, x, nullptr);
-  Long size = Long(s.O) * s.kh * s.kw * s.C;
+  Long size = Long(s.O) * s.kh * s.kw * s.C, read = Long(s.N) * s.H * s.W * s.C, written = Long(s.N) * s.rows * s.columns * s.O;
 #pragma omp parallel for
   for (int k = 0; k < s.K; ++k) {
     float* to = dw + k * size;
     if (all_finite(to, size)) continue;
+    if ((all_nan(x + k * read, read) && all_meet(j)) || nan_meets_all(j, s.N, dy + k * written)) continue;
     std::vector<double> sums(size);
     each_tap(j, {k, 0, s.N, 0, s.rows}, s.N, [&](Long from, Long pixel, int tap) {
       for (int o = 0; o < s.O; ++o) {

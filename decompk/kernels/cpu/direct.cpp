@@ -11,10 +11,13 @@ namespace {
 void run(const Job& j, int K, int N, const float* weights, const float* bias) {
   Long taps = Long(j.taps_h) * j.taps_w * j.C;
   auto units = units_of(K, N, j.rows, j.columns, 240);
-  std::vector<char> exact(K, true);  // whether zeros times a member's weights are zeros
+  std::vector<char> exact(K, true);  // whether padding multiplied by a member's weights adds what is nothing
   if (j.padded())
 #pragma omp parallel for
-    for (int k = 0; k < K; ++k) exact[k] = all_finite(weights + k * taps * j.O, taps * j.O);
+    for (int k = 0; k < K; ++k) {
+      const float* weight = weights + k * taps * j.O;
+      exact[k] = all_finite(weight, taps * j.O) || (all_nan(weight, taps * j.O) && all_meet(j));
+    }
 #pragma omp parallel for schedule(dynamic)
   for (size_t i = 0; i < units.size(); ++i) {
     const Unit& u = units[i];

@@ -177,9 +177,12 @@ void run(const float* x, int K, const Shapes& s, const float* blocks, const floa
       }
     const float* start = bias ? bias + Long(t.u.k) * s.O : nullptr;
     if (t.write(y, start)) continue;
+    const float* block = blocks + Long(t.u.k) * s.O * 9 * s.C;
+    Job j{x, s.H, s.W, s.C, y, s.out_H, s.out_W, s.O, 1, 1, 0, 0, s.out_H, s.out_W, 3, 3, 1, 1, s.pad_h, s.pad_w};
     Unit pixels{t.u.k, t.u.n, t.u.images, 2 * t.u.row, std::min(2 * t.u.rows, s.out_H - 2 * t.u.row)};
-    tap_by_tap({x, s.H, s.W, s.C, y, s.out_H, s.out_W, s.O, 1, 1, 0, 0, s.out_H, s.out_W, 3, 3, 1, 1, s.pad_h, s.pad_w},
-               pixels, s.N, blocks + Long(t.u.k) * s.O * 9 * s.C, start);
+    Long image = Long(s.H) * s.W * s.C, images = Long(t.u.k) * s.N + t.u.n;
+    bool nan = all_nan(block, Long(s.O) * 9 * s.C) || all_nan(x + images * image, t.u.images * image);
+    if (!nan || !all_meet(j)) tap_by_tap(j, pixels, s.N, block, start);
   }
 }
 
