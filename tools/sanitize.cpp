@@ -138,7 +138,11 @@ UNSANITIZED void compare(const std::string& name, const Floats& found, const std
                          double tolerance) {
   double worst = 0;
   for (size_t i = 0; i < found.size; ++i) {
-    if (found[i] != found[i]) return fault(name + " is NaN at " + std::to_string(i));
+    if (!std::isfinite(found[i]) || !std::isfinite(reference[i])) {
+      bool same = found[i] == reference[i] || (std::isnan(found[i]) && std::isnan(reference[i]));
+      if (!same) return fault(name + " is " + std::to_string(found[i]) + " at " + std::to_string(i));
+      continue;
+    }
     worst = std::max(worst, std::abs(found[i] - reference[i]));
   }
   std::ostringstream text;
@@ -164,9 +168,11 @@ Named run_on_threads(const Named& inputs, const Named& before, std::function<voi
   return first;
 }
 
-double largest(const std::vector<double>& values) {
-  auto [least, most] = std::minmax_element(values.begin(), values.end());
-  return std::max(-*least, *most);
+double largest(const std::vector<double>& values) {  // of those that are finite
+  double most = 0;
+  for (double value : values)
+    if (std::isfinite(value)) most = std::max(most, std::abs(value));
+  return most;
 }
 
 // ---- convolutions ---------------------------------------------------------------------------------------------------
@@ -201,17 +207,21 @@ UNSANITIZED Products plain(const std::string& kind, const Long* s, const Floats&
   return found;
 }
 
-// kind, form, with a bias or not, and Shape's numbers as conv.h has them
+// kind, form, with a bias or not, what is not finite and how often, and Shape's numbers as conv.h has them
 void convolution(std::istream& line) {
   std::string kind, form;
   bool biased;
+  std::string hot, text;
+  double share;
   Long s[14];
-  line >> kind >> form >> biased;
+  line >> kind >> form >> biased >> hot >> text >> share;
   for (Long& value : s) line >> value;
   Long outputs = s[0] * s[1] * s[12] * s[13] * s[3];
   Named in;
   in["x"] = random(s[0] * s[1] * s[4] * s[5] * s[2]), in["w"] = random(s[0] * s[3] * s[6] * s[7] * s[2]);
   in["dy"] = random(outputs), in["bias"] = biased ? random(s[0] * s[3]) : Floats();
+  for (size_t i = 0; i < in[hot].size / s[0]; ++i)  // of the first member
+    if (std::uniform_real_distribution<>()(engine) < share) in[hot][i] = text == "nan" ? POISONED : HUGE_VALF;
   Products wanted = plain(kind, s, in["x"], in["w"], in["dy"]);
   if (biased && kind == "fprop")
     for (Long i = 0; i < outputs; ++i) wanted.sums[i] += in["bias"][i / (outputs / s[0]) * s[3] + i % s[3]];

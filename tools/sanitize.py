@@ -80,7 +80,8 @@ def _conv(rng: random.Random) -> str:
         if 0 < macs < (4e6 if large else 2e5) and _legal(p, form):
             break
     sizes = (K, N, C, O, *sides, *kernel, *stride, *padding, *p.out_size)
-    return f"conv {kind} {form} {rng.randint(0, 1)} {' '.join(map(str, sizes))}"
+    hot = f"{rng.choice(('x', 'w', 'dy'))} {rng.choice(('nan', 'inf'))} {rng.choice((0, 0, 0, 0.01, 0.3, 1))}"
+    return f"conv {kind} {form} {rng.randint(0, 1)} {hot} {' '.join(map(str, sizes))}"
 
 
 def _legal(problem: Problem, form: str) -> bool:
