@@ -84,7 +84,7 @@ def cross_entropy(
     if weight is None:
         counts = counted.sum(1)
     else:
-        counts = (weight[target.reshape(K, -1).clamp(0, classes - 1)] * counted).sum(1)
+        counts = torch.where(counted, weight[target.reshape(K, -1).clamp(0, classes - 1)], 0).sum(1)
     return (sums / counts).sum()
 
 
@@ -94,12 +94,12 @@ def mse(predictions: Tensor, target: Tensor) -> Tensor:
     predictions (K, N, …); target (N, …), shared by all members, or (K, N, …), such as the crops that auto-encoders
     reconstruct. Raises PackError.
     """
-    return _mean_of_each((predictions - _for_each(predictions, target)).square())
+    return F.mse_loss(predictions, _for_each(predictions, target)) * len(predictions)
 
 
 def l1(predictions: Tensor, target: Tensor) -> Tensor:
     """Σ_k of the member's mean absolute error; arguments and errors as in `mse`."""
-    return _mean_of_each((predictions - _for_each(predictions, target)).abs())
+    return F.l1_loss(predictions, _for_each(predictions, target)) * len(predictions)
 
 
 def _for_each(predictions: Tensor, target: Tensor) -> Tensor:
@@ -108,11 +108,7 @@ def _for_each(predictions: Tensor, target: Tensor) -> Tensor:
             f"a target of {tuple(target.shape)} does not fit predictions of {tuple(predictions.shape)}: give "
             f"{tuple(predictions.shape[1:])}, shared by all members, or {tuple(predictions.shape)}."
         )
-    return target
-
-
-def _mean_of_each(errors: Tensor) -> Tensor:
-    return errors.sum() / (errors.numel() // errors.shape[0])
+    return target.expand_as(predictions)
 
 
 class Each(nn.Module):

@@ -363,3 +363,23 @@ def test_a_diverged_member_looks_diverged_and_its_neighbours_do_not(make, traini
             for name, p in member.named_parameters():
                 found = packed.get_parameter(name).grad[k]
                 assert bool(found.isfinite().all()) == (k != 1) == bool(p.grad.isfinite().all()), name
+
+
+@pytest.mark.parametrize("mode", ["bfloat16", "autocast"])
+@pytest.mark.parametrize("layer", [nn.Conv1d, nn.Conv2d, nn.ConvTranspose2d])
+@pytest.mark.parametrize("channels", [(3, 4), (4, 3)])
+def test_a_nan_stays_in_its_member_in_bfloat16_too(channels, layer, mode):
+    """torch's grouped convolution, channels_last, multiplies the next group's first channel by zero."""
+    packed = decompk.pack([layer(*channels, 3, padding=1) for _ in range(3)], rehearse=False)
+    x = torch.randn(3, 2, channels[0], *[6] * (1 if layer is nn.Conv1d else 2))
+    if mode == "bfloat16":
+        packed, x = packed.bfloat16(), x.bfloat16()
+    with torch.no_grad():
+        packed.weight[1], x[1] = NAN, NAN
+    x.requires_grad_()
+    with decompk.backend("torch"), torch.autocast("cpu", torch.bfloat16, enabled=mode == "autocast"):
+        y = packed(x)
+    dy = torch.randn_like(y)
+    dy[1] = NAN
+    for found in (y, *torch.autograd.grad(y, (x, packed.weight), dy)):
+        assert found[[0, 2]].isfinite().all() and found[1].isnan().all()

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import decompk
+from decompk import losses
 from decompk.errors import PackError
 from decompk.losses import cross_entropy, each
 
@@ -57,6 +58,23 @@ def test_another_class_can_be_ignored():
     for w in (None, weight):
         expected = sum(F.cross_entropy(one, target, w, ignore_index=0) for one in logits)
         assert torch.allclose(cross_entropy(logits, target, w, ignore_index=0), expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("ignored", [255, 2])
+def test_the_weight_of_a_class_that_nobody_counts_may_be_infinite(ignored):
+    logits, weight = torch.randn(2, 6, 3, requires_grad=True), torch.tensor([1.0, 2.0, torch.inf])
+    target = torch.tensor([0, 1, 0, 1, 0, ignored])
+    losses.cross_entropy(logits, target, weight, ignore_index=ignored).backward()
+    alone = logits.detach().clone().requires_grad_()
+    sum(F.cross_entropy(own, target, weight, ignore_index=ignored) for own in alone).backward()
+    torch.testing.assert_close(logits.grad, alone.grad)
+
+
+@pytest.mark.parametrize("loss, theirs", [(losses.mse, F.mse_loss), (losses.l1, F.l1_loss)])
+def test_large_half_precision_errors_overflow_no_sum(loss, theirs):
+    predictions, target = torch.randn(2, 16, 3, 64, 64).half(), torch.randn(16, 3, 64, 64).half()
+    expected = sum(theirs(own.float(), target.float()) for own in predictions)
+    torch.testing.assert_close(loss(predictions, target).float(), expected, rtol=2e-3, atol=0)
 
 
 def test_as_many_samples_as_members_is_not_ambiguous():

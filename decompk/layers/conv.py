@@ -92,6 +92,7 @@ class _PackedConvTranspose(_PackedConv):
         )
 
         def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> Tensor:
+            x, weight = library.with_groups_apart(x, weight, groups)
             return self._twin_function(x, weight, bias, self.stride, self.padding, extra, groups, self.dilation)
 
         return self._twin_laid_out(self._twin_run(convolve, x))

@@ -140,6 +140,7 @@ def backward(
         return dx, dw
 
     def convolve(grad: Tensor, x: Tensor, weight: Tensor, groups: int) -> tuple[Tensor | None, Tensor | None]:
+        x, weight = with_groups_apart(x, weight, groups)
         if overruns(x, weight, stride):
             grad, x, weight = (t.contiguous() for t in (grad, x, weight))
         mask = [*wanted, False]
@@ -184,9 +185,23 @@ def as_torch_can(
     differentiable: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """x and weight, laid out so that torch's convolution, and its backward if it is differentiable, survive them."""
+    x, weight = with_groups_apart(x, weight, x.shape[1] // weight.shape[1])
     if differentiable and overruns(x, weight, stride):
         x, weight = x.contiguous(), weight.contiguous()
     if sees_nothing(x, weight, stride, padding, dilation):  # what has one pixel may be contiguous and channels_last
+        x, weight = (t.clone(memory_format=torch.contiguous_format) for t in (x, weight))
+    return x, weight
+
+
+def with_groups_apart(x: Tensor, weight: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+    """x and weight, laid out so that one group's NaN stays in it: NCHW in bfloat16 on a CPU, where channels are odd.
+
+    oneDNN, in torch 2.13, reads channels_last bfloat16 in pairs, and multiplies the first of the next group by zero: in
+    fprop where a group's inputs, in dgrad where its outputs are odd in number.
+    """
+    low = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
+    odd = groups > 1 and (weight.shape[0] // groups % 2 or weight.shape[1] % 2)
+    if odd and x.device.type == "cpu" and (x.dtype == torch.bfloat16 or low):
         x, weight = (t.clone(memory_format=torch.contiguous_format) for t in (x, weight))
     return x, weight
 

@@ -250,7 +250,7 @@ void batch_norm(const float* x, const float* weight, const float* bias, float* r
     mean[at] = float(average);
     rstd[at] = float(1 / std::sqrt(variance + eps));
     scale[at] = weight ? rstd[at] * weight[at] : rstd[at];
-    level[at] = float((bias ? bias[at] : 0) + (training ? (mean[at] - average) * scale[at] : 0));
+    level[at] = float((bias ? bias[at] : 0) + (training && std::isfinite(scale[at]) ? (mean[at] - average) * scale[at] : 0));
   }
   auto run = relu ? (residual ? apply<true, true> : apply<true, false>)
                   : (residual ? apply<false, true> : apply<false, false>);
