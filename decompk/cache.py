@@ -46,18 +46,24 @@ def prepare(place: Path) -> None:
     found = place.stat()
     if found.st_uid not in (os.geteuid(), 0):
         raise OSError("it belongs to another user")
-    if found.st_mode & OTHERS and not os.environ.get("DECOMPK_CACHE"):  # nobody shares it: an odd umask left it open
-        with contextlib.suppress(OSError):
-            place.chmod(stat.S_IMODE(found.st_mode) & ~OTHERS)
-        found = place.stat()
     if found.st_mode & stat.S_IWOTH and not found.st_mode & stat.S_ISVTX:
         raise OSError("every user can write it")
 
 
 def alone(place: Path) -> bool:
-    """Whether nobody else can rename what lies in the folder. Where umask is 002, its group can."""
-    mode = place.stat().st_mode
-    return not mode & OTHERS or bool(mode & stat.S_ISVTX)
+    """Whether nobody else can rename what lies in the folder, or the folder. Where umask is 002, its group can."""
+    for folder in (place, *place.parents):
+        found = folder.lstat()
+        shared = found.st_mode & OTHERS and not found.st_mode & stat.S_ISVTX
+        if shared or not stat.S_ISDIR(found.st_mode) or found.st_uid not in (os.geteuid(), 0):
+            return False
+    return True
+
+
+def shown(path: Path) -> str:
+    """The path for people: quoted and escaped where it holds what a terminal takes for something else."""
+    text = str(path)
+    return text if text.isprintable() else repr(text)
 
 
 def read(path: Path) -> bytes:
@@ -114,6 +120,9 @@ def _digest(name: str, content: bytes) -> bytes:
     return hashlib.sha256(name.encode() + b"\0" + content).digest()
 
 
+_stuck: set[Path] = set()  # locks that were not let go: nobody waits for them a second time
+
+
 @contextlib.contextmanager
 def lock(path: Path) -> Iterator[None]:
     """`path` for one process and thread at a time; first, what others left beside it when they were killed goes.
@@ -122,16 +131,17 @@ def lock(path: Path) -> Iterator[None]:
     """
     import fcntl  # of Unix alone
 
-    descriptor = None
+    descriptor, file = None, path.with_suffix(".lock")
     try:
-        descriptor = os.open(path.with_suffix(".lock"), os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
-        end = time.monotonic() + WAIT
+        descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+        end = time.monotonic() + (0 if file in _stuck else WAIT)
         while True:
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except BlockingIOError:
                 if time.monotonic() > end:
+                    _stuck.add(file)
                     raise
                 time.sleep(0.02)
         for left in path.parent.glob(f".{path.name}.*"):
@@ -145,6 +155,8 @@ def lock(path: Path) -> Iterator[None]:
         yield
     finally:
         if descriptor is not None:
+            with contextlib.suppress(OSError):
+                fcntl.flock(descriptor, fcntl.LOCK_UN)  # a child forked meanwhile has the file open, too
             os.close(descriptor)
 
 
@@ -156,7 +168,8 @@ def processor() -> tuple[str, str]:
         known = {key.strip(): value.strip() for key, _, value in lines}
     except OSError:
         known = {}
-    return known.get("model name") or platform.processor() or platform.machine(), known.get("flags", "")
+    able = [known.get(key, "") for key in ("flags", "Features", "CPU implementer", "CPU part")]  # the latter: of ARM
+    return known.get("model name") or platform.processor() or platform.machine(), " ".join(filter(None, able))
 
 
 def slug(name: str) -> str:

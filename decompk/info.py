@@ -8,6 +8,7 @@ import platform
 import torch
 
 from . import extension, measured
+from .cache import shown
 from .device import why_not_triton_on
 from .kernels import cpu
 from .report.table import Column, Table
@@ -49,7 +50,11 @@ def _cpu() -> list[tuple[str, str, str]]:
     return [
         ("backend cpu", "absent" if reason else "available", reason or f"C++ for float32 on this processor{kept}"),
         ("kernels on this CPU", "absent" if reason else "built", "see above" if reason else cpu.where()),
-        ("choices on this CPU", f"{known} measured", f"{measured.path()}: remove it to have them measured again"),
+        (
+            "choices on this CPU",
+            f"{known} measured",
+            f"{shown(measured.path())}: remove it to measure them again",
+        ),
     ]
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import hashlib
 import os
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -81,21 +83,23 @@ def _opened() -> tuple[ctypes.CDLL, str]:
     made = None
     try:
         cache.prepare(path.parent)
+        with contextlib.suppress(OSError):
+            return _load(path.name, cache.read_code(path)), f"in {cache.shown(path)}"
         with cache.lock(path):  # the second of two processes finds what the first has built
             was = ""
             try:
-                return _loaded(path, cache.read_code(path)), f"in {path}"
+                return _load(path.name, cache.read_code(path)), f"in {cache.shown(path)}"
             except FileNotFoundError:
                 pass
             except OSError as error:
                 was = f", built again: {_reason(error)}"
             made = _compiled(path.parent if cache.alone(path.parent) else None, path.name)
             cache.write_code(path, made)
-            return _loaded(path, made), f"in {path}{was}"
-    except (OSError, subprocess.SubprocessError) as error:
+            return _load(path.name, made), f"in {cache.shown(path)}{was}"
+    except OSError as error:
         unusable = _reason(error)
-    library = _loaded_alone(path.name, made or _compiled(None, path.name))
-    return library, f"built for this process alone: {path.parent} cannot be used ({unusable})"
+    library = _load(path.name, made or _compiled(None, path.name))
+    return library, f"built for this process alone: {cache.shown(path.parent)} cannot be used ({unusable})"
 
 
 def _reason(error: Exception) -> str:
@@ -105,22 +109,26 @@ def _reason(error: Exception) -> str:
     return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
 
 
-def _loaded(path: Path, content: bytes) -> ctypes.CDLL:
-    """The library at `path`, which has been read: a copy of it where others could exchange it in between."""
-    return _load(path) if cache.alone(path.parent) else _loaded_alone(path.name, content)
-
-
-def _loaded_alone(name: str, content: bytes) -> ctypes.CDLL:
-    # A library that is loaded needs its file no more.
-    with tempfile.TemporaryDirectory(prefix="decompk-", ignore_cleanup_errors=True) as private:
-        path = Path(private) / name
-        path.write_bytes(content)
-        return _load(path)
-
-
-def _load(path: Path) -> ctypes.CDLL:
+def _load(name: str, content: bytes) -> ctypes.CDLL:
+    """The library of these bytes: the ones that were checked, whatever has become of their file since."""
     try:
-        library = ctypes.CDLL(str(path))
+        descriptor = os.memfd_create(name)
+        with open(descriptor, "wb", closefd=False) as file:  # stays open: for the loader its number is the library
+            file.write(content)
+        return _functions(f"/proc/self/fd/{descriptor}")
+    except (AttributeError, OSError) as error:  # a library that does not load, or a system that runs no such files
+        with tempfile.TemporaryDirectory(prefix="decompk-", ignore_cleanup_errors=True) as private:
+            path = Path(private) / name
+            try:
+                path.write_bytes(content)
+            except OSError:
+                raise error from None
+            return _functions(str(path))
+
+
+def _functions(file: str) -> ctypes.CDLL:
+    try:
+        library = ctypes.CDLL(file)
     except OSError as error:
         raise OSError(f"the library does not load: {error}") from error
     for name, signature in _SIGNATURES.items():
@@ -151,14 +159,14 @@ def _keep_freed_memory() -> None:
             mallopt(option, value)
 
 
-def _compiler() -> str:
-    compiler = os.environ.get("CXX") or next(filter(None, map(shutil.which, COMPILERS)), None)
-    if compiler is None:
+def _compiler() -> list[str]:
+    compiler = shlex.split(os.environ.get("CXX", "")) or [*filter(None, map(shutil.which, COMPILERS))][:1]
+    if not compiler:
         raise FileNotFoundError(f"there is no C++ compiler ({', '.join(COMPILERS)}, or CXX): install one, such as g++")
     return compiler
 
 
-def _name(compiler: str) -> str:
+def _name(compiler: list[str]) -> str:
     """The library's name in the cache: of all that decides what is in it."""
     contents = hashlib.sha256(repr((compiler, FLAGS, cache.processor())).encode())
     for source in (*sorted(SOURCES.glob("*.cpp")), *sorted(SOURCES.glob("*.h"))):
@@ -182,15 +190,16 @@ def build(library: Path, flags: Sequence[str], linking: Sequence[str] = ()) -> N
     compiler, objects = _compiler(), []
     for source in sorted(SOURCES.glob("*.cpp")):
         objects.append(str(library.with_name(f"{source.stem}.o")))
-        _run([compiler, *flags, "-c", str(source), "-o", objects[-1]], library.parent)
+        _run([*compiler, *flags, "-c", str(source), "-o", objects[-1]], library.parent)
     # Linked without -fopenmp: its symbols are then torch's own, and so are its threads.
-    _run([compiler, "-shared", *linking, *objects, "-o", str(library)], library.parent)
+    _run([*compiler, "-shared", *linking, *objects, "-o", str(library)], library.parent)
 
 
 def _run(command: list[str], scratch: Path) -> None:
     """Run a compiler, which keeps its own temporary files in `scratch`, too."""
     environment = {**os.environ, "TMPDIR": str(scratch), "LC_ALL": "C"}
-    found = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=300, env=environment)
+    options = dict(stdin=subprocess.DEVNULL, text=True, errors="replace", timeout=300, env=environment)
+    found = subprocess.run(command, capture_output=True, **options)
     if found.returncode:
         lines = (line for line in found.stderr.splitlines() if "error" in line or "failed" in line)
         said = next(lines, found.stderr[-200:]).strip()
