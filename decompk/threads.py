@@ -61,11 +61,11 @@ _turns: weakref.WeakSet[Turn] = weakref.WeakSet()
 
 
 def _renew() -> None:
-    """In a forked child, where the threads that held a lock are no more."""
-    global _lock
-    _lock = threading.RLock()
+    """In a forked child, where the threads that held a turn are no more; its own thread holds what it held."""
+    _lock.release()
     for turn in _turns:
-        turn._lock = threading.RLock()
+        if not turn._lock._is_owned():
+            turn._lock = threading.RLock()
 
 
 if hasattr(os, "register_at_fork"):  # Windows has none

@@ -2,6 +2,7 @@
 
 import io
 import multiprocessing
+import os
 import pickle
 import random
 import sys
@@ -262,6 +263,24 @@ def test_packed_networks_train_at_once_to_the_bit_as_alone(make, shared):
             assert all(map(torch.equal, one, other))
 
 
+def test_modes_may_change_while_another_thread_calls():
+    packed, x = decompk.pack(members_of(Scaled)), images(0)
+
+    def gradients():
+        return torch.autograd.grad(packed(x).sum(), list(packed.parameters()))
+
+    wanted = gradients()
+
+    @torch.no_grad()
+    def change(_):
+        packed.eval()
+        packed.train()
+
+    with Beside(change):
+        for _ in range(60):
+            assert all(map(torch.equal, gradients(), wanted))
+
+
 def test_a_first_call_by_many_threads_is_rehearsed_once(monkeypatch):
     runs, run = [], Rehearsal.run
     monkeypatch.setattr(Rehearsal, "run", lambda self: (runs.append(1), run(self))[1])
@@ -377,6 +396,29 @@ def test_a_fork_while_another_thread_rehearses_leaves_no_lock_behind():
 def _enter(turn):
     with turn, one_at_a_time():
         assert fused(0) is not None
+
+
+class Forking(Scale):
+    forks = False
+
+    def forward(self, x):
+        if Forking.forks:
+            Forking.forks, Forking.child = False, os.fork()
+        return super().forward(x)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="nothing forks here")
+def test_a_child_forked_inside_a_members_forward_goes_on(monkeypatch):
+    packed, x = decompk.pack([Forking() for _ in range(3)], member_by_member=[""], rehearse=False), torch.randn(2, 8)
+    wanted = packed(x)
+    monkeypatch.setattr(Forking, "forks", True)
+    right = False
+    try:
+        right = torch.equal(packed(x), wanted) and torch.equal(packed(x), wanted)
+    finally:
+        if Forking.child == 0:
+            os._exit(0 if right else 1)
+    assert right and os.waitstatus_to_exitcode(os.waitpid(Forking.child, 0)[1]) == 0
 
 
 @pytest.mark.parametrize("make", [Net, Scaled])

@@ -192,21 +192,23 @@ class PerMember(Shell):
             self._note()
 
     def train(self, mode: bool = True) -> PerMember:
-        self._bring_over()
-        laid = self._lay_in()
-        for k, member in enumerate(self._members):
-            member.train(mode)  # what a network's own `train` does, it does to each member's own state and tensors
-            self._write_back(laid, k)
-        for module, like in zip(self._inner.modules(), self._members[0].modules(), strict=True):
-            module.training = like.training
-        self._note()
+        with self._turn:
+            self._bring_over()
+            laid = self._lay_in()
+            for k, member in enumerate(self._members):
+                member.train(mode)  # what a network's own `train` does, it does to each member's own state and tensors
+                self._write_back(laid, k)
+            for module, like in zip(self._inner.modules(), self._members[0].modules(), strict=True):
+                module.training = like.training
+            self._note()
         return self
 
     def _apply(self, fn: Callable, recurse: bool = True) -> PerMember:
-        self._clear()
-        for tree in (self._inner, *self._members):
-            tree._apply(fn, recurse)
-        self._note()
+        with self._turn:
+            self._clear()
+            for tree in (self._inner, *self._members):
+                tree._apply(fn, recurse)
+            self._note()
         return self
 
     # ---- rows of all members ----------------------------------------------------------------------------------------
