@@ -129,7 +129,7 @@ def watched() -> bool:
         # compiled code takes any other question about the stack for a yes
         or isinstance(_functorch.peek_interpreter_stack(), _functorch.CInterpreter)
         or torch._C._get_tracing_state() is not None
-        or torch.compiler.is_exporting()
+        or torch.compiler._is_exporting_flag  # is_exporting() is true of all that torch 2.11 compiles
     )
 
 
@@ -411,7 +411,7 @@ def _sizeless() -> bool:
 
     Members in turn do not ask for the size; views that join members and samples do, of torch's symbolic shapes.
     """
-    return torch.compiler.is_exporting() or torch._C._get_tracing_state() is not None
+    return torch.compiler._is_exporting_flag or torch._C._get_tracing_state() is not None
 
 
 def conv_form(
