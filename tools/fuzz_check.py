@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 from fuzz_convs import OPS as CONVS
 from fuzz_norms import OPS as NORMS
-from fuzz_op import Op, Problem, Tensors, laid
+from fuzz_op import HALVES, Op, Problem, Tensors, laid
 from torch import Tensor
 
 import decompk
@@ -17,10 +17,11 @@ import decompk
 OPS: dict[str, Op] = CONVS | NORMS
 MEANS, SCALES = {"mean10": 10, "mean100": 100, "mean1000": 1000}, {"1e-30": 1e-30, "1e30": 1e30, "denormal": 1e-40}
 SPECIAL = {"nan": float("nan"), "inf": float("inf"), "-inf": -float("inf")}
-HARD = (*MEANS, *SCALES, *SPECIAL, *SPECIAL, "zeros", "constant")
+HARD = (*MEANS, *SCALES, *SPECIAL, *SPECIAL, "zeros", "constant")  # twice: drawn as often again
 DRAWS = 16
-# So near zero, as a share of the largest, a value may fall to either side of a ReLU.
+SLACK = {"float64": 1e-14, "float32": 1e-6, "bfloat16": 1e-6, "float16": 1e-6}
 STATISTICS = ("mean", "var", "running_mean", "running_var")  # NaN or infinite: there torch's own devices differ
+# So near zero, as a share of the largest, a value may fall to either side of a ReLU.
 EDGE = {"float64": 1e-3, "float32": 1e-3, "bfloat16": 0.1, "float16": 0.02}
 
 
@@ -135,7 +136,7 @@ def ours(p: Problem, operands: Tensors, dys: Cotangents) -> Tensors:
         return outcome(OPS[p["op"]].ours, p, operands, dys)
 
 
-def refuse(p: Problem) -> None:
+def refuse_where_torch_errs(p: Problem) -> None:
     """Raise DecompkError where torch's own operator is no judge."""
     if p["dtype"] == "bfloat16" and p.get("W") == 1 and p.get("sw", 1) > 1:
         raise decompk.DecompkError("oneDNN's wgrad of torch 2.13 reads memory that nobody wrote: it differs each time")
@@ -163,9 +164,9 @@ def errors(p: Problem) -> dict[str, tuple[float, float]]:
     floors, sharp = hints[0].get("_floors", {}), hints[0].get("_sharp", False)
     floors = {n: floor * dys.largest() if n.startswith("d") else floor for n, floor in floors.items()}
     names = [name for name in found if not (sharp and name.startswith("d"))]
-    # Triton's forms multiply zeros of padding, too.
-    may = {n: (n in op.fewer, n in op.more or p["backend"] == "triton") for n in names}
-    return {n: _error(n, *may[n], found[n], torchs[n], reference[n], floors.get(n, 0)) for n in names}
+    for name in names:
+        _check_special(p, name, found[name], torchs[name], reference[name])
+    return {n: _error(found[n], torchs[n], reference[n], floors.get(n, 0)) for n in names}
 
 
 def same(a: Tensor, b: Tensor) -> bool:
@@ -198,19 +199,35 @@ def _check_others(p: Problem, dys: Cotangents, found: Tensors) -> None:
                 raise Wrong(f"{name} of member {k} is touched by what is special in member {_member(p)}")
 
 
-def _error(
-    name: str, fewer: bool, more: bool, found: Tensor, torchs: Tensor, reference: Tensor, floor: float
-) -> tuple[float, float]:
-    """Our and torch's error; raises Wrong where fewer or more values than torch's are not finite, and may not be."""
+def _check_special(p: Problem, name: str, found: Tensor, torchs: Tensor, reference: Tensor) -> None:
+    """That what is NaN or infinite is so in torch's result, too: in p's dtype or in float64.
+
+    An infinite dy meets zeros of padding on its way to dweight: kernels that multiply them make NaN of a value that is
+    finite or infinite in kernels that skip them. Both are right, and torch has kernels of both sorts.
+    """
     if found.shape != torchs.shape or found.dtype != torchs.dtype:
         raise Wrong(f"{name} is {tuple(found.shape)} {found.dtype}, torch's {tuple(torchs.shape)} {torchs.dtype}")
-    # oneDNN multiplies zeros that fill its registers in halves; float64 does not.
-    kinds = torch.isfinite if name in STATISTICS else _special
-    alike = any(torch.equal(kinds(found), kinds(t)) for t in (torchs, reference.to(torchs.dtype)))
-    missing, added = (~a.isfinite() & b.isfinite() for a, b in ((torchs, found), (found, torchs)))
-    if not alike and not ((fewer or not missing.any()) and (more or not added.any()) and (fewer or more)):
-        told = (f"{int(t.isnan().sum())} NaN and {int(t.isinf().sum())} infinities" for t in (found, torchs))
-        raise Wrong(f"{name} has {next(told)}, torch's {next(told)}, or not in the same places")
+    padding = name == "dweight" and p["where"] == "dy" and p.get("ph", 0) + p.get("pw", 0) > 0
+    fewer = padding or name in OPS[p["op"]].fewer
+    more = padding or p["backend"] == "triton"  # whose forms multiply zeros of padding in all three passes
+    more |= name == "dweight" and p["dtype"] in HALVES  # oneDNN's with those that fill its registers, in some layouts
+    kinds, *judges = (_kinds(name, t) for t in (found, torchs, reference.to(torchs.dtype)))
+    for judge in judges:
+        less, rest = kinds.abs() < judge.abs(), kinds.abs() > judge.abs()
+        if ((kinds == judge) | (less & fewer) | (rest & more)).all():
+            return
+    told = (f"{int(t.isnan().sum())} NaN and {int(t.isinf().sum())} infinities" for t in (found, torchs))
+    raise Wrong(f"{name} has {next(told)}, torch's {next(told)}, or not in the same places")
+
+
+def _kinds(name: str, t: Tensor) -> Tensor:
+    """0 for finite values, 1 and -1 for the infinities, 2 for NaN; of statistics 1 for all that is not finite."""
+    kinds = t.isposinf().int() - t.isneginf().int() + 2 * t.isnan().int()
+    return kinds.abs().clamp_max(1) if name in STATISTICS else kinds
+
+
+def _error(found: Tensor, torchs: Tensor, reference: Tensor, floor: float) -> tuple[float, float]:
+    """Our and torch's error, where all are finite."""
     kept = torchs.isfinite() & found.isfinite() & reference.isfinite()
     r, f, t = (value[kept].double() for value in (reference, found, torchs))
     if not r.numel():
@@ -223,29 +240,41 @@ def _error(
     return own, max(others)
 
 
-def _special(t: Tensor) -> Tensor:
-    """0 for finite values, 1, 2, 3 for NaN and the infinities."""
-    return t.isnan() + 2 * t.isposinf() + 3 * t.isneginf()
-
-
 def check(p: Problem) -> str | None:
-    """What is wrong with the results of a problem, None where nothing is; raises DecompkError where it is refused."""
-    refuse(p)
+    """What is wrong with the results of a problem, None where nothing is.
+
+    Raises DecompkError where our operator refuses the problem, and where torch's own does.
+    """
+    refuse_where_torch_errs(p)
+    slack = SLACK[p["dtype"]]
+    if p["dtype"] == "float64":
+        slack *= MEANS.get(p["hard"], 1)  # torch's error counts as 0, but in a variance such a mean costs digits
     try:
         first = errors(p)
-        over = [name for name, (own, theirs) in first.items() if own > 2 * theirs + 1e-6]
+        over = [name for name, (own, theirs) in first.items() if own > 2 * theirs + slack]
         if not over:
             return None
         draws = [first, *(errors(p | dict(seed=p["seed"] + i * 1_000_003)) for i in range(1, DRAWS))]
         for name in over:
             pairs = [draw[name] for draw in draws if name in draw]
             own, theirs = ((sum(e**2 for e in es) / len(pairs)) ** 0.5 for es in zip(*pairs, strict=True))
-            if own > 2 * theirs + 1e-6:
+            if own > 2 * theirs + slack:
                 return f"{name}: error {own:.1e}, torch's own {theirs:.1e}"
     except decompk.DecompkError:
         raise
     except Wrong as wrong:
         return str(wrong)
     except Exception as error:
-        return f"raises {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        told = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        if not _torch_takes(p):
+            raise decompk.DecompkError(f"torch's own operator does not take this problem, either: {told}") from None
+        return f"raises {told}"
     return None
+
+
+def _torch_takes(p: Problem) -> bool:
+    try:
+        outcome(OPS[p["op"]].torchs, p, inputs(p), Cotangents(p))
+    except Exception:
+        return False
+    return True

@@ -18,7 +18,7 @@ from decompk.ops.block import mask_text
 # ---- convolutions ---------------------------------------------------------------------------------------------------
 
 CONV = dict(K=1, N=1, C=1, O=1, H=1, W=1, kh=1, kw=1, sh=1, sw=1, ph=0, pw=0, dh=1, dw=1, bias=False)
-CPU, ALL = {"default": 4, "cpu": 4}, {"default": 4, "cpu": 4, "torch": 2, "loop": 1, "emulation": 2, "triton": 0.04}
+ALL = {"default": 4, "cpu": 4, "torch": 2, "loop": 1, "emulation": 2, "triton": 0.04}
 
 
 def draw_conv(rng: random.Random) -> Problem:

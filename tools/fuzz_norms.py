@@ -6,15 +6,13 @@ import random
 
 import torch
 import torch.nn.functional as F
-from fuzz_op import FLOATS, Normal, Op, Problem, Tensors, size
+from fuzz_op import FLOATS, HOT, Normal, Op, Problem, Tensors, size
 from torch import Tensor, nn
 
 import decompk
 from decompk import ops
 from decompk.ops import on_cpu
 from decompk.ops.recurrent import GATES, prepared, recurrence
-
-HOT = ("x", "dy", "residual")
 
 # ---- batch norms ----------------------------------------------------------------------------------------------------
 
@@ -188,14 +186,13 @@ def _near_zero(p: Problem, t: Tensors) -> Tensor:
     return near
 
 
-SAME = dict(fewer=(), more=())  # no padding, whose zeros are multiplied or not
 SATURATING = ("mean10", "mean100", "mean1000", "1e30")  # of gates
 PACKED_ON = {"default": 3, "torch": 1}
 OPS = {
-    "batch_norm": Op(draw_norm, NORM, norm_inputs, norm, norms, {"default": 1, "triton": 0.05}, HOT, **SAME),
-    "batch_norm on_cpu": Op(draw_norm, NORM, norm_inputs, norm_on_cpu, norms, {"cpu": 1}, HOT, ("float32",), **SAME),
-    "packed batch_norm": Op(
-        draw_packed, PACKED, packed_inputs, packed_norm, separate_norms, PACKED_ON, dtypes=FLOATS, **SAME
+    "batch_norm": Op(draw_norm, NORM, norm_inputs, norm, norms, {"default": 1, "triton": 0.05}, HOT),
+    "batch_norm_on_cpu": Op(draw_norm, NORM, norm_inputs, norm_on_cpu, norms, {"cpu": 1}, HOT, ("float32",)),
+    "packed_batch_norm": Op(
+        draw_packed, PACKED, packed_inputs, packed_norm, separate_norms, PACKED_ON, dtypes=FLOATS
     ),
     "recurrence": Op(
         draw_recurrent, RECURRENT, recurrent_inputs, together, in_turn, {"default": 1}, dtypes=FLOATS, exempt=SATURATING

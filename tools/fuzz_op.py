@@ -13,7 +13,7 @@ from torch import Tensor
 
 from decompk.ops.layout import strides_of
 
-Problem = dict
+Problem = dict  # not decompk.config.Problem, which is one convolution of a kernel
 Tensors = dict[str, Tensor]
 Normal = Callable[..., Tensor]  # (*shape, scale=1) → random values
 
@@ -27,8 +27,8 @@ class Op:
 
     Of `torchs`, "_before" is y before its ReLU, which near zero may round to either side, "_sharp" says that there are
     such ReLUs inside, and "_floors" how large a result is beside which its errors count: of gradients, for dy of 1.
-    What one NaN makes NaN: `apart` says that no other member's values; it may be fewer values than torch's operator
-    makes NaN in results named in `fewer`, and more in `more`: where a product with zero is skipped, or added.
+    What one NaN makes NaN: `apart` says that no other member's values, and `fewer` names the results in which it may be
+    fewer values than in torch's: those of operators that skip products with zero.
     """
 
     draw: Callable[[random.Random], Problem]
@@ -40,8 +40,7 @@ class Op:
     hot: tuple[str, ...] = ("x", "dy")
     dtypes: tuple[str, ...] = FLOATS + HALVES
     apart: bool = True
-    fewer: tuple[str, ...] = ("dweight",)  # with infinite dy times the padding's zeros
-    more: tuple[str, ...] = ("dweight",)
+    fewer: tuple[str, ...] = ()
     exempt: tuple[str, ...] = ()  # hard inputs that it is not made for
 
 
