@@ -3,16 +3,18 @@
     python tools/fuzz.py [--problems N | --seconds S] [--seed N] [--op NAME ...] [--hard] [--repeat JSON]
 
 The rule: an error against float64 of at most twice that of torch's own operator in the same dtype, plus 1e-6, in
-float64 1e-14, relative to the reference; where luck may decide, over 16 draws of the data. What is NaN or infinite is what torch makes
-so, and of no other member any bit changes; inputs keep their bits; and so do the C++ kernels' results on 1, 2 and 4
-threads. A failing problem is shrunk to one that still fails and printed as a command that repeats it. Each problem has
-a seed of its own, counted up from --seed; every 16th is of the next pair of operator and backend. Exit codes: 0 nothing fails, 1 something does, 2 wrong arguments.
+float64 1e-12, relative to the reference; where luck may decide, over 16 draws of the data. What is NaN or infinite is
+what torch makes so, and of no other member any bit changes; inputs keep their bits; and so do the C++ kernels' results
+on 1, 2 and 4 threads. A failing problem is shrunk to one that still fails and printed as a command that repeats it.
+Each problem has a seed of its own, counted up from --seed; every 16th is one of the next pair of operator and backend.
+Exit codes: 0 nothing fails, 1 something does, 2 wrong arguments, or the problem to repeat is refused.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import json
 import os
 import random
@@ -28,6 +30,7 @@ os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is first us
 os.environ.setdefault("DECOMPK_MEASURE", "0")  # which kernel runs does not depend on what else the machine does
 
 import torch
+from arguments import between
 from fuzz_check import HARD, OPS, SCALES, check
 from fuzz_op import HALVES, Problem
 
@@ -38,6 +41,11 @@ IN_TURN = 16  # every so many problems one pair of operator and backend has its 
 # What shrinking leads to, beside an operator's own `plain`.
 PLAIN = dict(layout="member", hard=None, where="x", dy="random", wanted="none", threads=False, poison=False)
 KEPT = ("op", "backend", "dtype", "seed")
+CHOICES = dict(
+    backend=("default", *dispatch.BACKENDS), dtype=("float32", "float64", *HALVES), hard=(None, *dict.fromkeys(HARD))
+)
+CHOICES |= dict(layout=("member", "first", "grouped", "gaps"), dy=("random", "expanded"), wanted=("all", "x", "none"))
+TYPES = {float: (float, int, type(None))}  # of a momentum
 
 
 # ---- problems -------------------------------------------------------------------------------------------------------
@@ -181,27 +189,63 @@ def search(seeds: Iterable[int], seconds: float, names: list[str], hard: bool = 
             print(f"  {check(small)}\n  {command(small)}", flush=True)
     for kind, count in kinds.most_common():
         print(f"{count} × {kind}")
+    ran = Counter()
+    for pair in pairs(names, backends):
+        ran[pair[1]] += counts[pair]
+    print("ran on " + ", ".join(f"{backend} {count}" for backend, count in ran.most_common()))
     return counts, failing
 
 
+def read(text: str) -> Problem:
+    """The problem that --repeat is given. Raises ArgumentTypeError with one sentence where it is none."""
+    try:
+        told = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise argparse.ArgumentTypeError(f"this is no JSON: {error}") from None
+    if not isinstance(told, dict) or told.get("op") not in list(OPS):
+        raise argparse.ArgumentTypeError(f'a problem is an object with an "op" of {", ".join(OPS)}')
+    if missing := [name for name in KEPT if name not in told]:
+        raise argparse.ArgumentTypeError(f"this problem has no {', no '.join(missing)}: name all of {', '.join(KEPT)}")
+    p, op = filled(told), OPS[told["op"]]
+    examples, choices = PLAIN | op.plain | dict(seed=0), CHOICES | dict(op=list(OPS), where=op.hot)
+    for name, value in p.items():
+        if name not in examples and name not in choices:
+            raise argparse.ArgumentTypeError(f"{p['op']} has no '{name}': it has {', '.join(examples)}")
+        if name in choices and value not in choices[name]:
+            raise argparse.ArgumentTypeError(f"{name} is one of {json.dumps(choices[name])}, not {json.dumps(value)}")
+        if name not in choices and type(value) not in TYPES.get(type(examples[name]), [type(examples[name])]):
+            raise argparse.ArgumentTypeError(
+                f"{name} is a value like {json.dumps(examples[name])}, not {json.dumps(value)}"
+            )
+    return p
+
+
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--problems", type=int, default=10**9)
-    parser.add_argument("--seconds", type=float, default=None, help="default: 60, or no limit with --problems")
-    parser.add_argument("--seed", type=int, default=0, help="of the first problem")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--problems", type=between(int, 1), metavar="N", help="at most so many; lifts the time limit")
+    parser.add_argument("--seconds", type=between(float, 1), metavar="S", help="time limit; default: 60")
+    parser.add_argument("--seed", type=between(int, 0, 2**62), default=0, metavar="N", help="of the first problem")
     parser.add_argument("--op", nargs="+", choices=OPS, default=list(OPS), metavar="NAME", help=", ".join(OPS))
     parser.add_argument("--hard", action="store_true", help="hard inputs alone")
-    parser.add_argument("--repeat", type=json.loads, metavar="JSON", help="one problem, as a failing one is printed")
+    parser.add_argument("--repeat", type=read, metavar="JSON", help="one problem, as a failing one is printed")
     args = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    if args.repeat:
-        fault = check(filled(args.repeat))
-        print(fault or "nothing is wrong")
-        return int(fault is not None)
-    seconds = args.seconds or (60 if args.problems == 10**9 else float("inf"))
-    counts, _ = search(range(args.seed, args.seed + args.problems), seconds, args.op, args.hard)
+    if args.repeat is not None:
+        return _repeat(args.repeat)
+    seeds = itertools.count(args.seed) if args.problems is None else range(args.seed, args.seed + args.problems)
+    counts, _ = search(seeds, args.seconds or (60 if args.problems is None else float("inf")), args.op, args.hard)
     print(", ".join(f"{counts[name]} {name}" for name in ("problems", "refused", "failing")))
     return int(counts["failing"] > 0)
+
+
+def _repeat(p: Problem) -> int:
+    try:
+        fault = check(p)
+    except decompk.DecompkError as error:
+        print(f"the problem is refused: {error}", file=sys.stderr)
+        return 2
+    print(fault or "nothing is wrong")
+    return int(fault is not None)
 
 
 if __name__ == "__main__":

@@ -94,8 +94,9 @@ def draw_winograd(rng: random.Random) -> Problem:
 
 
 def winograd(p: Problem, t: Tensors) -> Tensors:
-    if p["C"] % 8 or p["O"] % 8 or min(p["K"], p["N"]) < 1:
-        raise decompk.DecompkError("not its sizes")
+    kernel = p["kh"], p["kw"], p["sh"], p["sw"], p["dh"], p["dw"]
+    if kernel != (3, 3, 1, 1, 1, 1) or p["C"] % 8 or p["O"] % 8 or min(p["K"], p["N"]) < 1:
+        raise decompk.DecompkError("Winograd takes 3×3 with stride 1, multiples of 8 channels and one image or more")
     return {"y": _Winograd.apply(t["x"], t["weight"], t.get("bias"), _geometry(p))}
 
 
@@ -153,7 +154,8 @@ def around(p: Problem, t: Tensors) -> Tensors:
     x = (x.relu() if p["in_relu"] and p["prologue"] else x).to(t["x"].dtype)
     y = affine(each_conv(p, x, t["weight"], t.get("bias")), "scale", "shift")
     y = y + t["residual"] if "residual" in t else y
-    return {"y": (y.relu() if p["relu"] else y).to(x.dtype)}
+    size = y.double().nan_to_num(0, 0, 0).square().sum() / max(y.numel(), 1)  # what a ReLU leaves may be much less
+    return {"y": (y.relu() if p["relu"] else y).to(x.dtype), "_floors": dict(y=size.sqrt().item())}
 
 
 def with_moments(p: Problem, t: Tensors) -> Tensors:
@@ -231,11 +233,12 @@ def draw_linear(rng: random.Random) -> Problem:
     return draw_block(rng) | {name: CONV[name] for name in ("kh", "kw", "sh", "sw", "ph", "pw", "dh", "dw")}
 
 
+WINOGRAD = dict(dtypes=("float32",), exempt=("denormal",))  # its transforms round what has few bits
 BLOCKS = dict(apart=False, fewer=("y", "dx", "dweight"))
 OPS = {
     "grouped_conv2d": Op(draw_conv, CONV, conv_inputs, grouped, convs, ALL),
     "conv2d": Op(draw_conv, CONV, conv_inputs, channel_groups, convs, {"default": 2, "cpu": 1, "torch": 1}),
-    "winograd": Op(draw_winograd, CONV, conv_inputs, winograd, convs, {"cpu": 1}, dtypes=("float32",)),
+    "winograd": Op(draw_winograd, CONV, conv_inputs, winograd, convs, {"cpu": 1}, **WINOGRAD),
     "fused_conv2d": Op(draw_around, AROUND, around_inputs, fused, around, ALL, ("x", "residual")),
     "conv2d_moments": Op(draw_moments, AROUND, around_inputs, with_moments, and_moments, ALL),
     "block_conv2d": Op(

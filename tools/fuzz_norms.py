@@ -53,7 +53,7 @@ def norm(p: Problem, t: Tensors) -> Tensors:
 
 def norm_on_cpu(p: Problem, t: Tensors) -> Tensors:
     if not p["N"]:
-        raise decompk.DecompkError("not its sizes")
+        raise decompk.DecompkError("its kernels take one image or more")
     residual = t["residual"].flatten(0, 1) if "residual" in t else None
     options = p["K"], p["training"], p["momentum"], p["eps"], residual, p["relu"]
     return {"y": on_cpu.batch_norm(t["x"].flatten(0, 1), *_vectors(t), *options).unflatten(0, t["x"].shape[:2])}
@@ -78,7 +78,8 @@ def _floors(p: Problem, t: Tensors) -> dict:
         var = t["running_var"]
     steepest = (t["weight"].detach().abs() if "weight" in t else 1) / (var + p["eps"]).sqrt()
     sums = t["x"][0, :, 0].numel() ** 0.5
-    return {"_floors": dict(y=1.0, z=1.0, dx=steepest.nan_to_num(0, 0, 0).max().item(), dweight=sums, dbias=sums)}
+    floors = dict(y=1.0, z=1.0, dx=steepest.nan_to_num(0, 0, 0).max().item(), dweight=sums, dbias=sums)
+    return {"_floors": floors if p.get("track", True) else floors | dict(e=1.0)}
 
 
 PACKED = dict(K=1, N=2, C=1, H=1, W=1, affine=False, track=False, momentum=0.1, eps=1e-5)
@@ -191,9 +192,7 @@ PACKED_ON = {"default": 3, "torch": 1}
 OPS = {
     "batch_norm": Op(draw_norm, NORM, norm_inputs, norm, norms, {"default": 1, "triton": 0.05}, HOT),
     "batch_norm_on_cpu": Op(draw_norm, NORM, norm_inputs, norm_on_cpu, norms, {"cpu": 1}, HOT, ("float32",)),
-    "packed_batch_norm": Op(
-        draw_packed, PACKED, packed_inputs, packed_norm, separate_norms, PACKED_ON, dtypes=FLOATS
-    ),
+    "packed_batch_norm": Op(draw_packed, PACKED, packed_inputs, packed_norm, separate_norms, PACKED_ON, dtypes=FLOATS),
     "recurrence": Op(
         draw_recurrent, RECURRENT, recurrent_inputs, together, in_turn, {"default": 1}, dtypes=FLOATS, exempt=SATURATING
     ),
