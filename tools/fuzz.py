@@ -41,9 +41,8 @@ IN_TURN = 16  # every so many problems one pair of operator and backend has its 
 # What shrinking leads to, beside an operator's own `plain`.
 PLAIN = dict(layout="member", hard=None, where="x", dy="random", wanted="none", threads=False, poison=False)
 KEPT = ("op", "backend", "dtype", "seed")
-CHOICES = dict(
-    backend=("default", *dispatch.BACKENDS), dtype=("float32", "float64", *HALVES), hard=(None, *dict.fromkeys(HARD))
-)
+CHOICES = dict(backend=("default", *dispatch.BACKENDS), dtype=("float32", "float64", *HALVES))
+CHOICES |= dict(hard=(None, *dict.fromkeys(HARD)))
 CHOICES |= dict(layout=("member", "first", "grouped", "gaps"), dy=("random", "expanded"), wanted=("all", "x", "none"))
 TYPES = {float: (float, int, type(None))}  # of a momentum
 
@@ -209,14 +208,14 @@ def read(text: str) -> Problem:
     p, op = filled(told), OPS[told["op"]]
     examples, choices = PLAIN | op.plain | dict(seed=0), CHOICES | dict(op=list(OPS), where=op.hot)
     for name, value in p.items():
-        if name not in examples and name not in choices:
+        said = json.dumps(value)
+        if name in choices:
+            if value not in choices[name]:
+                raise argparse.ArgumentTypeError(f"{name} is one of {json.dumps(choices[name])}, not {said}")
+        elif name not in examples:
             raise argparse.ArgumentTypeError(f"{p['op']} has no '{name}': it has {', '.join(examples)}")
-        if name in choices and value not in choices[name]:
-            raise argparse.ArgumentTypeError(f"{name} is one of {json.dumps(choices[name])}, not {json.dumps(value)}")
-        if name not in choices and type(value) not in TYPES.get(type(examples[name]), [type(examples[name])]):
-            raise argparse.ArgumentTypeError(
-                f"{name} is a value like {json.dumps(examples[name])}, not {json.dumps(value)}"
-            )
+        elif type(value) not in TYPES.get(type(examples[name]), [type(examples[name])]):
+            raise argparse.ArgumentTypeError(f"{name} is a value like {json.dumps(examples[name])}, not {said}")
     return p
 
 

@@ -4,8 +4,9 @@
 
 tools/sanitize.cpp, linked with decompk/kernels/cpu/*.cpp, runs them under both; tools/sanitize_halo.cpp, the kernel of
 csrc/ on the host, under the first ("halo"): see there what they check beside. Each problem has a seed of its own,
-counted up from --seed, so `--seed N --problems 1` repeats one. Exit codes: 0 nothing was found, 1 something was, 2
-there is no g++ or it has no sanitizers.
+counted up from --seed, so `--seed N --problems 1` repeats one; memory that any of them leaks is found at the end.
+Exit codes: 0 nothing was found, 1 something was, 2 wrong arguments, or the driver cannot be built: there is no g++, it
+has no sanitizers, or it says what is wrong with the code.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 
 import build_ext
+from arguments import between
 
 from decompk.config import PASSES, Problem
 from decompk.kernels import cpu
@@ -37,6 +39,7 @@ HALO_FLAGS = ("-std=c++17", "-O0", *build_ext.EMULATION_FLAGS[1:])  # -O0 compil
 # The emulation's fibers have stacks of their own, which AddressSanitizer takes for returned from.
 OPTIONS = {"ASAN_OPTIONS": "detect_stack_use_after_return=0", "TSAN_OPTIONS": "halt_on_error=1"}
 PATIENCE_S = 60  # for one problem
+SEEDS = 2**32  # the driver's are unsigned int
 ANSWER = "answer: "
 
 
@@ -65,8 +68,8 @@ def line_of(seed: int, sanitizer: str) -> str:
 
 def _conv(rng: random.Random) -> str:
     large = rng.random() < 0.1  # enough pixels for sums in several parts
+    kind, form = rng.choice(PASSES), rng.choice(cpu.FORMS)
     while True:
-        kind, form = rng.choice(PASSES), rng.choice(cpu.FORMS)
         step = 8 if form == "winograd" else rng.choice((1, 4))
         most = 2 if large else 4 if rng.random() < 0.7 else 24
         C, O = (step * rng.randint(1, most if step > 1 else 20) for _ in "CO")
@@ -140,7 +143,7 @@ def build(sanitizer: str, into: Path, sources: tuple[Path, ...] = ()) -> Path:
 
 
 class Driver:
-    """A running driver; one that a report has ended is started again for the next problem."""
+    """A running driver; one that a report has ended is started again for the next problem. `close` it."""
 
     def __init__(self, program: Path, threads: list[int]):
         self._command = [str(program), *map(str, threads)]
@@ -150,7 +153,7 @@ class Driver:
         return self
 
     def __exit__(self, *_) -> None:
-        self._end()
+        self._kill()
 
     def ask(self, line: str) -> tuple[str, bool]:
         """What is wrong with this problem, "" for nothing, and whether a sanitizer says so."""
@@ -159,22 +162,39 @@ class Driver:
             self._process = subprocess.Popen(self._command, env={**os.environ, **OPTIONS}, **pipes)
         print(line, file=self._process.stdin, flush=True)
         if not select.select([self._process.stdout], [], [], PATIENCE_S)[0]:
-            self._end()
+            self._kill()
             return f"no answer within {PATIENCE_S} s", False
         said = []
         for part in self._process.stdout:
             if part.startswith(ANSWER):
                 return part.removeprefix(ANSWER).strip(), False
             said.append(part)
-        telling = [part for part in said if "SUMMARY:" in part or "runtime error:" in part]
-        self._end()
-        return (telling or said or ["it ended without a word"])[-1].strip(), True
+        self._kill()
+        return _gist(said), True
 
-    def _end(self) -> None:
+    def close(self) -> str:
+        """Let it end, for which a sanitizer looks for leaks: what it then says, "" for nothing."""
+        if self._process is None:
+            return ""
+        try:
+            said = self._process.communicate(timeout=PATIENCE_S)[0]
+        except subprocess.TimeoutExpired:
+            self._kill()
+            return f"it did not end within {PATIENCE_S} s"
+        code, self._process = self._process.returncode, None
+        return _gist(said.splitlines()) if code or "SUMMARY:" in said else ""
+
+    def _kill(self) -> None:
         if self._process is not None:
             self._process.kill()
             self._process.communicate()
         self._process = None
+
+
+def _gist(said: list[str]) -> str:
+    """The line that names what a sanitizer reports."""
+    telling = [part for part in said if "SUMMARY:" in part or "runtime error:" in part]
+    return (telling or said or ["it ended without a word"])[-1].strip()
 
 
 def search(sanitizer: str, program: Path, threads: list[int], seeds: range, seconds: float) -> Found:
@@ -191,27 +211,42 @@ def search(sanitizer: str, program: Path, threads: list[int], seeds: range, seco
             found.faults += bool(wrong) and not reported
             if wrong:
                 print(f"seed {seed}: {line.partition(' ')[2]}: {wrong}", flush=True)
+        if wrong := driver.close():
+            found.reports += 1
+            print(f"at the end: {wrong}", flush=True)
     return found
 
 
+def _thread_counts(text: str) -> list[int]:
+    return [between(int, 1, 64)(count) for count in text.split(",")]
+
+
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seconds", type=float, default=60.0, help="of running, for each of the three")
-    parser.add_argument("--problems", type=int, default=10**9, help="at most so many for each")
-    parser.add_argument("--seed", type=int, default=0, help="of the first problem")
-    parser.add_argument("--only", choices=SANITIZERS)
-    parser.add_argument("--threads", default="1,2,4", help="numbers of threads whose results have to be the same")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    seconds, problems, seeds = between(float, 1), between(int, 1), between(int, 0, SEEDS - 1)
+    parser.add_argument("--seconds", type=seconds, metavar="S", help="of running, for each of the three; default: 60")
+    parser.add_argument("--problems", type=problems, metavar="N", help="at most so many for each; lifts the time limit")
+    parser.add_argument("--seed", type=seeds, default=0, metavar="N", help="of the first problem")
+    parser.add_argument("--only", choices=SANITIZERS, help="one of the three in place of all")
+    parser.add_argument(
+        "--threads",
+        type=_thread_counts,
+        default=[1, 2, 4],
+        metavar="1,2,4",
+        help="numbers that must not change results",
+    )
     args = parser.parse_args(arguments)
+    seeds = range(args.seed, SEEDS if args.problems is None else min(args.seed + args.problems, SEEDS))
+    limit = args.seconds or (60 if args.problems is None else float("inf"))
     wrong = False
     with tempfile.TemporaryDirectory() as scratch:
         for sanitizer in [args.only] if args.only else SANITIZERS:
             try:
                 program = build(sanitizer, Path(scratch))
-            except Unavailable as error:
+            except (Unavailable, build_ext.BuildError) as error:
                 print(error, file=sys.stderr)
                 return 2
-            threads = [int(count) for count in args.threads.split(",")]
-            found = search(sanitizer, program, threads, range(args.seed, args.seed + args.problems), args.seconds)
+            found = search(sanitizer, program, args.threads, seeds, limit)
             print(f"{sanitizer}: {found.problems} problems, {found.reports} reports, {found.faults} faults")
             wrong |= bool(found.reports or found.faults)
     return int(wrong)
