@@ -1,6 +1,7 @@
 """tools/sanitize.py: the C++ kernels pass under the sanitizers, and kernels with a fault put in do not."""
 # ruff: noqa: E402 (the tools stand beside the package)
 
+import os
 import sys
 from pathlib import Path
 
@@ -8,11 +9,14 @@ import pytest
 
 sys.path[:0] = [str(Path(__file__).parents[1] / "tools")]
 
+import build_ext
 import sanitize
 
+from decompk.config import PASSES
 from decompk.kernels import cpu
 
 THREADS = [1, 2, 4]
+SEEDS = {"address": 60, "thread": 60, "halo": 15}  # fibers take their time
 
 
 def built(sanitizer, into, sources=()):
@@ -24,9 +28,14 @@ def built(sanitizer, into, sources=()):
 
 @pytest.mark.parametrize("sanitizer", sanitize.SANITIZERS)
 def test_random_problems_overrun_nothing_race_nowhere_and_are_right(sanitizer, tmp_path):
-    seeds = range(15 if sanitizer == "halo" else 60)  # fibers take their time
-    found = sanitize.search(sanitizer, built(sanitizer, tmp_path), THREADS, seeds, seconds=20)
-    assert found.problems and not found.reports and not found.faults
+    found = sanitize.search(sanitizer, built(sanitizer, tmp_path), THREADS, range(SEEDS[sanitizer]), seconds=60)
+    assert found.problems == SEEDS[sanitizer] and not found.reports and not found.faults
+
+
+def test_the_seeds_draw_every_pass_in_every_form_and_norms():
+    drawn = {tuple(sanitize.line_of(seed, "address").split()[1:4]) for seed in range(SEEDS["address"])}
+    assert {("conv", kind, form) for kind in PASSES for form in cpu.FORMS} <= drawn
+    assert "norm" in {op for op, *_ in drawn}
 
 
 @pytest.mark.parametrize(
@@ -47,6 +56,51 @@ def test_a_fault_put_in_is_found(sanitizer, file, code, broken, said, tmp_path, 
     assert found.reports + found.faults
     first = capsys.readouterr().out.splitlines()[0]
     assert said in first and first.startswith("seed ")
+
+
+LEAKS = """#include <iostream>
+int main() {
+  for (std::string line; std::getline(std::cin, line);) {
+    float* volatile lost = new float[100];
+    std::cout << "answer: " << std::endl;
+  }
+}
+"""
+
+
+def test_memory_that_is_leaked_is_reported_at_the_end(tmp_path, capsys):
+    source, program = tmp_path / "leaks.cpp", tmp_path / "leaks"
+    source.write_text(LEAKS)
+    try:
+        build_ext.run([os.environ.get("CXX") or "g++", "-fsanitize=address", str(source), "-o", str(program)])
+    except (OSError, build_ext.BuildError) as error:
+        pytest.skip(str(error))
+    found = sanitize.search("address", program, THREADS, range(3), seconds=20)
+    assert (found.problems, found.reports, found.faults) == (3, 1, 0)
+    said = capsys.readouterr().out
+    assert said.startswith("at the end: ") and "leaked" in said
+
+
+def test_code_that_does_not_compile_ends_with_what_the_compiler_says(tmp_path, monkeypatch, capsys):
+    (tmp_path / "tools").mkdir()
+    (tmp_path / "tools/sanitize_halo.cpp").write_text("no code\n")
+    monkeypatch.setattr(sanitize, "ROOT", tmp_path)
+    assert sanitize.main(["--only", "halo", "--problems", "1"]) == 2
+    said = capsys.readouterr().err
+    if "does not work here" in said:
+        pytest.skip(said)
+    assert "sanitize_halo.cpp:1" in said and "error:" in said
+
+
+@pytest.mark.parametrize(
+    "argument", ["--threads=abc", "--threads=0", "--threads=", "--seed=4294967296", "--problems=0", "--seconds=0"]
+)
+def test_wrong_arguments_end_with_a_sentence_before_anything_is_built(argument, monkeypatch, capsys):
+    monkeypatch.setattr(sanitize, "build", None)
+    with pytest.raises(SystemExit) as ended:
+        sanitize.main([argument])
+    assert ended.value.code == 2
+    assert f"error: argument {argument.partition('=')[0]}: " in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_without_a_compiler_it_says_what_is_missing(monkeypatch, capsys):

@@ -123,7 +123,7 @@ def _halo(rng: random.Random) -> str:
 
 
 def build(sanitizer: str, into: Path, sources: tuple[Path, ...] = ()) -> Path:
-    """The driver with its kernels, or with `sources` in their place. Raises Unavailable where there is no such."""
+    """The driver with its kernels, or with `sources` in their place. Raises Unavailable and BuildError."""
     gxx, sanitize = os.environ.get("CXX") or "g++", f"-fsanitize={SANITIZERS[sanitizer]}"
     try:
         build_ext.run([gxx, sanitize, "-shared", "-x", "c++", os.devnull, "-o", str(into / "trial")])
