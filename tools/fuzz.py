@@ -7,7 +7,7 @@ float64 1e-12, relative to the reference; where luck may decide, over 16 draws o
 what torch makes so, and of no other member any bit changes; inputs keep their bits; and so do the C++ kernels' results
 on 1, 2 and 4 threads. A failing problem is shrunk to one that still fails and printed as a command that repeats it.
 Each problem has a seed of its own, counted up from --seed; every 16th is one of the next pair of operator and backend.
-Exit codes: 0 nothing fails, 1 something does, 2 wrong arguments, or the problem to repeat is refused.
+Exit codes: 0 nothing fails, 1 something does, 2 wrong arguments, or what is asked for does not run here.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def pairs(names: list[str], backends: list[str]) -> list[tuple[str, str]]:
 
 
 def _shares(name: str, backends: list[str]) -> dict[str, float]:
-    return {b: share for b, share in OPS[name].backends.items() if b in backends} or {"default": 1}
+    return {b: share for b, share in OPS[name].backends.items() if b in backends}
 
 
 def _pair(seed: int, rng: random.Random, names: list[str], backends: list[str]) -> tuple[str, str]:
@@ -165,8 +165,9 @@ def search(seeds: Iterable[int], seconds: float, names: list[str], hard: bool = 
     """How many problems ended how, and ran of each pair, and the shrunk failing ones: one of each kind."""
     counts, failing, kinds, end = Counter(), [], Counter(), time.monotonic() + seconds
     backends = available()
+    names = [name for name in names if _shares(name, backends)]
     for seed in seeds:
-        if time.monotonic() > end:
+        if not names or time.monotonic() > end:
             break
         p = draw(seed, names, backends, hard)
         counts["problems"] += 1
@@ -221,8 +222,8 @@ def read(text: str) -> Problem:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--problems", type=between(int, 1), metavar="N", help="at most so many; lifts the time limit")
-    parser.add_argument("--seconds", type=between(float, 1), metavar="S", help="time limit; default: 60")
+    parser.add_argument("--problems", type=between(int, 1), metavar="N", help="at most so many")
+    parser.add_argument("--seconds", type=between(float, 1), metavar="S", help="default: 60, no limit with --problems")
     parser.add_argument("--seed", type=between(int, 0, 2**62), default=0, metavar="N", help="of the first problem")
     parser.add_argument("--op", nargs="+", choices=OPS, default=list(OPS), metavar="NAME", help=", ".join(OPS))
     parser.add_argument("--hard", action="store_true", help="hard inputs alone")
@@ -234,6 +235,9 @@ def main(arguments: list[str] | None = None) -> int:
     seeds = itertools.count(args.seed) if args.problems is None else range(args.seed, args.seed + args.problems)
     counts, _ = search(seeds, args.seconds or (60 if args.problems is None else float("inf")), args.op, args.hard)
     print(", ".join(f"{counts[name]} {name}" for name in ("problems", "refused", "failing")))
+    if not counts["problems"]:
+        print(f"none of the backends of {', '.join(args.op)} runs here", file=sys.stderr)
+        return 2
     return int(counts["failing"] > 0)
 
 

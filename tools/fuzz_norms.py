@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import decompk
 from decompk import ops
+from decompk.kernels import cpu
 from decompk.ops import on_cpu
 from decompk.ops.recurrent import GATES, prepared, recurrence
 
@@ -113,7 +114,8 @@ def packed_norm(p: Problem, t: Tensors) -> Tensors:
 def separate_norms(p: Problem, t: Tensors) -> Tensors:
     members = _modules(p, t["x"].dtype)
     # Where torch's operators run packed ones they lie channels_last, of which torch's sums are less exact.
-    lay = torch.channels_last if p["backend"] == "torch" else torch.contiguous_format
+    on_torch = p["backend"] == "torch" or cpu.why_not() is not None
+    lay = torch.channels_last if on_torch else torch.contiguous_format
 
     def run(x: Tensor) -> Tensor:
         own = [{name: t[name][k] for name in ("weight", "bias") if name in t} for k in range(p["K"])]

@@ -224,8 +224,10 @@ def _thread_counts(text: str) -> list[int]:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     seconds, problems, seeds = between(float, 1), between(int, 1), between(int, 0, SEEDS - 1)
-    parser.add_argument("--seconds", type=seconds, metavar="S", help="of running, for each of the three; default: 60")
-    parser.add_argument("--problems", type=problems, metavar="N", help="at most so many for each; lifts the time limit")
+    parser.add_argument(
+        "--seconds", type=seconds, metavar="S", help="for each of the three; default: 60, no limit with --problems"
+    )
+    parser.add_argument("--problems", type=problems, metavar="N", help="at most so many for each")
     parser.add_argument("--seed", type=seeds, default=0, metavar="N", help="of the first problem")
     parser.add_argument("--only", choices=SANITIZERS, help="one of the three in place of all")
     parser.add_argument(
