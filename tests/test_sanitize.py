@@ -52,7 +52,7 @@ def test_a_fault_put_in_is_found(sanitizer, file, code, broken, said, tmp_path, 
         assert code in text or source.name != file
         (tmp_path / source.name).write_text(text.replace(code, broken) if source.name == file else text)
     program = built(sanitizer, tmp_path, tuple(sorted(tmp_path.glob("*.cpp"))))
-    found = sanitize.search(sanitizer, program, THREADS, range(30), seconds=20)
+    found = sanitize.search(sanitizer, program, THREADS, range(30), seconds=60)
     assert found.reports + found.faults
     first = capsys.readouterr().out.splitlines()[0]
     assert said in first and first.startswith("seed ")
