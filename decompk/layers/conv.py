@@ -41,7 +41,8 @@ class _PackedConv(Twin):
         positions = x.shape[0] * prod(x.shape[2:]) // self._twin_K
         sizes = (self.kernel_size, self.stride, False, inner, self.out_channels, positions)
         form = conv_form(*sizes, x.dtype, x.is_cuda)
-        if form == "loop":
+        of_group = self.weight.shape[1] // self.groups, self.weight.shape[2]
+        if form == "loop" or library.mixes_groups(x, self._twin_K * self.groups, *of_group):
             return self._twin_each(lambda x, w, b: convolve(x, w, b, self.groups), x, self.weight, self.bias)
         bias = None if self.bias is None else self.bias.flatten()
         y = convolve(side_by_side(x, self._twin_K), self.weight.flatten(0, 1), bias, self._twin_K * self.groups)
@@ -92,7 +93,6 @@ class _PackedConvTranspose(_PackedConv):
         )
 
         def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> Tensor:
-            x, weight = library.with_groups_apart(x, weight, groups)
             return self._twin_function(x, weight, bias, self.stride, self.padding, extra, groups, self.dilation)
 
         return self._twin_laid_out(self._twin_run(convolve, x))

@@ -48,7 +48,7 @@ def forward(
         x, weight = as_torch_can(x, weight, stride, padding, dilation, differentiable)
         return torch.convolution(x, weight, bias, stride, padding, dilation, False, (0, 0), groups)
 
-    if form == "loop":
+    if form == "loop" or mixes_groups(x, len(x), *weight.shape[1:3]):
         members = [
             convolve(*member, 1)
             for member in zip(x, weight, bias if bias is not None else [None] * len(x), strict=True)
@@ -140,7 +140,6 @@ def backward(
         return dx, dw
 
     def convolve(grad: Tensor, x: Tensor, weight: Tensor, groups: int) -> tuple[Tensor | None, Tensor | None]:
-        x, weight = with_groups_apart(x, weight, groups)
         if overruns(x, weight, stride):
             grad, x, weight = (t.contiguous() for t in (grad, x, weight))
         mask = [*wanted, False]
@@ -148,7 +147,7 @@ def backward(
             grad, x, weight, None, stride, padding, dilation, False, [0, 0], groups, mask
         )[:2]
 
-    if form == "loop":
+    if form == "loop" or mixes_groups(x, K, *weight.shape[1:3]):
         dx, dw = zip(*(convolve(*member, 1) for member in zip(grad, x, weight, strict=True)), strict=True)
         return (torch.cat(dx).view(x.shape) if wanted[0] else None), (torch.stack(dw) if wanted[1] else None)
     dx, dw = convolve(side_by_side(grad), side_by_side(x), weight.flatten(0, 1), K)
@@ -185,7 +184,6 @@ def as_torch_can(
     differentiable: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """x and weight, laid out so that torch's convolution, and its backward if it is differentiable, survive them."""
-    x, weight = with_groups_apart(x, weight, x.shape[1] // weight.shape[1])
     if differentiable and overruns(x, weight, stride):
         x, weight = x.contiguous(), weight.contiguous()
     if sees_nothing(x, weight, stride, padding, dilation):  # what has one pixel may be contiguous and channels_last
@@ -193,17 +191,16 @@ def as_torch_can(
     return x, weight
 
 
-def with_groups_apart(x: Tensor, weight: Tensor, groups: int) -> tuple[Tensor, Tensor]:
-    """x and weight, laid out so that one group's NaN stays in it: NCHW in bfloat16 on a CPU, where channels are odd.
+def mixes_groups(x: Tensor, groups: int, *channels: int) -> bool:
+    """Whether NaN of one group may reach the next in torch's grouped convolution: bfloat16 on a CPU, odd channels.
 
-    oneDNN, in torch 2.13, reads channels_last bfloat16 in pairs, and multiplies the first of the next group by zero: in
-    fprop where a group's inputs, in dgrad where its outputs are odd in number.
+    oneDNN, in torch 2.13, reads bfloat16 in pairs, and multiplies the first of the next group by zero: in fprop where a
+    group's inputs, in dgrad where its outputs are odd in number. channels: how many both are.
     """
+    if x.device.type != "cpu" or groups == 1:
+        return False
     low = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
-    odd = groups > 1 and (weight.shape[0] // groups % 2 or weight.shape[1] % 2)
-    if odd and x.device.type == "cpu" and (x.dtype == torch.bfloat16 or low):
-        x, weight = (t.clone(memory_format=torch.contiguous_format) for t in (x, weight))
-    return x, weight
+    return (x.dtype == torch.bfloat16 or low) and any(count % 2 for count in channels)
 
 
 def sees_nothing(
