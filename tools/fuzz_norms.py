@@ -176,7 +176,7 @@ def in_turn(p: Problem, t: Tensors) -> Tensors:
         cs.append(last[-1][0])
     found = {"y": torch.stack(ys)} | ({"last": torch.stack(cs)} if "c" in t else {})
     sums = (p["T"] * p["N"]) ** 0.5  # whose terms may cancel
-    found["_floors"] = dict(dbias=sums, down=sums)
+    found["_floors"] = dict(dbias=sums, down=sums, dh=0.25)  # one step's share; those of several may cancel, too
     return found | ({"_sharp": _near_zero(p, t)} if p["mode"] == "RNN_RELU" else {})
 
 
