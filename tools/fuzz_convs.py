@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from fuzz_op import Normal, Op, Problem, Tensors, size
+from fuzz_op import Normal, Op, Problem, Tensors, size, statistics_floors
 from torch import Tensor
 
 import decompk
@@ -168,7 +168,8 @@ def with_moments(p: Problem, t: Tensors) -> Tensors:
 def and_moments(p: Problem, t: Tensors) -> Tensors:
     y = each_conv(p, _members(p, t), t["weight"], t.get("bias"))
     var, mean = torch.var_mean(y.detach().to(_statistics(y)), (1, 3, 4), correction=0)
-    return {"y": y, "count": torch.full_like(mean, y[0, :, 0].numel()), "mean": mean, "var": var}
+    found = {"y": y, "count": torch.full_like(mean, y[0, :, 0].numel()), "mean": mean, "var": var}
+    return found | {"_floors": statistics_floors(y, "mean", "var")}
 
 
 def _statistics(x: Tensor) -> torch.dtype:

@@ -6,7 +6,7 @@ import random
 
 import torch
 import torch.nn.functional as F
-from fuzz_op import FLOATS, HOT, Normal, Op, Problem, Tensors, size
+from fuzz_op import FLOATS, HOT, Normal, Op, Problem, Tensors, size, statistics_floors
 from torch import Tensor, nn
 
 import decompk
@@ -80,6 +80,7 @@ def _floors(p: Problem, t: Tensors) -> dict:
     steepest = (t["weight"].detach().abs() if "weight" in t else 1) / (var + p["eps"]).sqrt()
     sums = t["x"][0, :, 0].numel() ** 0.5
     floors = dict(y=1.0, z=1.0, dx=steepest.nan_to_num(0, 0, 0).max().item(), dweight=sums, dbias=sums)
+    floors |= statistics_floors(t["x"], "running_mean", "running_var")
     return {"_floors": floors if p.get("track", True) else floors | dict(e=1.0)}
 
 

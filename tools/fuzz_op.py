@@ -55,3 +55,9 @@ def laid(x: Tensor, layout: str) -> Tensor:
 
 def size(rng: random.Random, most: int, least: int = 1) -> int:
     return rng.choice((least, rng.randint(least, most), rng.randint(least, most)))
+
+
+def statistics_floors(x: Tensor, mean: str, var: str) -> dict[str, float]:
+    """Of values near one mean the deviations, of values around zero the mean are differences of larger numbers."""
+    largest = x.detach().abs().nan_to_num(0, 0, 0).max().item() if x.numel() else 0.0
+    return {mean: largest, var: 1e-6 * largest**2}
