@@ -178,6 +178,8 @@ def in_turn(p: Problem, t: Tensors) -> Tensors:
     found = {"y": torch.stack(ys)} | ({"last": torch.stack(cs)} if "c" in t else {})
     sums = (p["T"] * p["N"]) ** 0.5  # whose terms may cancel
     found["_floors"] = dict(dbias=sums, down=sums, dh=0.25)  # one step's share; those of several may cancel, too
+    if p["mode"] != "RNN_RELU":
+        found["_floors"] |= dict(y=0.25, last=0.25)  # states lie between −1 and 1, and may be near zero
     return found | ({"_sharp": _near_zero(p, t)} if p["mode"] == "RNN_RELU" else {})
 
 
