@@ -5,6 +5,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from decompk.layers.base import deep_copy
+from decompk.ops import library
 from decompk.packed import pack
 from decompk.train import open_data
 
@@ -31,6 +32,14 @@ def members_of(make, count=3):
         torch.manual_seed(seed)
         members.append(make().double())
     return members
+
+
+def by_form(form, p, x, weight, dy):
+    """What p.kind computes by a form of `library`."""
+    if p.kind == "fprop":
+        return library.forward(form, x, weight, None, p.stride, p.padding, p.dilation)
+    wanted = p.kind == "dgrad", p.kind == "wgrad"
+    return library.backward(form, dy, x, weight, p.stride, p.padding, p.dilation, wanted)[wanted.index(True)]
 
 
 def double(*shape):

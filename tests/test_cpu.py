@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import by_form
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -60,28 +61,21 @@ def every_case():
                     yield pytest.param(problem, form, id=f"{name}-{kind}-{form}")
 
 
-def by(form, p, x, weight, dy):
-    if p.kind == "fprop":
-        return library.forward(form, x, weight, None, p.stride, p.padding, p.dilation)
-    wanted = p.kind == "dgrad", p.kind == "wgrad"
-    return library.backward(form, dy, x, weight, p.stride, p.padding, p.dilation, wanted)[wanted.index(True)]
-
-
 @pytest.mark.parametrize("problem, form", list(every_case()))
 def test_a_convolution_is_as_exact_as_torchs(problem, form):
     p = problem
     x, weight = torch.randn(p.K, p.N, p.C, p.H, p.W), torch.randn(p.K, p.O, p.C, *p.kernel) / (p.C * p.taps) ** 0.5
     dy = torch.randn(p.K, p.N, p.O, *p.out_size)
-    reference = by("loop", p, x.double(), weight.double(), dy.double())
-    torchs = by("loop", p, x, weight, dy)
+    reference = by_form("loop", p, x.double(), weight.double(), dy.double())
+    torchs = by_form("loop", p, x, weight, dy)
     for threads in (1, 2):
         torch.set_num_threads(threads)
-        found = by(form, p, x, weight, dy)
+        found = by_form(form, p, x, weight, dy)
         torch.set_num_threads(1)
         assert found.shape == reference.shape
         assert distance(found, reference) <= 2 * distance(torchs, reference) + 1e-6
         assert (found - reference).abs().max() <= 2 * (torchs - reference).abs().max() + 1e-6 * reference.abs().max()
-    assert torch.equal(by(form, p, x, weight, dy), found), "the sums must not depend on the number of threads"
+    assert torch.equal(by_form(form, p, x, weight, dy), found), "the sums must not depend on the number of threads"
 
 
 def test_a_bias_is_added_and_strided_tensors_are_taken():

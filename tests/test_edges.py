@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import by_form
 from torch import nn
 
 import decompk
@@ -14,7 +15,7 @@ from decompk import ops
 from decompk.config import PASSES, Problem
 from decompk.kernels import conv, cpu
 from decompk.kernels.conv import band, pointer, tile
-from decompk.ops import library, on_cpu
+from decompk.ops import on_cpu
 
 NAN, INF = float("nan"), float("inf")
 BAD = [NAN, INF, -INF]
@@ -91,42 +92,30 @@ def read_by(kind):
     return {"fprop": (0, 1), "dgrad": (2, 1), "wgrad": (0, 2)}[kind]
 
 
-def by_form(form, p, x, weight, dy):
-    """What p.kind computes by a form of `library`."""
-    if p.kind == "fprop":
-        return library.forward(form, x, weight, None, p.stride, p.padding, p.dilation)
-    wanted = p.kind == "dgrad", p.kind == "wgrad"
-    return library.backward(form, dy, x, weight, p.stride, p.padding, p.dilation, wanted)[wanted.index(True)]
+def on_cpu_kernels():
+    """(form, problem) of every pass that the C++ kernels compute of `PROBLEMS`."""
+    for (name, p), kind, form in itertools.product(PROBLEMS.items(), PASSES, cpu.FORMS):
+        if cpu.why_not_conv(p.of(kind), form) in (None, cpu.why_not()):
+            yield pytest.param(form, p.of(kind), id=f"{kind}-{form}-{name}")
 
 
 @needs_cpu
-@pytest.mark.parametrize("name", PROBLEMS)
-@pytest.mark.parametrize("form", cpu.FORMS)
-@pytest.mark.parametrize("kind", PASSES)
-def test_the_processors_convolutions_have_nan_and_infinity_where_torchs_have_them(kind, form, name):
-    p = PROBLEMS[name].of(kind)
-    if reason := cpu.why_not_conv(p, form):
-        pytest.skip(reason)
-
+@pytest.mark.parametrize("form, p", on_cpu_kernels())
+def test_the_processors_convolutions_have_nan_and_infinity_where_torchs_have_them(form, p):
     tensors = operands(p)
     clean = by_form(form, p, *tensors)
-    for victim, place, value in itertools.product(read_by(kind), PLACES.values(), BAD):
+    for victim, place, value in itertools.product(read_by(p.kind), PLACES.values(), BAD):
         hurt = placed(tensors, victim, place, value)
         assert_as_in_torch(by_form(form, p, *hurt), exact(p, *hurt), clean)
 
 
 @needs_cpu
-@pytest.mark.parametrize("name", PROBLEMS)
-@pytest.mark.parametrize("form", cpu.FORMS)
-@pytest.mark.parametrize("kind", PASSES)
-def test_a_member_that_has_diverged_is_nan_where_torchs_is(kind, form, name):
+@pytest.mark.parametrize("form, p", on_cpu_kernels())
+def test_a_member_that_has_diverged_is_nan_where_torchs_is(form, p):
     """Its operands are NaN throughout, or here and there, as behind a pooling: neither is computed tap by tap."""
-    p = PROBLEMS[name].of(kind)
-    if reason := cpu.why_not_conv(p, form):
-        pytest.skip(reason)
     tensors = operands(p)
     clean = by_form(form, p, *tensors)
-    for victim, share in itertools.product(read_by(kind), (1.0, 0.3)):
+    for victim, share in itertools.product(read_by(p.kind), (1.0, 0.3)):
         hurt = [t.clone() for t in tensors]
         hurt[victim][1].masked_fill_(torch.rand(hurt[victim][1].shape) < share, NAN)
         assert_as_in_torch(by_form(form, p, *hurt), exact(p, *hurt), clean)

@@ -232,16 +232,19 @@ def overruns(x: Tensor, weight: Tensor, stride: Sequence[int]) -> bool:
 
     So it does where fewer channels are read than a register holds: 16 of AVX-512, 8 of AVX2.
     """
-    pointwise = prod(weight.shape[2:]) == 1 and max(stride) > 1
-    return pointwise and x.device.type == "cpu" and x.shape[1] < 16
+    return x.device.type == "cpu" and _reads_too_few(x.shape[1], weight.shape[2:], stride)
+
+
+def _reads_too_few(channels: int, kernel: Sequence[int], stride: Sequence[int]) -> bool:
+    return prod(kernel) == 1 and max(stride) > 1 and channels < 16
 
 
 def is_delicate(layer: nn.Module) -> bool:
     """Whether a layer's own numbers leave it open that `overruns` or `sees_nothing` is true of its convolution."""
     if not isinstance(layer, nn.modules.conv._ConvNd) or layer.transposed:
         return False
-    pointwise = prod(layer.kernel_size) == 1 and max(layer.stride) > 1 and layer.in_channels < 16
-    return pointwise or (layer.dilation[-1] > 1 and layer.padding not in ("valid", (0,) * len(layer.dilation)))
+    few = _reads_too_few(layer.in_channels, layer.kernel_size, layer.stride)
+    return few or (layer.dilation[-1] > 1 and layer.padding not in ("valid", (0,) * len(layer.dilation)))
 
 
 def side_by_side(x: Tensor) -> Tensor:
