@@ -19,7 +19,7 @@ sys.path[:0] = [str(BENCH.parent), str(BENCH.parent / "tools")]
 from contestants import Setting
 from race import LEFT_OUT, Work, enter, entries
 
-from decompk.cache import processor, slug
+from decompk.kernels.cache import processor, slug
 from decompk.profile.roofs import measure_roofs
 from decompk.report import bench as page
 

@@ -17,9 +17,9 @@ from steps import Captured, side_by_side
 from torch import Tensor, nn
 
 import decompk
-from decompk import cost
+from decompk.cost import walk as cost
+from decompk.crops import by
 from decompk.losses import cross_entropy
-from decompk.partition import by
 
 CL = torch.channels_last
 

@@ -13,7 +13,8 @@ from layers import Layer
 from race import Contestant, Result, Work
 from torch import Tensor
 
-from decompk import cost, ops
+from decompk import ops
+from decompk.cost import walk as cost
 
 Passes = list[Tensor]  # output, gradient of the weight and, but for the first layer, of the input
 NAMES = ("output", "gradient of the weight", "gradient of the input")

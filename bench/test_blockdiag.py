@@ -10,8 +10,9 @@ from race import CLOCK, Contestant, Race, Spec, Work, race
 from torch import nn
 
 import decompk
-from decompk import cost, models
-from decompk.blockdiag import Layerwise, ZeroSkipping, layer_by_layer
+from decompk import models
+from decompk.cost import walk as cost
+from decompk.divide.blockdiag import Layerwise, ZeroSkipping, layer_by_layer
 
 CASES = {"ResNet32, K=4": ("resnet32", 32), "VGG16, K=4": ("vgg16", 4)}  # network, images
 SIDES = {"dense": "peer", "dense, channels_last": "peer", "members": "ours", "layer by layer": "ours"}

@@ -1,16 +1,23 @@
 """decompk trains K networks for little more than the price of one: decompose, pack, compose."""
 
 from . import losses, models, ops, optim, theory, train
-from .ahead import compile_ahead
-from .blockdiag import block_diagonal, densify
-from .decompose import Decomposition, decompose, grouped_subnets
-from .dispatch import backend
-from .errors import BackendError, CheckpointError, DecompkError, PackError, PartitionError, UnsupportedOperation
-from .explain import explain
-from .fuse import fuse
-from .initialise import initialise
-from .packed import Packed, pack
-from .partition import Crop, Indices
+from .crops import Crop, Indices
+from .divide.blockdiag import block_diagonal, densify
+from .divide.decompose import Decomposition, decompose, grouped_subnets
+from .errors import (
+    BackendError,
+    CheckpointError,
+    DecompkError,
+    PackError,
+    PartitionError,
+    UnsupportedOperation,
+)
+from .kernels.choose import backend
+from .packed.ahead import compile_ahead
+from .packed.fuse import fuse
+from .packed.initialise import initialise
+from .packed.pack import Packed, pack
+from .report.explain import explain
 
 __version__ = "0.1.0"
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from . import models
-from .decompose import Decomposition, decompose
+from .divide.decompose import Decomposition, decompose
 from .errors import DecompkError
 from .report.table import FORMATS
 
@@ -314,7 +314,7 @@ def _bench_report(arguments: argparse.Namespace) -> int:
 
 
 def _info(arguments: argparse.Namespace) -> int:
-    from .info import info
+    from .report.info import info
 
     print(info().render(arguments.format).rstrip("\n"))
     return 0

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .errors import PackError
-from .layers.nest import leaves, spread
+from .fx.pytree import leaves, spread
 
 INDICES = (nn.CrossEntropyLoss, nn.NLLLoss, nn.MultiMarginLoss)  # targets (N, …) of outputs (N, C, …)
 ALIKE = (  # targets of the outputs' own shape

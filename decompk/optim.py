@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.optim.sgd import sgd
 
 from .errors import CheckpointError, DecompkError, PackError
-from .packed import Packed
+from .packed.pack import Packed
 
 VECTOR = 64  # elements, a multiple of every CPU's vector; torch's fused loops round the tail behind the last otherwise
 

@@ -18,12 +18,12 @@ from torch import fx, nn
 from torch.fx.node import map_arg
 from torch.nn import functional as F
 
-from .compose import assemble
-from .decompose import Decomposition
+from .divide.compose import assemble
+from .divide.decompose import Decomposition
+from .divide.rules import ELEMENTWISE_FUNCTIONS, ELEMENTWISE_MODULES
+from .divide.values import module_key, operation_name
 from .errors import DecompkError
-from .graph import Window, in_mode, windows
-from .roles import module_key, operation_name
-from .rules import ELEMENTWISE_FUNCTIONS, ELEMENTWISE_MODULES
+from .fx.graph import Window, in_mode, windows
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import torch
 from helpers import leaves, loss_of
 from torch import nn
 
-from decompk.packed import pack
+from decompk.packed.pack import pack
 
 
 def members_of(make, count=3):

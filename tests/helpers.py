@@ -4,9 +4,9 @@ import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from decompk.layers.base import deep_copy
-from decompk.ops import library
-from decompk.packed import pack
+from decompk.kernels import library
+from decompk.packed.pack import pack
+from decompk.packed.twin import deep_copy
 from decompk.train import open_data
 
 OUTPUT, GRADIENT, TRAINED = 1e-10, 1e-9, 1e-8  # float64

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 import decompk
-from decompk.ahead import launches_of
-from decompk.device import interpreted
+from decompk.kernels.device import interpreted
+from decompk.packed.ahead import launches_of
 
 ROOT = Path(__file__).parents[1]
 

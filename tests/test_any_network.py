@@ -11,9 +11,9 @@ from torch.nn.utils import prune, spectral_norm, weight_norm
 
 import decompk
 from decompk import errors, pack
-from decompk.layers import TWINS
-from decompk.layers.base import deep_copy
-from decompk.layers.block import HeadConv2d, HeadLinear, WindowedLinear
+from decompk.divide.zero_skipping import HeadConv2d, HeadLinear, WindowedLinear
+from decompk.packed.twin import deep_copy
+from decompk.packed.twins import TWINS
 
 K, N = 3, 4
 pytestmark = pytest.mark.filterwarnings("ignore:.*member by member")

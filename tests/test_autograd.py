@@ -15,7 +15,7 @@ from torch.testing import assert_close
 
 import decompk
 from decompk import ops
-from decompk.partition import Crop
+from decompk.crops import Crop
 
 K, N = 3, 4
 TOLERANCE = {torch.float32: 2e-4, torch.float64: 1e-10}

@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import decompk
 from decompk import DecompkError, ops
-from decompk.config import Problem
+from decompk.kernels.problem import Problem
 from decompk.ops import block
 
 CONV, CONV_BACKWARD = torch.ops.decompk.block_conv2d, torch.ops.decompk.block_conv2d_backward
@@ -281,7 +281,7 @@ def poisoned(shape, dtype, fill=None):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("geometry", ["3×3, stride 2", "1×1"])
 def test_triton_reads_and_writes_nothing_around_its_operands(dtype, geometry):
-    from decompk.kernels import block_conv
+    from decompk.kernels import block as block_conv
 
     kernel, stride, padding, dilation, H, W = GEOMETRIES[geometry]
     mask, out_block, in_block = MASKS["empty row"], 3, 5
@@ -325,7 +325,7 @@ def test_triton_does_not_see_skipped_storage(geometry):
 def test_weight_gradients_with_and_without_atomics_agree_and_two_passes_repeat_bit_for_bit(monkeypatch):
     from dataclasses import replace
 
-    from decompk.kernels import block_conv
+    from decompk.kernels import block as block_conv
 
     found = block.plan("110/011/101", 24, 24, "triton")
     p = Problem("wgrad", "float32", 1, 2, 24, 24, 9, 9, (1, 1))
@@ -348,7 +348,7 @@ def test_weight_gradients_with_and_without_atomics_agree_and_two_passes_repeat_b
 
 
 def test_the_kernels_that_are_compiled_for_every_architecture_are_all_there_is(monkeypatch):
-    from decompk.kernels import block_conv
+    from decompk.kernels import block as block_conv
     from decompk.kernels.conv import operands
 
     monkeypatch.setattr(operands, "interpreted", lambda: False)  # as where they are compiled
@@ -547,7 +547,7 @@ def test_the_linear_layer_and_triton_refuse_by_name():
     tensors, arguments = conv_case(MASKS["banded"], 8, 8, "3×3", dtype=torch.float64)
     with pytest.raises(decompk.BackendError, match="float64"), decompk.backend("triton"):
         ops.block_conv2d(tensors[0], tensors[1], MASKS["banded"], None, *arguments)
-    from decompk.kernels import block_conv
+    from decompk.kernels import block as block_conv
 
     found = block.plan(MASKS["banded"], 16, 16, "triton")
     sizes = (16, 16, 16, 16, (3, 3), (1, 1), (1, 1))

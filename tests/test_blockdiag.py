@@ -10,8 +10,8 @@ from torch import nn
 
 import decompk
 from decompk import models
-from decompk.blockdiag import Layerwise, Members
-from decompk.layers.block import BlockConv2d, BlockLinear, components, find_blocks
+from decompk.divide.blockdiag import Layerwise, Members
+from decompk.divide.zero_skipping import BlockConv2d, BlockLinear, components, find_blocks
 
 PIXELS = 64
 

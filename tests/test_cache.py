@@ -20,8 +20,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from decompk import cache, info, measured
-from decompk.kernels import cpu
+from decompk.kernels import cache, cpu
+from decompk.kernels import measure as measured
+from decompk.report import info
 
 if sys.platform != "linux":
     pytest.skip("the library is built on Linux alone", allow_module_level=True)

@@ -13,8 +13,8 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 
 import decompk
 from decompk import errors, pack
-from decompk.layers.nest import leaves as all_leaves
-from decompk.layers.rehearsal import Rehearsal
+from decompk.fx.pytree import leaves as all_leaves
+from decompk.packed.rehearsal import Rehearsal
 
 K = 3
 pytestmark = pytest.mark.filterwarnings("ignore:.*member by member")

@@ -10,7 +10,7 @@ from zoo import torchvision
 import decompk
 from decompk import PartitionError, UnsupportedOperation, decompose
 from decompk.errors import DecompkError
-from decompk.graph import on_meta, shape_of
+from decompk.fx.graph import on_meta, shape_of
 
 
 class Between(nn.Module):

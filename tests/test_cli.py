@@ -109,8 +109,8 @@ def test_the_papers_cells_come_as_json_objects(capsys):
 
 
 def test_info_says_why_a_backend_is_absent(capsys, monkeypatch, tmp_path):
-    monkeypatch.setattr("decompk.extension.LIBRARIES", tmp_path)
-    monkeypatch.setattr("decompk.device.interpreted", lambda: False)
+    monkeypatch.setattr("decompk.kernels.extension.LIBRARIES", tmp_path)
+    monkeypatch.setattr("decompk.kernels.device.interpreted", lambda: False)
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     code, out, _ = run(capsys, "info", "--format", "json")
     rows = {row["what"]: row for row in json.loads(out)["rows"]}

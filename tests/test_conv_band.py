@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from decompk import device
-from decompk.config import Config, Epilogue, Problem, Prologue
+from decompk.kernels import device
 from decompk.kernels.conv import band
 from decompk.kernels.launch import recording
+from decompk.kernels.problem import Config, Epilogue, Problem, Prologue
 
 if not device.interpreted():
     pytest.skip("runs in Triton's interpreter: TRITON_INTERPRET=1", allow_module_level=True)

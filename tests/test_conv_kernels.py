@@ -6,11 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from decompk import device
-from decompk.config import Config, Epilogue, Problem, Prologue
-from decompk.kernels import conv
+from decompk.kernels import conv, device
 from decompk.kernels.launch import recording
-from decompk.ops.layout import strides_of
+from decompk.kernels.layout import strides_of
+from decompk.kernels.problem import Config, Epilogue, Problem, Prologue
 
 H100 = device.KNOWN[90]
 NAN = float("nan")

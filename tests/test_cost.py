@@ -4,7 +4,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
 
-from decompk import cost, models
+from decompk import models
+from decompk.cost import walk as cost
 from decompk.errors import DecompkError, UnsupportedOperation
 
 

@@ -16,11 +16,13 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import decompk
-from decompk import dispatch, measured, ops
-from decompk.config import PASSES, Problem
+from decompk import ops
 from decompk.errors import BackendError
-from decompk.kernels import cpu
-from decompk.ops import library, on_cpu
+from decompk.kernels import choose as dispatch
+from decompk.kernels import cpu, library
+from decompk.kernels import measure as measured
+from decompk.kernels.problem import PASSES, Problem
+from decompk.ops import on_cpu
 
 if reason := cpu.why_not():
     pytest.skip(f"no C++ kernels: {reason}", allow_module_level=True)

@@ -9,8 +9,8 @@ from nets import ADAPTED, EXACT, NETS, NOTED, build
 from torch import nn
 
 import decompk
-from decompk.compose import tensors
-from decompk.shell import Rewritten
+from decompk.divide.compose import tensors
+from decompk.fx.wrapper import Rewritten
 
 
 def awake(nets):

@@ -17,15 +17,15 @@ from layers import CASES, Case, layers, problem
 from timing import Trial
 
 import decompk
-from decompk import device as devices
-from decompk import dispatch, extension, losses, ops
-from decompk.config import Config
-from decompk.device import interpreted
+from decompk import losses, ops
 from decompk.errors import BackendError
-from decompk.kernels import conv
+from decompk.kernels import choose as dispatch
+from decompk.kernels import conv, extension, library
+from decompk.kernels import device as devices
+from decompk.kernels.device import interpreted
 from decompk.kernels.launch import launch, recording
-from decompk.ops import library
-from decompk.ops.layout import aligned, nhwc, ohwi
+from decompk.kernels.layout import aligned, nhwc, ohwi
+from decompk.kernels.problem import Config
 
 needs_interpreter = pytest.mark.skipif(not interpreted(), reason="runs kernels on the CPU")
 BATCH = 2
@@ -163,7 +163,7 @@ def test_the_extension_is_asked_for_in_a_thread_of_autograds_own(name, asked, mo
 
 @needs_interpreter
 def test_a_whole_networks_backward_runs_where_its_forward_ran(asked, monkeypatch):
-    from decompk.kernels import batch_norm
+    from decompk.kernels import norm as batch_norm
 
     launched, backward = [], batch_norm.launch_backward
     monkeypatch.setattr(batch_norm, "launch_backward", lambda *a: launched.append(1) or backward(*a))
@@ -200,7 +200,7 @@ def test_the_short_way_of_a_cpu_carries_its_backend(asked):
 
 @needs_interpreter
 def test_block_convolutions_and_crops_carry_their_backend(asked, monkeypatch):
-    from decompk.kernels import block_conv
+    from decompk.kernels import block as block_conv
 
     ran, dgrad = [], block_conv.dgrad
     monkeypatch.setattr(block_conv, "dgrad", lambda *a: ran.append(1) or dgrad(*a))

@@ -10,11 +10,11 @@ from helpers import by_form
 from torch import nn
 
 import decompk
-from decompk import device as devices
 from decompk import ops
-from decompk.config import PASSES, Problem
 from decompk.kernels import conv, cpu
+from decompk.kernels import device as devices
 from decompk.kernels.conv import band, pointer, tile
+from decompk.kernels.problem import PASSES, Problem
 from decompk.ops import on_cpu
 
 NAN, INF = float("nan"), float("inf")

@@ -21,9 +21,9 @@ from zoo import torchvision
 
 import decompk
 from decompk import DecompkError, UnsupportedOperation, fuse, models
-from decompk.device import interpreted
-from decompk.packed import Packed, pack
-from decompk.partition import Crop
+from decompk.crops import Crop
+from decompk.kernels.device import interpreted
+from decompk.packed.pack import Packed, pack
 
 K, N, SIZE = 2, 3, 8
 needs_torchvision = pytest.mark.skipif(torchvision is None, reason="torchvision is not installed")
@@ -32,7 +32,7 @@ needs_torchvision = pytest.mark.skipif(torchvision is None, reason="torchvision 
 @pytest.fixture
 def as_on_kernels(monkeypatch):
     """Training takes the way it takes on Triton's kernels, on torch's operators."""
-    monkeypatch.setattr(sys.modules["decompk.fuse"], "_on_kernels", lambda x: True)
+    monkeypatch.setattr(sys.modules["decompk.packed.fuse"], "_on_kernels", lambda x: True)
 
 
 def packed_of(make, count=K, **options):
@@ -924,7 +924,7 @@ def test_what_is_not_a_packed_network_is_refused():
 
 @pytest.mark.parametrize("way", ["eval", "train", "train as on kernels"])
 def test_a_fused_network_compiles_into_one_graph(way, monkeypatch):
-    monkeypatch.setattr(sys.modules["decompk.fuse"], "_on_kernels", lambda x: way == "train as on kernels")
+    monkeypatch.setattr(sys.modules["decompk.packed.fuse"], "_on_kernels", lambda x: way == "train as on kernels")
     torch._dynamo.reset()
     fused, x = fuse(packed_of(EarlierResidual, crops=CROPS)).train(way != "eval"), images(N, 3, 12, 12)
     eager, graphs = copy.deepcopy(fused), []

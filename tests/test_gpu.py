@@ -16,8 +16,9 @@ from journal import sentence
 from timing import precision
 
 import decompk
-from decompk import dispatch, extension
-from decompk.config import Problem
+from decompk.kernels import choose as dispatch
+from decompk.kernels import extension
+from decompk.kernels.problem import Problem
 
 GPU, DEVICE = torch.cuda.is_available(), torch.device("cuda" if torch.cuda.is_available() else "cpu")
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not GPU, reason="needs an NVIDIA GPU")]

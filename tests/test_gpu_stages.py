@@ -23,7 +23,7 @@ from desk import KEYS, Desk, in_miniature
 from journal import Journal
 from layers import problem
 
-from decompk.device import interpreted
+from decompk.kernels.device import interpreted
 
 CPU = torch.device("cpu")
 needs_interpreter = pytest.mark.skipif(not interpreted(), reason="runs kernels on the CPU")

@@ -30,10 +30,10 @@ import tune
 from journal import Journal, append, read
 from layers import problem
 
-from decompk import device as devices
-from decompk import dispatch
-from decompk.config import Config
-from decompk.device import interpreted
+from decompk.kernels import choose as dispatch
+from decompk.kernels import device as devices
+from decompk.kernels.device import interpreted
+from decompk.kernels.problem import Config
 
 CPU = torch.device("cpu")
 needs_interpreter = pytest.mark.skipif(not interpreted(), reason="runs kernels on the CPU")
@@ -311,7 +311,7 @@ def test_an_archive_is_laid_where_dispatch_and_readers_look(tmp_path, monkeypatc
     config = Config("tile", (2, 8, 8), 16, 16, warps=8, stages=2)
     table = tune.Table(tmp_path / "tuned.json", here)
     table.keep(dispatch.key_of(one), dispatch.Choice("triton", "tile", config, 0.5, "timed"), refined=True)
-    monkeypatch.setattr(dispatch, "TABLES", tmp_path / "decompk" / "configs")
+    monkeypatch.setattr(dispatch, "TABLES", tmp_path / "decompk" / "kernels" / "configs")
     known = dispatch.table_path(here)
     old = {"form": "loop", "backend": "torch", "config": None, "ms": 1.0}
     journal.write(known, tune.table_text({"device": "old"}, {"another": old}))

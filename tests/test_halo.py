@@ -19,12 +19,12 @@ sys.path[:0] = [str(ROOT / "tools")]
 import build_ext
 
 import decompk
-from decompk import device as devices
-from decompk import extension
-from decompk.config import Config, Epilogue, Problem, Prologue
 from decompk.errors import BackendError
+from decompk.kernels import device as devices
+from decompk.kernels import extension
 from decompk.kernels.conv import halo
-from decompk.ops.layout import strides_of as layout_strides
+from decompk.kernels.layout import strides_of as layout_strides
+from decompk.kernels.problem import Config, Epilogue, Problem, Prologue
 
 NAN = float("nan")
 BEFORE = 64  # values of poison at both ends of a storage

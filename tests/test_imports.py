@@ -7,8 +7,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from decompk import DecompkError, imports, models, shell
+from decompk import DecompkError, models
 from decompk.cli import main
+from decompk.fx import imports
+from decompk.fx import wrapper as shell
 from decompk.train.data import open_data
 
 NMS = "raise RuntimeError('operator torchvision::nms does not exist\\nand more')\n"

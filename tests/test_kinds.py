@@ -12,11 +12,11 @@ from torch import nn
 
 import decompk
 from decompk import losses, models, theory
-from decompk.compose import tensors
+from decompk.crops import Crop, Indices
 from decompk.demos.kinds import QUADRANTS
+from decompk.divide.compose import tensors
 from decompk.errors import DecompkError, PartitionError, UnsupportedOperation
-from decompk.layers import recurrent
-from decompk.partition import Crop, Indices
+from decompk.packed import recurrent
 
 
 class Sum(nn.Module):

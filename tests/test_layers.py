@@ -7,12 +7,13 @@ import torch
 from helpers import assert_packed_equals_separate
 from torch import nn
 
-from decompk import dispatch
 from decompk.errors import PackError
-from decompk.layers import TWINS, conv, linear, norm, recurrent
-from decompk.layers.base import member_major, side_by_side
-from decompk.layers.per_member import PerMember
-from decompk.packed import pack
+from decompk.kernels import choose as dispatch
+from decompk.packed import conv, linear, norm, recurrent
+from decompk.packed.pack import pack
+from decompk.packed.per_member import PerMember
+from decompk.packed.twin import member_major, side_by_side
+from decompk.packed.twins import TWINS
 
 K, N = 3, 4
 

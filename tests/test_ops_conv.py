@@ -8,10 +8,11 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 import decompk
-from decompk import Crop, DecompkError, dispatch, extension, ops
-from decompk.config import Problem
-from decompk.ops import library
-from decompk.ops.layout import layout_of, strides_of
+from decompk import Crop, DecompkError, ops
+from decompk.kernels import choose as dispatch
+from decompk.kernels import extension, library
+from decompk.kernels.layout import layout_of, strides_of
+from decompk.kernels.problem import Problem
 
 OP, BACKWARD = torch.ops.decompk.grouped_conv2d, torch.ops.decompk.grouped_conv2d_backward
 FUSED = torch.ops.decompk.fused_conv2d
@@ -265,8 +266,7 @@ def test_sizes_past_2_to_the_31_elements_keep_their_offsets():
     """Shapes alone: every launch takes such sizes as 64-bit integers, or as descriptors, whose strides have 40 bits."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    from decompk import device
-    from decompk.kernels import conv
+    from decompk.kernels import conv, device
     from decompk.kernels.launch import recording
 
     problem = Problem("fprop", "bfloat16", 4, 2**17, 64, 64, 16, 16, (3, 3), (1, 1), (1, 1))
@@ -288,8 +288,7 @@ def test_sizes_past_2_to_the_31_elements_keep_their_offsets():
 
 
 def test_dispatch_answers_every_problem_with_something_legal():
-    from decompk import device
-    from decompk.kernels import conv
+    from decompk.kernels import conv, device
 
     grid = [
         Problem(

@@ -15,9 +15,9 @@ from torch import nn
 from zoo import torchvision
 
 from decompk import errors
-from decompk.layers.per_member import PerMember
-from decompk.packed import Packed, pack
-from decompk.partition import Crop
+from decompk.crops import Crop
+from decompk.packed.pack import Packed, pack
+from decompk.packed.per_member import PerMember
 
 K, N = 3, 4
 needs_torchvision = pytest.mark.skipif(torchvision is None, reason="torchvision is not installed")

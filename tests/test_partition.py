@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from decompk import Crop, PartitionError
-from decompk.partition import make_crops
+from decompk.crops import make_crops
 
 
 def starts(*arguments, **options):

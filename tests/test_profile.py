@@ -12,9 +12,10 @@ from torch import nn
 from torch.nn import functional as F
 
 import decompk
-from decompk import DecompkError, cost, models
+from decompk import DecompkError, models
 from decompk.cli import main
-from decompk.cost import ROLES, Exponents
+from decompk.cost import walk as cost
+from decompk.cost.walk import ROLES, Exponents
 from decompk.profile import measure, measure_roofs, roofs
 from decompk.profile.claims import FAILS, HOLDS, UNCHECKED, explained, time_claim
 from decompk.profile.counters import Figures, SavedTensors

@@ -9,11 +9,13 @@ import pytest
 import torch
 from torch import nn
 
-from decompk import cost, models
+from decompk import models
+from decompk.cost import walk as cost
+from decompk.crops import make_crops
 from decompk.errors import DecompkError
-from decompk.partition import make_crops
-from decompk.report import FORMATS, Column, Table, paper_cells, paper_report, report, vgg_table
-from decompk.report.table import decimals
+from decompk.report.decomposition import report
+from decompk.report.paper import paper_cells, paper_report, vgg_table
+from decompk.report.table import FORMATS, Column, Table, decimals
 
 # (table, item): printed digits and verdict; the 43 other cells are exact.
 NOT_EXACT = {

@@ -12,8 +12,8 @@ sys.path[:0] = [str(Path(__file__).parents[1] / "tools")]
 import build_ext
 import sanitize
 
-from decompk.config import PASSES
 from decompk.kernels import cpu
+from decompk.kernels.problem import PASSES
 
 THREADS = [1, 2, 4]
 SEEDS = {"address": 60, "thread": 60, "halo": 15}  # fibers take their time

@@ -23,12 +23,16 @@ from decompk.splitnet import (
     ReducedGradient,
     Sparsifier,
     fitted,
-    learn,
     reduced_gradient,
     run,
-    split,
     split_points,
     without,
+)
+from decompk.splitnet import (
+    learner as learn,
+)
+from decompk.splitnet import (
+    splitter as split,
 )
 from decompk.splitnet.rearrange import grouped, must_agree, rearranged
 from decompk.splitnet.simplex import largest_step
@@ -36,7 +40,7 @@ from decompk.splitnet.sparse import Filters
 from decompk.splitnet.variants import DEFAULT
 from decompk.train.checkpoint import Checkpoints
 from decompk.train.data import open_data
-from decompk.train.evaluate import evaluate
+from decompk.train.scores import evaluate
 
 # ---- the simplex ----------------------------------------------------------------------------------------------------
 

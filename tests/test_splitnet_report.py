@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import nn
 
-from decompk import cost, models
+from decompk import models
 from decompk.cli import main
+from decompk.cost import walk as cost
 from decompk.errors import DecompkError
 from decompk.report.paper import balanced_split
 from decompk.report.splitnet import FIGURES, balanced_table, groups_table, networks_table, splitnet_report

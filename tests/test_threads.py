@@ -16,8 +16,8 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 import decompk
-from decompk import dispatch
-from decompk.layers.rehearsal import Rehearsal
+from decompk.kernels import choose as dispatch
+from decompk.packed.rehearsal import Rehearsal
 from decompk.threads import Turn, one_at_a_time
 
 SECONDS = 60  # until whoever waits is taken to wait for ever

@@ -26,10 +26,10 @@ from layers import CASES, Layer, fitting_batch, layers, norms, problem
 from steps import Captured, Training
 
 import decompk
-from decompk import device as devices
-from decompk import dispatch
-from decompk.config import PASSES, Config
-from decompk.device import interpreted
+from decompk.kernels import choose as dispatch
+from decompk.kernels import device as devices
+from decompk.kernels.device import interpreted
+from decompk.kernels.problem import PASSES, Config
 
 CPU = torch.device("cpu")
 needs_interpreter = pytest.mark.skipif(not interpreted(), reason="runs kernels on the CPU")

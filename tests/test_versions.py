@@ -14,7 +14,7 @@ sys.path.insert(0, str(ROOT / "tools"))
 import inspect_kernels  # noqa: E402
 import versions  # noqa: E402
 
-from decompk.layers import nest  # noqa: E402
+from decompk.fx import pytree as nest  # noqa: E402
 
 INSTALLED = {"Python": "3.12.1", "torch": "2.11.0", "triton": "3.6.0", "torchvision": "0.26.0", "numpy": "2.3.5"}
 

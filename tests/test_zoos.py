@@ -9,7 +9,7 @@ from alone import errors_of, members_of
 from torch import nn
 from zoo import torchvision
 
-from decompk.packed import pack
+from decompk.packed.pack import pack
 
 K, N = 3, 4
 

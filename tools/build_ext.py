@@ -1,4 +1,4 @@
-"""Build the C++ extension into decompk/lib, on any machine with a compiler, GPU or not.
+"""Build the C++ extension into decompk/kernels/lib, on any machine with a compiler, GPU or not.
 
     python tools/build_ext.py [--arch 80,90a,100] [--emulation] [--into DIR]
 
@@ -23,7 +23,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 SOURCES = ROOT / "csrc"
-LIBRARIES = ROOT / "decompk" / "lib"
+LIBRARIES = ROOT / "decompk" / "kernels" / "lib"
 ARCHITECTURES = ("80", "90a", "100")
 # The oldest torch whose stable ABI is used, 2.11: one library serves all later ones.
 FLAGS = ("-std=c++17", "-O2", "-fPIC", "-DTORCH_TARGET_VERSION=0x020b000000000000")
@@ -116,7 +116,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--arch", default=",".join(ARCHITECTURES), help="architectures, as in sm_90a")
     parser.add_argument("--emulation", action="store_true", help="for the host, with g++ alone")
-    parser.add_argument("--into", type=Path, default=LIBRARIES, metavar="DIR", help="in place of decompk/lib")
+    parser.add_argument("--into", type=Path, default=LIBRARIES, metavar="DIR", help="in place of decompk/kernels/lib")
     args = parser.parse_args()
     try:
         print(build(args.emulation, tuple(args.arch.split(",")), args.into))

@@ -20,14 +20,14 @@ from timing import Gate, Trial, describe, errors, precision
 from torch import Tensor
 
 import decompk
-from decompk import device as devices
-from decompk import dispatch, extension, ops
-from decompk.config import PASSES, Config, Epilogue, Problem, Prologue
-from decompk.dispatch import Choice
-from decompk.kernels import conv
+from decompk import ops
+from decompk.kernels import choose as dispatch
+from decompk.kernels import conv, extension, library
+from decompk.kernels import device as devices
+from decompk.kernels.choose import Choice
+from decompk.kernels.layout import ORDERS, strides_of
+from decompk.kernels.problem import PASSES, Config, Epilogue, Problem, Prologue
 from decompk.models.basic import BasicResNet
-from decompk.ops import library
-from decompk.ops.layout import ORDERS, strides_of
 
 PADDED, STRIDED = dict(padding=(1, 1)), dict(padding=(1, 1), stride=(2, 2))
 FIRST = (2, 3, 16, 16, 9, 8)  # what every form computes

@@ -19,7 +19,7 @@ from timing import HostTimer, Timer, end_if_lost
 from torch import nn
 
 import decompk
-from decompk import dispatch
+from decompk.kernels import choose as dispatch
 
 KEYS = ("part", "net", "case", "pass", "impl")
 CPU_LACKS = {

@@ -35,7 +35,7 @@ from fuzz_check import HARD, OPS, SCALES, check
 from fuzz_op import HALVES, Problem
 
 import decompk
-from decompk import dispatch
+from decompk.kernels import choose as dispatch
 
 IN_TURN = 16  # every so many problems one pair of operator and backend has its turn, however seldom it is drawn
 # What shrinking leads to, beside an operator's own `plain`.

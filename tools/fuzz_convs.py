@@ -12,7 +12,7 @@ from torch import Tensor
 
 import decompk
 from decompk import ops
-from decompk.ops import library
+from decompk.kernels import library
 from decompk.ops.block import mask_text
 
 # ---- convolutions ---------------------------------------------------------------------------------------------------

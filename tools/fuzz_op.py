@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from decompk.ops.layout import strides_of
+from decompk.kernels.layout import strides_of
 
-Problem = dict  # not decompk.config.Problem, which is one convolution of a kernel
+Problem = dict  # not decompk.kernels.problem.Problem, which is one convolution of a kernel
 Tensors = dict[str, Tensor]
 Normal = Callable[..., Tensor]  # (*shape, scale=1) → random values
 

@@ -3,7 +3,7 @@
     python tools/gpu_results.py ARCHIVE
 
 Writes bench/results/<device>/gpu_suite.jsonl and gpu_suite.md, and adds the tuned entries to the table in
-decompk/configs where dispatch looks for that device's. What was said by failing processes stays in the archive.
+decompk/kernels/configs where dispatch looks for that device's. What was said by failing processes stays in the archive.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from gpu_summary import results, summary
 from journal import parse, unpack, write
 from tune import table_text
 
-from decompk.cache import slug
+from decompk.kernels.cache import slug
 
 LIMIT = 30_000  # characters of the page
 LEFT_OUT = ("trace", "text")
@@ -46,7 +46,7 @@ def install(archive: Path, root: Path) -> list[Path]:
     write(written[0], "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept))
     write(written[1], f"```\n{summary(kept, LIMIT)}\n```\n")
     if tuned:
-        written.append(root / "decompk" / "configs" / table)
+        written.append(root / "decompk" / "kernels" / "configs" / table)
         known = json.loads(written[-1].read_text())["entries"] if written[-1].exists() else {}
         entries = tuned.pop("entries")
         write(written[-1], table_text(tuned, {**known, **entries}))

@@ -38,8 +38,8 @@ from steps import Training
 from timing import free_memory
 from tune import Table, Tuner, problems
 
-from decompk import device as devices
-from decompk import extension
+from decompk.kernels import device as devices
+from decompk.kernels import extension
 
 # ---- checks ---------------------------------------------------------------------------------------------------------
 

@@ -26,8 +26,8 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 
 import build_ext
 
-from decompk.config import Problem
 from decompk.kernels.conv import halo
+from decompk.kernels.problem import Problem
 
 TRITONS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 NAME = re.compile(r"halo_kernelI4HaloILi(\d+)ELi(\d+)ELi(\d+)ELi(\d+)ELi(\d+)E")

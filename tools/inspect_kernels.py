@@ -32,12 +32,15 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 
 import layers
 
-from decompk import device as devices
-from decompk import dispatch, errors
-from decompk.config import Config, Epilogue, Problem, Prologue
-from decompk.kernels import batch_norm, block_conv, conv
+from decompk import errors
+from decompk.kernels import block as block_conv
+from decompk.kernels import choose as dispatch
+from decompk.kernels import conv
+from decompk.kernels import device as devices
+from decompk.kernels import norm as batch_norm
 from decompk.kernels.launch import Launch, recording
-from decompk.ops.layout import strides_of
+from decompk.kernels.layout import strides_of
+from decompk.kernels.problem import Config, Epilogue, Problem, Prologue
 
 # As PTX names them; the assembler has no other instruction for either.
 TENSOR_CORES, TENSOR_COPIES = r"(?:wgmma\.mma_async|mma\.sync|tcgen05\.mma)\.", r"cp\.async\.bulk\.tensor\."

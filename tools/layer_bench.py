@@ -17,9 +17,11 @@ from layers import Case, Layer, Norm, fitting_batch, layers, norms
 from timing import Contestant, Gate, Timing, Trial, channel_groups, describe, free_memory, precision, rivals, same
 from torch import Tensor
 
-from decompk import cost, dispatch, ops
-from decompk import device as devices
-from decompk.config import Problem
+from decompk import ops
+from decompk.cost import walk as cost
+from decompk.kernels import choose as dispatch
+from decompk.kernels import device as devices
+from decompk.kernels.problem import Problem
 
 RIVALS = ("cudnn", "native")  # of whom nothing is asked but a number
 

@@ -12,8 +12,8 @@ from timing import Trial
 from torch import nn
 
 import decompk
-from decompk import cost
-from decompk.config import PASSES, Problem
+from decompk.cost import walk as cost
+from decompk.kernels.problem import PASSES, Problem
 
 BATCH = 128  # images a member
 

@@ -25,9 +25,10 @@ from layer_bench import Bench, kernels
 from layers import Case, layers
 from timing import precision
 
-from decompk import device as devices
-from decompk import dispatch, extension
-from decompk.info import info
+from decompk.kernels import choose as dispatch
+from decompk.kernels import device as devices
+from decompk.kernels import extension
+from decompk.report.info import info
 
 ROOT = Path(__file__).parents[1]
 

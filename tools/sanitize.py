@@ -28,9 +28,9 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 import build_ext
 from arguments import between
 
-from decompk.config import PASSES, Problem
 from decompk.kernels import cpu
 from decompk.kernels.conv import halo
+from decompk.kernels.problem import PASSES, Problem
 
 SANITIZERS = {"address": "address,undefined", "thread": "thread", "halo": "address,undefined"}
 FLAGS = ("-g1", "-fno-omit-frame-pointer", "-fno-sanitize-recover=all")

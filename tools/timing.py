@@ -16,14 +16,13 @@ from journal import sentence
 from torch import Tensor
 
 from decompk import ops
-from decompk.config import Config, Epilogue, Problem, Prologue
-from decompk.dispatch import Choice
-from decompk.kernels import conv
-from decompk.ops import library
+from decompk.crops import Crop
+from decompk.kernels import conv, library
+from decompk.kernels.choose import Choice
+from decompk.kernels.layout import as_strided_like, empty_weight, strides_of
+from decompk.kernels.library import cut
+from decompk.kernels.problem import Config, Epilogue, Problem, Prologue
 from decompk.ops.conv import operands
-from decompk.ops.layout import as_strided_like, empty_weight, strides_of
-from decompk.ops.library import cut
-from decompk.partition import Crop
 
 # ---- what is computed -----------------------------------------------------------------------------------------------
 

@@ -28,12 +28,12 @@ from journal import Journal, sentence, write
 from layers import BATCH, CASES, Case, Layer, fitting_batch, layers
 from timing import Gate, Timer, Trial, describe, end_if_lost, free_memory
 
-from decompk import device as devices
-from decompk import dispatch
-from decompk.config import Config, Problem
-from decompk.device import Device
-from decompk.dispatch import Choice
+from decompk.kernels import choose as dispatch
 from decompk.kernels import conv
+from decompk.kernels import device as devices
+from decompk.kernels.choose import Choice
+from decompk.kernels.device import Device
+from decompk.kernels.problem import Config, Problem
 
 KEYS = ("key", "choice")
 

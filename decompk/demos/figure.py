@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..decompose import Decomposition
+from ..divide.decompose import Decomposition
 from ..report.figure import BLUE, GRAY, GREEN, ORANGE, PINK, RED, SKY, YELLOW, new_figure
 from .data import Samples
 from .kinds import Demo

@@ -1,1 +1,1 @@
-"""Triton kernels, one file a form. Nothing here is imported before a kernel is wanted: triton loads with it."""
+"""The engine: problems, who runs them, and the kernels, one file a form. Triton loads with the first of its own."""

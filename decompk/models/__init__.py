@@ -13,10 +13,10 @@ from typing import Any
 from torch import nn
 
 from ..errors import DecompkError
-from ..imports import imported, what_failed, why_torchvision
-from .alexnet import alexnet
+from ..fx.imports import imported, what_failed, why_torchvision
 from .basic import cifar_resnet8, cifar_resnet32, cifar_resnet56, cifar_resnet110, resnet18x2
 from .kinds import Elman, ElmanBlock, Recurrent, autoencoder, conv_autoencoder, mlp, signal_cnn, volume_cnn
+from .one_tower import alexnet
 from .resnet import resnet50, resnet101
 from .vgg import vgg8, vgg16
 from .wide import wrn_16_8

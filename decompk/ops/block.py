@@ -15,14 +15,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import dispatch
-from ..config import DTYPES, Problem, dtype_name
 from ..errors import BackendError, DecompkError
+from ..kernels import choose as dispatch
+from ..kernels import library
+from ..kernels.layout import as_strided_like, sizes
+from ..kernels.problem import DTYPES, Problem, dtype_name
 from ..threads import once
-from . import library
 from .conv import Pair, check, check_alike, padded, register_autocast, tell_flop_counter
 from .followed import follows, gradients
-from .layout import as_strided_like, sizes
 
 Mask = tuple[tuple[bool, ...], ...]
 BlockMask = str | Tensor | Sequence[Sequence[int]]
@@ -442,7 +442,7 @@ def _plan_for(x: Tensor, weight: Tensor, text: str, problem: Problem) -> BlockPl
     if forced and problem.dtype not in DTYPES:
         raise BackendError(f"no Triton kernel computes in {problem.dtype}; use float32, bfloat16 or float16.")
     if dispatch.runs_triton(x):
-        from ..kernels import block_conv
+        from ..kernels import block as block_conv
 
         found = plan(text, *weight.shape[:2], "triton", *sizes)
         if forced and found.form != "grouped":
@@ -496,7 +496,7 @@ def _conv(
         own = torch.ops.decompk.grouped_conv2d(_by_group(x, found.in_block), _diagonal(found, weight), bias, *geometry)
         return as_strided_like(own.transpose(0, 1).flatten(1, 2), y)
     if found.form == "blocks":
-        from ..kernels import block_conv
+        from ..kernels import block as block_conv
 
         bias = None if bias is None else bias.contiguous()
         block_conv.fprop(problem, found, _nhwc(x), _nhwc(weight).contiguous(), bias, _nhwc(y))
@@ -548,7 +548,7 @@ def _conv_backward(
         if own[1]:
             _diagonal(found, dw.zero_()).copy_(dw_own)
     elif found.form == "blocks" and any(own):
-        from ..kernels import block_conv
+        from ..kernels import block as block_conv
 
         if own[0]:
             block_conv.dgrad(problem, found, _nhwc(grad), _nhwc(weight).contiguous(), _nhwc(dx))
@@ -768,7 +768,7 @@ def _register_flops() -> None:
     """Two for every multiply-accumulate of a kept block, whatever form computes it."""
     from torch.utils.flop_counter import register_flop_formula
 
-    from ..cost import conv_macs
+    from ..cost.walk import conv_macs
 
     def flops(positions: int, weight: Sequence[int], mask: str) -> int:
         found = plan(mask, *weight[:2])

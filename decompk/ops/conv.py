@@ -12,13 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-from .. import dispatch
-from ..config import DTYPES, Epilogue, Problem, dtype_name
 from ..errors import DecompkError
-from ..threads import once
-from . import library, on_cpu
-from .followed import conv_gradients, follows
-from .layout import (
+from ..kernels import choose as dispatch
+from ..kernels import library
+from ..kernels.layout import (
     aligned,
     as_strided_like,
     channels_inside,
@@ -32,6 +29,10 @@ from .layout import (
     sizes,
     stream,
 )
+from ..kernels.problem import DTYPES, Epilogue, Problem, dtype_name
+from ..threads import once
+from . import on_cpu
+from .followed import conv_gradients, follows
 
 Pair = tuple[int, int]
 
@@ -313,7 +314,7 @@ def tell_flop_counter(register: Callable[[], None]) -> None:
 def register_flops() -> None:
     from torch.utils.flop_counter import register_flop_formula
 
-    from ..cost import conv_macs
+    from ..cost.walk import conv_macs
 
     @register_flop_formula(torch.ops.decompk.grouped_conv2d)
     def forward(x, weight, bias, stride, padding, dilation, *, out_shape=None, **_) -> int:

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import dispatch
-from . import library
+from ..kernels import choose as dispatch
+from ..kernels import library
 
 
 def follows(*grads: Tensor | None) -> bool:

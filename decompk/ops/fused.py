@@ -9,14 +9,23 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from .. import dispatch
-from ..config import Epilogue, Prologue
+from ..crops import Crop
 from ..errors import DecompkError
-from ..partition import Crop
-from . import library
+from ..kernels import choose as dispatch
+from ..kernels import library
+from ..kernels.layout import (
+    as_strided_like,
+    channels_inside,
+    empty_like_layout,
+    empty_weight,
+    in_layout,
+    layout_of,
+    ohwi,
+    sizes,
+)
+from ..kernels.problem import Epilogue, Prologue
 from .conv import arguments, check, operands, register_flops, tell_flop_counter
 from .followed import conv_gradients, follows
-from .layout import as_strided_like, channels_inside, empty_like_layout, empty_weight, in_layout, layout_of, ohwi, sizes
 
 
 def fused_conv2d(
@@ -146,7 +155,7 @@ def _fused(
         value, found = library.fused(choice.form, members, weight, *geometry, epilogue, prologue, moments)
         return as_strided_like(value, y), merged.copy_(found) if moments else merged
     from ..kernels import conv
-    from ..kernels.batch_norm import merge_moments
+    from ..kernels.norm import merge_moments
 
     pieces = None
     if moments:

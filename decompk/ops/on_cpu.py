@@ -11,14 +11,13 @@ import functools
 import torch
 from torch import Tensor, nn
 
-from .. import dispatch
-from ..config import PASSES, Problem
-from ..kernels import cpu
-from . import library
-from .batch_norm import followed_gradients
+from ..kernels import choose as dispatch
+from ..kernels import cpu, library
+from ..kernels.layout import check_shapes
+from ..kernels.library import Pair
+from ..kernels.problem import PASSES, Problem
 from .followed import conv_gradients, follows
-from .layout import check_shapes
-from .library import Pair
+from .norm import followed_gradients
 
 Geometry = tuple[Pair, Pair, Pair]  # stride, padding, dilation
 _PLAIN = (Tensor, nn.Parameter)

@@ -13,7 +13,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from .. import dispatch
+from ..kernels import choose as dispatch
 from .followed import follows, gradients
 
 GATES = {"RNN_TANH": 1, "RNN_RELU": 1, "GRU": 3, "LSTM": 4}  # in nn.RNNBase's names, each of H rows

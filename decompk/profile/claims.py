@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
-from ..cost import ROLES, LayerCost, Saved
+from ..cost.walk import ROLES, LayerCost, Saved
 from ..report.decomposition import Pair
 from .counters import Figures
 from .law import Field, Part, Ratio, expected, flops_parts, parameter_parts, role_of, saved_parts

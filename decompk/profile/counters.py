@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..cost import Cost, LayerCost, adam_bytes
-from ..dispatch import backend
+from ..cost.walk import Cost, LayerCost, adam_bytes
 from ..errors import DecompkError
-from ..graph import on_meta
-from ..layers.nest import leaves, tree_map
+from ..fx.graph import on_meta
+from ..fx.pytree import leaves, tree_map
+from ..kernels.choose import backend
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from math import prod
 
-from ..cost import ROLES, LayerCost, Saved
-from ..partition import Crop
+from ..cost.walk import ROLES, LayerCost, Saved
+from ..crops import Crop
 from ..report.decomposition import Pair
 
 # How often a role divides (output pixels, what one output reads, outputs) by K; a first FC reads channels and pixels.

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from .. import optim
-from ..cost import LayerCost, layers, total
-from ..decompose import Decomposition
+from ..cost.walk import LayerCost, layers, total
+from ..crops import by
+from ..divide.decompose import Decomposition
 from ..errors import MISFITS, DecompkError
-from ..packed import pack
-from ..partition import by
+from ..packed.pack import pack
 from ..report.decomposition import Pair
 from .claims import Claim, figure_claims, fvcore_claim, layers_claim, packed_claims, ratio_claims, time_claim
 from .counters import Call, analysed, backward, fvcore_macs, layer_flops, measured, peak_memory, watched

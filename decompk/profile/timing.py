@@ -11,7 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from ..layers.nest import leaves
+from ..fx.pytree import leaves
 from .counters import Call, backward
 from .roofs import seconds_of
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from ..decompose import Decomposition
+from ..divide.decompose import Decomposition
 from .counters import backward
 from .measurement import SEED, build
 

@@ -12,8 +12,8 @@ from pathlib import Path
 from statistics import geometric_mean
 from typing import Any
 
-from ..cache import slug
 from ..errors import DecompkError
+from ..kernels.cache import slug
 from .figure import BLACK, BLUE, GREEN, ORANGE, PINK, RED, SKY, YELLOW, new_figure
 from .table import Column, Table, decimals
 

@@ -6,8 +6,8 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from ..cost import ROLES, Cost, Exponents, LayerCost, Shape, layers, total
-from ..partition import by
+from ..cost.walk import ROLES, Cost, Exponents, LayerCost, Shape, layers, total
+from ..crops import by
 from .table import Column, Table, decimals, known
 
 FIGURES = tuple(Cost().figures())

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from .. import models
-from ..cost import CONVENTIONS, Cost, LayerCost, Shape, conv_weights, layers, total
+from ..cost.walk import CONVENTIONS, Cost, LayerCost, Shape, conv_weights, layers, total
 from ..splitnet.points import split_points
 from .table import Column, Table, known
 

@@ -1,7 +1,7 @@
 """SplitNet: learn which channels of a network belong together, split it there, and run it block-diagonally."""
 
 from .assignment import Assignment
-from .learn import Gammas, Learner, learn
+from .learner import Gammas, Learner, learn
 from .nodes import Nodes
 from .parallel import Parallel
 from .points import split_points
@@ -9,7 +9,7 @@ from .rearrange import fitted
 from .regulariser import group_weights, imbalance, overlap
 from .simplex import ReducedGradient, reduced_gradient
 from .sparse import Sparsifier, without
-from .split import Split, split
+from .splitter import Split, split
 
 __all__ = [
     "Assignment",

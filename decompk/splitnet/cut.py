@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from ..errors import UnsupportedOperation
-from ..graph import MetaInterpreter, trace
+from ..fx.graph import MetaInterpreter, trace
 from .nodes import Nodes
 
 

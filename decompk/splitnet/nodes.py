@@ -9,7 +9,7 @@ from functools import cached_property
 import numpy as np
 from torch import nn
 
-from ..channels import analyse_whole
+from ..divide.channels import analyse_whole
 from ..errors import DecompkError
 
 

@@ -15,15 +15,15 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
-from ..blockdiag import layer_by_layer
-from ..compose import tensors
+from ..divide.blockdiag import layer_by_layer
+from ..divide.compose import tensors
 from ..errors import MISFITS, DecompkError, UnsupportedOperation
-from ..graph import in_mode, trace
+from ..fx.graph import in_mode, trace
 from ..train.ranks import Ranks, Sum
 from .cut import Cut, Handed
 from .nodes import Nodes
 from .rearrange import Copies, agree, grouped, rearranged, trial, vector_axis
-from .split import Split, keep_zeros
+from .splitter import Split, keep_zeros
 
 
 class Parallel(nn.Module):

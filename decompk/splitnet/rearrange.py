@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..compose import output_axis, tensors
+from ..divide.compose import output_axis, tensors
 from ..errors import MISFITS, DecompkError, UnsupportedOperation
-from ..graph import in_mode
-from ..layers.nest import tree_map
+from ..fx.graph import in_mode
+from ..fx.pytree import tree_map
 from .nodes import Nodes
 
 # What a module calls the number of its channels.

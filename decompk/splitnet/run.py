@@ -18,26 +18,27 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import cost, models
-from ..blockdiag import layer_by_layer
-from ..cache import processor
+from .. import models
+from ..cost import walk as cost
+from ..divide.blockdiag import layer_by_layer
 from ..errors import DecompkError
-from ..progress import bar
+from ..kernels.cache import processor
 from ..report.figure import new_figure
+from ..report.progress import bar
 from ..report.table import Table
 from ..train.augment import Augment, normalise
 from ..train.checkpoint import Checkpoints, dump, load, write_atomically
 from ..train.data import Dataset, epoch_order, open_data, seed_of
-from ..train.evaluate import evaluate
 from ..train.loop import Interrupted
 from ..train.ranks import Ranks, start, stop
+from ..train.scores import evaluate
 from .assignment import Assignment
 from .figures import draw_assignments, draw_weights
-from .learn import Gammas, Learner
+from .learner import Gammas, Learner
 from .nodes import Nodes
 from .parallel import Parallel, must_suffice
 from .sparse import Sparsifier, without
-from .split import Split, split
+from .splitter import Split, split
 from .summary import summary
 from .variants import Variant, variants
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..compose import output_axis, tensors
+from ..divide.compose import output_axis, tensors
 from ..errors import DecompkError
 from .nodes import Nodes
 from .rearrange import grouped, must_agree, rearranged, vector_axis

@@ -7,10 +7,10 @@ from .algorithm import train
 from .augment import Augment, normalise
 from .checkpoint import Checkpoints
 from .data import Dataset, epoch_order, open_data
-from .evaluate import Scores, evaluate
 from .ranks import Ranks
 from .recipe import Phase, Recipe, load_recipe, presets
 from .schedule import Schedule
+from .scores import Scores, evaluate
 from .step import Step
 
 __all__ = [

@@ -16,18 +16,18 @@ import torch
 from torch import nn
 
 from .. import models
-from ..decompose import Decomposition, decompose
+from ..divide.decompose import Decomposition, decompose
 from ..errors import CheckpointError, DecompkError
-from ..packed import Packed, pack
+from ..packed.pack import Packed, pack
 from ..theory import theorem_2_2
 from .augment import normalise
 from .checkpoint import Checkpoints, dump, read, write, write_atomically
 from .data import Dataset, open_data, seed_of, test_order
-from .evaluate import evaluate
 from .log import Log
 from .loop import Curve, Fit
 from .ranks import Ranks
 from .recipe import Recipe
+from .scores import evaluate
 from .step import prepared
 
 TIMES_FORWARD = 3  # a training step costs about three forward passes
@@ -283,7 +283,7 @@ def begun(out: Path) -> dict[str, Any]:
 def _result(
     recipe: Recipe, data: Dataset, d: Decomposition, runs: list[dict[str, Any]], ranks: Ranks, command: str
 ) -> dict[str, Any]:
-    from ..cost import layers, total  # which loads triton
+    from ..cost.walk import layers, total  # which loads triton
 
     forward = {
         "members": d.K * total(layers(d.subnets(0)[0], d.member_size)).flops(),

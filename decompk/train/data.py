@@ -19,9 +19,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
+from ..crops import by
 from ..errors import DecompkError
-from ..imports import brief, imported
-from ..partition import by
+from ..fx.imports import brief, imported
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 TORCHVISION = {"cifar10": "CIFAR10", "cifar100": "CIFAR100", "food101": "Food101"}

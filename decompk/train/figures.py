@@ -13,12 +13,12 @@ from torch import fx, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from ..decompose import Decomposition
+from ..crops import by
+from ..divide.decompose import Decomposition
+from ..divide.rules import ELEMENTWISE_FUNCTIONS, ELEMENTWISE_MODULES
+from ..divide.values import operation_name
 from ..errors import DecompkError
-from ..partition import by
 from ..report.figure import GREEN, RED, SKY, new_figure
-from ..roles import operation_name
-from ..rules import ELEMENTWISE_FUNCTIONS, ELEMENTWISE_MODULES
 from ..theory import feature_maps
 from .summary import curve, has
 

@@ -15,16 +15,16 @@ import torch
 from torch import Tensor, nn
 
 from .. import optim
-from ..dispatch import backend
 from ..errors import DecompkError
+from ..kernels.choose import backend
 from .augment import normalise
 from .checkpoint import Checkpoints
 from .data import Dataset, epoch_order, seed_of
-from .evaluate import evaluate
 from .log import Log
 from .ranks import Ranks, Replicas
 from .recipe import PHASES, Phase, Recipe
 from .schedule import Schedule
+from .scores import evaluate
 from .step import Step, Sums, means, prepared
 
 TOGETHER = 20  # steps between two questions that all ranks must answer alike

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from .. import losses
-from ..ahead import can_compile, compile_launches, kept_buffers, launches_of
 from ..errors import DecompkError
 from ..optim import clip_grad_norm_, limits
-from ..packed import Packed
+from ..packed.ahead import can_compile, compile_launches, kept_buffers, launches_of
+from ..packed.pack import Packed
 
 PRECISIONS = ("float32", "bf16", "float64")
 EAGER_STEPS = 3  # before a graph is captured: lazy state, cuDNN's and Triton's choices

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from ..partition import by
+from ..crops import by
 from ..report.table import Column, Table, decimals
 
 SLACK = 0.5  # points of accuracy by which the composed network may miss the random one and still count as its equal

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...config import Config, Epilogue, Problem, Prologue
-from ...device import Device
 from ...errors import BackendError
+from ..device import Device
 from ..launch import GRID_LIMIT
+from ..problem import Config, Epilogue, Problem, Prologue
 from . import band, halo, pointer, tile
 from .operands import PLAIN
 

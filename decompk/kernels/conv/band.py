@@ -36,9 +36,9 @@ from torch._subclasses.fake_tensor import FakeTensor
 from triton import cdiv
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ... import device
-from ...config import Config, Epilogue, Problem, Prologue, power_of_two
+from .. import device
 from ..launch import Launch, launch, recording
+from ..problem import Config, Epilogue, Problem, Prologue, power_of_two
 from .band_kernels import conv_band, expand_band, fold_band, wgrad_band
 from .band_plan import (
     Plan,

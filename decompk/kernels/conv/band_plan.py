@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from math import gcd, prod
 
-from ...config import Config, Problem, power_of_two
+from ..problem import Config, Problem, power_of_two
 
 SECTOR = 32  # bytes: what L2 hands out
 PROGRAMS = 528  # four for each of an H100's processors: enough to hide latencies behind one another

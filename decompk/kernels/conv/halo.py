@@ -12,9 +12,9 @@ from math import prod
 import torch
 from torch import Tensor
 
-from ... import device as devices
-from ... import extension
-from ...config import Config, Epilogue, Problem, Prologue, power_of_two
+from .. import device as devices
+from .. import extension
+from ..problem import Config, Epilogue, Problem, Prologue, power_of_two
 from .operands import PLAIN, cdiv
 
 ROWS, LANES = 4, 16  # output pixels of a warp: rows, and columns times images

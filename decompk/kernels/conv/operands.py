@@ -7,8 +7,8 @@ from typing import Any
 
 from triton import cdiv
 
-from ...config import Config, Epilogue, Problem, Prologue
-from ...device import interpreted
+from ..device import interpreted
+from ..problem import Config, Epilogue, Problem, Prologue
 
 PLAIN = Epilogue()
 

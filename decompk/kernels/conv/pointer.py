@@ -15,8 +15,8 @@ import triton.language as tl
 from torch import Tensor
 from triton import cdiv
 
-from ...config import Config, Epilogue, Problem, Prologue, power_of_two
 from ..launch import launch
+from ..problem import Config, Epilogue, Problem, Prologue, power_of_two
 from ..product import dot
 from .operands import PLAIN, flags, geometry, split
 

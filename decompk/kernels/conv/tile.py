@@ -20,8 +20,8 @@ from torch import Tensor
 from triton import cdiv
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ...config import Config, Epilogue, Problem, Prologue, power_of_two
 from ..launch import launch
+from ..problem import Config, Epilogue, Problem, Prologue, power_of_two
 from ..product import dot
 from .operands import PLAIN, flags, geometry, split
 from .taps import count, first, step

@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ... import cache
-from ...config import Problem
 from ...errors import BackendError
+from .. import cache
+from ..problem import Problem
 
 Pair = tuple[int, int]
 

@@ -1,0 +1,1 @@
+"""What networks and convolutions cost: FLOPs, parameters, activations and bytes."""

@@ -1,0 +1,1043 @@
+"""Which member owns which channels of the global network: one pass over its torch.fx graph.
+
+Every node is run twice on meta tensors: on the global shapes and on one member's. Next to the two results stands a
+*role*: the tensor is shared by all members (the image), divided among them along channel axes (`Split`), or a
+partial sum (a head's output, which composition adds up). Rules say what an operation does to roles (`rules.py`;
+layers with parameters here); what has no rule is refused by name. The result is a `Plan`: for every tensor of the
+state dict, where each member's part of it lies in the global one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from fractions import Fraction
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import fx, nn
+from torch.fx.node import map_aggregate, map_arg
+
+from ..crops import Crop, Part, by, owners
+from ..errors import MISFITS, DecompkError, MisfitError, PartitionError, UnsupportedOperation, brief
+from ..fx.graph import MetaInterpreter, dtype_of, on_meta, shape_of, trace, where, windows
+from ..fx.hooks import refuse_hooks
+from ..ops.recurrent import GATES
+from .rules import ELEMENTWISE_FUNCTIONS, ELEMENTWISE_MODULES, FUNCTION_RULES, MODULE_RULES, covers
+from .strands import Strands
+from .values import (
+    FACTS,
+    FUNCTIONAL_LAYERS,
+    LINEAR,
+    PARTIAL,
+    SHARED,
+    Both,
+    Role,
+    Split,
+    T,
+    Window,
+    globally,
+    in_member,
+    module_key,
+    operation_name,
+    tensors_in,
+)
+
+
+@dataclass(eq=False)
+class Leaf:
+    """What a layer with parameters becomes in a member: new attributes, and the strands along its tensors' axes."""
+
+    kind: str
+    attributes: dict[str, Any] = field(default_factory=dict)
+    inputs: np.ndarray | None = None  # None: the layer reads the image
+    outputs: np.ndarray | None = None  # None: a head, all outputs
+    window: Window | None = None
+    groups: int = 1
+    member_groups: int = 1
+    hidden: list[list[np.ndarray]] = field(default_factory=list)  # of a recurrent layer: by depth and direction
+
+
+# One tensor of the state dict: per member, one index array for each of its leading axes (they broadcast).
+Place = tuple[tuple[np.ndarray, ...], ...]
+
+
+@dataclass(eq=False)
+class Plan:
+    """The division of one network: what decompose, extract, compose and the theorems read."""
+
+    members: int
+    places: dict[str, Place] = field(default_factory=dict)
+    summed: set[str] = field(default_factory=set)  # head biases: composition adds them
+    head_weights: set[str] = field(default_factory=set)
+    attributes: dict[str, dict[str, Any]] = field(default_factory=dict)  # module → attribute → member's value
+    member_args: dict[bool, dict[str, tuple]] = field(default_factory=dict)  # mode → node → (args, kwargs)
+    reorders: dict[bool, dict[str, np.ndarray]] = field(default_factory=dict)  # mode → node → channel order
+    assemblies: dict[bool, dict[str, tuple]] = field(default_factory=dict)  # mode → head's node → a box of each member
+    graphs: dict[bool, fx.Graph] = field(default_factory=dict)
+    channels: dict[bool, dict[str, np.ndarray | None]] = field(default_factory=dict)  # node → (K, c) of axis 1
+    features: dict[bool, dict[str, np.ndarray]] = field(default_factory=dict)  # node → (K, f) of the last axis
+    notes: list[str] = field(default_factory=list)  # why composed(x) is not exactly the sum of the members
+    noted: set[str] = field(default_factory=set)  # the nodes that the notes are about
+    adapted: list[str] = field(default_factory=list)  # first FC layers whose window follows the crop
+
+
+def analyse(
+    model: nn.Module,
+    input_size: tuple[int, ...],
+    crops: Sequence[Part],
+    head: str,
+    graphs: dict[bool, fx.Graph] | None = None,
+) -> Plan:
+    """Divide `model` among len(crops) members. Raises UnsupportedOperation or PartitionError; changes nothing.
+
+    graphs: the model's, by training or not, where they were traced before.
+    """
+    return _Pass(model, input_size, crops, head).run(graphs)
+
+
+@dataclass(frozen=True, eq=False)
+class Followed:
+    """Whose channels every tensor of an undivided network holds, as strands.
+
+    layers: convolution or linear layer → (inputs, None for the image; outputs; columns a channel of a linear layer has
+    behind a flatten). vectors: name of a tensor with one value, or one kernel, a channel → strands. outer: those of
+    what the network reads as features and of what it returns. pinned: those of channels that something mixes by their
+    numbers: grouped convolutions and norms, recurrent layers, local response norms. values: by training or not, name of
+    a graph's node → the one axis of its value that holds channels, their strands, and elements a channel has on it.
+    roots: strands → one of those that are the same.
+    """
+
+    layers: dict[str, tuple[np.ndarray | None, np.ndarray, int]]
+    vectors: dict[str, np.ndarray]
+    outer: np.ndarray
+    pinned: np.ndarray
+    values: dict[bool, dict[str, tuple[int, np.ndarray, int]]]
+    roots: Callable[[np.ndarray], np.ndarray]
+
+
+def analyse_whole(model: nn.Module, input_size: tuple[int, ...]) -> Followed:
+    """Follow the channels of `model` without dividing them. Raises UnsupportedOperation; changes nothing."""
+    size = input_size[1:] or input_size
+    followed = _Pass(model, input_size, (Crop(*(0,) * len(size), *size),), "sum")
+    followed.run()
+    if followed.shuffles:
+        raise UnsupportedOperation(
+            f"{where(followed.shuffles[0][1])}: it shuffles channels, whose order would then have to stay as it is."
+        )
+    if followed.tensor_names:
+        raise UnsupportedOperation(
+            f"'{next(iter(followed.tensor_names))}' is used by a function, not by a layer that holds it: give it one."
+        )
+    layers, vectors = {}, {name: ids for name, (_, ids) in followed.bare.items()}
+    outer = [followed.features] if followed.vectors else []
+    pinned = followed.pinned
+    for target, leaf in followed.leaves.items():
+        module = followed.modules[target]
+        if leaf.kind == "norm":
+            vectors |= {f"{target}.{name}": leaf.inputs for name, _ in _vectors(module)}
+            pinned += [leaf.inputs] if leaf.groups > 1 else []
+        elif leaf.kind == "recurrent":
+            pinned += [leaf.inputs, *(ids for depth in leaf.hidden for ids in depth)]
+        elif leaf.groups > 1 and leaf.groups == len(leaf.inputs) == len(leaf.outputs):  # a kernel for each channel
+            names = ["weight"] if module.bias is None else ["weight", "bias"]
+            vectors |= {f"{target}.{name}": leaf.inputs for name in names}
+        elif leaf.groups > 1:
+            pinned += [leaf.inputs, leaf.outputs]
+        else:
+            outputs = leaf.outputs
+            if outputs is None:  # a last layer
+                outputs = followed.strands.new(_sides(module)[1])
+                outer.append(outputs)
+            flat = leaf.window is not None and leaf.kind == "linear"
+            layers[target] = leaf.inputs, outputs, math.prod(leaf.window.full) if flat else 1
+            if module.bias is not None:
+                vectors[f"{target}.bias"] = outputs
+    none = np.zeros(0, np.int64)
+    ends, kept = np.concatenate([none, *outer]), np.concatenate([none, *pinned])
+    values: dict[bool, dict[str, tuple[int, np.ndarray, int]]] = {}
+    for mode, env in followed.values.items():
+        roles = {node.name: value.role for node, value in env.items() if isinstance(value, T)}
+        values[mode] = {
+            name: (role.axes[0], role.ids, math.prod(role.window.full) if role.window else 1)
+            for name, role in roles.items()
+            if isinstance(role, Split) and len(role.axes) == 1
+        }
+    return Followed(layers, vectors, ends, kept, values, followed.strands.roots)
+
+
+LAYERS = (nn.modules.conv._ConvNd, nn.Linear)
+SIDES = {True: ("in_channels", "out_channels"), False: ("in_features", "out_features")}  # convolution or linear
+_PLAIN_FORWARDS = {
+    kind.forward
+    for kind in (
+        nn.Linear,
+        nn.Conv1d,
+        nn.Conv2d,
+        nn.Conv3d,
+        nn.ConvTranspose1d,
+        nn.ConvTranspose2d,
+        nn.ConvTranspose3d,
+    )
+}
+
+
+class _Pass:
+    def __init__(self, model: nn.Module, input_size: tuple[int, ...], crops: Sequence[Part], head: str):
+        self.model, self.input_size, self.crops, self.head = model, input_size, crops, head
+        self.K = len(crops)
+        self.modules = dict(model.named_modules(remove_duplicate=False))
+        self.strands = Strands()
+        self.leaves: dict[str, Leaf] = {}
+        self.bare: dict[str, tuple[int, np.ndarray]] = {}
+        self.features = np.zeros(0, dtype=np.int64)  # the strands of an input vector, whose owners the crops say
+        self.checks: list[tuple[fx.Node, Callable[[np.ndarray], bool]]] = []
+        self.turned: fx.Node | None = None  # what swaps axes of the image itself
+        self.shuffles: list[tuple[bool, fx.Node, np.ndarray, int, np.ndarray]] = []
+        self.pinned: list[np.ndarray] = []  # strands whose order an operation without parameters relies on
+        self.plan = Plan(self.K)
+        self.parameters = dict(model.named_parameters(remove_duplicate=False))
+        self.bare_rewrites: dict[str, list[str]] = {}  # nodes rewritten for a parameter that may yet prove shared
+        self.tensor_names: dict[str, tuple[str, str | None]] = {}  # functional layer → names of weight and bias
+
+    def run(self, graphs: dict[bool, fx.Graph] | None = None) -> Plan:
+        refuse_hooks(self.model)
+        self._refuse_tied_parameters()
+        graphs = graphs or {mode: trace(self.model, mode) for mode in (True, False)}
+        self.plan.graphs = graphs
+        self.extent = self.input_size[-len(self.crops[0].size) :]
+        self.vectors = len(self.extent) == 1 and (
+            len(self.input_size) == 1 or any(_reads_features(self.modules, g) for g in graphs.values())
+        )
+        self.assembles = self.head == "concat" and not self.vectors and self._returns_maps(graphs[False])
+        divides_outputs = self.head == "concat" and not self.assembles
+        self.heads = set() if divides_outputs else set().union(*(heads(self.model, g) for g in graphs.values()))
+        if self.vectors:
+            owner = owners(self.crops, self.extent, "every feature of an input vector needs one member")
+            self.features = self.strands.new(owner.size)
+            self.strands.give(self.features, owner)
+        elif self.assembles:
+            owners(self.crops, self.extent, "every part of an auto-encoder's output is one member's")
+        elif not all(isinstance(crop, Crop) for crop in self.crops):
+            raise PartitionError(
+                f"{type(self.model).__name__} reads neighbours, not single features: give crops, not index sets."
+            )
+        self.values: dict[bool, dict[fx.Node, Any]] = {}
+        for self.mode, graph in graphs.items():
+            self.plan.member_args[self.mode] = {}
+            self.plan.assemblies[self.mode] = {}
+            self.env: dict[fx.Node, Any] = {}
+            for node in graph.nodes:
+                self.node = node
+                try:
+                    self.env[node] = self._visit(node)
+                except DecompkError:
+                    raise
+                except Exception as error:  # an operation used in a way that its rule does not foresee
+                    self.refuse(f"it cannot be followed ({type(error).__name__}: {brief(error)})")
+                if "holds" in node.meta:
+                    self._check(node.meta["holds"])
+            self.values[self.mode] = self.env
+        self._finish(self.values)
+        return self.plan
+
+    # ---- one node -------------------------------------------------------------------------------------------------
+
+    def _visit(self, node: fx.Node) -> Any:
+        if node.op == "placeholder":
+            full = torch.empty((2, *self.input_size), device="meta", dtype=dtype_of(self.model))
+            part = full.new_empty((2, *self.input_size[: -len(self.extent)], *self.crops[0].size))
+            if self.vectors:
+                return self.wrap(full, part, Split(self.features, (full.dim() - 1,)))
+            return T(full, part, SHARED, (Fraction(1),) * len(self.extent))
+        args, kwargs = map_arg((node.args, node.kwargs), lambda n: self.env[n])
+        if node.op == "output":
+            return self._output(args[0])
+        if node.op == "get_attr":
+            return self._get_attr(node.target)
+        if node.op == "call_module":
+            return self._call_module(node.target, args, kwargs)
+        if isinstance(node.target, type):  # a named tuple of outputs
+            return node.target(*args, **kwargs)
+        name = operation_name(node)
+        if not tensors_in((args, kwargs)):
+            return self.outside(args, kwargs)
+        rule = FUNCTION_RULES.get(name)
+        if rule is None:
+            self.refuse(f"'{name}' has no rule")
+        if name not in (ELEMENTWISE_FUNCTIONS | FUNCTIONAL_LAYERS | FACTS):
+            for t in tensors_in((args, kwargs)):
+                if isinstance(t.role, Split) and not t.role.axes:
+                    self.refuse(f"it rearranges parameter '{t.role.bare}', which does not have one value per channel")
+        return rule(self, name, args, kwargs)
+
+    def _check(self, holds: bool) -> None:
+        """What the network's own code checks here must hold of whole samples and of a member's part."""
+        value = self.env[self.node]
+        if bool(globally(value)) != holds:
+            raise PartitionError(f"{where(self.node)}: the network itself refuses samples of {by(self.input_size)}.")
+        if bool(in_member(value)) != holds:
+            raise MisfitError(
+                f"{where(self.node)}: the network's own check refuses a member, whose channels and maps are smaller; "
+                "let it check no size that the division changes, or pack copies of the network with decompk.pack."
+            )
+
+    def _returns_maps(self, graph: fx.Graph) -> bool:
+        """Whether what the network returns has the input's spatial axes."""
+        values = MetaInterpreter(self.model, graph, self.input_size).run_all()
+        output = next(value for node, value in values.items() if node.op == "output")
+        found: list[torch.Tensor] = []
+        map_aggregate(output, lambda value: found.append(value) if isinstance(value, torch.Tensor) else None)
+        return any(t.dim() == 1 + len(self.input_size) for t in found)
+
+    def refuse(self, what: str, remedy: str = "run it whole, or pack copies of the network with decompk.pack") -> Any:
+        raise UnsupportedOperation(f"{where(self.node)}: {what}, so its channels cannot be divided; {remedy}.")
+
+    def adapted(self, name: str) -> None:
+        """The layer's window follows the member's smaller map; a member no longer runs on the full image."""
+        if name not in self.plan.adapted:
+            self.plan.adapted.append(name)
+
+    def note(self, what: str) -> None:
+        self.plan.noted.add(self.node.name)
+        note = f"{where(self.node)}: {what}"
+        if note not in self.plan.notes:
+            self.plan.notes.append(note)
+
+    def run_global(self, args: Any, kwargs: Any) -> Any:
+        """The node's operation on the global shapes."""
+        with torch.no_grad():
+            return self._operation()(*globally(args), **globally(kwargs))
+
+    def run_member(self, args: Any, kwargs: Any, member: tuple | None = None) -> Any:
+        """The node's operation on a member's shapes; `member` overrides its arguments."""
+        operation = self._operation(self.plan.attributes.get(self.node.target, {}))
+        args_, kwargs_ = member or (in_member(args), in_member(kwargs))
+        try:
+            with torch.no_grad():
+                return operation(*args_, **kwargs_)
+        except MISFITS as error:
+            raise self._does_not_fit(next(iter(tensors_in((args, kwargs)))), error) from error
+
+    def run_both(self, args: Any, kwargs: Any, member: tuple | None = None) -> tuple[Any, Any]:
+        return self.run_global(args, kwargs), self.run_member(args, kwargs, member)
+
+    def _operation(self, attributes: dict[str, Any] | None = None) -> Callable:
+        node = self.node
+        if node.op == "call_module":
+            return narrow(self.modules[node.target], attributes or {}, {})
+        return partial(_call_method, node.target) if node.op == "call_method" else node.target
+
+    def _does_not_fit(self, x: T, error: Exception) -> MisfitError:
+        return MisfitError(
+            f"{where(self.node)}: a member's {by(x.part.shape[1:])} does not fit here ({brief(error)}); "
+            "choose other crops (a larger crop_size lets them overlap) or another number of partitions."
+        )
+
+    def rewrite(self, args: tuple, kwargs: dict) -> tuple[Any, Any]:
+        """The member's node takes these arguments instead (nodes and plain numbers); returns their values."""
+        self.plan.member_args[self.mode][self.node.name] = (args, kwargs)
+        for source in self.node.all_input_nodes:
+            role = getattr(self.env[source], "role", None)
+            if isinstance(role, Split) and role.bare is not None:
+                self.bare_rewrites.setdefault(role.bare, []).append(self.node.name)
+        return in_member(map_arg((args, kwargs), lambda n: self.env[n]))
+
+    @staticmethod
+    def pick(args: tuple, kwargs: dict) -> Any:
+        """One element of a tuple of tensors."""
+        return args[0][globally(args[1])]
+
+    def wrap(self, full: Any, part: Any, role: Role | Split, scale: tuple = (), moved: Window | None = None) -> Any:
+        """The two results as one value; every divided tensor adds its demand for an even division."""
+        if isinstance(full, torch.Tensor):
+            if isinstance(role, Split) and role.bare is None:
+                self._demand(role, full, part)
+            return T(full, part, role, scale, moved)
+        if isinstance(full, (tuple, list)) and not isinstance(full, torch.Size):
+            return type(full)(self.wrap(f, p, role, scale) for f, p in zip(full, part, strict=True))
+        return full if full == part else Both(full, part)
+
+    def outside(self, args: Any, kwargs: Any) -> Any:
+        full, part = self.run_both(args, kwargs)
+        if isinstance(full, torch.Tensor) and full.shape != part.shape:
+            self.refuse("it makes a tensor whose shape differs between the global network and a member")
+        return self.wrap(full, part, SHARED)
+
+    def _demand(self, role: Split, full: torch.Tensor, part: torch.Tensor) -> None:
+        cut = self.cut(role, full, part)
+        node = self.node
+        if cut == len(role.axes) - 1:
+            for row in role.ids.reshape(-1, role.ids.shape[-1]):
+                self.strands.require(row, partial(where, node))
+        else:
+            rows = np.moveaxis(role.ids, cut, -1)
+            K = self.K
+
+            def even(owner: np.ndarray) -> bool:
+                owned = owner[rows.reshape(-1, rows.shape[-1])]
+                return all(((owned == k).sum(1) * K == rows.shape[-1]).all() for k in range(K))
+
+            self.checks.append((node, even))
+
+    def cut(self, role: Split, full: torch.Tensor, part: torch.Tensor) -> int:
+        """Which of the role's axes is the one that is K times shorter in a member."""
+        extent = role.window
+        shorter = []
+        for i, axis in enumerate(role.axes):
+            whole, own = full.shape[axis], part.shape[axis]
+            if extent is not None:
+                whole, own = whole // math.prod(extent.full), own // math.prod(extent.part)
+            if whole != own:
+                shorter.append((i, whole, own))
+        if self.K == 1:
+            return len(role.axes) - 1
+        if len(shorter) != 1 or shorter[0][1] != shorter[0][2] * self.K:
+            sizes = by([full.shape[a] for a in role.axes])
+            raise PartitionError(
+                f"{where(self.node)}: {sizes} channels cannot be divided into {self.K} equal parts; "
+                "choose a number of partitions that divides them."
+            )
+        return shorter[0][0]
+
+    # ---- parameters and outputs -----------------------------------------------------------------------------------
+
+    def _get_attr(self, target: str) -> Any:
+        value = self.tensor(target)
+        if not isinstance(value, torch.Tensor):
+            return value
+        full = torch.empty_like(value, device="meta")
+        long = [axis for axis, size in enumerate(value.shape) if size > 1]
+        if len(long) != 1 or value.shape[long[0]] % self.K:
+            undivided = Split(np.zeros(0, dtype=np.int64), (), bare=target)
+            return T(full, full, undivided if target in self.parameters else SHARED)
+        _, ids = self.bare.get(target) or (long[0], self.strands.new(value.shape[long[0]]))
+        return T(full, _shrunk(full, long[0], self.K), Split(ids, (long[0],), bare=target))
+
+    def settle(self, tensors: list[T]) -> list[T]:
+        """Bare parameters and buffers take the side of the activation they meet."""
+        divided = any(isinstance(t.role, Split) and t.role.bare is None for t in tensors)
+        settled = []
+        for t in tensors:
+            name = t.role.bare if isinstance(t.role, Split) else None
+            if name is None:
+                settled.append(t)
+                continue
+            if divided and t.role.axes:
+                axis = next(a for a, s in enumerate(self.tensor(name).shape) if s > 1)
+                self.strands.tie(self.bare.setdefault(name, (axis, t.role.ids))[1], t.role.ids)
+                settled.append(replace(t, role=replace(t.role, bare=None)))
+            elif name not in self.parameters:
+                for node in self.bare_rewrites.pop(name, []):
+                    self.plan.member_args[self.mode].pop(node, None)
+                settled.append(T(t.full, t.full, SHARED))
+            elif not divided:
+                self.refuse(
+                    f"parameter '{name}' acts on what all members share, and composition has one place for K of it"
+                )
+            else:
+                self.refuse(
+                    f"parameter '{name}' of shape {tuple(self.tensor(name).shape)} does not have one value per channel"
+                )
+        return settled
+
+    def tensor(self, name: str) -> Any:
+        value: Any = self.model
+        for part in name.split("."):
+            value = getattr(value, part)
+        return value
+
+    def _output(self, value: Any) -> Any:
+        for t in tensors_in(value):
+            if isinstance(t.role, Split) and self.head != "concat":
+                self.refuse(
+                    "the network returns divided channels, not the output of a last layer",
+                    'ask for decompose(..., head="concat")',
+                )
+            if t.role is SHARED and not self.assembles:
+                self.note("the network returns what every member holds whole: the composed network returns it once")
+            if isinstance(t.role, Split) and (len(t.role.axes) != 1 or t.role.window):
+                self.refuse("the network's output mixes channels with other axes")
+            if isinstance(t.role, Split) and self.vectors and len(t.role.ids) == len(self.features):
+                self.strands.tie(t.role.ids, self.features)  # output k is the reconstruction of input k
+        return value
+
+    def _refuse_tied_parameters(self) -> None:
+        seen: dict[int, str] = {}
+        for name, parameter in self.model.named_parameters(remove_duplicate=False):
+            owner = name.rpartition(".")[0]
+            first = seen.setdefault(id(parameter), owner)
+            if self.modules[first] is not self.modules[owner]:
+                raise UnsupportedOperation(
+                    f"'{owner}' and '{first}' share parameter '{name}'; layers that share parameters cannot be "
+                    "narrowed one by one: give each its own, or call the same module twice."
+                )
+
+    # ---- combining tensors ----------------------------------------------------------------------------------------
+
+    def join(self, name: str, tensors: list[T], out_dims: int) -> tuple[Role | Split, tuple]:
+        """The role of an elementwise combination with broadcasting."""
+        scale = next((t.scale for t in tensors if t.scale), ())
+        if len(tensors) == 1:  # one operand keeps its role, and a parameter is still undecided
+            role = tensors[0].role
+            if role is PARTIAL and name not in LINEAR:
+                self.note(f"'{name}' acts on the sum of the members' outputs; the composed network has {name}(Σ)")
+            return role, scale
+        tensors = self.settle(tensors)
+        splits = [t for t in tensors if isinstance(t.role, Split)]
+        if not splits:
+            if any(t.role is PARTIAL for t in tensors):
+                if any(t.role is not PARTIAL for t in tensors) or name not in ("add", "sub"):
+                    self.note(f"'{name}' acts on partial sums; the composed network applies it to Σ")
+                return PARTIAL, scale
+            return SHARED, scale
+        if any(t.role is PARTIAL for t in tensors):
+            self.refuse("it combines divided channels with a head's output")
+        first = splits[0]
+        axes = tuple(a - first.full.dim() + out_dims for a in first.role.axes)
+        for t in tensors:
+            if isinstance(t.role, Split):
+                moved = tuple(a - t.full.dim() + out_dims for a in t.role.axes)
+                if moved != axes or t.role.ids.shape != first.role.ids.shape:
+                    self.refuse("it combines channels on different axes")
+                self.strands.tie(first.role.ids, t.role.ids)
+            else:
+                shape = (1,) * (out_dims - t.full.dim()) + tuple(t.full.shape)
+                if any(shape[a] != 1 for a in axes):
+                    self.refuse("it combines divided channels with channels that every member holds whole")
+        return Split(first.role.ids, axes, first.role.window), scale
+
+    def elementwise(self, name: str, args: Any, kwargs: Any) -> Any:
+        tensors = tensors_in((args, kwargs))
+        if len(tensors) > 1:
+            settled = iter(self.settle(tensors))
+            args, kwargs = map_aggregate((args, kwargs), lambda v: next(settled) if isinstance(v, T) else v)
+            tensors = tensors_in((args, kwargs))
+        if len(tensors) == 1 and tensors[0].role is PARTIAL:
+            scaled = name == "mul" or (name == "div" and args[0] is tensors[0])
+            zero = name in ("add", "sub") and args[0] == 0  # sum([a, b]) begins with 0 + a
+            name = "contiguous" if scaled or zero else name + " a number" if name in ("add", "sub") else name
+        numbers: list[Both] = []
+        map_aggregate((args, kwargs), lambda v: numbers.append(v) if isinstance(v, Both) else None)
+        if numbers and any(t.role is not SHARED for t in tensors):
+            self.note(f"'{name}' uses a size that differs in a member: composed(x) may not be the sum")
+        full, part = self.run_both(args, kwargs)
+        dims = full.dim() if isinstance(full, torch.Tensor) else tensors[0].full.dim()
+        role, scale = self.join(name, tensors, dims)
+        moved = next((t.moved for t in tensors if t.moved and t.full.shape == getattr(full, "shape", None)), None)
+        return self.wrap(full, part, role, scale, moved)
+
+    # ---- layers ---------------------------------------------------------------------------------------------------
+
+    def _call_module(self, target: str, args: tuple, kwargs: dict) -> Any:
+        module = self.modules[target]
+        for kinds, rule in MODULE_RULES:
+            if isinstance(module, kinds):
+                return rule(self, target, module, args, kwargs)
+        if type(module).__name__ in ELEMENTWISE_MODULES:
+            return self.elementwise(type(module).__name__, args, kwargs)
+        return self.refuse(f"{type(module).__name__} mixes channels or has no rule")
+
+    def functional_layer(self, name: str, args: tuple, kwargs: dict) -> Any:
+        """F.conv2d(x, self.weight, …): the layer's module is made up, its tensors keep their names."""
+        order = ["input", "weight", "bias", "stride", "padding", "dilation", "groups"]
+        if name.startswith("conv_transpose"):
+            order = [*order[:5], "output_padding", "groups", "dilation"]
+        node, given = self.node, dict(zip(order, args, strict=False)) | kwargs
+        nodes = dict(zip(order, node.args, strict=False)) | node.kwargs
+        names = [nodes.get("weight"), nodes.get("bias")]
+        if any(n is not None and (not isinstance(n, fx.Node) or n.op != "get_attr") for n in names):
+            self.refuse("its weight is computed, not a parameter as it stands", "make it a module of its own")
+        weight = self.tensor(names[0].target)
+        key = names[0].target
+        options = {k: v for k, v in given.items() if k not in ("input", "weight", "bias")}
+        groups = options.get("groups", 1)
+        options["dtype"] = weight.dtype
+        with torch.device("meta"):
+            if name == "linear":
+                module: nn.Module = nn.Linear(weight.shape[1], weight.shape[0], names[1] is not None, **options)
+            else:
+                kind = getattr(nn, {"conv": "Conv", "conv_transpose": "ConvTranspose"}[name[:-2]] + name[-2:])
+                sides = [weight.shape[0], weight.shape[1] * groups][:: 1 if "transpose" in name else -1]
+                module = kind(*sides, tuple(weight.shape[2:]), bias=names[1] is not None, **options)
+        self.modules[key] = module
+        self.tensor_names[key] = (key, names[1].target if names[1] is not None else None)
+        result = self.layer(key, module, (given["input"],), {})
+        if groups > 1:
+            own = self.leaves[key].member_groups
+            if "groups" in node.kwargs:
+                self.rewrite(node.args, {**node.kwargs, "groups": own})
+            else:
+                self.rewrite(tuple(own if i == 6 else a for i, a in enumerate(node.args)), node.kwargs)
+        return result
+
+    def layer(self, target: str, module: nn.Module, args: tuple, kwargs: dict) -> Any:
+        """Convolution or linear: the first layer keeps its inputs, a head its outputs, all others 1/K of both (2.7)."""
+        x = args[0]
+        conv = isinstance(module, nn.modules.conv._ConvNd)
+        into, out = SIDES[conv]
+        groups, axis = (module.groups, 1) if conv else (1, x.full.dim() - 1)
+        i, o = _sides(module)
+        attributes = {into: i, out: o} | ({"groups": groups} if conv else {})
+        self._known_tensors(module, {"weight", "bias"})
+        if type(module).forward not in _PLAIN_FORWARDS:
+            self.note(f"{type(module).__name__} computes with its whole weight, so composed(x) may not be the sum")
+        leaf = Leaf("conv" if conv else "linear", groups=groups)
+        head = target in self.heads
+        if x.role is PARTIAL:
+            self.refuse("it reads the output of a last layer", 'where no layer is a last one, use head="concat"')
+        if x.role is SHARED:
+            if head:
+                self.refuse("it is the first and the last layer at once, and no channels lie between")
+            if groups > 1:
+                self.refuse("a grouped convolution reads the image, whose channels are never divided")
+            if not conv:
+                self.refuse(
+                    "a linear layer reads an image",
+                    "flatten the images yourself and decompose for vectors, input_size=(features,)",
+                )
+        else:
+            role = self._activation(x)
+            if role.axes != (axis,) or (conv and role.window):
+                self.refuse("it does not read the divided axis as its channels")
+            leaf.inputs, leaf.window = role.ids, role.window
+            attributes[into] = x.part.shape[axis]
+            if conv and covers(windows(module, x.full.dim() - 2), x):  # a fully connected layer in disguise
+                full, part = tuple(x.full.shape[2:]), tuple(x.part.shape[2:])
+                leaf.window = Window(tuple(range(len(full))), full, part, x.scale)
+                attributes["kernel_size"] = leaf.window.part
+        if head and groups > 1:
+            self.refuse("the last layer is a grouped convolution, whose members' outputs cannot add up")
+        if not head:
+            if o % self.K:
+                raise PartitionError(
+                    f"{where(self.node)}: {o} channels cannot be divided into {self.K} equal parts; "
+                    f"choose a number of partitions that divides {o}{self._dividing()}."
+                )
+            attributes[out] = o // self.K
+        if groups > 1:
+            # lcm(G, K) / K groups a member: each lies inside one global group. G and K divide both widths, so lcm does.
+            leaf.member_groups = attributes["groups"] = math.lcm(groups, self.K) // self.K
+        return self._finish_layer(target, module, leaf, attributes, x, axis, (*args[1:], *kwargs.values()))
+
+    def _dividing(self) -> str:
+        """The numbers that divide the widths of all layers but the last."""
+        targets = {n.target for g in self.plan.graphs.values() for n in g.nodes if n.op == "call_module"} - self.heads
+        layers = [self.modules[target] for target in targets]
+        widths = [_sides(layer)[1] for layer in layers if isinstance(layer, LAYERS)]
+        common = math.gcd(*widths, *(layer.hidden_size for layer in layers if isinstance(layer, nn.RNNBase)))
+        numbers = [str(n) for n in range(2, common + 1) if common % n == 0]
+        return f" (all widths: {', '.join(numbers)})" if numbers else " (no number divides all widths)"
+
+    def _finish_layer(
+        self, target: str, module: nn.Module, leaf: Leaf, attributes: dict, x: T, axis: int, extra: tuple
+    ) -> Any:
+        head = target in self.heads
+        _, outputs = _sides(module)
+        leaf.attributes = attributes
+        known = self.leaves.get(target)
+        if known is None:
+            if not head:
+                same = leaf.groups > 1 and len(leaf.inputs) == outputs
+                leaf.outputs = leaf.inputs if same else self.strands.new(outputs)
+                if leaf.groups > 1:
+                    self.checks.append((self.node, partial(self._groups_whole, leaf)))
+            self.leaves[target] = known = leaf
+        else:  # the same layer called again: both calls must see the same division
+            if known.attributes != attributes or (known.inputs is None) != (leaf.inputs is None):
+                self.refuse("the layer is called twice on inputs that are divided differently")
+            if leaf.inputs is not None:
+                self.strands.tie(known.inputs, leaf.inputs)
+        owner = target if target not in self.tensor_names else target.rpartition(".")[0]
+        if isinstance(self.modules[owner], LAYERS):  # a functional may take the weight of a layer's module
+            self.plan.attributes[owner] = attributes
+        full = on_meta(module)(x.full, *globally(extra))
+        try:
+            part = narrow(module, attributes, _member_shapes(module, leaf, attributes))(x.part, *in_member(extra))
+        except MISFITS as error:
+            raise self._does_not_fit(x, error) from error
+        role = PARTIAL if head else Split(known.outputs, (axis,))
+        scale = x.scale
+        if leaf.kind == "conv":
+            scale = self.scaled(x, windows(module, x.full.dim() - 2) if leaf.window is None else None, full, part)
+        if head and self.assembles:
+            self.plan.assemblies[self.mode][self.node.name] = self._boxes(full, part, scale)
+            role = SHARED  # as the image is: each member holds all channels of its own crop
+        return self.wrap(full, part, role, scale)
+
+    def _boxes(self, full: torch.Tensor, part: torch.Tensor, scale: tuple) -> tuple:
+        """Where in a last layer's output each member's lies: (start, stop) for each axis, by member."""
+        boxes = []
+        whole, own = tuple(full.shape[2:]), tuple(part.shape[2:])
+        for crop in self.crops:
+            starts = [s and Fraction(start) / s for start, s in zip(crop.start, scale, strict=False)]
+            sizes = [s and Fraction(size) / s for size, s in zip(crop.size, scale, strict=False)]
+            wholes = [s and Fraction(size) / s for size, s in zip(self.extent, scale, strict=False)]
+            known = len(whole) == len(starts) and None not in starts and all(s.denominator == 1 for s in starts)
+            if not known or tuple(sizes) != own or tuple(wholes) != whole:
+                raise PartitionError(
+                    f"{where(self.node)}: its output of {by(whole)} for {by(self.extent)} pixels, and {by(own)} for a "
+                    f"crop of {by(crop.size)}, cannot be put together from the members'; give the layers padding that "
+                    "keeps these sizes in proportion."
+                )
+            boxes.append(tuple((int(s), int(s) + size) for s, size in zip(starts, own, strict=True)))
+        return tuple(boxes)
+
+    def recurrent(self, target: str, module: nn.RNNBase, args: tuple, kwargs: dict) -> Any:
+        """nn.RNN, nn.GRU and nn.LSTM (2.27): U, W and every gate share one division of the hidden state."""
+        x, H = args[0], module.hidden_size
+        if module.proj_size:
+            self.refuse("its hidden state is projected", "leave proj_size out")
+        if any(value is not None for value in (*args[1:], *kwargs.values())):
+            self.refuse("it is given its first states", "leave them out: they begin at zero")
+        if not isinstance(x, T) or x.full.dim() != 3:
+            self.refuse("it does not read a padded batch of sequences")
+        role = self._activation(x)
+        if role.axes != (2,) or role.window:
+            self.refuse("it does not read the divided axis as its features")
+        if H % self.K:
+            raise PartitionError(
+                f"{where(self.node)}: a hidden state of {H} cannot be divided into {self.K} equal parts; "
+                f"choose a number of partitions that divides {H}{self._dividing()}."
+            )
+        directions = 1 + module.bidirectional
+        attributes = {"input_size": x.part.shape[2], "hidden_size": H // self.K}
+        leaf = self.leaves.get(target)
+        if leaf is None:
+            hidden = [[self.strands.new(H) for _ in range(directions)] for _ in range(module.num_layers)]
+            leaf = self.leaves[target] = Leaf("recurrent", attributes, role.ids, hidden=hidden)
+            self.plan.attributes[target] = attributes
+        self.strands.tie(leaf.inputs, role.ids)
+        shapes = {}
+        for name, tensor in module.named_parameters():
+            rows, *columns = tensor.shape
+            into = attributes["input_size"] if name in ("weight_ih_l0", "weight_ih_l0_reverse") else None
+            shapes[name] = (rows // self.K, *(into or c // self.K for c in columns))
+        full = shape_of(on_meta(module), x.full)
+        part = shape_of(narrow(module, attributes, shapes), x.part)
+        outputs = Split(np.concatenate(leaf.hidden[-1]), (2,))
+        states = Split(np.stack([ids for layer in leaf.hidden for ids in layer]), (0, 2))
+        return self.wrap(full[0], part[0], outputs), self.wrap(full[1], part[1], states)
+
+    def _groups_whole(self, leaf: Leaf, owner: np.ndarray) -> bool:
+        """Every group of every member lies inside one global group, on both sides."""
+        for k in range(self.K):
+            sides = []
+            for ids in (leaf.inputs, leaf.outputs):
+                group = np.nonzero(owner[ids] == k)[0] // (len(ids) // leaf.groups)
+                group = group.reshape(leaf.member_groups, -1)
+                if (group != group[:, :1]).any():
+                    return False
+                sides.append(group[:, 0])
+            if (sides[0] != sides[1]).any():
+                return False
+        return True
+
+    @staticmethod
+    def scaled(x: T, found: tuple | None, full: torch.Tensor, part: torch.Tensor) -> tuple:
+        """Input pixels per position behind a spatial operation; None where windows do not tell."""
+        scale = x.scale or (None,) * (x.full.dim() - 2)
+        if found is not None:
+            steps = [Fraction(1, w.stride) if w.transposed else Fraction(w.stride) for w in found]
+        else:
+            globals_ = [Fraction(a, b) for a, b in zip(x.full.shape[2:], full.shape[2:], strict=True)]
+            members = [Fraction(a, b) for a, b in zip(x.part.shape[2:], part.shape[2:], strict=True)]
+            steps = [g if g == m else None for g, m in zip(globals_, members, strict=True)]
+        return tuple(None if s is None or t is None else s * t for s, t in zip(scale, steps, strict=True))
+
+    def _activation(self, x: T) -> Split:
+        if not isinstance(x.role, Split) or x.role.bare is not None:
+            self.refuse("it acts on the image itself or on a head's output, where its parameters have no one owner")
+        return x.role
+
+    def _known_tensors(self, module: nn.Module, known: set[str]) -> None:
+        for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
+            if name not in known and (tensor.numel() > 1 or isinstance(tensor, nn.Parameter)):
+                self.refuse(f"{type(module).__name__} holds '{name}', whose axes are not known")
+
+    def norm(self, target: str, module: nn.Module, args: tuple, kwargs: dict) -> Any:
+        """One parameter per channel: normalisations and PReLU keep the channels of their input."""
+        x = args[0]
+        role = self._activation(x)
+        if len(role.axes) != 1 or role.window:
+            self.refuse("its channels are not one axis")
+        whole, own = x.full.shape[role.axes[0]], x.part.shape[role.axes[0]]
+        self._known_tensors(module, {"weight", "bias", "running_mean", "running_var"})
+        leaf = Leaf("norm", inputs=role.ids, outputs=role.ids)
+        if isinstance(module, nn.GroupNorm):
+            if module.num_groups % self.K:
+                raise PartitionError(
+                    f"{where(self.node)}: {module.num_groups} groups do not divide among {self.K} members, whose "
+                    "statistics would mix; choose a number of groups that is a multiple of the partitions."
+                )
+            leaf.groups, leaf.member_groups = module.num_groups, module.num_groups // self.K
+            attributes: dict[str, Any] = {"num_channels": own, "num_groups": leaf.member_groups}
+            self.checks.append((self.node, partial(self._groups_whole, leaf)))
+        elif isinstance(module, nn.LayerNorm):
+            if tuple(module.normalized_shape) != (whole,):
+                self.refuse(f"its parameters of shape {tuple(module.normalized_shape)} are not one per channel")
+            attributes = {"normalized_shape": (own,)}
+            self.note("normalises over all channels, a member over its own: composed(x) is not exactly the sum")
+        elif isinstance(module, nn.PReLU):
+            if module.num_parameters != whole:
+                self.refuse("one slope serves all channels, and composition has one place for K", "use PReLU(channels)")
+            attributes = {"num_parameters": own}
+        else:
+            attributes = {"num_features": own}
+        leaf.attributes = self.plan.attributes[target] = attributes
+        known = self.leaves.setdefault(target, leaf)
+        if known is not leaf:
+            self.strands.tie(known.inputs, leaf.inputs)
+        shapes = {name: (own,) for name, _ in _vectors(module)}
+        full = shape_of(on_meta(module), x.full)
+        part = shape_of(narrow(module, attributes, shapes), x.part)
+        return self.wrap(full, part, role, x.scale, x.moved)
+
+    def pool(self, target: str, module: nn.Module, args: tuple, kwargs: dict) -> Any:
+        x = args[0]
+        found = windows(module, x.full.dim() - 2)
+        if covers(found, x):  # a last pooling over the whole map follows the member's smaller map
+            extent = tuple(x.part.shape[2:])
+            self.plan.attributes[target] = {"kernel_size": extent, "stride": extent}
+            self.adapted(target)
+        return self.spatial(type(module).__name__, args, kwargs, found)
+
+    def spatial(self, name: str, args: tuple, kwargs: dict, found: tuple | None, member: tuple | None = None) -> Any:
+        x = args[0]
+        if isinstance(x.role, Split) and x.role.axes != (1,):
+            self.refuse("it pools or resizes an axis that holds channels")
+        full, part = self.run_both(args, kwargs, member)
+        first = full[0] if isinstance(full, tuple) else full
+        own = part[0] if isinstance(part, tuple) else part
+        role, _ = self.join(name, [x], first.dim())
+        return self.wrap(full, part, role, self.scaled(x, found, first, own))
+
+    # ---- the plan -------------------------------------------------------------------------------------------------
+
+    def _finish(self, values: dict[bool, dict[fx.Node, Any]]) -> None:
+        owner = self.strands.owners(self.K)
+        for node, holds in self.checks:
+            if not holds(owner):
+                raise UnsupportedOperation(
+                    f"{where(node)}: the parts of its channels that {self.K} members own cut through its groups; "
+                    "choose another number of partitions, or pack copies of the network with decompk.pack."
+                )
+        own = partial(_owned, owner, self.K)
+        for target, leaf in self.leaves.items():
+            self._place_leaf(target, leaf, own)
+        for name, (axis, ids) in self.bare.items():
+            dims = range(self.tensor(name).dim())
+            places = [np.ix_(*(index if a == axis else np.zeros(1, np.int64) for a in dims)) for index in own(ids)]
+            self.plan.places[name] = tuple(places)
+        for mode, env in values.items():
+            self.plan.channels[mode], self.plan.features[mode] = {}, {}
+            for node, value in env.items():
+                if not isinstance(value, T) or not isinstance(value.role, Split) or len(value.role.axes) != 1:
+                    continue
+                role, (axis,) = value.role, value.role.axes
+                found = None if role.window else np.stack(own(role.ids))
+                if axis == 1:
+                    self.plan.channels[mode][node.name] = found
+                if axis == value.full.dim() - 1 and found is not None:
+                    self.plan.features[mode][node.name] = found
+            self.plan.reorders[mode] = {}
+        for mode, node, source, cut, out_ids in self.shuffles:
+            order = self._order(owner, source, cut, out_ids)
+            if (order != np.arange(len(order))).any():
+                self.plan.reorders[mode][node.name] = order
+
+    def _order(self, owner: np.ndarray, ids: np.ndarray, cut: int, out_ids: np.ndarray) -> np.ndarray:
+        """The composed network's channel order behind a shuffle that every member does on its own channels."""
+        position = np.arange(ids.size).reshape(ids.shape)
+        rows = np.moveaxis(ids, cut, -1)
+        positions = np.moveaxis(position, cut, -1)
+        order = np.empty(ids.size, dtype=np.int64)
+        for k, out in enumerate(_owned(owner, self.K, out_ids)):
+            mine = positions[owner[rows] == k].reshape(*rows.shape[:-1], -1)
+            order[out] = np.moveaxis(mine, -1, cut).reshape(-1)
+        return order
+
+    def _place_leaf(self, target: str, leaf: Leaf, own: Callable[[np.ndarray], list[np.ndarray]]) -> None:
+        module, places = self.modules[target], self.plan.places
+        if leaf.kind == "norm":
+            for name, _ in _vectors(module):
+                places[f"{target}.{name}"] = tuple((index,) for index in own(leaf.inputs))
+            return
+        if leaf.kind == "recurrent":
+            places.update(_recurrent_places(target, module, leaf, own))
+            return
+        weight, bias = self.tensor_names.get(target, (f"{target}.weight", f"{target}.bias"))
+        conv = leaf.kind == "conv"
+        inputs, outputs = _sides(module)
+        columns = [np.arange(inputs)] * self.K if leaf.inputs is None else own(leaf.inputs)
+        spots = [self._spots(leaf.window, crop) for crop in self.crops]
+        if leaf.window is not None and leaf.window.full != leaf.window.part:
+            self.adapted(target)
+        if leaf.window is not None and not conv:
+            extent = math.prod(leaf.window.full)
+            flat = [np.ravel_multi_index(np.ix_(*s), leaf.window.full).reshape(-1) for s in spots]
+            if leaf.window.order is not None:
+                whole, own_order = leaf.window.order
+                flat = [np.argsort(whole)[f[own_order]] for f in flat]
+            columns = [(c[:, None] * extent + f).reshape(-1) for c, f in zip(columns, flat, strict=True)]
+        rows = [np.arange(outputs)] * self.K if leaf.outputs is None else own(leaf.outputs)
+        if conv and module.transposed:
+            blocks = [_block(c, r, outputs, leaf) for r, c in zip(rows, columns, strict=True)]
+        else:
+            blocks = [_block(r, c, inputs, leaf) for r, c in zip(rows, columns, strict=True)]
+        if conv and leaf.window is not None:
+            blocks = [_with_space(block, spot) for block, spot in zip(blocks, spots, strict=True)]
+        places[weight] = tuple(blocks)
+        if leaf.outputs is None:
+            self.plan.head_weights.add(weight)
+        if module.bias is not None:
+            if leaf.outputs is None:
+                self.plan.summed.add(bias)
+            else:
+                places[bias] = tuple((r,) for r in rows)
+
+    def _spots(self, window: Window | None, crop: Crop) -> list[np.ndarray]:
+        """(2.13): per spatial axis, the global positions that the crop's activations occupy."""
+        spots = []
+        if window is None:
+            return spots
+        if self.turned is not None and window.full != window.part:
+            raise UnsupportedOperation(
+                f"{where(self.turned)}: it swaps axes of the image, whose crops cannot be followed to the first fully "
+                "connected layer; give the network images that are turned already."
+            )
+        for axis, full, part, scale in zip(window.axes, window.full, window.part, window.scale, strict=True):
+            pixels = scale if scale is not None else Fraction(self.input_size[1 + axis], full)
+            start = min(math.ceil(Fraction(crop.start[axis]) / pixels), full - part) if full != part else 0
+            spots.append(start + np.arange(part))
+        return spots
+
+
+def _recurrent_places(
+    target: str, module: nn.RNNBase, leaf: Leaf, own: Callable[[np.ndarray], list[np.ndarray]]
+) -> dict[str, Place]:
+    """Where each member's part of U (weight_ih), W (weight_hh) and their biases lies, gate after gate."""
+    places: dict[str, Place] = {}
+    first = module.hidden_size * np.arange(GATES[module.mode])[:, None]  # row of each gate
+    for depth, layer in enumerate(leaf.hidden):
+        inputs = own(np.concatenate(leaf.hidden[depth - 1]) if depth else leaf.inputs)
+        for ids, direction in zip(layer, ("", "_reverse"), strict=False):
+            hidden = own(ids)
+            rows = [(first + index).reshape(-1) for index in hidden]
+            end = f"l{depth}{direction}"
+            for name, columns in (("weight_ih", inputs), ("weight_hh", hidden)):
+                blocks = zip(rows, columns, strict=True)
+                places[f"{target}.{name}_{end}"] = tuple((r[:, None], c[None, :]) for r, c in blocks)
+            for name in ("bias_ih", "bias_hh") if module.bias else ():
+                places[f"{target}.{name}_{end}"] = tuple((r,) for r in rows)
+    return places
+
+
+def _block(rows: np.ndarray, columns: np.ndarray, column_count: int, leaf: Leaf) -> tuple[np.ndarray, np.ndarray]:
+    """Where a member's (rows, columns) block lies in the global weight; a grouped weight has one group's columns."""
+    if leaf.groups == 1:
+        return rows[:, None], columns[None, :]
+    per_group = columns.reshape(leaf.member_groups, -1) % (column_count // leaf.groups)
+    return rows[:, None], np.repeat(per_group, len(rows) // leaf.member_groups, axis=0)
+
+
+def _with_space(block: tuple[np.ndarray, ...], spots: list[np.ndarray]) -> tuple[np.ndarray, ...]:
+    """A (rows, columns) block of a convolution restricted to some of its kernel positions."""
+    return (*(i.reshape(*i.shape, *[1] * len(spots)) for i in block), *(s[None, None] for s in np.ix_(*spots)))
+
+
+def _vectors(module: nn.Module) -> list[tuple[str, torch.Tensor]]:
+    """The tensors of a normalisation that hold one number per channel."""
+    return [(n, t) for n, t in [*module.named_parameters(), *module.named_buffers()] if t.dim() == 1 and "." not in n]
+
+
+def _owned(owner: np.ndarray, members: int, ids: np.ndarray) -> list[np.ndarray]:
+    return [np.nonzero(owner[ids] == k)[0] for k in range(members)]
+
+
+def _sides(module: nn.Module) -> tuple[int, int]:
+    """Input and output channels, or features."""
+    into, out = SIDES[isinstance(module, nn.modules.conv._ConvNd)]
+    return getattr(module, into), getattr(module, out)
+
+
+def _member_shapes(module: nn.Module, leaf: Leaf, attributes: dict) -> dict[str, tuple[int, ...]]:
+    """Shapes of a member's weight and bias."""
+    into, out = (attributes[side] for side in SIDES[leaf.kind == "conv"])
+    shape: tuple[int, ...] = (out, into)
+    if leaf.kind == "conv":
+        rows, columns = (into, out) if module.transposed else (out, into)
+        shape = (rows, columns // attributes["groups"], *attributes.get("kernel_size", module.kernel_size))
+    return {"weight": shape, "bias": (out,)}
+
+
+def narrow(module: nn.Module, attributes: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> nn.Module:
+    """A copy of a leaf on the meta device with new attributes and tensors of new shapes."""
+    copy = on_meta(module)
+    for name, value in attributes.items():
+        setattr(copy, name, value)
+    for store in (copy._parameters, copy._buffers):
+        for name, tensor in store.items():
+            if tensor is not None and name in shapes:
+                empty = tensor.new_empty(shapes[name])
+                store[name] = nn.Parameter(empty, tensor.requires_grad) if store is copy._parameters else empty
+    return copy
+
+
+def heads(model: nn.Module, graph: fx.Graph) -> set[str]:
+    """The layers whose output reaches the network's output through no other layer: the last layers (2.14)."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    found: set[str] = set()
+    seen: set[fx.Node] = set()
+    pending = [node for node in graph.nodes if node.op == "output"]
+    while pending:
+        node = pending.pop()
+        for source in node.all_input_nodes:
+            if source in seen:
+                continue
+            seen.add(source)
+            name = operation_name(source)
+            if source.op == "call_module" and isinstance(modules[source.target], nn.RNNBase):
+                continue
+            if source.op == "call_module" and isinstance(modules[source.target], LAYERS):
+                found.add(source.target)
+            elif name in FUNCTIONAL_LAYERS:
+                found.add(module_key(source))
+            elif name not in FACTS or source.args[1:] in (
+                ("data",),
+                ("T",),
+                ("mT",),
+            ):  # a size leads back to a tensor without carrying its values
+                pending.append(source)
+    return found
+
+
+def _reads_features(modules: dict[str, nn.Module], graph: fx.Graph) -> bool:
+    """Whether the first layers with parameters read the last axis as features: linear and recurrent ones."""
+    pending = [node for node in graph.nodes if node.op == "placeholder"]
+    seen: set[fx.Node] = set()
+    while pending:
+        node = pending.pop()
+        for user in node.users:
+            if user in seen:
+                continue
+            seen.add(user)
+            module = modules.get(user.target) if user.op == "call_module" else None
+            if isinstance(module, nn.RNNBase | nn.Linear):
+                return True
+            if module is None or not any(True for _ in module.parameters()):
+                pending.append(user)
+    return False
+
+
+def _call_method(name: str, owner: Any, *args: Any, **kwargs: Any) -> Any:
+    return getattr(owner, name)(*args, **kwargs)
+
+
+def _shrunk(full: torch.Tensor, axis: int, members: int) -> torch.Tensor:
+    shape = list(full.shape)
+    shape[axis] //= members
+    return full.new_empty(shape)

@@ -1,0 +1,150 @@
+"""Which convolution runs fastest on this CPU: measured once for each problem, then kept in a file."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from ..threads import one_at_a_time
+from . import cache
+
+if TYPE_CHECKING:
+    from .choose import Choice
+    from .problem import Problem
+
+ROUNDS, SECONDS = 7, 0.3  # how often each contestant runs at most, and how long a measurement may take
+HOPELESS = 1.5  # who is that much slower than the fastest after a round does not run again
+FOREVER = 1e9  # ms: what a file holds beyond that is no time
+MARGIN = 0.95  # torch's operators are chosen where they take less than that share of our own kernel's time
+
+
+def path() -> Path:
+    """The file of choices for this processor, this number of threads and this torch. It may be removed at any time."""
+    torch_version = torch.__version__.partition("+")[0]
+    processor = cache.slug(cache.processor()[0])
+    return cache.folder() / f"choices-{processor}-{torch.get_num_threads()}-threads-torch-{torch_version}.json"
+
+
+def allowed() -> bool:
+    """Whether unknown problems are measured: unless DECOMPK_MEASURE=0, which leaves them to our own kernels."""
+    return os.environ.get("DECOMPK_MEASURE", "1") != "0"
+
+
+def choose(problem: Problem, choices: Sequence[Choice], measure: bool = True) -> Choice:
+    """The choice that was fastest for `problem`; the first one, our own, where nothing is known or may be measured."""
+    from .choose import key_of
+
+    key = key_of(replace(problem, aligned=True, deterministic=False))
+    file = path()
+
+    def known_times() -> dict[str, float]:
+        return entries(file).get(key) or _not_kept.get((file, key), {})
+
+    known = known_times()
+    forms = [choice.form for choice in choices if choice.form in known]
+    if not forms:
+        if not (measure and allowed()):
+            return replace(choices[0], reason="not measured" if allowed() else "not measured: DECOMPK_MEASURE=0")
+        with one_at_a_time():  # two that measure at once would measure each other
+            known = known_times()
+            forms = [choice.form for choice in choices if choice.form in known]
+            if not forms:
+                known = time_each(problem, [choice.form for choice in choices])
+                forms = list(known)
+                _keep(file, key, known)
+    torchs = {choice.form for choice in choices if choice.backend == "torch"}
+    fastest = min(forms, key=lambda form: known[form] / (MARGIN if form in torchs else 1))
+    times = ", ".join(f"{form} {known[form]:.3g}" for form in sorted(forms, key=known.__getitem__))
+    chosen = next(choice for choice in choices if choice.form == fastest)
+    return replace(chosen, ms=known[fastest], reason=f"measured here, ms: {times}")
+
+
+_not_kept: dict[tuple[Path, str], dict[str, float]] = {}  # what this process measured and could not write
+
+
+def entries(file: Path) -> dict[str, dict[str, float]]:
+    """Problem → form → median milliseconds, as far as the file holds such; empty where there is none."""
+    try:
+        found = file.stat()
+    except OSError:
+        return {}
+    return _read(file, (found.st_ino, found.st_size, found.st_mtime_ns))
+
+
+@functools.lru_cache(maxsize=8)
+def _read(file: Path, changed: object) -> dict[str, dict[str, float]]:
+    return _table(file)
+
+
+def _table(file: Path) -> dict[str, dict[str, float]]:
+    try:
+        found = json.loads(cache.read(file))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return {key: times for key, times in found.items() if _are_times(times)} if isinstance(found, dict) else {}
+
+
+def _are_times(times: object) -> bool:
+    return isinstance(times, dict) and all(type(ms) in (int, float) and 0 < ms < FOREVER for ms in times.values())
+
+
+def _keep(file: Path, key: str, times: dict[str, float]) -> None:
+    """Add an entry; where the file cannot be written, this process keeps it, and the next one measures again."""
+    times = {form: round(ms, 5) for form, ms in times.items()}
+    try:
+        cache.prepare(file.parent)
+        with cache.lock(file):
+            cache.write(file, json.dumps({**_table(file), key: times}, indent=0, sort_keys=True).encode())
+    except OSError:
+        _not_kept[file, key] = times
+
+
+def time_each(problem: Problem, forms: Sequence[str]) -> dict[str, float]:
+    """Median milliseconds of each form on random values, in turns: form → ms."""
+    calls = contestants(problem, forms)
+    times: dict[str, list[float]] = {form: [] for form in calls}
+    for call in calls.values():  # not timed: threads, caches and torch's own kernels wake up
+        call()
+    end = time.perf_counter() + SECONDS
+    for _ in range(ROUNDS):
+        for form, call in list(calls.items()):
+            begin = time.perf_counter()
+            call()
+            times[form].append(1e3 * (time.perf_counter() - begin))
+        best = min(min(found) for found in times.values())
+        calls = {form: call for form, call in calls.items() if min(times[form]) < HOPELESS * best}
+        if len(calls) == 1 or time.perf_counter() > end:
+            break
+    return {form: sorted(found)[len(found) // 2] for form, found in times.items()}
+
+
+def contestants(problem: Problem, forms: Sequence[str]) -> dict[str, Callable[[], object]]:
+    """form → one call of `problem` on random float32 values, results laid member-major as a network wants them."""
+    from . import library
+
+    p = problem
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> torch.Tensor:
+        """(K, n, …, c) → (K, n, c, …)"""
+        return torch.randn(shape, generator=generator).movedim(-1, 2)
+
+    x, dy = random(p.K, p.N, p.H, p.W, p.C), random(p.K, p.N, *p.out_size, p.O)
+    weight = random(p.K, p.O, *p.kernel, p.C)
+    geometry = (p.stride, p.padding, p.dilation)
+
+    def run(form: str) -> object:
+        if p.kind == "fprop":
+            return library.forward(form, x, weight, None, *geometry).movedim(2, -1).contiguous()
+        dx, dw = library.backward(form, dy, x, weight, *geometry, (p.kind == "dgrad", p.kind == "wgrad"))
+        return dw if dx is None else dx.movedim(2, -1).contiguous()
+
+    return {form: torch.no_grad()(functools.partial(run, form)) for form in forms}

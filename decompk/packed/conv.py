@@ -1,0 +1,114 @@
+"""Convolutions of K members: decompk::grouped_conv2d, or torch's own in turn or as channel groups."""
+
+from __future__ import annotations
+
+from math import prod
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .. import ops
+from ..kernels import library
+from ..kernels.choose import asked_for, conv_form, exact, watched
+from ..ops import on_cpu
+from .twin import Twin, member_major, side_by_side
+
+
+class _PackedConv(Twin):
+    """x (K·N, c, *spatial), weight (K, O, c / groups, *kernel), bias (K, O) → (K·N, O, *spatial')."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        self._twin_check(x, self.in_channels)
+        padding = self.padding
+        if self.padding_mode != "zeros":
+            x = F.pad(x, self._reversed_padding_repeated_twice, mode=self.padding_mode)
+            padding = 0
+        y = self._twin_grouped(x, padding) if self.groups == 1 else None
+        if y is not None:
+            return self._twin_laid_out(y)
+
+        def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> Tensor:
+            x, weight = library.as_torch_can(x, weight, self.stride, padding, self.dilation)
+            return self._twin_function(x, weight, bias, self.stride, padding, self.dilation, groups)
+
+        return self._twin_laid_out(self._twin_run(convolve, x))
+
+    def _twin_grouped(self, x: Tensor, padding) -> Tensor | None:
+        """By one operator for all members; None where members compute in turn, or by torch's own."""
+        return None
+
+    def _twin_run(self, convolve, x: Tensor) -> Tensor:
+        inner = self.in_channels // self.groups
+        positions = x.shape[0] * prod(x.shape[2:]) // self._twin_K
+        sizes = (self.kernel_size, self.stride, False, inner, self.out_channels, positions)
+        form = conv_form(*sizes, x.dtype, x.is_cuda)
+        of_group = self.weight.shape[1] // self.groups, self.weight.shape[2]
+        if form == "loop" or library.mixes_groups(x, self._twin_K * self.groups, *of_group):
+            return self._twin_each(lambda x, w, b: convolve(x, w, b, self.groups), x, self.weight, self.bias)
+        bias = None if self.bias is None else self.bias.flatten()
+        y = convolve(side_by_side(x, self._twin_K), self.weight.flatten(0, 1), bias, self._twin_K * self.groups)
+        return member_major(y, self._twin_K)
+
+
+class PackedConv1d(_PackedConv, nn.Conv1d):
+    _twin_function = staticmethod(F.conv1d)
+    _twin_dims = 3
+
+    def _twin_grouped(self, x: Tensor, padding) -> Tensor | None:
+        # A CPU's own 1-D convolutions want the samples first and the channels second, as they come.
+        if exact(x.dtype) or not (x.is_cuda or asked_for("triton")) or watched():
+            return None
+        x = x.unflatten(0, (self._twin_K, x.shape[0] // self._twin_K)).unsqueeze(3)
+        padding = padding if isinstance(padding, str) else (0, *(padding if isinstance(padding, tuple) else (padding,)))
+        y = ops.grouped_conv2d(x, self.weight.unsqueeze(3), self.bias, (1, *self.stride), padding, (1, *self.dilation))
+        return y.squeeze(3).flatten(0, 1)
+
+
+class PackedConv2d(_PackedConv, nn.Conv2d):
+    _twin_function = staticmethod(F.conv2d)
+    _twin_dims = 4
+
+    def _twin_grouped(self, x: Tensor, padding) -> Tensor | None:
+        if not isinstance(padding, str) and on_cpu.takes(x, self.weight, self.bias) and x.numel():
+            padding = padding if isinstance(padding, tuple) else (padding, padding)
+            return on_cpu.conv2d(x, self.weight, self.bias, self.stride, padding, self.dilation)
+        if exact(x.dtype) or watched():
+            return None
+        samples = (self._twin_K, x.shape[0] // self._twin_K)
+        y = ops.grouped_conv2d(x.unflatten(0, samples), self.weight, self.bias, self.stride, padding, self.dilation)
+        return y.flatten(0, 1)
+
+
+class PackedConv3d(_PackedConv, nn.Conv3d):
+    _twin_function = staticmethod(F.conv3d)
+    _twin_dims = 5
+
+
+class _PackedConvTranspose(_PackedConv):
+    """x (K·N, c, *spatial), weight (K, c, O / groups, *kernel), bias (K, O) → (K·N, O, *spatial')."""
+
+    def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
+        self._twin_check(x, self.in_channels)
+        extra = self._output_padding(
+            x, output_size, self.stride, self.padding, self.kernel_size, x.dim() - 2, self.dilation
+        )
+
+        def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> Tensor:
+            return self._twin_function(x, weight, bias, self.stride, self.padding, extra, groups, self.dilation)
+
+        return self._twin_laid_out(self._twin_run(convolve, x))
+
+
+class PackedConvTranspose1d(_PackedConvTranspose, nn.ConvTranspose1d):
+    _twin_function = staticmethod(F.conv_transpose1d)
+    _twin_dims = 3
+
+
+class PackedConvTranspose2d(_PackedConvTranspose, nn.ConvTranspose2d):
+    _twin_function = staticmethod(F.conv_transpose2d)
+    _twin_dims = 4
+
+
+class PackedConvTranspose3d(_PackedConvTranspose, nn.ConvTranspose3d):
+    _twin_function = staticmethod(F.conv_transpose3d)
+    _twin_dims = 5

@@ -1,0 +1,50 @@
+"""Linear layers and look-up tables of K members."""
+
+from __future__ import annotations
+
+from math import prod
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..kernels.choose import linear_form
+from .twin import Twin
+
+
+class PackedLinear(Twin, nn.Linear):
+    """x (K·N, …, I), weight (K, O, I), bias (K, O) → (K·N, …, O)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        self._twin_check(x)
+        shape = x.shape[:-1]
+        rows = prod(shape) // self._twin_K  # torch.Size.numel() would fix the batch of an export
+        if linear_form(rows, self.in_features, self.out_features, x.dtype, x.is_cuda) == "loop":
+            return self._twin_each(F.linear, x, self.weight, self.bias)
+        x, weight = x.reshape(self._twin_K, rows, self.in_features), self.weight.mT
+        y = torch.bmm(x, weight) if self.bias is None else torch.baddbmm(self.bias.unsqueeze(1), x, weight)
+        return y.view(*shape, self.out_features)
+
+
+class PackedEmbedding(Twin, nn.Embedding):
+    """x (K·N, …) of integers, weight (K, V, D) → (K·N, …, D)."""
+
+    @classmethod
+    def _twin_fits(cls, leaf: nn.Embedding) -> bool:
+        return leaf.max_norm is None and not leaf.sparse  # max_norm writes into the weight it reads
+
+    def forward(self, x: Tensor) -> Tensor:
+        self._twin_check(x)
+
+        def look_up(x: Tensor, weight: Tensor) -> Tensor:
+            return F.embedding(x, weight, self.padding_idx, None, self.norm_type, self.scale_grad_by_freq)
+
+        return self._twin_each(look_up, x, self.weight)
+
+
+class PackedPReLU(Twin, nn.PReLU):
+    """x (K·N, …), weight (K, 1) or (K, c) → x's shape."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        self._twin_check(x)
+        return self._twin_each(F.prelu, x, self.weight)

@@ -1,0 +1,149 @@
+"""Which backend and config each convolution gets, what else was legal, what it would take, and why."""
+
+from __future__ import annotations
+
+import math
+import threading
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ..errors import DecompkError
+from ..fx.graph import in_mode
+from ..kernels import choose as dispatch
+from ..kernels import device as devices
+from ..kernels.layout import ohwi
+from ..kernels.problem import DTYPES, PASSES, Problem
+from ..ops.conv import operands
+from ..threads import one_at_a_time
+
+if TYPE_CHECKING:
+    from .table import Table
+
+
+def explain(what: Problem | nn.Module, x: Tensor | None = None) -> None:
+    """Print who runs a Problem, or each convolution of a packed module on input x, on this machine.
+
+    A Problem: every legal choice, predicted fastest first, with its config, predicted or measured time, compulsory
+    bytes and those re-read through L2, useful and executed FLOPs, and what binds it. A module: one row a convolution
+    and pass. Nothing is computed: shapes alone are followed. x may be left out where the module knows its images' size
+    (`grouped_subnets`, once its crops are laid): it is a batch of 16 then. Without a GPU the choices of an H100 are
+    shown beside this machine's. Raises DecompkError.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if isinstance(what, Problem):
+        print(_of_problem(what, device).to_text())
+    elif isinstance(what, nn.Module):
+        print(_of_module(what, x, device).to_text())
+    else:
+        raise DecompkError(f"explain takes a Problem or a packed module, not {type(what).__name__}.")
+
+
+def _of_problem(problem: Problem, device: torch.device) -> Table:
+    from ..cost.walk import conv_bytes, conv_flops
+    from .table import Column, Table
+
+    choice = dispatch.choose(problem, device, measure=False)
+    legal, where = _legal(problem, device)
+    others = [c for c in legal if (c.backend, c.form, c.config) != (choice.backend, choice.form, choice.config)]
+    columns = [Column(h) for h in ("choice", "config", "predicted\nms", "L2\nMB", "executed\nGFLOP", "why")]
+    rows = [
+        (
+            *_who(c),
+            f"{c.cost.l2_bytes / 1e6:.1f}" if c.cost else "",
+            f"{c.cost.executed_flops / 1e9:.2f}" if c.cost else "",
+            c.reason,
+        )
+        for c in [choice, *others]
+    ]
+    work = f"{conv_bytes(problem) / 1e6:.1f} MB, {conv_flops(problem) / 1e9:.2f} GFLOP" if legal else "no kernel for it"
+    return Table(
+        f"{dispatch.key_of(problem)}: {work}; first the choice here, then what is legal on {where}", columns, rows
+    )
+
+
+def _legal(problem: Problem, device: torch.device) -> tuple[list[dispatch.Choice], str]:
+    """Every legal choice on this GPU, or on an H100 where there is none, and whose choices they are."""
+    here = devices.of(device)
+    where = here.name if device.type == "cuda" else f"an {here.name} (no GPU here)"
+    known = problem.dtype in DTYPES and devices.why_no_triton() is None
+    return (dispatch.candidates(problem, here) if known else []), where
+
+
+def _who(choice: dispatch.Choice) -> tuple[str, str, str]:
+    """(backend and form, config, ms), as text."""
+    c = choice.config
+    config = ""
+    if c is not None:
+        splits = f", {c.splits} splits{' atomic' if c.atomic else ''}" if c.splits > 1 else ""
+        config = (
+            f"{'×'.join(map(str, c.tile))} px, {c.block_in}→{c.block_out}, {c.warps} warps, {c.stages} stages{splits}"
+        )
+    return f"{choice.backend} {choice.form}", config, "" if math.isnan(choice.ms) else f"{choice.ms:.4f}"
+
+
+def _of_module(net: nn.Module, x: Tensor | None, device: torch.device) -> Table:
+    from ..cost.walk import conv_bytes
+    from .table import Column, Table
+
+    calls = convolutions(net, x)
+    headers = ("layer", "pass", "K", "N", "C→O", "pixels", "kernel", "MB", "choice", "config", "ms", "why")
+    rows = []
+    for path, problem in calls:
+        for kind in PASSES:
+            p = problem.of(kind)
+            choice = dispatch.choose(p, device, measure=False)
+            if device.type == "cpu" and not dispatch.asked_for("torch"):
+                choice = next(iter(_legal(p, device)[0]), choice)
+            sides = (p.K, p.N, f"{p.C}→{p.O}", f"{p.H}×{p.W}", f"{p.kernel[0]}×{p.kernel[1]}/{p.stride[0]}")
+            moved = f"{conv_bytes(p) / 1e6:.1f}" if p.dtype in DTYPES else ""
+            rows.append((path, kind, *sides, moved, *_who(choice), choice.reason))
+    where = torch.cuda.get_device_name() if device.type == "cuda" else "an H100 (here, without a GPU, torch runs them)"
+    return Table(f"{type(net).__name__}: {len(calls)} convolutions on {where}", [Column(h) for h in headers], rows)
+
+
+def convolutions(net: nn.Module, x: Tensor | None = None) -> list[tuple[str, Problem]]:
+    """(layer, its fprop Problem) of every decompk convolution that one forward of `net` runs, in order."""
+    x = _default_input(net) if x is None else x
+    found: list[tuple[str, Problem]] = []
+    current, thread = [""], threading.get_ident()
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            if func in (torch.ops.decompk.grouped_conv2d.default, torch.ops.decompk.fused_conv2d.default):
+                x, weight = args[:2]
+                fused = func is torch.ops.decompk.fused_conv2d.default
+                geometry, window = tuple(map(tuple, args[-3:])), args[10] if fused else ()
+                y = out[0] if fused else out
+                members = x.expand(len(weight), *x.shape[1:])[..., : window[0], : window[1]] if window else x
+                problem, _ = operands("fprop", members, ohwi(weight), geometry, (x, y), bool(window))
+                found.append((current[0], problem))
+            return out
+
+    def enter(module: nn.Module, args: tuple) -> None:
+        if threading.get_ident() == thread:  # the hook is the process's
+            current[0] = getattr(module, "_twin_path", current[0])
+
+    with one_at_a_time():
+        hook = nn.modules.module.register_module_forward_pre_hook(enter)
+        try:
+            with in_mode(net, False), torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True) as mode, Watch():
+                net(mode.from_tensor(x))
+        finally:
+            hook.remove()
+    return found
+
+
+def _default_input(net: nn.Module) -> Tensor:
+    size = getattr(getattr(net, "decomposition", None), "input_size", None)
+    if size is None:
+        raise DecompkError(
+            f"explain needs a batch, as {type(net).__name__} does not know the size of one: write explain(packed, x); "
+            "the values of x do not matter."
+        )
+    parameter = next(net.parameters())
+    return torch.empty((16, *size), dtype=parameter.dtype, device=parameter.device)
