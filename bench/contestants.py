@@ -17,7 +17,8 @@ from steps import Captured, side_by_side
 from torch import Tensor, nn
 
 import decompk
-from decompk.cost import walk as cost
+from decompk.cost import walk
+from decompk.cost.figures import total
 from decompk.crops import by
 from decompk.losses import cross_entropy
 
@@ -125,7 +126,7 @@ def job(case: Case, batch: int, setting: Setting) -> Job:
 
 def training_work(net: nn.Module, size: tuple[int, ...], batch: int, element_size: int) -> Work:
     """Of forward and backward pass of `batch` samples of `size` (C, H, W)."""
-    whole = cost.total(cost.layers(net, size, training=True))
+    whole = total(walk.layers(net, size, training=True))
     moved = whole.forward_bytes(element_size, batch) + whole.backward_bytes(element_size, batch)
     return Work(moved, batch * (whole.flops() + whole.backward_flops))
 

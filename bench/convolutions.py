@@ -14,7 +14,7 @@ from race import Contestant, Result, Work
 from torch import Tensor
 
 from decompk import ops
-from decompk.cost import walk as cost
+from decompk.cost import formulas
 
 Passes = list[Tensor]  # output, gradient of the weight and, but for the first layer, of the input
 NAMES = ("output", "gradient of the weight", "gradient of the input")
@@ -63,7 +63,7 @@ class Operands:
             return {name: t.detach() for name, t in zip(NAMES, by_member(passes), strict=False)}
 
         p, count = self.layer.problem, 2 if self.layer.first else 3
-        work = Work(count * cost.conv_bytes(p), count * cost.conv_flops(p))
+        work = Work(count * formulas.conv_bytes(p), count * formulas.conv_flops(p))
         return Contestant(lambda: [call() for call in calls], result, work)
 
 

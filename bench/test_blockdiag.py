@@ -11,7 +11,8 @@ from torch import nn
 
 import decompk
 from decompk import models
-from decompk.cost import walk as cost
+from decompk.cost import walk
+from decompk.cost.figures import total
 from decompk.divide.blockdiag import Layerwise, ZeroSkipping, layer_by_layer
 
 CASES = {"ResNet32, K=4": ("resnet32", 32), "VGG16, K=4": ("vgg16", 4)}  # network, images
@@ -59,7 +60,7 @@ def run(name: str, images: int, setting: Setting) -> Race:
 
 def work(dense: nn.Module, net: nn.Module, size: tuple[int, ...], images: int) -> Work:
     """Of a forward pass; without the zeros among the weights where `net` skips them."""
-    whole = cost.total(cost.layers(dense, size))
+    whole = total(walk.layers(dense, size))
     if not isinstance(net, ZeroSkipping):
         return Work(whole.forward_bytes(4, images), images * whole.flops())
     weights = sum(int(parameter.count_nonzero()) for parameter in dense.parameters())

@@ -5,7 +5,8 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
 
 from decompk import models
-from decompk.cost import walk as cost
+from decompk.cost import formulas, walk
+from decompk.cost.figures import ROLES, Cost, total
 from decompk.errors import DecompkError, UnsupportedOperation
 
 
@@ -46,7 +47,7 @@ def small():
 
 
 def by_name(model, size, **options):
-    return {layer.name: layer for layer in cost.layers(model, size, **options)}
+    return {layer.name: layer for layer in walk.layers(model, size, **options)}
 
 
 def counted_by_torch(model, size):
@@ -84,7 +85,7 @@ CONVOLUTIONS = {
 def test_a_convolution_has_the_macs_and_parameters_fvcore_and_torch_count(name):
     conv, size = CONVOLUTIONS[name]
     net = nn.Sequential(conv)
-    (layer,) = cost.layers(net, size)
+    (layer,) = walk.layers(net, size)
     assert layer.macs == counted_by_fvcore(net, size)
     assert layer.params == sum(p.numel() for p in net.parameters())
     assert layer.flops() == counted_by_torch(net.to("meta"), size)[0]
@@ -96,7 +97,7 @@ def test_a_convolution_has_the_macs_and_parameters_fvcore_and_torch_count(name):
 def test_the_papers_networks_have_the_macs_and_parameters_of_independent_counters(name):
     size = (3, 64, 64) if name in ("vgg16", "resnet50", "resnet18x2") else (3, 32, 32)
     narrow = models.build(name, width=8, input_size=size)
-    whole = cost.total(cost.layers(narrow, size))
+    whole = total(walk.layers(narrow, size))
     assert whole.macs == counted_by_fvcore(narrow, size)
     assert whole.params == sum(p.numel() for p in narrow.parameters())
     running = [b for name, b in narrow.named_buffers() if "running" in name]
@@ -108,7 +109,7 @@ def test_forward_and_backward_flops_of_ungrouped_networks_are_those_of_torchs_co
     size = models.spec(name).input_size
     with torch.device("meta"):
         model = models.build(name)
-    whole = cost.total(cost.layers(model, size))
+    whole = total(walk.layers(model, size))
     assert (whole.flops(), whole.backward_flops) == counted_by_torch(model, size)
 
 
@@ -129,8 +130,8 @@ def test_linear_layers_on_tokens_and_products_of_activations_are_counted_per_tok
             q, k, v = self.qkv(x).chunk(3, -1)
             return (q @ k.transpose(1, 2)).softmax(-1) @ v
 
-    layers = cost.layers(Attention(), (5, 8))
-    assert cost.total(layers).macs == counted_by_fvcore(Attention(), (5, 8))
+    layers = walk.layers(Attention(), (5, 8))
+    assert total(layers).macs == counted_by_fvcore(Attention(), (5, 8))
     assert [layer.kind for layer in layers] == ["linear", "matmul", "activation", "matmul"]
     assert layers[1].backward_macs == 2 * layers[1].macs
     assert layers[0].backward_macs == layers[0].macs
@@ -138,7 +139,7 @@ def test_linear_layers_on_tokens_and_products_of_activations_are_counted_per_tok
 
 def test_modules_functions_and_methods_cost_the_same():
     modules = small()
-    as_modules, as_functions = cost.layers(modules, (3, 8, 8)), cost.layers(Functional(modules), (3, 8, 8))
+    as_modules, as_functions = walk.layers(modules, (3, 8, 8)), walk.layers(Functional(modules), (3, 8, 8))
     assert [layer.name for layer in as_modules] == ["0", "1", "2", "4"]
     for module, function in zip(as_modules, as_functions, strict=True):
         assert module.figures() == function.figures()
@@ -169,7 +170,7 @@ def test_parameters_used_by_plain_arithmetic_are_counted():
         def forward(self, x):
             return x * self.scale.view(1, -1, 1, 1) + x
 
-    layers = cost.layers(Scaled(), (4, 5, 5))
+    layers = walk.layers(Scaled(), (4, 5, 5))
     assert [(layer.kind, layer.params, layer.elementwise_flops) for layer in layers] == [
         ("mul", 4, 100),
         ("add", 0, 100),
@@ -178,7 +179,7 @@ def test_parameters_used_by_plain_arithmetic_are_counted():
 
 def test_conventions_follow_their_formulas_on_one_convolution():
     conv = nn.Conv2d(4, 6, 3, padding=1)
-    (layer,) = cost.layers(conv, (4, 5, 7))
+    (layer,) = walk.layers(conv, (4, 5, 7))
     positions, weights = 35, 4 * 9 * 6
     assert layer.flops("2mac") == 2 * positions * weights
     assert layer.flops("eq2.10") == positions * (2 * 4 * 3 * 3 - 1) * 6
@@ -188,9 +189,9 @@ def test_conventions_follow_their_formulas_on_one_convolution():
 
 def test_equation_2_10_counts_a_group_by_its_own_inputs_and_a_linear_layer_as_one_position():
     grouped, linear = nn.Conv2d(8, 6, 3, groups=2), nn.Linear(10, 7)
-    assert cost.layers(grouped, (8, 5, 5))[0].flops("eq2.10") == 9 * (2 * 4 * 9 - 1) * 6
-    assert cost.layers(linear, (10,))[0].flops("eq2.10") == (2 * 10 - 1) * 7
-    assert cost.conv_macs(1, 10, 7, (1,)) == cost.layers(linear, (10,))[0].macs
+    assert walk.layers(grouped, (8, 5, 5))[0].flops("eq2.10") == 9 * (2 * 4 * 9 - 1) * 6
+    assert walk.layers(linear, (10,))[0].flops("eq2.10") == (2 * 10 - 1) * 7
+    assert formulas.conv_macs(1, 10, 7, (1,)) == walk.layers(linear, (10,))[0].macs
 
 
 def test_the_profiler_counts_residual_adds_and_pooling_but_no_activations_or_norms():
@@ -202,7 +203,7 @@ def test_the_profiler_counts_residual_adds_and_pooling_but_no_activations_or_nor
         def forward(self, x):
             return self.pool(F.relu(self.bn(x)) + x)
 
-    whole = cost.total(cost.layers(Joined(), (4, 6, 6)))
+    whole = total(walk.layers(Joined(), (4, 6, 6)))
     assert whole.flops("paper-profiler w=5") == 4 * 36 + 4 * 9 * 4
     assert whole.elementwise_flops == 2 * 144 + 144 + 144 + 144
 
@@ -218,7 +219,7 @@ def test_the_profiler_counts_residual_adds_and_pooling_but_no_activations_or_nor
 )
 def test_a_norm_costs_two_operations_an_element_and_three_more_where_it_computes_statistics(norm, running):
     net = nn.Sequential(norm)
-    (evaluated,), (trained,) = (cost.layers(net, (4, 6, 6), training=training) for training in (False, True))
+    (evaluated,), (trained,) = (walk.layers(net, (4, 6, 6), training=training) for training in (False, True))
     assert evaluated.elementwise_flops == (2 if running else 5) * 144
     assert trained.elementwise_flops == 5 * 144
     assert evaluated.kind == "norm"
@@ -226,14 +227,14 @@ def test_a_norm_costs_two_operations_an_element_and_three_more_where_it_computes
 
 @pytest.mark.parametrize("pool", [nn.AdaptiveAvgPool2d(1), nn.AvgPool2d(6), nn.AdaptiveMaxPool2d(1), nn.MaxPool2d(6)])
 def test_every_form_of_global_pooling_costs_the_pixels_it_reads(pool):
-    (layer,) = cost.layers(pool, (4, 6, 6))
+    (layer,) = walk.layers(pool, (4, 6, 6))
     assert (layer.kind, layer.kernel, layer.elementwise_flops) == ("pool", (6, 6), 144)
 
 
 def test_dropout_counts_in_training_only_and_the_models_mode_is_restored():
     model = nn.Sequential(nn.Linear(6, 6), nn.Dropout()).eval()
-    assert len(cost.layers(model, (6,))) == 1
-    assert len(cost.layers(model, (6,), training=True)) == 2
+    assert len(walk.layers(model, (6,))) == 1
+    assert len(walk.layers(model, (6,), training=True)) == 2
     assert not any(module.training for module in model.modules())
 
 
@@ -244,19 +245,19 @@ def test_reshapes_cost_nothing_and_copies_move_bytes_without_flops():
             x = x.view(n, 2, c // 2, h, w).transpose(1, 2).reshape(n, c, h, w)
             return torch.cat(x.chunk(2, 1)[::-1], 1)
 
-    layers = cost.layers(Shuffle(), (4, 3, 3))
+    layers = walk.layers(Shuffle(), (4, 3, 3))
     assert [layer.kind for layer in layers] == ["copy", "cat"]
     assert all(layer.elementwise_flops == 0 and layer.forward_bytes() == 4 * 2 * 36 for layer in layers)
 
 
 def test_each_pass_over_a_convolution_moves_its_three_tensors_once():
     net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 6, 3, bias=False))
-    first, second = cost.layers(net, (3, 8, 8))
+    first, second = walk.layers(net, (3, 8, 8))
     image, hidden, out = 3 * 64, 4 * 64, 6 * 36
-    one_pass = cost.pass_bytes(hidden, 216, out, element_size=2)
+    one_pass = formulas.pass_bytes(hidden, 216, out, element_size=2)
     assert second.forward_bytes(element_size=2) == one_pass
     assert second.backward_bytes(element_size=2) == 2 * one_pass
-    assert first.backward_bytes() == cost.pass_bytes(image, 16, hidden)
+    assert first.backward_bytes() == formulas.pass_bytes(image, 16, hidden)
     assert second.forward_bytes(batch=8) == 4 * (8 * (hidden + out) + 216)
 
 
@@ -285,8 +286,8 @@ def test_roles_follow_the_graph():
     food = by_name(models.build("resnet50_food101", width=8), (3, 64, 64))
     assert (food["fc.0"].role, food["fc.2"].role) == ("fc", "last fc")
     perceptron = nn.Sequential(nn.Flatten(), nn.Linear(48, 8), nn.ReLU(), nn.Linear(8, 2))
-    assert [layer.role for layer in cost.layers(perceptron, (3, 4, 4)) if layer.macs] == ["fc", "last fc"]
-    assert [layer.role for layer in cost.layers(small(), (3, 8, 8)) if layer.macs] == ["first conv", "only fc"]
+    assert [layer.role for layer in walk.layers(perceptron, (3, 4, 4)) if layer.macs] == ["fc", "last fc"]
+    assert [layer.role for layer in walk.layers(small(), (3, 8, 8)) if layer.macs] == ["first conv", "only fc"]
 
 
 def test_a_linear_layer_on_pixels_is_a_convolution_and_a_convolution_over_the_whole_map_the_first_fc():
@@ -318,11 +319,11 @@ def test_a_uniform_split_has_exactly_the_papers_ratios_in_every_role():
     for name, layer in whole.items():
         if layer.macs:
             seen.add(layer.role)
-            powers = cost.ROLES[layer.role]
+            powers = ROLES[layer.role]
             assert layer.macs == member[name].macs * K**powers.flops
             assert layer.kernel_weights == member[name].kernel_weights * K**powers.weights
             assert layer.activations == member[name].activations * K**powers.activations
-    assert seen == set(cost.ROLES)
+    assert seen == set(ROLES)
 
 
 def test_sizes_passed_as_numbers_are_no_inputs():
@@ -331,7 +332,7 @@ def test_sizes_passed_as_numbers_are_no_inputs():
             pooled = F.avg_pool2d(x, x.size(2))
             return F.interpolate(pooled, size=x.shape[2:]) + x
 
-    pool, resize, add = cost.layers(Resized(), (4, 6, 6))
+    pool, resize, add = walk.layers(Resized(), (4, 6, 6))
     assert (pool.in_shapes, resize.in_shapes) == (((4, 6, 6),), ((4, 1, 1),))
     assert (resize.kind, resize.elementwise_flops, add.in_shapes) == ("copy", 0, ((4, 6, 6), (4, 6, 6)))
 
@@ -353,7 +354,7 @@ def test_an_operator_that_registered_its_flops_is_counted_by_its_own_formula():
         def forward(self, x):
             return operator(x, self.weight)
 
-    (layer,) = cost.layers(Product(), (6,))
+    (layer,) = walk.layers(Product(), (6,))
     assert (layer.kind, layer.macs, layer.params) == ("matmul", 30, 30)
 
 
@@ -366,28 +367,28 @@ def test_attention_counts_its_projections_and_both_products():
         def forward(self, x):
             return self.attention(x, x, x, need_weights=False)[0]
 
-    (layer,) = cost.layers(Attention(), (5, 8))
+    (layer,) = walk.layers(Attention(), (5, 8))
     assert layer.macs == 4 * 5 * 8 * 8 + 2 * 5 * 5 * 8
     assert layer.params == 4 * (8 * 8 + 8)
 
 
 def test_figures_add_and_scale():
-    layers = cost.layers(small(), (3, 8, 8))
-    whole = cost.total(layers)
+    layers = walk.layers(small(), (3, 8, 8))
+    whole = total(layers)
     assert whole.macs == sum(layer.macs for layer in layers)
     assert (whole * 3).figures() == {name: 3 * value for name, value in whole.figures().items()}
-    assert cost.total([]).figures() == cost.Cost().figures()
+    assert total([]).figures() == Cost().figures()
 
 
 def test_a_large_network_on_the_meta_device_is_walked_without_data():
     with torch.device("meta"):
         model = nn.Sequential(nn.Conv2d(3, 2**16, 7), nn.Conv2d(2**16, 2**16, 7))
-    assert cost.layers(model, (3, 1024, 1024))[1].params == 2**32 * 49 + 2**16
+    assert walk.layers(model, (3, 1024, 1024))[1].params == 2**32 * 49 + 2**16
 
 
 def test_an_input_the_network_cannot_take_is_named_in_one_sentence():
     with pytest.raises(DecompkError, match=r"^Sequential cannot run on an input of 3×5×5: .*; give the input size"):
-        cost.layers(small(), (3, 5, 5))
+        walk.layers(small(), (3, 5, 5))
 
 
 def test_a_network_that_branches_on_values_is_refused():
@@ -396,4 +397,4 @@ def test_a_network_that_branches_on_values_is_refused():
             return x if x.sum() > 0 else -x
 
     with pytest.raises(UnsupportedOperation, match="cannot trace Branching"):
-        cost.layers(Branching(), (3, 4, 4))
+        walk.layers(Branching(), (3, 4, 4))

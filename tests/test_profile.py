@@ -14,8 +14,8 @@ from torch.nn import functional as F
 import decompk
 from decompk import DecompkError, models
 from decompk.cli import main
-from decompk.cost import walk as cost
-from decompk.cost.walk import ROLES, Exponents
+from decompk.cost import walk
+from decompk.cost.figures import ROLES, Exponents, total
 from decompk.profile import measure, measure_roofs, roofs
 from decompk.profile.claims import FAILS, HOLDS, UNCHECKED, explained, time_claim
 from decompk.profile.counters import Figures, SavedTensors
@@ -90,7 +90,7 @@ def test_what_autograd_keeps_follows_its_rules_on_a_chain_counted_by_hand():
         nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(inplace=True), nn.Conv2d(4, 8, 1),
         nn.MaxPool2d(2), nn.Dropout(0.5), nn.Flatten(), nn.Linear(128, 5),
     )  # fmt: skip
-    layers = {layer.name: layer for layer in cost.layers(net, (3, 8, 8), training=True)}
+    layers = {layer.name: layer for layer in walk.layers(net, (3, 8, 8), training=True)}
     kept = {name: [(s.kind, s.elements) for s in layer.saved] for name, layer in layers.items()}
     assert kept == {
         "0": [],  # the image, which is counted apart
@@ -101,7 +101,7 @@ def test_what_autograd_keeps_follows_its_rules_on_a_chain_counted_by_hand():
         "5": [("mask", 8 * 16)],
         "7": [("sample", 8 * 16)],
     }
-    whole = cost.total(layers.values())
+    whole = total(layers.values())
     assert (whole.saved_image, whole.param_tensors) == (3 * 64, 8)
     samples = 4 * (2 * 256 + 512 + 128) + 8 * 128
     assert whole.saved_bytes(batch=3) == 3 * (samples + 4 * 128) + 4 * 8
@@ -111,14 +111,14 @@ def test_what_autograd_keeps_follows_its_rules_on_a_chain_counted_by_hand():
 
 def test_in_evaluation_dropout_and_the_statistics_are_not_kept():
     net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Dropout(0.5))
-    kept = [s.kind for layer in cost.layers(net, (3, 8, 8)) for s in layer.saved]
+    kept = [s.kind for layer in walk.layers(net, (3, 8, 8)) for s in layer.saved]
     assert kept == ["sample"]
 
 
 def test_frozen_weights_keep_what_torch_keeps_for_them():
     net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1), nn.ReLU(), nn.Conv2d(4, 4, 1))
     net[1].requires_grad_(False)
-    whole = cost.total(cost.layers(net, (3, 8, 8), training=True))
+    whole = total(walk.layers(net, (3, 8, 8), training=True))
     x = torch.randn(2, 3, 8, 8)
     with SavedTensors(net, x, x) as kept:
         net(x)
@@ -222,7 +222,7 @@ def one_channel_more(positions, c_in, c_out, kernel, groups=1):
 
 WRONG = {
     "a convolution counts one channel too many": (
-        lambda m: m.setattr(cost, "conv_macs", one_channel_more),
+        lambda m: m.setattr(walk, "conv_macs", one_channel_more),
         {
             "global: forward FLOPs",
             "member: backward FLOPs",
@@ -231,11 +231,11 @@ WRONG = {
         },
     ),
     "ReLU is said to keep its operand": (
-        lambda m: m.setattr(cost, "KEEP_RESULT", ()),
+        lambda m: m.setattr(walk, "KEEP_RESULT", ()),
         {"global: saved activations, bytes", "member: saved activations, bytes", "packed: saved activations, bytes"},
     ),
     "the indices of max-pooling are forgotten": (
-        lambda m: m.setattr(cost, "KEEP_STATISTICS", ("batch_norm",)),
+        lambda m: m.setattr(walk, "KEEP_STATISTICS", ("batch_norm",)),
         {"global: saved activations, bytes"},
     ),
     "Adam is said to have one moment": (

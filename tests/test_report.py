@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from decompk import models
-from decompk.cost import walk as cost
+from decompk.cost import walk
+from decompk.cost.figures import total
 from decompk.crops import make_crops
 from decompk.errors import DecompkError
 from decompk.report.decomposition import report
@@ -130,8 +131,8 @@ def test_the_paper_report_is_a_list_of_cells_in_json_and_adds_table_2_1_for_read
 
 def test_a_reports_totals_are_those_of_the_two_networks_and_k_members():
     r = vgg_report()
-    whole = cost.total(cost.layers(models.vgg16(width=16, fc=64, input_size=(3, 64, 64)), (3, 64, 64)))
-    member = cost.total(cost.layers(models.vgg16(width=4, fc=16, input_size=(3, 32, 32)), (3, 32, 32)))
+    whole = total(walk.layers(models.vgg16(width=16, fc=64, input_size=(3, 64, 64)), (3, 64, 64)))
+    member = total(walk.layers(models.vgg16(width=4, fc=16, input_size=(3, 32, 32)), (3, 32, 32)))
     assert r.totals["global"] == whole.figures()
     assert r.totals["member"] == member.figures()
     assert r.totals["all"]["forward_bytes"] == 4 * member.forward_bytes()
@@ -150,7 +151,7 @@ def test_a_layers_ratio_stands_beside_the_papers():
 
 def test_useful_flops_of_the_composed_network_are_its_members_on_the_full_image():
     r = report(decomposition("resnet50", width=16, member={"width": 4}))
-    on_full_image = cost.total(cost.layers(models.resnet50(width=4), (3, 64, 64)))
+    on_full_image = total(walk.layers(models.resnet50(width=4), (3, 64, 64)))
     assert r.composed["useful_flops"] == 4 * on_full_image.flops()
     assert r.composed["dense_flops"] == r.totals["global"]["flops_2mac"]
     assert sum(r.composed.values()) == 2 * r.composed["dense_flops"]
@@ -160,7 +161,7 @@ def test_an_adapted_first_fc_keeps_its_crops_kernel_in_the_composed_network():
     r = vgg_report()
     member, whole = r.layers["classifier.0"]["member"], r.layers["classifier.0"]["global"]
     assert whole["macs"] == 64 * member["macs"]
-    convs = cost.layers(models.vgg16(width=4, fc=16, input_size=(3, 64, 64)), (3, 64, 64))
+    convs = walk.layers(models.vgg16(width=4, fc=16, input_size=(3, 64, 64)), (3, 64, 64))
     useful = sum(layer.macs for layer in convs if layer.kind == "conv")
     useful += sum(r.layers[f"classifier.{i}"]["member"]["macs"] for i in (0, 3, 6))
     assert r.composed["useful_flops"] == 2 * 4 * useful

@@ -12,7 +12,7 @@ from torch import nn
 
 from decompk import models
 from decompk.cli import main
-from decompk.cost import walk as cost
+from decompk.cost import walk
 from decompk.errors import DecompkError
 from decompk.report.paper import balanced_split
 from decompk.report.splitnet import FIGURES, balanced_table, groups_table, networks_table, splitnet_report
@@ -264,7 +264,7 @@ def test_what_the_supplement_does_not_split_is_refused_in_one_sentence():
 
 
 def test_alexnets_response_norms_count_as_norms():
-    layers = {layer.name: layer for layer in cost.layers(network("alexnet"), (3, 224, 224))}
+    layers = {layer.name: layer for layer in walk.layers(network("alexnet"), (3, 224, 224))}
     assert {name for name, layer in layers.items() if layer.kind == "norm"} == {"norm1", "norm2"}
     # a square, five terms of a mean, α, k, the power and the quotient
     assert layers["norm1"].elementwise_flops == 10 * 96 * 55 * 55

@@ -18,7 +18,7 @@ from timing import Contestant, Gate, Timing, Trial, channel_groups, describe, fr
 from torch import Tensor
 
 from decompk import ops
-from decompk.cost import walk as cost
+from decompk.cost import formulas
 from decompk.kernels import choose as dispatch
 from decompk.kernels import device as devices
 from decompk.kernels.problem import Problem
@@ -100,7 +100,7 @@ class Bench:
     def run(self, case: Case) -> None:
         batch = fitting_batch(case, free_memory(self.device), self.plan.batch)
         work = [(layer, one) for layer in layers(case, self.dtype, batch) for one in layer.passes()]
-        work.sort(key=lambda pair: -pair[0].count * cost.conv_bytes(pair[1]))
+        work.sort(key=lambda pair: -pair[0].count * formulas.conv_bytes(pair[1]))
         work = work[: self.plan.few]
         for layer, one in work:
             for choice in kernels(one, self.device).values():
@@ -134,7 +134,7 @@ class Bench:
         for form, name in (("loop", "cudnn_loop"), ("grouped", "cudnn_grouped_copied")):
             facts[name] = {"predicted_ms": known[form].ms} if form in known else {}
         common = {"count": layer.count, "batch": trial.problem.N, "dtype": problem.dtype}
-        common |= {"bytes": cost.conv_bytes(problem), "flops": cost.conv_flops(problem)}
+        common |= {"bytes": formulas.conv_bytes(problem), "flops": formulas.conv_flops(problem)}
         for choice in choices.values():
             self.desk.compiler.wait(self.launches(layer, problem, choice), max(self.desk.left(), 0.0))
         with precision(problem.dtype):
@@ -162,7 +162,7 @@ class Bench:
         }
         common = {"count": norm.count, "batch": N, "dtype": self.dtype, "flops": 0}
         reads = x.numel() if kind == "forward" else 2 * x.numel()
-        common |= {"bytes": cost.pass_bytes(reads, 0, x.numel(), x.element_size())}
+        common |= {"bytes": formulas.pass_bytes(reads, 0, x.numel(), x.element_size())}
         self.compete(key, contestants, gate, lambda: torch.full_like(x, math.nan), common)
 
     def compete(

@@ -12,7 +12,8 @@ from timing import Trial
 from torch import nn
 
 import decompk
-from decompk.cost import walk as cost
+from decompk.cost import walk
+from decompk.cost.figures import LayerCost
 from decompk.kernels.problem import PASSES, Problem
 
 BATCH = 128  # images a member
@@ -120,11 +121,11 @@ def norms(case: Case, batch: int = BATCH) -> list[Norm]:
 
 
 @functools.cache
-def _member(case: Case) -> tuple[nn.Module, list[cost.LayerCost]]:
+def _member(case: Case) -> tuple[nn.Module, list[LayerCost]]:
     """One member, without data, and what its layers cost in training."""
     with torch.device("meta"):
         member = case.decomposition().member_shell()
-    return member, cost.layers(member, (decompk.models.spec(case.model).input_size[0], case.crop, case.crop), True)
+    return member, walk.layers(member, (decompk.models.spec(case.model).input_size[0], case.crop, case.crop), True)
 
 
 def fitting_batch(case: Case, memory: float, batch: int = BATCH) -> int:

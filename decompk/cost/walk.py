@@ -1,15 +1,13 @@
-"""What a network costs: FLOPs, parameters, activations and bytes, layer by layer. Every formula lives here.
+"""What a network costs, layer by layer: its graph run on meta tensors, every tensor operation counted.
 
-All figures are for one sample. A multiply-accumulate is counted at every output position, padding included. The printed
-tables of the paper follow no single convention, so several stand side by side (CONVENTIONS).
+A multiply-accumulate is counted at every output position, padding included.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from math import prod
 from typing import Any
 
@@ -17,269 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
 
 from ..crops import by
 from ..errors import DecompkError
-from ..fx.graph import MetaInterpreter, on_meta, trace
-from ..kernels.problem import Config, Problem
-
-Shape = tuple[int, ...]
-
-# ---- formulas -------------------------------------------------------------------------------------------------------
-
-
-def conv_macs(positions: int, c_in: int, c_out: int, kernel: Sequence[int], groups: int = 1) -> int:
-    """Multiply-accumulates of a convolution with `positions` output pixels (input pixels, if it is transposed).
-
-    A fully connected layer is a convolution with one position whose kernel is its whole input.
-    """
-    return positions * (c_in // groups) * prod(kernel) * c_out
-
-
-def conv_weights(c_in: int, c_out: int, kernel: Sequence[int], groups: int = 1) -> int:
-    """Elements of a convolution's kernel, bias apart."""
-    return (c_in // groups) * prod(kernel) * c_out
-
-
-def eq210_flops(macs: int, outputs: int) -> int:
-    """(2.10): HW(2·c_in·t1·t2 − 1)·c_out, which is two per MAC less the first addition of every output element."""
-    return 2 * macs - outputs
-
-
-def profiler_flops(macs: int, weights: int, bias_adds: int, joins: int, w: int) -> int:
-    """What the paper's profiler reports: 2 · MAC + w · kernel weights + bias adds + residual adds and pooling.
-
-    w counts the weights' initialiser and regulariser operations: 5 fits Tables 2.2 and 3.1, 2 fits Table 3.4.
-    """
-    return 2 * macs + w * weights + bias_adds + joins
-
-
-def pool_flops(outputs: int, window: Sequence[int]) -> int:
-    """k · k operations for each output element: comparisons, or additions and one division."""
-    return outputs * prod(window)
-
-
-def norm_flops(elements: int, statistics: bool) -> int:
-    """Two operations an element (scale, shift), and three more where mean and variance are computed as well."""
-    return elements * (5 if statistics else 2)
-
-
-def pass_bytes(inputs: int, weights: int, outputs: int, element_size: int = 4) -> int:
-    """Compulsory traffic of one pass over a layer, each tensor moved once; the same sum for all three passes.
-
-    Forward reads X and W and writes Y; dgrad reads dY and W and writes dX; wgrad reads dY and X and writes dW.
-    """
-    return element_size * (inputs + weights + outputs)
-
-
-def adam_bytes(params: int, tensors: int, element_size: int = 4) -> int:
-    """State of Adam: two moments for each parameter, and a float32 step count for each of `tensors` tensors.
-
-    A packed optimizer holds one step count for each tensor of each member, so K members cost K times one.
-    """
-    return 2 * element_size * params + 4 * tensors
-
-
-@dataclass(frozen=True)
-class OpCost:
-    """One pass of a grouped convolution with one config: what it has to do, and what that config does."""
-
-    compulsory_bytes: int  # each tensor once: the floor of device memory
-    useful_flops: int
-    executed_flops: int  # padding of tiles, blocks and bands included
-    l2_bytes: int  # loads of all programs: what is re-read is served by L2
-
-
-def conv_bytes(problem: Problem) -> int:
-    """Compulsory traffic of one pass of K convolutions; an overlap of crops is counted for every member."""
-    p = problem
-    images = p.K * p.N
-    weights = p.K * p.O * p.C * p.taps
-    return pass_bytes(images * p.C * p.H * p.W, weights, images * p.O * prod(p.out_size), p.element_size)
-
-
-def conv_flops(problem: Problem) -> int:
-    """Useful FLOPs of one pass of K convolutions: the same for fprop, dgrad and wgrad."""
-    p = problem
-    return 2 * p.K * p.N * conv_macs(prod(p.out_size), p.C, p.O, p.kernel)
-
-
-def op_cost(problem: Problem, config: Config) -> OpCost:
-    """The cost of `problem` as the Triton kernel of `config` runs it."""
-    from ..kernels.conv import FORMS
-
-    form = FORMS[config.form]
-    return OpCost(
-        conv_bytes(problem), conv_flops(problem), form.executed_flops(problem, config), form.l2_bytes(problem, config)
-    )
-
-
-@dataclass(frozen=True)
-class Exponents:
-    """Sub-network over global network is (1/K) to these powers, for a uniform split without overlap (2.1.2)."""
-
-    flops: int
-    weights: int
-    activations: int
-
-
-# Layers of any other role have no ratio in the paper. Its 1/K⁴ for the FLOPs of the first FC is a slip for 1/K³.
-ROLES = {
-    "first conv": Exponents(2, 1, 2),
-    "conv": Exponents(3, 2, 2),
-    "first fc": Exponents(3, 3, 1),
-    "fc": Exponents(2, 2, 1),
-    "last fc": Exponents(1, 1, 0),
-}
-
-
-# ---- figures --------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Cost:
-    """Additive figures of a layer or a network, for one sample; they add with + and scale with *."""
-
-    macs: int = 0
-    mac_outputs: int = 0  # output elements of convolutions and matrix products
-    backward_macs: int = 0  # dgrad and wgrad
-    kernel_weights: int = 0  # kernel elements read: no bias, counted again at every use
-    bias_flops: int = 0
-    elementwise_flops: int = 0  # norms, activations, pooling, adds and everything else without MACs
-    join_flops: int = 0  # the part of it that is residual adds and pooling
-    params: int = 0
-    param_tensors: int = 0  # weights, biases, …: how many tensors the parameters are
-    statistics: int = 0  # running means and variances
-    activations: int = 0  # output elements
-    forward_samples: int = 0  # elements moved for every sample
-    forward_weights: int = 0  # elements moved once a batch
-    backward_samples: int = 0
-    backward_weights: int = 0
-    saved_samples: int = 0  # elements that autograd keeps for every sample, each tensor once
-    saved_vectors: int = 0  # elements kept once a batch: a batch norm's mean and deviation
-    saved_indices: int = 0  # int64, for every sample: which pixel a max-pool took
-    saved_masks: int = 0  # what dropout drew, for every sample
-    saved_image: int = 0  # the network's input, where something keeps it; not among saved_samples
-
-    def flops(self, convention: str = "2mac") -> int:
-        """Forward FLOPs under one of CONVENTIONS."""
-        return CONVENTIONS[convention](self)
-
-    @property
-    def backward_flops(self) -> int:
-        """Two per MAC of dgrad and wgrad; the layer that reads the image needs no dgrad."""
-        return 2 * self.backward_macs
-
-    def forward_bytes(self, element_size: int = 4, batch: int = 1) -> int:
-        """Compulsory bytes of the forward pass of `batch` samples."""
-        return element_size * (batch * self.forward_samples + self.forward_weights)
-
-    def backward_bytes(self, element_size: int = 4, batch: int = 1) -> int:
-        """Compulsory bytes of the backward pass of `batch` samples."""
-        return element_size * (batch * self.backward_samples + self.backward_weights)
-
-    def saved_bytes(self, element_size: int = 4, batch: int = 1, mask_size: int | None = None) -> int:
-        """Bytes that autograd keeps from the forward to the backward pass, without parameters, buffers and the image.
-
-        `mask_size`: bytes of one drawn number of dropout; by default a whole element, as on a CPU. A GPU keeps 1.
-        """
-        masks = self.saved_masks * (element_size if mask_size is None else mask_size)
-        samples = element_size * self.saved_samples + 8 * self.saved_indices + masks
-        return batch * samples + element_size * self.saved_vectors
-
-    def image_bytes(self, element_size: int = 4, batch: int = 1) -> int:
-        """Bytes of the input that autograd keeps."""
-        return element_size * batch * self.saved_image
-
-    def figures(self, element_size: int = 4, batch: int = 1) -> dict[str, int]:
-        """Every figure by name: FLOPs, MACs and activations of one sample, bytes of a batch."""
-        return {
-            "macs": self.macs,
-            "flops_2mac": self.flops("2mac"),
-            "flops_eq2.10": self.flops("eq2.10"),
-            "flops_profiler_w5": self.flops("paper-profiler w=5"),
-            "flops_profiler_w2": self.flops("paper-profiler w=2"),
-            "bias_flops": self.bias_flops,
-            "elementwise_flops": self.elementwise_flops,
-            "backward_flops": self.backward_flops,
-            "params": self.params,
-            "statistics": self.statistics,
-            "activations": self.activations,
-            "forward_bytes": self.forward_bytes(element_size, batch),
-            "backward_bytes": self.backward_bytes(element_size, batch),
-        }
-
-    def __add__(self, other: Cost) -> Cost:
-        return Cost(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(Cost)))
-
-    def __mul__(self, times: int) -> Cost:
-        return Cost(*(getattr(self, f.name) * times for f in fields(Cost)))
-
-
-CONVENTIONS: dict[str, Callable[[Cost], int]] = {
-    "2mac": lambda c: 2 * c.macs,
-    "eq2.10": lambda c: eq210_flops(c.macs, c.mac_outputs),
-    "paper-profiler w=5": lambda c: profiler_flops(c.macs, c.kernel_weights, c.bias_flops, c.join_flops, 5),
-    "paper-profiler w=2": lambda c: profiler_flops(c.macs, c.kernel_weights, c.bias_flops, c.join_flops, 2),
-    "paper-profiler w=5 without adds and pooling": lambda c: profiler_flops(
-        c.macs, c.kernel_weights, c.bias_flops, 0, 5
-    ),
-}
-
-
-@dataclass(frozen=True)
-class Saved:
-    """One tensor that autograd keeps: its kind, its elements for one sample (for "vector" once a batch), its shape.
-
-    `kind`: "sample", "vector", "index" or "mask"; see the fields saved_… of Cost. `shape` is (channels, *spatial) as
-    it was made: a later view of the same memory does not change it.
-    """
-
-    kind: str
-    elements: int
-    shape: Shape
-
-
-SAVED_KINDS = ("sample", "vector", "index", "mask")
-
-
-@dataclass(frozen=True)
-class LayerCost(Cost):
-    """One node that computes. Shapes are those of one sample.
-
-    `name`: the module's path, or the graph's name of a functional operation; a module's second call ends in "#2".
-    `kind`: conv, conv_transpose, linear, matmul, norm, activation, pool, add, mul, cat, copy (moves data), other.
-    `role`: one of ROLES, or "grouped conv", "last conv", "only fc" (first and last at once), "other".
-    Parameters used twice are counted at their first use; `saved` lists what autograd keeps, at the first that does.
-    """
-
-    name: str = ""
-    kind: str = "other"
-    role: str = "other"
-    in_shapes: tuple[Shape, ...] = ()
-    out_shape: Shape = ()
-    kernel: Shape = ()
-    groups: int = 1
-    saved: tuple[Saved, ...] = ()
-
-    @property
-    def in_shape(self) -> Shape:
-        """The first input's shape."""
-        return self.in_shapes[0] if self.in_shapes else ()
-
-    @property
-    def positions(self) -> int:
-        """How often the kernel is applied: at output pixels, at input pixels if transposed, at tokens if linear."""
-        if self.kind == "linear":
-            return prod(self.out_shape[:-1])
-        return prod((self.in_shape if self.kind == "conv_transpose" else self.out_shape)[1:])
-
-
-def total(layers: Iterable[Cost]) -> Cost:
-    """The sum of the layers' figures."""
-    return sum(layers, start=Cost())
-
+from ..fx.graph import MetaInterpreter, in_mode, on_meta, trace
+from .figures import SAVED_KINDS, LayerCost, Saved, Shape
+from .formulas import conv_macs, norm_flops, pool_flops
 
 # ---- operations -----------------------------------------------------------------------------------------------------
 
@@ -342,7 +83,10 @@ class _Recorder(TorchDispatchMode):
     """Adds up tensor operations, whether a module, a function or a method called them."""
 
     def __init__(self) -> None:
+        from torch.utils.flop_counter import flop_registry  # loads triton; decompk's operators register once it is here
+
         super().__init__()
+        self.registry = flop_registry
         self.work = _Work()
         self.known: dict[Any, Any] = {}
         self.memory: dict[int, _Memory] = {}
@@ -352,7 +96,7 @@ class _Recorder(TorchDispatchMode):
         name = func.overloadpacket.__name__
         learned = self._follow(name, args, out)
         if not func.is_view and name not in FREE:
-            _record(self.work, name, func, args, kwargs or {}, out)
+            _record(self.work, name, func, self.registry.get(func.overloadpacket), args, kwargs or {}, out)
             if learned:
                 for tensor in _kept(name.rstrip("_"), args, out, self._learned):
                     self._save(tensor)
@@ -427,7 +171,10 @@ def _empty(value: Any) -> Any:
     return tuple(map(_empty, value)) if isinstance(value, tuple) else value
 
 
-def _record(work: _Work, name: str, func: Any, args: tuple, kwargs: dict, out: Any) -> None:
+def _record(
+    work: _Work, name: str, func: Any, registered: Callable | None, args: tuple, kwargs: dict, out: Any
+) -> None:
+    """Add one operation to `work`; `registered` is its formula in torch's FLOP counter, if it has one."""
     outputs = sum(t.numel() for t in _tensors(out))
     if name == "convolution":
         x, weight, bias, transposed, groups = args[0], args[1], args[2], args[6], args[8]
@@ -443,8 +190,8 @@ def _record(work: _Work, name: str, func: Any, args: tuple, kwargs: dict, out: A
         work.mac_outputs += outputs
         work.bias += outputs if left else 0
         kind = "matmul"
-    elif func.overloadpacket in flop_registry:  # attention kernels, and operators that registered their own formula
-        work.macs += flop_registry[func.overloadpacket](*args, **kwargs, out_val=out) // 2
+    elif registered:  # attention kernels, and operators that registered their own formula
+        work.macs += registered(*args, **kwargs, out_val=out) // 2
         work.mac_outputs += outputs
         kind = "matmul"
     elif "batch_norm" in name or name in NORMS:
@@ -627,7 +374,7 @@ def layers(model: nn.Module, input_size: Sequence[int], training: bool = False) 
     """
     graph = trace(model, training)
     walker = _Walker(model, graph, tuple(input_size))
-    with _mode(model, training):
+    with in_mode(model, training):
         try:
             walker.run_all()
         except Exception as error:  # whatever the model's own operations raise on a shape they do not fit
@@ -648,17 +395,6 @@ def layers(model: nn.Module, input_size: Sequence[int], training: bool = False) 
             entries.append(_entry(name, node, walker, node in final, counted))
             counted |= known.own.keys()
     return entries
-
-
-@contextmanager
-def _mode(model: nn.Module, training: bool) -> Iterator[None]:
-    modes = [(module, module.training) for module in model.modules()]
-    model.train(training)
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 def _entry(name: str, node: fx.Node, walker: _Walker, final: bool, counted: set[int]) -> LayerCost:

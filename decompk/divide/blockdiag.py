@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from ..cost.walk import layers
 from ..crops import Crop
 from ..errors import DecompkError, PackError
 from ..fx.graph import on_meta
@@ -112,7 +113,6 @@ class ZeroSkipping:
 
     def skipped(self, input_size: Sequence[int]) -> Table:
         """A table of the layers: multiply-accumulates of one sample as a dense network, done, and skipped."""
-        from ..cost.walk import layers
         from ..report.table import Column, Table, decimals
 
         kept = {decision.path: decision for decision in self.decisions}

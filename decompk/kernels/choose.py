@@ -10,13 +10,13 @@ import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch._C import _functorch
 from torch.autograd import forward_ad
 
+from ..cost.formulas import OpCost, conv_bytes, conv_flops, op_cost
 from ..errors import BackendError
 from . import cpu, extension
 from . import device as devices
@@ -24,9 +24,6 @@ from . import measure as measured
 from .cache import slug
 from .device import Device
 from .problem import DTYPES, TORCH_FORMS, Config, Problem
-
-if TYPE_CHECKING:
-    from ..cost.walk import OpCost
 
 BACKENDS = ("torch", "loop", "cpu", "triton", "cuda", "emulation")
 EXTENSION = ("cuda", "emulation")  # the C++ kernels, on a GPU and built for the host
@@ -285,7 +282,6 @@ def _rate(problem: Problem, device: Device) -> float:
 
 def _predicted_choice(problem: Problem, config: Config, device: Device, backend: str) -> Choice:
     """A config with its predicted time: device memory, L2 or arithmetic, the last wave of programs filled up."""
-    from ..cost.walk import op_cost
     from . import conv
 
     cost = op_cost(problem, config)
@@ -310,8 +306,6 @@ def library_forms(problem: Problem) -> list[str]:
 
 
 def _predicted_library(problem: Problem, device: Device, form: str) -> Choice:
-    from ..cost.walk import conv_bytes, conv_flops
-
     moved = conv_bytes(problem) / device.memory_gbps / 1e6
     arithmetic = conv_flops(problem) / _rate(problem, device) / 1e9
     if form == "loop":
@@ -370,7 +364,6 @@ def table(device: Device) -> dict[str, dict]:
 
 def lookup(problem: Problem, device: Device) -> Choice | None:
     """The measured winner for exactly this problem, if it is in the table, still legal, and built here."""
-    from ..cost.walk import op_cost
     from . import conv
 
     try:

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..cost.formulas import conv_macs
 from ..errors import BackendError, DecompkError
 from ..kernels import choose as dispatch
 from ..kernels import library
@@ -767,8 +768,6 @@ for _name, _forward, _backward, _chooses, _dense in (  # a linear layer is torch
 def _register_flops() -> None:
     """Two for every multiply-accumulate of a kept block, whatever form computes it."""
     from torch.utils.flop_counter import register_flop_formula
-
-    from ..cost.walk import conv_macs
 
     def flops(positions: int, weight: Sequence[int], mask: str) -> int:
         found = plan(mask, *weight[:2])

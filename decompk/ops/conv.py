@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
+from ..cost.formulas import conv_macs
 from ..errors import DecompkError
 from ..kernels import choose as dispatch
 from ..kernels import library
@@ -313,8 +314,6 @@ def tell_flop_counter(register: Callable[[], None]) -> None:
 @once
 def register_flops() -> None:
     from torch.utils.flop_counter import register_flop_formula
-
-    from ..cost.walk import conv_macs
 
     @register_flop_formula(torch.ops.decompk.grouped_conv2d)
     def forward(x, weight, bias, stride, padding, dilation, *, out_shape=None, **_) -> int:

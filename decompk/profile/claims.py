@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
-from ..cost.walk import ROLES, LayerCost, Saved
+from ..cost.figures import ROLES, LayerCost, Saved
 from ..report.decomposition import Pair
 from .counters import Figures
 from .law import Field, Part, Ratio, expected, flops_parts, parameter_parts, role_of, saved_parts
@@ -30,13 +30,13 @@ NAMES = {
     "image": "saved image, bytes",
 }
 WHERE = {
-    "forward_flops": "conv_macs and the graph's shapes in decompk/cost.py",
-    "backward_flops": "backward_macs in decompk/cost.py",
+    "forward_flops": "conv_macs and the graph's shapes in decompk/cost",
+    "backward_flops": "backward_macs in decompk/cost/walk.py",
     "parameters": "parameters outside the traced graph, or LayerCost.params",
     "gradients": "parameters without a gradient, or LayerCost.params",
-    "optimizer_state": "adam_bytes in decompk/cost.py",
-    "saved": "an operation that keeps something else than decompk/cost.py's rules say",
-    "image": "an operation that keeps something else than decompk/cost.py's rules say",
+    "optimizer_state": "adam_bytes in decompk/cost/formulas.py",
+    "saved": "an operation that keeps something else than decompk/cost/walk.py's rules say",
+    "image": "an operation that keeps something else than decompk/cost/walk.py's rules say",
 }
 
 

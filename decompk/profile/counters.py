@@ -9,17 +9,20 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
-from ..cost.walk import Cost, LayerCost, adam_bytes
+from ..cost.figures import Cost, LayerCost
+from ..cost.formulas import adam_bytes
 from ..errors import DecompkError
 from ..fx.graph import on_meta
 from ..fx.pytree import leaves, tree_map
 from ..kernels.choose import backend
+
+if TYPE_CHECKING:
+    from torch.utils.flop_counter import FlopCounterMode
 
 
 @dataclass(frozen=True)
@@ -36,7 +39,7 @@ class Figures:
 
 
 def analysed(cost: Cost, members: int, batch: int, element_size: int, mask_size: int) -> Figures:
-    """What cost.py says of `members` networks of that cost; mask_size: bytes of a number that dropout drew."""
+    """What the analysis says of `members` networks of that cost; mask_size: bytes of a number that dropout drew."""
     figures = (
         batch * cost.flops(),
         batch * cost.backward_flops,
@@ -99,6 +102,8 @@ def _step_flops(net: nn.Module, x: Tensor, kept: SavedTensors | None = None) -> 
 
 def _counter() -> FlopCounterMode:
     """torch's counter, but for the weights' gradients of grouped convolutions, which torch 2.13 counts G times."""
+    from torch.utils.flop_counter import FlopCounterMode  # loads triton
+
     return FlopCounterMode(display=False, custom_mapping={torch.ops.aten.convolution_backward: _convolution_backward})
 
 

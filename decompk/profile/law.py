@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from math import prod
 
-from ..cost.walk import ROLES, LayerCost, Saved
+from ..cost.figures import ROLES, LayerCost, Saved
 from ..crops import Crop
 from ..report.decomposition import Pair
 

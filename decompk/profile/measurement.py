@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from .. import optim
-from ..cost.walk import LayerCost, layers, total
+from ..cost.figures import LayerCost, total
+from ..cost.walk import layers
 from ..crops import by
 from ..divide.decompose import Decomposition
 from ..errors import MISFITS, DecompkError

@@ -6,7 +6,8 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from ..cost.walk import ROLES, Cost, Exponents, LayerCost, Shape, layers, total
+from ..cost.figures import ROLES, Cost, Exponents, LayerCost, Shape, total
+from ..cost.walk import layers
 from ..crops import by
 from .table import Column, Table, decimals, known
 

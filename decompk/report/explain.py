@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ..cost.formulas import conv_bytes, conv_flops
 from ..errors import DecompkError
 from ..fx.graph import in_mode
 from ..kernels import choose as dispatch
@@ -43,7 +44,6 @@ def explain(what: Problem | nn.Module, x: Tensor | None = None) -> None:
 
 
 def _of_problem(problem: Problem, device: torch.device) -> Table:
-    from ..cost.walk import conv_bytes, conv_flops
     from .table import Column, Table
 
     choice = dispatch.choose(problem, device, measure=False)
@@ -86,7 +86,6 @@ def _who(choice: dispatch.Choice) -> tuple[str, str, str]:
 
 
 def _of_module(net: nn.Module, x: Tensor | None, device: torch.device) -> Table:
-    from ..cost.walk import conv_bytes
     from .table import Column, Table
 
     calls = convolutions(net, x)

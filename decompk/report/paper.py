@@ -14,7 +14,9 @@ from typing import Any
 import torch
 
 from .. import models
-from ..cost.walk import CONVENTIONS, Cost, LayerCost, Shape, conv_weights, layers, total
+from ..cost.figures import CONVENTIONS, Cost, LayerCost, Shape, total
+from ..cost.formulas import conv_weights
+from ..cost.walk import layers
 from ..splitnet.points import split_points
 from .table import Column, Table, known
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ..cost.walk import Cost
+from ..cost.figures import Cost
 from .paper import balanced_split, judge, paper_cells, printed_tables
 from .table import Column, Table, decimals, known
 

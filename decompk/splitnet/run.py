@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import models
-from ..cost import walk as cost
+from ..cost.walk import layers
 from ..divide.blockdiag import layer_by_layer
 from ..errors import DecompkError
 from ..kernels.cache import processor
@@ -283,8 +283,8 @@ class _Run:
         zeros = sum(int((~mask).sum()) for mask in masks.values())
         kept = {name.removesuffix(".weight"): mask.double().mean().item() for name, mask in masks.items()}
         found = {decision.path: decision.kept for decision in layer_by_layer(net, masks=masks).decisions}
-        layers = cost.layers(net, self.data.input_size)
-        flops, done = (sum(2 * layer.macs * of.get(layer.name, 1) for layer in layers) for of in (kept, found))
+        costs = layers(net, self.data.input_size)
+        flops, done = (sum(2 * layer.macs * of.get(layer.name, 1) for layer in costs) for of in (kept, found))
         return {"params": sum(p.numel() for p in net.parameters()) - zeros, "flops": flops, "done": done}
 
     # ---- figures ----------------------------------------------------------------------------------------------------

@@ -16,6 +16,8 @@ import torch
 from torch import nn
 
 from .. import models
+from ..cost.figures import total
+from ..cost.walk import layers
 from ..divide.decompose import Decomposition, decompose
 from ..errors import CheckpointError, DecompkError
 from ..packed.pack import Packed, pack
@@ -283,8 +285,6 @@ def begun(out: Path) -> dict[str, Any]:
 def _result(
     recipe: Recipe, data: Dataset, d: Decomposition, runs: list[dict[str, Any]], ranks: Ranks, command: str
 ) -> dict[str, Any]:
-    from ..cost.walk import layers, total  # which loads triton
-
     forward = {
         "members": d.K * total(layers(d.subnets(0)[0], d.member_size)).flops(),
         "global": total(layers(d.model, data.input_size)).flops(),
