@@ -16,12 +16,21 @@ from typing import Any
 
 import torch
 
-from . import models
+from . import demos, models
 from .divide.decompose import Decomposition, decompose
 from .errors import DecompkError
+from .profile import draw_roofline, measure, write_trace
+from .report.bench import fill_readme, read, write_page
+from .report.info import info
+from .report.paper import paper_report
+from .report.splitnet import splitnet_report
 from .report.table import FORMATS
+from .splitnet.run import Settings
+from .splitnet.run import run as run_split
+from .train.recipe import toml_value
+from .train.run import run as run_training
 
-NETWORKS = ("cnn", "fc", "regression", "autoencoder", "recurrent", "signal", "volume")  # the latter: demos.DEMOS
+NETWORKS = ("cnn", *demos.DEMOS)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -174,13 +183,9 @@ def _decomposition(arguments: argparse.Namespace, device: str) -> Decomposition:
 
 def _report(arguments: argparse.Namespace) -> int:
     if arguments.paper:
-        from .report.paper import paper_report
-
         print(paper_report(arguments.format).rstrip("\n"))
         return 0
     if arguments.splitnet:
-        from .report.splitnet import splitnet_report
-
         folder = None if arguments.splitnet is True else arguments.splitnet
         print(splitnet_report(arguments.format, folder).rstrip("\n"))
         return 0
@@ -191,8 +196,6 @@ def _report(arguments: argparse.Namespace) -> int:
 
 def _check(arguments: argparse.Namespace) -> int:
     """0 where every claim holds, 1 where one fails. The files are written in either case."""
-    from .profile import draw_roofline, measure, write_trace
-
     for option, path in (("--plot", arguments.plot), ("--trace", arguments.trace)):
         if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
             raise DecompkError(f"{option} {str(path)!r} is no file in a folder that exists.")
@@ -226,31 +229,25 @@ def _epochs(text: str) -> tuple[int, int]:
 def _demo(arguments: argparse.Namespace) -> int:
     """`train` with the preset quick and one seed; what is there already is not trained again. Or another network."""
     if arguments.network != NETWORKS[0]:
-        from . import demos
-
         result = demos.run(arguments.network, arguments.out, arguments.seed, arguments.epochs)
         print(result.table.render().rstrip("\n"))
         print(f"The figure, the weights and this table: {arguments.out}/{arguments.network}*")
         return 1 if result.failed else 0
-    from .train.run import run
-
     changes: dict[str, Any] = {"seeds": [arguments.seed]}
     if arguments.epochs:
         members, others = arguments.epochs
         changes |= {"members.epochs": members, "global.epochs": others, "random.epochs": members + others}
-    run(arguments.out, "digits", "quick", changes=changes, resume=True)
+    run_training(arguments.out, "digits", "quick", changes=changes, resume=True)
     return 0
 
 
 def _train(arguments: argparse.Namespace) -> int:
-    from .train.run import run
-
     changes = dict(_setting(text) for text in arguments.set)
     if arguments.model:
         changes["model"] = arguments.model
     if arguments.seeds:
         changes["seeds"] = list(_sizes(arguments.seeds, "--seeds", repeat=1))
-    run(
+    run_training(
         arguments.out,
         data=arguments.data,
         preset=arguments.preset,
@@ -265,8 +262,6 @@ def _train(arguments: argparse.Namespace) -> int:
 
 
 def _split(arguments: argparse.Namespace) -> int:
-    from .splitnet.run import Settings, run
-
     epochs = _sizes(arguments.epochs, "--epochs", repeat=3) if arguments.epochs else Settings.epochs
     if len(epochs) != 3 or min(epochs) < 1:
         raise DecompkError("--epochs are three positive numbers such as 6,8,6.")
@@ -280,7 +275,7 @@ def _split(arguments: argparse.Namespace) -> int:
         epochs=epochs,
     )
     names = tuple(arguments.variants.split(",")) if arguments.variants else None
-    table = run(arguments.out, _sizes(arguments.seeds, "--seeds", 1), settings, names, arguments.device)
+    table = run_split(arguments.out, _sizes(arguments.seeds, "--seeds", 1), settings, names, arguments.device)
     if os.environ.get("RANK", "0") == "0":
         print(table.render().rstrip("\n"))
         print(f"Weights, figures, result.json and this table: {arguments.out}")
@@ -295,8 +290,6 @@ def _positive(number: int | None, option: str) -> int | None:
 
 def _setting(text: str) -> tuple[str, Any]:
     """'members.epochs=3' → ("members.epochs", 3)."""
-    from .train.recipe import toml_value
-
     key, sign, value = text.partition("=")
     if not sign or not key:
         raise DecompkError(f"--set {text!r} is not KEY=VALUE, such as members.epochs=3.")
@@ -304,8 +297,6 @@ def _setting(text: str) -> tuple[str, Any]:
 
 
 def _bench_report(arguments: argparse.Namespace) -> int:
-    from .report.bench import fill_readme, read, write_page
-
     runs = read(arguments.results)
     print(*write_page(runs, arguments.out), sep="\n")
     if arguments.readme:
@@ -314,7 +305,5 @@ def _bench_report(arguments: argparse.Namespace) -> int:
 
 
 def _info(arguments: argparse.Namespace) -> int:
-    from .report.info import info
-
     print(info().render(arguments.format).rstrip("\n"))
     return 0

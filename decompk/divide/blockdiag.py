@@ -7,7 +7,7 @@ import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,7 @@ from ..packed.linear import PackedLinear
 from ..packed.pack import Packed, pack
 from ..packed.per_member import PerMember
 from ..packed.twin import HOOKS, dotted, split
+from ..report.table import Column, Table, decimals
 from .compose import tensors
 from .decompose import Decomposition
 from .zero_skipping import (
@@ -42,9 +43,6 @@ from .zero_skipping import (
     keeps_zeros,
     let_go,
 )
-
-if TYPE_CHECKING:
-    from ..report.table import Table
 
 SIZES = (224, 32, 64, 299, 28, 8)  # pixels tried where the caller gives no input size
 GAIN = 1.2  # a layer is worth swapping from here on: less is lost in smaller products
@@ -113,8 +111,6 @@ class ZeroSkipping:
 
     def skipped(self, input_size: Sequence[int]) -> Table:
         """A table of the layers: multiply-accumulates of one sample as a dense network, done, and skipped."""
-        from ..report.table import Column, Table, decimals
-
         kept = {decision.path: decision for decision in self.decisions}
         rows: list[list[Any]] = []
         for layer in layers(densify(self), input_size):

@@ -6,7 +6,7 @@ import functools
 import math
 import operator
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,13 +17,11 @@ from ..fx.graph import on_meta
 from ..fx.hooks import refuse_hooks, refuse_parameter_hooks
 from ..fx.wrapper import Buffer, Rewritten, edited
 from ..packed.pack import Packed, pack
+from ..report.decomposition import Report, report
 from ..threads import one_at_a_time
 from .channels import Plan, analyse
 from .compose import apart_shell, assemble, check_head, check_members, compose, extract, put, tensors
 from .sizes import Found, check_form, find_size, refuse_size, same_members
-
-if TYPE_CHECKING:
-    from ..report.decomposition import Report
 
 
 def decompose(
@@ -302,8 +300,6 @@ class Decomposition:
 
     def report(self) -> Report:
         """The cost of the global network, one member and all K, layer by layer (paper 2.1.2)."""
-        from ..report.decomposition import report
-
         return report(self)
 
     def __repr__(self) -> str:

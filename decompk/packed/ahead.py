@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from ..kernels.device import why_not_triton_on
 from ..threads import one_at_a_time
 
 if TYPE_CHECKING:
@@ -39,14 +40,12 @@ def compile_ahead(net: nn.Module, *inputs: Any) -> int:
 
 def can_compile(device: torch.device) -> bool:
     """Whether kernels are compiled for `device`."""
-    from ..kernels.device import why_not_triton_on
-
     return device.type == "cuda" and why_not_triton_on(device) is None
 
 
 def launches_of(net: nn.Module, run: Callable[[], Any]) -> list[Launch]:
     """What `run` would launch; all else of it runs, on memory that nobody has written."""
-    from ..kernels.launch import recording
+    from ..kernels.launch import recording  # loads triton
 
     cards = {p.device for p in net.parameters() if p.device.type == "cuda"}
     with one_at_a_time(), torch.random.fork_rng(list(cards)), kept_buffers(net), recording() as launches:

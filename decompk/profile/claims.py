@@ -5,16 +5,13 @@ from __future__ import annotations
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING
 
 from ..cost.figures import ROLES, LayerCost, Saved
 from ..report.decomposition import Pair
 from .counters import Figures
 from .law import Field, Part, Ratio, expected, flops_parts, parameter_parts, role_of, saved_parts
+from .sides import Layer, Side
 from .timing import Times
-
-if TYPE_CHECKING:
-    from .profile import Layer, Side
 
 HOLDS, FAILS, UNCHECKED = "holds", "FAILS", "not checked"
 EXACT = 1e-9  # relative: what is counted in integers has to agree, but ratios of them are rounded

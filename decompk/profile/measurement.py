@@ -22,8 +22,9 @@ from ..report.decomposition import Pair
 from .claims import Claim, figure_claims, fvcore_claim, layers_claim, packed_claims, ratio_claims, time_claim
 from .counters import Call, analysed, backward, fvcore_macs, layer_flops, measured, peak_memory, watched
 from .law import Field, role_of
-from .profile import SIDES, Layer, LayerSide, Profile, Side
+from .profile import Profile
 from .roofs import DTYPES, measure_roofs
+from .sides import SIDES, Layer, LayerSide, Side
 from .timing import interleaved, layer_times
 
 SEED, RATE = 0, 1e-5

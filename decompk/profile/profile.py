@@ -1,4 +1,4 @@
-"""What `measure` returns: figures, layers, times and claims, and how they are shown."""
+"""What `measure` returns: figures, layers, times and claims, shown as tables."""
 
 from __future__ import annotations
 
@@ -6,59 +6,11 @@ import json
 from dataclasses import asdict, dataclass, field
 
 from ..report.table import Table, known
+from . import tables
 from .claims import FAILS, Claim
-from .counters import Figures
 from .roofs import Roofs
+from .sides import Layer, Side
 from .timing import Times
-
-SIDES = ("global", "member", "packed")
-
-
-@dataclass(frozen=True)
-class Side:
-    """One network on a batch: its figures measured and analysed, and the compulsory bytes of both passes."""
-
-    measured: Figures
-    analysed: Figures
-    forward_bytes: int
-    backward_bytes: int
-    peak: int | None  # bytes at the allocator's peak above weights and optimizer; None off a GPU
-
-
-@dataclass(frozen=True)
-class LayerSide:
-    """One layer of one network on a batch, (forward, backward): analysed, and what was measured of it alone."""
-
-    flops: tuple[int, int]
-    moved: tuple[int, int]  # compulsory bytes
-    counted: tuple[int, int] | None = None  # FLOPs
-    seconds: tuple[float, float] | None = None
-
-    @property
-    def intensity(self) -> float:
-        """FLOP/byte of both passes."""
-        return sum(self.flops) / sum(self.moved)
-
-    @property
-    def rate(self) -> float | None:
-        """FLOP/s of both passes."""
-        return sum(self.flops) / sum(self.seconds) if self.seconds else None
-
-    def bound(self, roofs: Roofs, dtype: str) -> tuple[float, float]:
-        """Seconds that the roofs allow for each pass."""
-        passes = zip(self.moved, self.flops, strict=True)
-        forward, back = (roofs.seconds(moved, flops, dtype) for moved, flops in passes)
-        return forward, back
-
-
-@dataclass(frozen=True)
-class Layer:
-    """One layer: `role` names its law (cost.ROLES), `sides` holds the networks that have it."""
-
-    name: str
-    kind: str
-    role: str
-    sides: dict[str, LayerSide]
 
 
 @dataclass(frozen=True)
@@ -88,8 +40,6 @@ class Profile:
 
     def tables(self) -> dict[str, Table]:
         """By name: layers, totals, time and roofs (where measured), claims."""
-        from . import tables
-
         found = {"layers": tables.layer_table(self), "totals": tables.total_table(self)}
         if self.roofs:
             found |= {"time": tables.time_table(self), "roofs": tables.roof_table(self)}
@@ -98,8 +48,6 @@ class Profile:
     def render(self, format: str = "table") -> str:
         """The profile in one of FORMATS: text and Markdown with a brief table of layers; JSON, one object: how many
         claims failed, and every table; CSV, the claims. Raises DecompkError on another format."""
-        from . import tables
-
         found = self.tables()
         if known(format) == "csv":
             return found["claims"].to_csv()

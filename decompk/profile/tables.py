@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from dataclasses import fields
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..report.decomposition import reciprocal
 from ..report.table import Column, Table, decimals
 from .claims import FAILS, NAMES, UNCHECKED, span
 from .counters import Figures
-from .profile import SIDES, Layer, LayerSide, Profile
+from .sides import SIDES, Layer, LayerSide
+
+if TYPE_CHECKING:
+    from .profile import Profile
 
 
 def claim_table(p: Profile) -> Table:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import threading
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -20,9 +19,7 @@ from ..kernels.layout import ohwi
 from ..kernels.problem import DTYPES, PASSES, Problem
 from ..ops.conv import operands
 from ..threads import one_at_a_time
-
-if TYPE_CHECKING:
-    from .table import Table
+from .table import Column, Table
 
 
 def explain(what: Problem | nn.Module, x: Tensor | None = None) -> None:
@@ -44,8 +41,6 @@ def explain(what: Problem | nn.Module, x: Tensor | None = None) -> None:
 
 
 def _of_problem(problem: Problem, device: torch.device) -> Table:
-    from .table import Column, Table
-
     choice = dispatch.choose(problem, device, measure=False)
     legal, where = _legal(problem, device)
     others = [c for c in legal if (c.backend, c.form, c.config) != (choice.backend, choice.form, choice.config)]
@@ -86,8 +81,6 @@ def _who(choice: dispatch.Choice) -> tuple[str, str, str]:
 
 
 def _of_module(net: nn.Module, x: Tensor | None, device: torch.device) -> Table:
-    from .table import Column, Table
-
     calls = convolutions(net, x)
     headers = ("layer", "pass", "K", "N", "C→O", "pixels", "kernel", "MB", "choice", "config", "ms", "why")
     rows = []

@@ -7,6 +7,7 @@ import platform
 
 import torch
 
+from .. import __version__
 from ..kernels import cpu, extension
 from ..kernels import measure as measured
 from ..kernels.cache import shown
@@ -16,8 +17,6 @@ from .table import Column, Table
 
 def info() -> Table:
     """Versions, device and backends, one row each with what is missing and why. Imports nothing heavy."""
-    from .. import __version__
-
     rows = [
         ("decompk", __version__, ""),
         ("python", platform.python_version(), ""),

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..cost.figures import Cost
+from ..splitnet.run import summary_of
 from .paper import balanced_split, judge, paper_cells, printed_tables
 from .table import Column, Table, decimals, known
 
@@ -91,8 +92,6 @@ def splitnet_report(format: str = "table", folder: Path | None = None) -> str:
     cells = paper_cells()
     tables = {"table 1": networks_table(cells), "table 2": groups_table(cells), "balanced": balanced_table()}
     if folder is not None:
-        from ..splitnet.run import summary_of
-
         tables["learned"] = summary_of(folder)
     if format == "json":
         return json.dumps({name: table.as_object() for name, table in tables.items()}, indent=1, ensure_ascii=False)

@@ -25,12 +25,14 @@ from ..theory import theorem_2_2
 from .augment import normalise
 from .checkpoint import Checkpoints, dump, read, write, write_atomically
 from .data import Dataset, open_data, seed_of, test_order
+from .figures import draw_all
 from .log import Log
 from .loop import Curve, Fit
 from .ranks import Ranks
 from .recipe import Recipe
 from .scores import evaluate
 from .step import prepared
+from .summary import summary, tables
 
 TIMES_FORWARD = 3  # a training step costs about three forward passes
 PICTURED = 64  # test images that the pictures choose from
@@ -359,9 +361,6 @@ def _theorem(last: _Run, data: Dataset, log: Log) -> dict[str, Any] | None:
 def _report(result: dict[str, Any], last: _Run, data: Dataset, out: Path, log: Log) -> None:
     rows = torch.linspace(0, len(data.test) - 1, min(PICTURED, len(data.test))).long()
     images, labels = next(iter(data.test.batches([rows], torch.device("cpu"))))
-    from .figures import draw_all
-    from .summary import summary, tables
-
     images = normalise(images, data.mean)
     nets = [member.eval() for member in last.packed.cpu().unpack()]
     pictures = draw_all(
