@@ -152,7 +152,7 @@ def test_bands_that_are_expanded_first_give_the_same_bits(monkeypatch):
     x, weight = random(p, 2, 3, 6, 9, 3), random(p, 2, 4, 3, 3, 3)
     config, outputs, launched = small(p), [], []
     for vectors in (2e12, 0.0):
-        monkeypatch.setattr("decompk.kernels.conv.band_plan.VECTORS", vectors)
+        monkeypatch.setattr("decompk.kernels.conv.band_geometry.VECTORS", vectors)
         band.plan.cache_clear()
         outputs.append(empty(p, 2, 3, 6, 9, 4))
         band.fprop(x, weight, outputs[-1], p, config)

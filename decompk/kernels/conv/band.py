@@ -39,8 +39,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from .. import device
 from ..launch import Launch, launch, recording
 from ..problem import Config, Epilogue, Problem, Prologue, power_of_two
-from .band_kernels import conv_band, expand_band, fold_band, wgrad_band
-from .band_plan import (
+from .band_geometry import (
     Plan,
     configs,
     executed_flops,
@@ -52,6 +51,7 @@ from .band_plan import (
     thread_values,
     why_not,
 )
+from .band_kernels import conv_band, expand_band, fold_band, wgrad_band
 from .operands import PLAIN, flags, geometry
 
 __all__ = [
