@@ -12,7 +12,7 @@ from .errors import (
     PartitionError,
     UnsupportedOperation,
 )
-from .kernels.choose import backend
+from .kernels.backend import backend
 from .packed.ahead import compile_ahead
 from .packed.fuse import fuse
 from .packed.initialise import initialise

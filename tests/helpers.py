@@ -1,10 +1,18 @@
 """The first property of everything here: a packed module trains each member as if it were alone."""
 
+import math
+
 import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from decompk.kernels import library
+from decompk.kernels import conv
+from decompk.kernels.call import dgrad_call, fprop_call, wgrad_call
+from decompk.kernels.conv.form import Choice
+from decompk.kernels.layout import in_layout
+from decompk.kernels.problem import Epilogue
+from decompk.ops import conv as conv_op
+from decompk.ops import fused as fused_op
 from decompk.packed.pack import pack
 from decompk.packed.twin import deep_copy
 from decompk.train import open_data
@@ -34,12 +42,30 @@ def members_of(make, count=3):
     return members
 
 
-def by_form(form, p, x, weight, dy):
-    """What p.kind computes by a form of `library`."""
+def by_form(form, p, x, weight, dy, bias=None):
+    """What p.kind computes by the form of that name, on tensors laid as packed ones are."""
+    choice = Choice(conv.named(form), None, math.nan, "asked for")
+    x, dy = (None if t is None else in_layout(t, "member") for t in (x, dy))
+    call = fprop_call(x, weight, bias, (p.stride, p.padding, p.dilation))
     if p.kind == "fprop":
-        return library.forward(form, x, weight, None, p.stride, p.padding, p.dilation)
-    wanted = p.kind == "dgrad", p.kind == "wgrad"
-    return library.backward(form, dy, x, weight, p.stride, p.padding, p.dilation, wanted)[wanted.index(True)]
+        return call.fprop(choice, x, weight, Epilogue(bias))
+    if p.kind == "dgrad":
+        return dgrad_call(call, dy).dgrad(choice, dy, weight)
+    return wgrad_call(call, dy).wgrad(choice, dy, x)
+
+
+def asked_by_operators(monkeypatch):
+    """Receives (Problem, Choice) of every convolution that runs from now on."""
+    found, chosen = [], conv_op.chosen
+
+    def seen(call, asked):
+        choice = chosen(call, asked)
+        found.append((call.problem, choice))
+        return choice
+
+    for module in (conv_op, fused_op):
+        monkeypatch.setattr(module, "chosen", seen)
+    return found
 
 
 def double(*shape):

@@ -13,8 +13,8 @@ import decompk
 from decompk.kernels import choose as dispatch
 from decompk.kernels import norm as kernels
 from decompk.kernels.device import interpreted
-from decompk.kernels.layout import ORDERS, strides_of
-from decompk.ops.norm import batch_norm, pieces_of, streams
+from decompk.kernels.layout import ORDERS, pieces_of, streams, strides_of
+from decompk.ops.norm import batch_norm
 
 DEVICE = "cuda" if torch.cuda.is_available() and not interpreted() else "cpu"
 EPS, MOMENTUM = 1e-5, 0.3

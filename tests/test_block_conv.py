@@ -9,8 +9,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import decompk
 from decompk import DecompkError, ops
+from decompk.kernels import block_choice
+from decompk.kernels.block_choice import choose_blocks, mask_text
 from decompk.kernels.problem import Problem
-from decompk.ops import block
 
 CONV, CONV_BACKWARD = torch.ops.decompk.block_conv2d, torch.ops.decompk.block_conv2d_backward
 LINEAR, LINEAR_BACKWARD = torch.ops.decompk.block_linear, torch.ops.decompk.block_linear_backward
@@ -19,7 +20,7 @@ NAN = float("nan")
 
 def random_mask(rows, columns, density, seed):
     generator = torch.Generator().manual_seed(seed)
-    return block.mask_text(torch.rand(rows, columns, generator=generator) < density)
+    return mask_text(torch.rand(rows, columns, generator=generator) < density)
 
 
 MASKS = {
@@ -65,16 +66,16 @@ def form(request, monkeypatch):
 
 
 def skip_always(monkeypatch):
-    monkeypatch.setitem(block.CALL_MACS, "torch", 0)
-    monkeypatch.setitem(block.COPY_MACS, "torch", (0, 0))
-    monkeypatch.setitem(block.DENSE_FROM, "torch", 1)
-    block._plan.cache_clear()
+    monkeypatch.setitem(block_choice.CALL_MACS, "torch", 0)
+    monkeypatch.setitem(block_choice.COPY_MACS, "torch", (0, 0))
+    monkeypatch.setitem(block_choice.DENSE_FROM, "torch", 1)
+    block_choice._choice.cache_clear()
 
 
 @pytest.fixture(autouse=True)
 def _plans_of_other_thresholds():
     yield
-    block._plan.cache_clear()
+    block_choice._choice.cache_clear()
 
 
 def elementwise(mask, out_block, in_block, dims):
@@ -285,7 +286,7 @@ def test_triton_reads_and_writes_nothing_around_its_operands(dtype, geometry):
 
     kernel, stride, padding, dilation, H, W = GEOMETRIES[geometry]
     mask, out_block, in_block = MASKS["empty row"], 3, 5
-    found = block.plan(mask, 9, 15, "triton")
+    found = choose_blocks(mask, 9, 15, "triton")
     p = Problem("fprop", str(dtype).removeprefix("torch."), 1, 2, 15, 9, H, W, kernel, stride, padding, dilation)
     (_, x), (_, dy) = poisoned((2, H, W, 15), dtype), poisoned((2, *p.out_size, 9), dtype)
     (ys, y), (dxs, dx) = poisoned(dy.shape, dtype, NAN), poisoned(x.shape, dtype, NAN)
@@ -327,7 +328,7 @@ def test_weight_gradients_with_and_without_atomics_agree_and_two_passes_repeat_b
 
     from decompk.kernels import block as block_conv
 
-    found = block.plan("110/011/101", 24, 24, "triton")
+    found = choose_blocks("110/011/101", 24, 24, "triton")
     p = Problem("wgrad", "float32", 1, 2, 24, 24, 9, 9, (1, 1))
     dy, x = torch.randn(2, 9, 9, 24), torch.randn(2, 9, 9, 24)
     config = block_conv.config_of(p, found)
@@ -373,7 +374,7 @@ def test_the_kernels_that_are_compiled_for_every_architecture_are_all_there_is(m
 def test_the_plan_is_a_pure_function_that_says_why():
     def form(mask, backend="torch", channels=64, **sizes):
         rows = mask.split("/")
-        return block.plan(mask, channels * len(rows), channels * len(rows[0]), backend, **sizes).form
+        return choose_blocks(mask, channels * len(rows), channels * len(rows[0]), backend, **sizes).form
 
     for name in ("diagonal", "diagonal of larger blocks", "not square, diagonal"):
         assert form(MASKS[name]) == form(MASKS[name], "triton") == "grouped"
@@ -385,14 +386,20 @@ def test_the_plan_is_a_pure_function_that_says_why():
     assert form(MASKS["a fifth"], taps=9, positions=10) == form(MASKS["half"], positions=10**4) == "dense"
     assert form("00/00", positions=1) == "rows"
 
-    found = block.plan("110000/110000/001100/001100/000011/000011", 12, 24)
-    assert found is block.plan([[1, 1, 0, 0, 0, 0]] * 2 + [[0, 0, 1, 1, 0, 0]] * 2 + [[0, 0, 0, 0, 1, 1]] * 2, 12, 24)
+    found = choose_blocks("110000/110000/001100/001100/000011/000011", 12, 24)
+    assert found is choose_blocks(
+        [[1, 1, 0, 0, 0, 0]] * 2 + [[0, 0, 1, 1, 0, 0]] * 2 + [[0, 0, 0, 0, 1, 1]] * 2, 12, 24
+    )
     assert (found.mask, found.out_block, found.in_block) == (((1, 0, 0), (0, 1, 0), (0, 0, 1)), 4, 8)
     assert str(found) == "grouped: 33% of 3×3 blocks of 4×8 channels kept, 3 independent groups"
-    found = block.plan(MASKS["rows in pairs, apart"], 8, 10)
+    found = choose_blocks(MASKS["rows in pairs, apart"], 8, 10)
     assert found.by_rows == (((0, 2), (0, 2, 3)), ((1, 3), (1, 4)))
     assert found.by_columns == (((0, 2), (0, 2, 3)), ((1, 3), (1, 4)))
-    assert block.plan(MASKS["empty column"], 3, 3).by_columns == (((0, 2), (0,)), ((), (1,)), ((1, 2), (2,)))
+    assert choose_blocks(MASKS["empty column"], 3, 3).by_columns == (
+        ((0, 2), (0,)),
+        ((), (1,)),
+        ((1, 2), (2,)),
+    )
 
 
 def test_a_mask_is_given_as_text_sequence_or_tensor():
@@ -549,9 +556,9 @@ def test_the_linear_layer_and_triton_refuse_by_name():
         ops.block_conv2d(tensors[0], tensors[1], MASKS["banded"], None, *arguments)
     from decompk.kernels import block as block_conv
 
-    found = block.plan(MASKS["banded"], 16, 16, "triton")
+    found = choose_blocks(MASKS["banded"], 16, 16, "triton")
     sizes = (16, 16, 16, 16, (3, 3), (1, 1), (1, 1))
     assert block_conv.why_not(Problem("fprop", "bfloat16", 1, 2**22, *sizes), found) is None
     assert "pixels" in block_conv.why_not(Problem("fprop", "bfloat16", 1, 2**23, *sizes), found)
     wide = Problem("fprop", "bfloat16", 1, 1, 2**15, 2**15, 4, 4, (3, 3))
-    assert "weights" in block_conv.why_not(wide, block.plan("110/011/000/001", 2**15, 3 * 2**15, "triton"))
+    assert "weights" in block_conv.why_not(wide, choose_blocks("110/011/000/001", 2**15, 3 * 2**15, "triton"))

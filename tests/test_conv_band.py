@@ -7,10 +7,13 @@ import torch
 import torch.nn.functional as F
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from decompk.kernels import device
-from decompk.kernels.conv import band
+from decompk.kernels import conv, device
+from decompk.kernels.conv import band as form_of_bands
+from decompk.kernels.conv import band_geometry
 from decompk.kernels.launch import recording
-from decompk.kernels.problem import Config, Epilogue, Problem, Prologue
+from decompk.kernels.problem import Config, Epilogue, Offsets, Problem, Prologue
+
+band = conv.named("band")
 
 if not device.interpreted():
     pytest.skip("runs in Triton's interpreter: TRITON_INTERPRET=1", allow_module_level=True)
@@ -79,7 +82,7 @@ def gradient_of(p, dy, x, config, offsets=None, parts=None):
         out = poisoned(torch.zeros(1, p.K, *shape))
     else:
         out = poisoned(torch.full((parts or config.splits, p.K, *shape), NAN))
-    band.wgrad(dy, x, out, p.of("wgrad"), config, offsets)
+    band.wgrad(p.of("wgrad"), config, dy, x, out, offsets)
     assert untouched(out)
     return out.sum(0)
 
@@ -88,17 +91,17 @@ def check(p, which=0, shift=0, offsets=None, image=None):
     """All passes of p with one config of each, against float64."""
     x, weight = random(p, p.K, p.N, p.H, p.W, p.C, shift=shift), random(p, p.K, p.O, *p.kernel, p.C)
     if image is not None:
-        x = torch.stack([image[0, :, t : t + p.H, l : l + p.W] for t, l in offsets.tolist()])
+        x = torch.stack([image[0, :, t : t + p.H, l : l + p.W] for t, l in offsets.starts])
     dy = random(p, p.K, p.N, *p.out_size, p.O, shift=shift)
     wanted, torchs = reference(p, x, weight, dy, torch.float64), reference(p, x, weight, dy, dtype_of(p))
     for kind in ("fprop", "wgrad") if image is not None else ("fprop", "dgrad", "wgrad"):
         config = small(p, kind, which)
         if kind == "fprop":
             out = empty(p, *dy.shape, shift=shift)
-            band.fprop(x if image is None else image, weight, out, p, config, offsets=offsets)
+            band.fprop(p, config, x if image is None else image, weight, out, offsets=offsets)
         elif kind == "dgrad":
             out = empty(p, *x.shape, shift=shift)
-            band.dgrad(dy, weight, out, p.of(kind), config)
+            band.dgrad(p.of(kind), config, dy, weight, out)
         else:
             out = gradient_of(p, dy, x if image is None else image, config, offsets)
         assert kind == "wgrad" or untouched(out)
@@ -153,13 +156,15 @@ def test_bands_that_are_expanded_first_give_the_same_bits(monkeypatch):
     config, outputs, launched = small(p), [], []
     for vectors in (2e12, 0.0):
         monkeypatch.setattr("decompk.kernels.conv.band_geometry.VECTORS", vectors)
-        band.plan.cache_clear()
+        for cached in (band_geometry.bands, form_of_bands._run):
+            cached.cache_clear()
         outputs.append(empty(p, 2, 3, 6, 9, 4))
-        band.fprop(x, weight, outputs[-1], p, config)
+        band.fprop(p, config, x, weight, outputs[-1])
         with recording() as launches:
-            band.fprop(x, weight, outputs[-1], p, config)
+            band.fprop(p, config, x, weight, outputs[-1])
         launched.append(len(launches))
-    band.plan.cache_clear()
+    for cached in (band_geometry.bands, form_of_bands._run):
+        cached.cache_clear()
     assert launched == [1, 2]
     assert torch.equal(*outputs)
 
@@ -177,14 +182,14 @@ CROPS = {
 @pytest.mark.parametrize("p", CROPS.values(), ids=CROPS)
 def test_crops_err_at_most_twice_as_much_as_torch_wherever_they_lie(p):
     width = 19 if p.K == 3 else 16  # rows of the image that are whole vectors, and such that are not
-    offsets = torch.tensor([(14 - p.H, width - p.W), (3, 1), (0, 0)], dtype=torch.int32)[: p.K]
+    offsets = Offsets.of([(14 - p.H, width - p.W), (3, 1), (0, 0)][: p.K], torch.device("cpu"))
     check(p, offsets=offsets, image=random(p, 1, p.N, 14, width, p.C))
 
 
 @pytest.mark.parametrize("name", ["7×7, stride 2", "3×3"])
 def test_nothing_outside_a_crop_is_multiplied(name):
     p = replace(CROPS[name], K=2)
-    offsets = torch.tensor([(2, 3), (4, 5)], dtype=torch.int32)
+    offsets = Offsets.of([(2, 3), (4, 5)], torch.device("cpu"))
     image, weight = random(p, 1, p.N, 15, 16, p.C), random(p, p.K, p.O, *p.kernel, p.C)
     dy = random(p, p.K, p.N, *p.out_size, p.O)
     forward, backward = small(p), replace(small(p, "wgrad"), splits=1)
@@ -193,7 +198,7 @@ def test_nothing_outside_a_crop_is_multiplied(name):
         outside = torch.full_like(image, fill)
         outside[:, :, 2 : 2 + p.H, 3 : 3 + p.W] = image[:, :, 2 : 2 + p.H, 3 : 3 + p.W]
         y = empty(p, p.K, p.N, *p.out_size, p.O)
-        band.fprop(poisoned(outside), weight, y, p, forward, offsets=offsets)
+        band.fprop(p, forward, poisoned(outside), weight, y, offsets=offsets)
         results.append((y[0], gradient_of(p, dy, poisoned(outside), backward, offsets)[0]))
     assert not results[1][0].isnan().any()
     assert all(map(torch.equal, *results))
@@ -201,10 +206,10 @@ def test_nothing_outside_a_crop_is_multiplied(name):
 
 def test_crops_of_an_image_that_is_itself_a_window_are_right():
     p = CROPS["3×3"]
-    offsets = torch.tensor([(0, 0), (2, 3), (1, 2)], dtype=torch.int32)
-    check(p, offsets=offsets, image=random(p, 1, 2, 12, 20, 3)[:, :, 2:11, 5:17])
-    p, offsets = replace(p, K=1), offsets[:1]
-    check(p, offsets=offsets, image=random(p, 1, 2, 12, 20, 5)[:, :, :, :, 1:4])
+    starts, cpu = [(0, 0), (2, 3), (1, 2)], torch.device("cpu")
+    check(p, offsets=Offsets.of(starts, cpu), image=random(p, 1, 2, 12, 20, 3)[:, :, 2:11, 5:17])
+    p = replace(p, K=1)
+    check(p, offsets=Offsets.of(starts[:1], cpu), image=random(p, 1, 2, 12, 20, 5)[:, :, :, :, 1:4])
 
 
 # ---- what is fused --------------------------------------------------------------------------------------------------
@@ -269,7 +274,7 @@ def test_what_is_fused_errs_at_most_twice_as_much_as_torch(shape, what):
     if "prologue" in what:
         prologue = Prologue(poisoned(torch.randn(p.K, p.C)), poisoned(torch.randn(p.K, p.C)), relu=len(what) > 1)
     y = empty(p, *shape)
-    band.fprop(x, weight, y, p, config, e, prologue)
+    band.fprop(p, config, x, weight, y, e, prologue)
     wanted, value = fused_reference(p, x, weight, e, prologue, torch.float64)
     torchs, rounded = fused_reference(p, x, weight, e, prologue, dtype_of(p))
     assert untouched(y)
@@ -298,8 +303,8 @@ def test_a_diverged_member_changes_no_bit_of_another(p):
     results = []
     for _ in range(2):
         y, dx = empty(p, *dy.shape), empty(p, *x.shape)
-        band.fprop(x, weight, y, p, forward)
-        band.dgrad(dy, weight, dx, p.of("dgrad"), backward)
+        band.fprop(p, forward, x, weight, y)
+        band.dgrad(p.of("dgrad"), backward, dy, weight, dx)
         results.append([t[::2].clone() for t in (y, dx, gradient_of(p, dy, x, weights))])
         for t in (x, dy, weight):
             t[1] = NAN
@@ -311,10 +316,10 @@ def test_an_image_of_nan_changes_no_bit_of_the_next():
     p = PROBLEMS["rows of whole vectors"]
     x, weight, y = random(p, 2, 3, 6, 8, 4), random(p, 2, 4, 3, 3, 4), empty(p, 2, 3, 6, 8, 4)
     config = small(p)
-    band.fprop(x, weight, y, p, config)
+    band.fprop(p, config, x, weight, y)
     clean = y[:, ::2].clone()
     x[:, 1] = NAN
-    band.fprop(x, weight, y, p, config)
+    band.fprop(p, config, x, weight, y)
     assert torch.equal(y[:, ::2], clean)
 
 
@@ -348,13 +353,13 @@ LAYERS = {  # of ResNet50 in 16 and 8 parts and CIFAR ResNet32 in 4
 def test_candidates_are_legal_few_and_fit_the_oldest_gpu(p, kind):
     p = p.of(kind)
     if kind == "dgrad" and p.layout == "crops":
-        assert band.why_not(p, Config("band", (64, 2, 8), 64, 64)) == "overlapping crops would write the same pixels"
+        assert band.fits(p, Config("band", (64, 2, 8), 64, 64)) == "overlapping crops would write the same pixels"
         return
     found = band.configs(p)
     useful = 2 * p.K * p.N * p.O * p.C * p.taps * p.out_size[0] * p.out_size[1]
     assert 1 <= len(found) <= 12 and len(set(found)) == len(found)
     for config in found:
-        assert band.why_not(p, config) is None
+        assert band.fits(p, config) is None
         assert band.shared_bytes(p, config) <= device.KNOWN[80].shared_bytes
         assert 0 < useful * 0.9 <= band.executed_flops(p, config)
         assert 0 < band.programs(p, config) < 2**31 and band.l2_bytes(p, config) > 0
@@ -390,7 +395,7 @@ BASE = Config("band", (64, 2, 4), 32, 16)
     ],
 )
 def test_what_is_not_legal_is_refused_with_its_reason(change, config, reason):
-    assert reason in band.why_not(replace(problem(2, 64, 4, 4, 8, 8), **change), config)
+    assert reason in band.fits(replace(problem(2, 64, 4, 4, 8, 8), **change), config)
 
 
 def kind_of(value):
@@ -407,12 +412,12 @@ def test_specialisations_are_what_a_launch_compiles(kind):
     x, dy, weight = random(p, 2, 3, 6, 8, 4), random(p, 2, 3, 6, 8, 4), random(p, 2, 4, 3, 3, 4)
     with recording() as launches:
         if kind == "fprop":
-            band.fprop(x, weight, dy, p, config, Epilogue(relu=True))
+            band.fprop(p, config, x, weight, dy, Epilogue(relu=True))
         elif kind == "dgrad":
-            band.dgrad(dy, weight, x, p, config)
+            band.dgrad(p, config, dy, weight, x)
         else:
-            band.wgrad(dy, x, torch.zeros(1 if config.atomic else config.splits, *weight.shape), p, config)
-    found = band.specialisations(p, config, relu=True)
+            band.wgrad(p, config, dy, x, torch.zeros(1 if config.atomic else config.splits, *weight.shape))
+    found = form_of_bands.specialisations(p, config, relu=True)
     assert [(one.kernel, one.grid, one.warps, one.stages) for one in launches] == [
         (one.kernel, one.grid, one.warps, one.stages) for one in found
     ]

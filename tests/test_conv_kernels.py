@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import by_config
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,7 +10,7 @@ import torch.nn.functional as F
 from decompk.kernels import conv, device
 from decompk.kernels.launch import recording
 from decompk.kernels.layout import strides_of
-from decompk.kernels.problem import Config, Epilogue, Problem, Prologue
+from decompk.kernels.problem import Config, Epilogue, Offsets, Problem, Prologue
 
 H100 = device.KNOWN[90]
 NAN = float("nan")
@@ -104,7 +105,7 @@ def test_each_pass_is_as_right_as_torchs_own_and_reads_and_writes_nothing_else(
 ):
     p, dtype = problem, getattr(torch, problem.dtype)
     config = Config(form, tile, block_in, block_out, splits=splits)
-    assert conv.why_not(p, replace(config, splits=1), H100) is None
+    assert by_config.why_not(p, replace(config, splits=1), H100) is None
     inputs, outputs = (p.K, p.N, p.C, p.H, p.W), (p.K, p.N, p.O, *p.out_size)
     x, dy = poisoned(p.layout, inputs, dtype), poisoned(p.layout, outputs, dtype)
     y, dx = poisoned(p.layout, outputs, dtype, NAN), poisoned(p.layout, inputs, dtype, NAN)
@@ -112,9 +113,9 @@ def test_each_pass_is_as_right_as_torchs_own_and_reads_and_writes_nothing_else(
     dw = torch.full_like(weight, NAN)
     around = [surroundings(t) for t in (y, dx)]
 
-    conv.fprop(p, replace(config, splits=1), channels_last(x), weight, channels_last(y))
-    conv.dgrad(p.of("dgrad"), replace(config, splits=1), channels_last(dy), weight, channels_last(dx))
-    conv.wgrad(p.of("wgrad"), config, channels_last(dy), channels_last(x), dw)
+    by_config.fprop(p, replace(config, splits=1), channels_last(x), weight, channels_last(y))
+    by_config.dgrad(p.of("dgrad"), replace(config, splits=1), channels_last(dy), weight, channels_last(dx))
+    by_config.wgrad(p.of("wgrad"), config, channels_last(dy), channels_last(x), dw)
 
     oihw = weight.movedim(-1, 2)
     wanted = reference(x, oihw, dy, p, torch.float64)
@@ -162,7 +163,7 @@ def test_every_flag_of_prologue_and_epilogue(form, stride):
         with_bias, moments, affine, with_residual, relu, prologue, in_relu = flags
         residual = poisoned("member", shape, torch.float32)
         y = poisoned("member", shape, torch.float32, NAN)
-        pieces = torch.full((2, conv.moments_pieces(p, config), 3, 24), NAN) if moments else None
+        pieces = torch.full((2, by_config.moments_pieces(p, config), 3, 24), NAN) if moments else None
         epilogue = Epilogue(
             bias if with_bias else None,
             *((scale, shift) if affine else (None, None)),
@@ -171,7 +172,7 @@ def test_every_flag_of_prologue_and_epilogue(form, stride):
             pieces,
         )
         before = Prologue(in_scale, in_shift, in_relu) if prologue else None
-        conv.fprop(p, config, channels_last(x), weight, channels_last(y), epilogue, before)
+        by_config.fprop(p, config, channels_last(x), weight, channels_last(y), epilogue, before)
         wanted, mean, var = compute(torch.float64, *flags)
         assert_right(y, wanted, compute(torch.float32, *flags)[0], f"y with {flags}")
         if moments:
@@ -193,8 +194,8 @@ def test_crops_are_read_from_the_shared_image_and_nothing_around_them_is(stride)
         image[:, top : top + 6, left : left + 7] = torch.randn(2, 6, 7, 3)
         # The other members read poison; only member k's result is looked at.
         weight, y = torch.randn(3, 5, 3, 3, 3) / 5, torch.full((3, 2, *p.out_size, 5), NAN)
-        offsets = torch.tensor(corners, dtype=torch.int32)
-        conv.fprop(p, config, image[None], weight, y, offsets=offsets)
+        offsets = Offsets.of(corners, torch.device("cpu"))
+        by_config.fprop(p, config, image[None], weight, y, offsets=offsets)
         crop = image[:, top : top + 6, left : left + 7].permute(0, 3, 1, 2)
         w = weight[k].movedim(-1, 1)
         wanted, own = (F.conv2d(crop.to(t), w.to(t), None, stride, 1) for t in (torch.float64, torch.float32))
@@ -209,10 +210,10 @@ def test_atomic_and_two_pass_weight_gradients_agree_and_two_passes_repeat_bit_fo
         results = []
         for c in (config, config, replace(config, atomic=True)):
             results.append(torch.full((2, 16, 2, 2, 16), NAN))
-            conv.wgrad(p, c, dy, x, results[-1])
+            by_config.wgrad(p, c, dy, x, results[-1])
         assert torch.equal(results[0], results[1])
         torch.testing.assert_close(results[0], results[2])
-        assert conv.why_not(replace(p, deterministic=True), replace(config, atomic=True), H100)
+        assert by_config.why_not(replace(p, deterministic=True), replace(config, atomic=True), H100)
 
 
 def test_three_products_share_no_dy_of_merged_rows_beside_an_x_of_plain_ones():
@@ -220,7 +221,7 @@ def test_three_products_share_no_dy_of_merged_rows_beside_an_x_of_plain_ones():
     dy, x, dw = torch.empty(1, 4, 4, 4, 64), torch.empty(1, 4, 4, 4, 64), torch.empty(1, 1, 64, 3, 3, 64)
     for block_in, merged in ((64, True), (32, False)):
         with recording() as launches:
-            conv.wgrad(p, Config("tile", (4, 4, 4), block_in, 64), dy.bfloat16(), x.bfloat16(), dw)
+            by_config.wgrad(p, Config("tile", (4, 4, 4), block_in, 64), dy.bfloat16(), x.bfloat16(), dw)
         flags = launches[0].arguments
         assert (flags["MERGED"], flags["MERGED_OUT"]) == (merged, merged)
 
@@ -229,12 +230,12 @@ def test_illegal_configs_are_named():
     a100, b200 = device.KNOWN[80], device.KNOWN[100]
     p = Problem("fprop", "bfloat16", 2, 8, 64, 64, 14, 14, (3, 3), (1, 1), (1, 1))
     good = Config("tile", (1, 8, 16), 64, 64)
-    assert conv.why_not(p, good, H100) is conv.why_not(p, replace(good, tile=(1, 4, 16), warps=8), a100) is None
-    assert "a thread spill" in conv.why_not(p, good, a100) and "a thread spill" in conv.why_not(p, good, b200)
-    assert "registers" in conv.why_not(p, replace(good, tile=(2, 8, 16)), H100)
-    assert "copy engine" in conv.why_not(replace(p, dtype="tf32"), replace(good, tile=(1, 4, 16)), a100)
+    assert by_config.why_not(p, good, H100) is None
+    assert by_config.why_not(p, replace(good, tile=(1, 4, 16), warps=8), a100) is None
+    assert "a thread spill" in by_config.why_not(p, good, a100) and "a thread spill" in by_config.why_not(p, good, b200)
+    assert "registers" in by_config.why_not(p, replace(good, tile=(2, 8, 16)), H100)
+    assert "copy engine" in by_config.why_not(replace(p, dtype="tf32"), replace(good, tile=(1, 4, 16)), a100)
     for problem, config, word in (
-        (p, replace(good, form="ring"), "form"),
         (p, replace(good, tile=(1, 7, 16)), "powers of two"),
         (p, replace(good, splits=2), "wgrad"),
         (p, replace(good, atomic=True), "wgrad"),
@@ -249,5 +250,6 @@ def test_illegal_configs_are_named():
         (replace(p, N=2**26, H=32, W=32), replace(good, form="pointer"), "pixels"),
         (replace(p, kind="dgrad", layout="crops"), replace(good, form="pointer"), "overlapping"),
     ):
-        reason = conv.why_not(problem, config, H100)
+        reason = by_config.why_not(problem, config, H100)
         assert reason and word in reason, (reason, word)
+    assert "no config of the tile form" in conv.named("tile").why_not(p, replace(good, form="pointer"), H100)

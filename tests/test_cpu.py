@@ -11,18 +11,22 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import by_form
+from helpers import asked_by_operators, by_form
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import decompk
 from decompk import ops
 from decompk.errors import BackendError
+from decompk.kernels import cache as kept
 from decompk.kernels import choose as dispatch
-from decompk.kernels import cpu, library
+from decompk.kernels import conv, cpu
 from decompk.kernels import measure as measured
-from decompk.kernels.problem import PASSES, Problem
-from decompk.ops import on_cpu
+from decompk.kernels.device import KNOWN
+from decompk.kernels.problem import PASSES, Problem, key_of
+from decompk.ops.norm import batch_norm_rows
+
+FORMS = [form.name for form in conv.FORMS if form.backend == "cpu"]
 
 if reason := cpu.why_not():
     pytest.skip(f"no C++ kernels: {reason}", allow_module_level=True)
@@ -58,8 +62,8 @@ def every_case():
     for name, shape in SHAPES.items():
         for kind in PASSES:
             problem = Problem(kind, "float32", *shape)
-            for form in cpu.FORMS:
-                if cpu.why_not_conv(problem, form) is None:
+            for form in FORMS:
+                if conv.named(form).why_not(problem, None, KNOWN[90]) is None:
                     yield pytest.param(problem, form, id=f"{name}-{kind}-{form}")
 
 
@@ -83,9 +87,9 @@ def test_a_convolution_is_as_exact_as_torchs(problem, form):
 def test_a_bias_is_added_and_strided_tensors_are_taken():
     x = torch.randn(3, 2, 20, 7, 6)[:, :, ::2][:, :, :8]  # no stride as the kernels need them
     weight, bias = torch.randn(3, 8, 8, 3, 3), torch.randn(8, 3).mT
-    for form in cpu.FORMS:
-        found = library.forward(form, x, weight, bias, (1, 1), (1, 1), (1, 1))
-        expected = library.forward("loop", x, weight, bias, (1, 1), (1, 1), (1, 1))
+    p = Problem("fprop", "float32", 3, 2, 8, 8, 7, 6, (3, 3), (1, 1), (1, 1))
+    for form in FORMS:
+        found, expected = (by_form(name, p, x, weight, None, bias) for name in (form, "loop"))
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
@@ -110,7 +114,7 @@ def test_batch_norm_with_what_follows_is_right(training, relu, added, channels, 
             more = None if not added else leaves[3].unflatten(0, (K, N))
             y = ops.batch_norm(x5, *leaves[1:3], mean, var, *options[:3], more, relu).flatten(0, 1)
         else:
-            y = on_cpu.batch_norm(leaves[0], *leaves[1:3], mean, var, K, *options)
+            y = batch_norm_rows(leaves[0], *leaves[1:3], mean, var, K, *options)
         return [y.detach(), *torch.autograd.grad(y, leaves, dy.to(dtype)), mean, var]
 
     for found, reference in zip(run(torch.float32), run(torch.float64), strict=True):
@@ -119,7 +123,7 @@ def test_batch_norm_with_what_follows_is_right(training, relu, added, channels, 
 
 def test_large_means_do_not_cancel():
     x = (torch.randn(2 * 8, 16, 30, 30) + 3000).contiguous(memory_format=torch.channels_last)
-    y = on_cpu.batch_norm(x, None, None, None, None, 2, True, 0.1, 1e-5)
+    y = batch_norm_rows(x, None, None, None, None, 2, True, 0.1, 1e-5)
     reference, torchs = (F.batch_norm(t, None, None, training=True) for t in (x[:8].double(), x[:8]))
     assert distance(y[:8], reference) <= 2 * distance(torchs, reference) + 1e-6
 
@@ -146,21 +150,23 @@ def test_a_packed_network_reaches_them_and_equals_its_members(monkeypatch):
     members = [Net() for _ in range(3)]
     x, y = torch.randn(3, 4, 3, 12, 10), torch.randint(5, (4,))
     reference = trained(decompk.pack(copy.deepcopy(members)).double(), x.double(), y)
-    called = []
-    for name in ("forward", "backward", "batch_norm", "batch_norm_backward"):
+    called, asked = [], asked_by_operators(monkeypatch)
+    for name in ("batch_norm", "batch_norm_backward"):
         function = getattr(cpu, name)
         monkeypatch.setattr(cpu, name, lambda *a, f=function, n=name: called.append(n) or f(*a))
     for make in (lambda net: net, decompk.fuse):
         called.clear()
+        asked.clear()
         for found, expected in zip(trained(make(decompk.pack(members)), x, y), reference, strict=True):
             torch.testing.assert_close(found.double(), expected.double(), rtol=1e-4, atol=1e-5)
-        assert [called.count(n) for n in ("forward", "backward", "batch_norm", "batch_norm_backward")] == [3, 3, 2, 2]
+        assert [called.count(n) for n in ("batch_norm", "batch_norm_backward")] == [2, 2]
+        assert {choice.backend for _, choice in asked} == {"cpu"}
+        assert [sum(one.kind == kind for one, _ in asked) for kind in PASSES] == [3, 2, 3]
 
 
 @pytest.mark.parametrize("name", ["torch", "loop"])
 def test_other_backends_do_not_reach_them(name, monkeypatch):
-    monkeypatch.setattr(cpu, "forward", None)
-    monkeypatch.setattr(cpu, "batch_norm", None)
+    monkeypatch.setattr(cpu, "library", None)
     with decompk.backend(name):
         trained(decompk.pack([Net(), Net()]), torch.randn(4, 3, 8, 8), torch.randint(5, (4,)))
 
@@ -274,12 +280,12 @@ def choose():
 
 def test_a_choice_is_measured_once_kept_and_read_again(cache, monkeypatch):
     first = choose()
-    known = json.loads(measured.path().read_text())[dispatch.key_of(LAYER)]
+    known = json.loads(measured.path().read_text())[key_of(LAYER)]
     assert set(known) == {"direct", "winograd", "loop", "grouped"} and all(ms > 0 for ms in known.values())
     assert measured.path().parent == cache and first.reason.startswith("measured here")
     monkeypatch.setattr(measured, "time_each", None)  # would raise
     again = choose()
-    assert again.form == first.form and again.ms == pytest.approx(first.ms, rel=0.01)
+    assert again.form is first.form and again.ms == pytest.approx(first.ms, rel=0.01)
     measured.path().unlink()
     with pytest.raises(TypeError):
         choose()
@@ -287,19 +293,19 @@ def test_a_choice_is_measured_once_kept_and_read_again(cache, monkeypatch):
 
 def test_the_fastest_wins_and_torchs_by_a_margin(cache):
     def told(**ms):
-        measured.path().write_text(json.dumps({dispatch.key_of(LAYER): ms}))
+        measured.path().write_text(json.dumps({key_of(LAYER): ms}))
         os.utime(measured.path(), ns=(told.time, told.time))
         told.time += 10**9
         return choose()
 
     told.time = 10**18
-    assert told(direct=2.0, winograd=1.0, loop=0.98, grouped=3.0).form == "winograd"
-    assert told(direct=0.7, winograd=1.0, loop=0.98, grouped=3.0).form == "direct"
+    assert told(direct=2.0, winograd=1.0, loop=0.98, grouped=3.0).form.name == "winograd"
+    assert told(direct=0.7, winograd=1.0, loop=0.98, grouped=3.0).form.name == "direct"
     found = told(direct=2.0, winograd=1.0, loop=0.98, grouped=0.5)
-    assert (found.backend, found.form, found.ms) == ("torch", "grouped", 0.5)
+    assert (found.backend, found.form.name, found.ms) == ("torch", "grouped", 0.5)
 
 
-KEY = dispatch.key_of(LAYER)
+KEY = key_of(LAYER)
 TIMES = [math.nan, math.inf, -1.0, 0, True, [1], 10**400]
 DAMAGED = [
     *("", "{", "[1]", "null", "5", '"x"', "NaN", "[" * 200_000, "1" * 5000, b"\xff\xfe{}", b"\0" * 100, '{"x": {}}'),
@@ -310,7 +316,7 @@ DAMAGED = [
 
 @pytest.mark.parametrize("content", DAMAGED, ids=range(len(DAMAGED)))
 def test_a_damaged_table_is_measured_again(cache, monkeypatch, content):
-    monkeypatch.setattr(measured, "time_each", lambda problem, forms: dict.fromkeys(forms, 1.0))
+    monkeypatch.setattr(measured, "time_each", lambda problem, forms: {form.name: 1.0 for form in forms})
     measured.path().write_bytes(content if isinstance(content, bytes) else content.encode())
     assert choose().ms == 1.0
     assert set(json.loads(measured.path().read_text())[KEY]) == {"direct", "winograd", "loop", "grouped"}
@@ -323,19 +329,21 @@ def test_what_is_whole_in_a_damaged_table_stays(cache):
 
 
 def test_what_is_no_file_in_the_tables_place_is_no_table(cache, monkeypatch):
-    monkeypatch.setattr(measured, "time_each", lambda problem, forms: dict.fromkeys(forms, 1.0))
+    monkeypatch.setattr(measured, "time_each", lambda problem, forms: {form.name: 1.0 for form in forms})
     for make in (os.mkdir, os.mkfifo, lambda path: os.symlink("nowhere", path), lambda path: os.symlink(path, path)):
         make(measured.path())
         assert choose().ms == 1.0 and KEY in json.loads(measured.path().read_text())
         measured.path().unlink()
-    monkeypatch.setattr(decompk.cache, "LARGEST", 10**4)
+    monkeypatch.setattr(kept, "LARGEST", 10**4)
     measured.path().write_text(json.dumps({KEY: {"direct": 2.0}}) + " " * 10**4)
     assert choose().ms == 1.0 and measured.path().stat().st_size < 10**4
 
 
 def test_where_nothing_can_be_kept_the_process_measures_once(cache, monkeypatch):
     asked = []
-    monkeypatch.setattr(measured, "time_each", lambda problem, forms: asked.append(1) or dict.fromkeys(forms, 1.0))
+    monkeypatch.setattr(
+        measured, "time_each", lambda problem, forms: asked.append(1) or {form.name: 1.0 for form in forms}
+    )
     (cache / "a file").touch()
     monkeypatch.setenv("DECOMPK_CACHE", str(cache / "a file"))
     assert choose() == choose() and len(asked) == 1
@@ -355,7 +363,7 @@ def test_threads_that_write_at_once_lose_nothing(cache):
 
 def test_nothing_is_measured_where_it_may_not_be(cache, monkeypatch):
     monkeypatch.setenv("DECOMPK_MEASURE", "0")
-    assert choose().form == "direct" and not list(cache.iterdir())
+    assert choose().form.name == "direct" and not list(cache.iterdir())
     monkeypatch.setenv("DECOMPK_MEASURE", "1")
     assert dispatch.choose(LAYER, torch.device("cpu"), measure=False).reason == "not measured"
     assert not list(cache.iterdir())

@@ -6,10 +6,12 @@ import math
 import sys
 import threading
 from contextlib import ExitStack
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
+from helpers import asked_by_operators
 
 sys.path[:0] = [str(Path(__file__).parents[1] / "tools")]
 
@@ -20,12 +22,15 @@ import decompk
 from decompk import losses, ops
 from decompk.errors import BackendError
 from decompk.kernels import choose as dispatch
-from decompk.kernels import conv, extension, library
+from decompk.kernels import conv, extension, tables
 from decompk.kernels import device as devices
+from decompk.kernels.backend import backend
+from decompk.kernels.conv.form import Choice
+from decompk.kernels.conv.halo import Halo
 from decompk.kernels.device import interpreted
 from decompk.kernels.launch import launch, recording
 from decompk.kernels.layout import aligned, nhwc, ohwi
-from decompk.kernels.problem import Config
+from decompk.kernels.problem import Config, key_of
 
 needs_interpreter = pytest.mark.skipif(not interpreted(), reason="runs kernels on the CPU")
 BATCH = 2
@@ -33,16 +38,8 @@ BATCH = 2
 
 @pytest.fixture
 def asked(monkeypatch):
-    """(Problem, Choice) of everything that dispatch is asked for."""
-    found, choose = [], dispatch.choose
-
-    def watched(one, device, *measure):
-        choice = choose(one, device, *measure)
-        found.append((one, choice))
-        return choice
-
-    monkeypatch.setattr(dispatch, "choose", watched)
-    return found
+    """(Problem, Choice) of every convolution that runs."""
+    return asked_by_operators(monkeypatch)
 
 
 # ---- keys -----------------------------------------------------------------------------------------------------------
@@ -51,7 +48,7 @@ def asked(monkeypatch):
 def _keys(case, first):
     """Of the passes of the first layer, on crops and on the image, or of all others."""
     every = (layer for layer in layers(case, "bfloat16", BATCH) if layer.first == first)
-    return {dispatch.key_of(one) for layer in every for one in layer.passes()}
+    return {key_of(one) for layer in every for one in layer.passes()}
 
 
 @needs_interpreter
@@ -64,17 +61,17 @@ def test_networks_ask_for_the_problems_that_tools_measure(case, asked):
     for fused in (False, True):
         packed = decompk.pack(d.subnets(seed=0), crops=d.crops, rehearse=False).train()
         asked.clear()
-        with dispatch.backend("triton"), recording(), torch.autocast("cpu", torch.bfloat16):
+        with backend("triton"), recording(), torch.autocast("cpu", torch.bfloat16):
             logits = (decompk.fuse(packed) if fused else packed)(image)
             losses.cross_entropy(logits.float(), torch.zeros(BATCH, dtype=torch.long)).backward()
-        keys = {dispatch.key_of(one) for one, _ in asked}
+        keys = {key_of(one) for one, _ in asked}
         assert len(keys & wanted[True]) == 2  # of the crops or of the image, fprop and wgrad
         assert keys - wanted[True] == wanted[False]
     pointwise = [one for one, _ in asked if one.taps == 1 and one.C % 8 == one.O % 8 == 0]
     assert pointwise or case.model == "vgg16"
     for one in pointwise:
-        configs = conv.tile.configs(one)
-        assert one.aligned and any(conv.why_not(one, c, devices.KNOWN[90]) is None for c in configs), one
+        tile = conv.named("tile")
+        assert one.aligned and any(tile.why_not(one, c, devices.KNOWN[90]) is None for c in tile.configs(one)), one
 
 
 @pytest.mark.parametrize("shape", [(4, 8, 16, 1, 1), (1, 8, 16, 1, 1), (4, 1, 16, 1, 1), (1, 1, 16, 3, 1)])
@@ -128,12 +125,7 @@ def small(*, groups=3):
 
 @needs_interpreter
 @pytest.mark.parametrize("name", ["torch", "triton", "loop"])
-def test_the_backend_reaches_the_backward_in_a_thread_of_autograds_own(name, asked, monkeypatch):
-    ran = []
-    for module, passes in ((conv, ("dgrad", "wgrad")), (library, ("backward",))):
-        for one in passes:
-            call = getattr(module, one)
-            monkeypatch.setattr(module, one, lambda *a, call=call, who=module.__name__: ran.append(who) or call(*a))
+def test_the_backend_reaches_the_backward_in_a_thread_of_autograds_own(name, asked):
     x, weight = small()
     with decompk.backend(name):
         y = ops.grouped_conv2d(x, weight, padding=1)
@@ -142,23 +134,22 @@ def test_the_backend_reaches_the_backward_in_a_thread_of_autograds_own(name, ask
     assert x.grad is not None and weight.grad is not None
     assert {one.kind for one, _ in asked} == {"dgrad", "wgrad"}
     assert {choice.backend for _, choice in asked} == {"triton" if name == "triton" else "torch"}
-    assert set(ran) == {conv.__name__ if name == "triton" else library.__name__}
     if name == "loop":
-        assert {choice.form for _, choice in asked} == {"loop"}
+        assert {choice.form.name for _, choice in asked} == {"loop"}
 
 
 @pytest.mark.parametrize("name", ["cuda", "emulation"])
 def test_the_extension_is_asked_for_in_a_thread_of_autograds_own(name, asked, monkeypatch):
     monkeypatch.setattr(extension, "why_not", lambda *a: None)
-    for one in ("fprop", "dgrad"):
-        monkeypatch.setattr(conv, one, lambda problem, config, *a: None)
+    for one, written in (("fprop", 4), ("dgrad", 4)):
+        monkeypatch.setattr(Halo, one, lambda *a, written=written: a[written + 1])
     x = torch.randn(2, 3, 8, 8, 16, dtype=torch.bfloat16).movedim(-1, 2).requires_grad_()
     weight = torch.randn(2, 16, 16, 3, 3, dtype=torch.bfloat16)
     with decompk.backend(name):
         y = ops.grouped_conv2d(x, weight, padding=1)
     asked.clear()
     in_a_thread_of_autograds(lambda: y.backward(torch.ones_like(y)))
-    assert [(one.kind, choice.backend, choice.form) for one, choice in asked] == [("dgrad", name, "halo")]
+    assert [(one.kind, choice.backend, choice.form.name) for one, choice in asked] == [("dgrad", name, "halo")]
 
 
 @needs_interpreter
@@ -252,67 +243,70 @@ def test_compiled_code_is_compiled_for_each_backend(fused, asked):
 
 
 def test_unknown_forms_and_backends_raise():
-    x, weight = torch.randn(2, 3, 4, 5, 5), torch.randn(2, 4, 4, 3, 3)
-    geometry = (1, 1), (1, 1), (1, 1)
-    one = problem("fprop", "float32", (2, 3, 4, 4, 5, 5), (3, 3), padding=(1, 1))
-    trial = Trial(one, "cpu")
     halo = Config("halo", (1, 8, 16), 8, 8, 4, 2)
+
+    def kept(backend, form, config):
+        return {"backend": backend, "form": form, "config": config and asdict(config), "ms": 1.0}
+
     for wrong in (
-        lambda: library.forward("nonsense", x, weight, None, *geometry),
-        lambda: library.backward("nonsense", x, x, weight, *geometry, (True, True)),
-        lambda: dispatch.Choice("nonsense", "loop", None, math.nan, ""),
-        lambda: dispatch.Choice("torch", "nonsense", None, math.nan, ""),
-        lambda: dispatch.Choice("torch", "halo", halo, math.nan, ""),
-        lambda: dispatch.Choice("triton", "halo", halo, math.nan, ""),
-        lambda: dispatch.Choice("triton", "tile", None, math.nan, ""),
-        lambda: conv.fprop(one, Config("nonsense", (1, 8, 16), 8, 8), *trial.views[:1], weight, trial.views[1]),
-        lambda: trial.by_library("halo"),
+        lambda: conv.named("nonsense"),
+        lambda: conv.named("halo", "triton"),
+        lambda: conv.named("loop", "nonsense"),
+        lambda: tables.choice_of(kept("nonsense", "loop", None)),
+        lambda: tables.choice_of(kept("torch", "nonsense", None)),
+        lambda: tables.choice_of(kept("torch", "halo", halo)),
+        lambda: tables.choice_of(kept("triton", "halo", halo)),
+        lambda: tables.choice_of(kept("triton", "tile", None)),
+        lambda: tables.choice_of(kept("triton", "tile", halo)),
+        lambda: tables.choice_of(kept("torch", "loop", halo)),
     ):
         with pytest.raises(BackendError):
             wrong()
+    assert tables.choice_of(kept("cuda", "halo", halo)).config == halo
 
 
 def test_a_halo_choice_without_the_extension_is_not_timed_as_torchs(monkeypatch):
     monkeypatch.setattr(extension, "library", lambda kind: Path("/nowhere") / kind)
     monkeypatch.setattr(extension, "load", extension.load.__wrapped__)
     trial = Trial(problem("fprop", "bfloat16", (2, 3, 8, 8, 9, 9), (3, 3), padding=(1, 1)), "cpu")
-    config = conv.halo.configs(trial.asked)[0]
+    halo = conv.named("halo")
+    config = halo.configs(trial.asked)[0]
     with pytest.raises(BackendError, match="not built"):
-        trial.by_choice(dispatch.Choice("cuda", "halo", config, math.nan, ""))
+        trial.by_choice(Choice(halo, config, math.nan, ""))
 
 
 def test_a_table_serves_no_extension_that_is_not_built(monkeypatch, tmp_path):
     here = devices.KNOWN[90]
     one = problem("fprop", "bfloat16", (2, 8, 16, 16, 18, 18), (3, 3), padding=(1, 1))
-    config = conv.halo.configs(one)[0]
-    choice = dispatch.Choice("cuda", "halo", config, 0.1, "")
-    entries = {dispatch.key_of(one): dispatch.entry_of(choice)}
-    nonsense = {**dispatch.entry_of(dispatch.Choice("torch", "matmul", None, 0.1, ""))}
-    entries[dispatch.key_of(one.of("dgrad"))] = nonsense  # no product computes 3×3
-    monkeypatch.setattr(dispatch, "TABLES", tmp_path)
-    dispatch.table_path(here).write_text(json.dumps({"entries": entries}))
+    config = conv.named("halo").configs(one)[0]
+    choice = Choice(conv.named("halo"), config, 0.1, "")
+    entries = {key_of(one): tables.entry_of(choice)}
+    nonsense = {**tables.entry_of(Choice(conv.named("matmul"), None, 0.1, ""))}
+    entries[key_of(one.of("dgrad"))] = nonsense  # no product computes 3×3
+    monkeypatch.setattr(tables, "TABLES", tmp_path)
+    tables.table_path(here).write_text(json.dumps({"entries": entries}))
     with ExitStack() as stack:
-        stack.callback(dispatch.table.cache_clear)
-        dispatch.table.cache_clear()
+        stack.callback(tables.table.cache_clear)
+        tables.table.cache_clear()
         monkeypatch.setattr(extension, "why_not", lambda *a: "the extension is not built")
-        assert dispatch.lookup(one, here) is None and dispatch.lookup(one.of("dgrad"), here) is None
+        assert tables.lookup(one, here) is None and tables.lookup(one.of("dgrad"), here) is None
         monkeypatch.setattr(extension, "why_not", lambda *a: None)
-        assert dispatch.lookup(one, here).config == config
+        assert tables.lookup(one, here).config == config
 
 
 def test_a_damaged_table_is_none(monkeypatch, tmp_path):
     here, one = devices.KNOWN[90], problem("fprop", "bfloat16", (2, 8, 16, 16, 18, 18), (3, 3), padding=(1, 1))
-    entry = dispatch.entry_of(next(c for c in dispatch.candidates(one, here) if c.config))
+    entry = tables.entry_of(next(c for c in dispatch.candidates(one, here) if c.config))
     texts = [b"", b"{", b"null", b"5", b"[]", b'{"entries": 5}', b'{"entries": null}', b"\xff", b"[" * 200_000]
     for bad in (None, 5, "x", [], {}, {**entry, "backend": "x"}, {**entry, "config": 5}, {**entry, "config": {"a": 1}}):
-        texts.append(json.dumps({"entries": {dispatch.key_of(one): bad}}).encode())
-    monkeypatch.setattr(dispatch, "TABLES", tmp_path)
-    monkeypatch.setattr(dispatch, "table", dispatch.table.__wrapped__)
+        texts.append(json.dumps({"entries": {key_of(one): bad}}).encode())
+    monkeypatch.setattr(tables, "TABLES", tmp_path)
+    monkeypatch.setattr(tables, "table", tables.table.__wrapped__)
     for text in texts:
-        dispatch.table_path(here).write_bytes(text)
-        assert dispatch.lookup(one, here) is None
-    dispatch.table_path(here).write_text(json.dumps({"entries": {dispatch.key_of(one): entry}}))
-    assert dispatch.lookup(one, here) is not None
+        tables.table_path(here).write_bytes(text)
+        assert tables.lookup(one, here) is None
+    tables.table_path(here).write_text(json.dumps({"entries": {key_of(one): entry}}))
+    assert tables.lookup(one, here) is not None
 
 
 # ---- grids ----------------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 import itertools
 from dataclasses import replace
 
+import by_config
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,13 +14,14 @@ import decompk
 from decompk import ops
 from decompk.kernels import conv, cpu
 from decompk.kernels import device as devices
-from decompk.kernels.conv import band, pointer, tile
+from decompk.kernels.device import KNOWN
 from decompk.kernels.problem import PASSES, Problem
-from decompk.ops import on_cpu
+from decompk.ops.norm import batch_norm_rows
 
 NAN, INF = float("nan"), float("inf")
 BAD = [NAN, INF, -INF]
 
+FORMS = [form.name for form in conv.FORMS if form.backend == "cpu"]
 needs_cpu = pytest.mark.skipif(cpu.why_not() is not None, reason=f"no C++ kernels: {cpu.why_not()}")
 needs_interpreter = pytest.mark.skipif(not devices.interpreted(), reason="runs in Triton's interpreter")
 
@@ -94,8 +96,8 @@ def read_by(kind):
 
 def on_cpu_kernels():
     """(form, problem) of every pass that the C++ kernels compute of `PROBLEMS`."""
-    for (name, p), kind, form in itertools.product(PROBLEMS.items(), PASSES, cpu.FORMS):
-        if cpu.why_not_conv(p.of(kind), form) in (None, cpu.why_not()):
+    for (name, p), kind, form in itertools.product(PROBLEMS.items(), PASSES, FORMS):
+        if conv.named(form).why_not(p.of(kind), None, KNOWN[90]) is None:
             yield pytest.param(form, p.of(kind), id=f"{kind}-{form}-{name}")
 
 
@@ -129,20 +131,20 @@ def smallest(form, p):
 
 @needs_interpreter
 @pytest.mark.parametrize("name", ["3×3", "strided"])
-@pytest.mark.parametrize("form", [tile, pointer, band], ids=lambda form: form.__name__.rpartition(".")[2])
+@pytest.mark.parametrize("form", map(conv.named, ("tile", "pointer", "band")), ids=lambda form: form.name)
 @pytest.mark.parametrize("kind", PASSES)
 def test_tritons_convolutions_lose_no_nan_and_show_none_to_another_member(kind, form, name):
     """To more elements than torch's they may give it: they multiply the zeros of padding and of a band, too."""
     p = PROBLEMS[name].of(kind)
     config = smallest(form, p)
-    if config is None or (reason := form.why_not(p, config)):
+    if config is None or (reason := form.fits(p, config)):
         pytest.skip("no candidates" if config is None else reason)
 
     def run(x, weight, dy):
         x, weight, dy = (t.movedim(2, -1).contiguous() for t in (x, weight, dy))
         out = torch.full_like({"fprop": dy, "dgrad": x, "wgrad": weight}[kind], NAN)
         read = {"fprop": (x, weight), "dgrad": (dy, weight), "wgrad": (dy, x)}[kind]
-        getattr(conv, kind)(p, config, *read, out)
+        getattr(by_config, kind)(p, config, *read, out)
         return out.movedim(-1, 2)
 
     tensors = operands(p)
@@ -154,7 +156,7 @@ def test_tritons_convolutions_lose_no_nan_and_show_none_to_another_member(kind, 
         assert not (found[1].isfinite() & ~wanted[1].isfinite()).any(), f"{value} at the {where} is lost"
         both = found.isfinite()
         torch.testing.assert_close(found[both], wanted[both], rtol=1e-4, atol=1e-4)
-        if form is not band and kind != "wgrad" and victim != 1:  # one pixel meets its own taps alone
+        if form.name != "band" and kind != "wgrad" and victim != 1:  # one pixel meets its own taps alone
             torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4, equal_nan=True)
 
 
@@ -184,7 +186,7 @@ def norm_by(normalise, inputs, training, added, relu, momentum=0.1, eps=1e-5):
 
 def by_cpu(t, K, training, momentum, eps, residual, relu):
     vectors = t["weight"], t["bias"], t["mean"], t["var"]
-    return on_cpu.batch_norm(t["x"], *vectors, K, training, momentum, eps, residual, relu)
+    return batch_norm_rows(t["x"], *vectors, K, training, momentum, eps, residual, relu)
 
 
 def by_triton(t, K, training, momentum, eps, residual, relu):
@@ -279,7 +281,7 @@ def test_batch_norms_are_as_exact_as_torchs_on_hard_numbers(normalise, training,
 
 @needs_cpu
 @pytest.mark.parametrize("values", ["far from zero", "members far apart", "tiniest", "hugest", "denormal"])
-@pytest.mark.parametrize("form", cpu.FORMS)
+@pytest.mark.parametrize("form", FORMS)
 def test_the_processors_convolutions_are_as_exact_as_torchs_on_hard_numbers(form, values):
     for kind in PASSES:
         p = problem(4, 4, 16, 8, 9, 8).of(kind)

@@ -120,7 +120,7 @@ def test_checks_find_what_is_wrong_and_each_has_a_name_of_its_own(monkeypatch):
     with plan.backend():
         chosen = [check for check in firsts if check.kind in ("wgrad", "operator", "batch norm")][::3]
         assert [check.run() for check in chosen] == [None] * len(chosen)
-        monkeypatch.setattr(timing.Trial, "by_kernel", lambda self, config: self.out)
+        monkeypatch.setattr(timing.Trial, "by_config", lambda self, config: self.call.empty())
         assert "wrong: norm inf" in next(check for check in firsts if check.kind == "fprop").run()
 
 
@@ -133,7 +133,7 @@ def test_kernels_are_compiled_for_a_gpu_that_is_not_there(tmp_path, monkeypatch)
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     one = problem("fprop", "bfloat16", (2, 3, 16, 16, 9, 8), (3, 3), padding=(1, 1))
     config = Checks(CPU).configs(one)[0][0]
-    launches = launches_of(lambda: timing.Trial(one, "meta").by_kernel(config))
+    launches = launches_of(lambda: timing.Trial(one, "meta").by_config(config))
     compiler = Compiler(90, processes=1)
     compiler.ask(launches)
     compiler.wait(launches, 60)

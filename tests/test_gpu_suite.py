@@ -30,10 +30,11 @@ import tune
 from journal import Journal, append, read
 from layers import problem
 
-from decompk.kernels import choose as dispatch
+from decompk.kernels import conv, tables
 from decompk.kernels import device as devices
+from decompk.kernels.conv.form import Choice
 from decompk.kernels.device import interpreted
-from decompk.kernels.problem import Config
+from decompk.kernels.problem import Config, key_of
 
 CPU = torch.device("cpu")
 needs_interpreter = pytest.mark.skipif(not interpreted(), reason="runs kernels on the CPU")
@@ -310,16 +311,16 @@ def test_an_archive_is_laid_where_dispatch_and_readers_look(tmp_path, monkeypatc
     one = problem("fprop", "bfloat16", (4, 128, 16, 16, 9, 9), (3, 3), padding=(1, 1))
     config = Config("tile", (2, 8, 8), 16, 16, warps=8, stages=2)
     table = tune.Table(tmp_path / "tuned.json", here)
-    table.keep(dispatch.key_of(one), dispatch.Choice("triton", "tile", config, 0.5, "timed"), refined=True)
-    monkeypatch.setattr(dispatch, "TABLES", tmp_path / "decompk" / "kernels" / "configs")
-    known = dispatch.table_path(here)
+    table.keep(key_of(one), Choice(conv.named("tile"), config, 0.5, "timed"), refined=True)
+    monkeypatch.setattr(tables, "TABLES", tmp_path / "decompk" / "kernels" / "configs")
+    known = tables.table_path(here)
     old = {"form": "loop", "backend": "torch", "config": None, "ms": 1.0}
     journal.write(known, tune.table_text({"device": "old"}, {"another": old}))
     written = gpu_results.install(archive_of(tmp_path, made_up()), tmp_path)
-    assert written[-1] == known and json.loads(known.read_text())["entries"].keys() == {"another", dispatch.key_of(one)}
-    dispatch.table.cache_clear()
-    assert dispatch.lookup(one, here).config == config
-    dispatch.table.cache_clear()
+    assert written[-1] == known and json.loads(known.read_text())["entries"].keys() == {"another", key_of(one)}
+    tables.table.cache_clear()
+    assert tables.lookup(one, here).config == config
+    tables.table.cache_clear()
     folder = tmp_path / "bench" / "results" / "nvidia-h100-80gb-hbm3"
     assert not any("trace" in line for line in read(folder / "gpu_suite.jsonl"))
     assert "NVIDIA H100" in (folder / "gpu_suite.md").read_text()

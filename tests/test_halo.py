@@ -20,11 +20,13 @@ import build_ext
 
 import decompk
 from decompk.errors import BackendError
+from decompk.kernels import conv, extension
 from decompk.kernels import device as devices
-from decompk.kernels import extension
-from decompk.kernels.conv import halo
+from decompk.kernels.conv.halo import blocks
 from decompk.kernels.layout import strides_of as layout_strides
 from decompk.kernels.problem import Config, Epilogue, Problem, Prologue
+
+halo = conv.named("halo")
 
 NAN = float("nan")
 BEFORE = 64  # values of poison at both ends of a storage
@@ -120,11 +122,11 @@ def problem(K, N, C, O, H, W, stride=1, padding=1, dtype="bfloat16"):
 
 def config_of(p, tile):
     """The Config of this tile, its warps counted."""
-    block_in, block_out = halo.blocks(p.C, p.O)
+    block_in, block_out = blocks(p.C, p.O)
     config = Config("halo", tile, block_in, block_out)
     parts = -(-(block_out if p.kind == "fprop" else block_in) // 32)
     config = replace(config, warps=config.pixels // 64 * parts, stages=2)
-    assert halo.why_not(p, config) is None
+    assert halo.fits(p, config) is None
     return config
 
 
@@ -163,7 +165,7 @@ def test_each_pass_is_as_right_as_torchs_own_and_reads_and_writes_nothing_else(p
     weight = weights(p).to(device)
     x, y = poisoned(layout, inputs, dtype, device=device), poisoned(layout, outputs, dtype, NAN, device=device)
     around = surroundings(y)
-    halo.fprop(x, weight, y, p, config_of(p, tile))
+    halo.fprop(p, config_of(p, tile), x, weight, y)
     assert_right(y, conv(x, weight, p, torch.float64), conv(x, weight, p, dtype), "y")
     assert torch.equal(around, surroundings(y)), "memory around y was written"
 
@@ -173,7 +175,7 @@ def test_each_pass_is_as_right_as_torchs_own_and_reads_and_writes_nothing_else(p
         tile = (32 // columns, 4, columns)  # of few pixels, so that 64 channels have 4 warps, too
         dy, dx = poisoned(layout, outputs, dtype, device=device), poisoned(layout, inputs, dtype, NAN, device=device)
         around = surroundings(dx)
-        halo.dgrad(dy, weight, dx, p, config_of(p, tile))
+        halo.dgrad(p, config_of(p, tile), dy, weight, dx)
         assert_right(dx, gradient(dy, weight, p, torch.float64), gradient(dy, weight, p, dtype), "dx")
         assert torch.equal(around, surroundings(dx)), "memory around dx was written"
 
@@ -185,7 +187,7 @@ def test_any_alignment_of_base_addresses_and_weights(shift):
     storage = torch.full((shift + 2 * 16 * 9 * 8,), NAN, dtype=torch.bfloat16)
     weight = storage[shift:].view(2, 16, 3, 3, 8).copy_(weights(p))
     around = surroundings(y)
-    halo.fprop(x, weight, y, p, config_of(p, (1, 8, 16)))
+    halo.fprop(p, config_of(p, (1, 8, 16)), x, weight, y)
     assert_right(y, conv(x, weight, p, torch.float64), conv(x, weight, p, torch.bfloat16), "y")
     assert torch.equal(around, surroundings(y))
 
@@ -224,7 +226,7 @@ def test_every_flag_of_prologue_and_epilogue(p, tile, layout, flags, device):
         pieces if "moments" in flags else None,
     )
     prologue = Prologue(in_scale, in_shift, "in_relu" in flags) if "prologue" in flags else None
-    halo.fprop(x, weight, y, p, config, epilogue, prologue)
+    halo.fprop(p, config, x, weight, y, epilogue, prologue)
     assert torch.equal(around, surroundings(y))
     x, y, residual, bias, pieces = (t.cpu() for t in (x, y, residual, bias, pieces))
     scale, shift, in_scale, in_shift = (t.cpu() for t in (scale, shift, in_scale, in_shift))
@@ -262,7 +264,7 @@ def test_moments_are_exact_far_from_zero_and_repeat_bit_for_bit():
     found = []
     for _ in range(2):
         y, moments = torch.empty(1, 2, 9, 9, 8).half(), torch.empty(1, halo.moments_pieces(p, config), 3, 8)
-        halo.fprop(x, weight, y, p, config, Epilogue(bias, moments=moments))
+        halo.fprop(p, config, x, weight, y, Epilogue(bias, moments=moments))
         found.append(moments)
     assert torch.equal(*found)
     count, means, m2 = found[0].double().unbind(2)
@@ -282,7 +284,7 @@ def test_a_nan_reaches_its_own_members_neighbourhood_and_nothing_else_and_relu_k
         for value in (1.0, NAN):
             x[1, 0, 3, 4, 5] = value
             y = poisoned(layout, (3, 2, 7, 9, 16), torch.bfloat16, 0.0)
-            halo.fprop(x, weight, y, p, config, Epilogue(relu=True), Prologue(scale, shift))
+            halo.fprop(p, config, x, weight, y, Epilogue(relu=True), Prologue(scale, shift))
             results.append(y)
         clean, spoiled = results
         reached = torch.zeros(3, 2, 7, 9, 16, dtype=torch.bool)
@@ -295,7 +297,7 @@ def test_every_input_byte_is_read_once_and_every_output_byte_written_once(emulat
     p = problem(2, 1, 16, 24, 8, 16)
     x, weight, y = torch.randn(2, 1, 8, 16, 16).bfloat16(), weights(p), torch.empty(2, 1, 8, 16, 24).bfloat16()
     counted(emulation)
-    halo.fprop(x, weight, y, p, config_of(p, (1, 8, 16)))
+    halo.fprop(p, config_of(p, (1, 8, 16)), x, weight, y)
     did = counted(emulation)
     assert did["bytes_read"] == (x.numel() + weight.numel()) * 2
     assert did["bytes_written"] == y.numel() * 2
@@ -306,9 +308,8 @@ def test_no_matrix_is_loaded_with_a_bank_conflict_and_products_are_those_of_the_
         p = problem(1, 1, c, c, 5, 6, stride)
         config = config_of(p, (16 // columns, 4, columns))
         counted(emulation)
-        halo.fprop(
-            torch.randn(1, 1, 5, 6, c).bfloat16(), weights(p), torch.empty(1, 1, *p.out_size, c).bfloat16(), p, config
-        )
+        x, y = torch.randn(1, 1, 5, 6, c).bfloat16(), torch.empty(1, 1, *p.out_size, c).bfloat16()
+        halo.fprop(p, config, x, weights(p), y)
         did = counted(emulation)
         assert did["matrices"] > 0
         assert did["bank_conflicts"] == 0, (c, stride, columns)
@@ -324,7 +325,7 @@ def test_offsets_beyond_2_to_the_31_values(which, dtype):
     far = torch.empty(2**31 + 2**10, dtype=dtype)  # of which only the used pages become real
     tensors[which] = far.as_strided((1, 2, 4, 4, 8), (2**31, 2**31, 32, 8, 1))
     x, y, weight = tensors["x"].normal_(), tensors["y"].fill_(NAN), weights(p)
-    halo.fprop(x, weight, y, p, config_of(p, (2, 8, 8)))
+    halo.fprop(p, config_of(p, (2, 8, 8)), x, weight, y)
     assert_right(y, conv(x, weight, p, torch.float64), conv(x, weight, p, dtype), "y")
 
 
@@ -335,10 +336,10 @@ def test_offsets_beyond_2_to_the_31_values(which, dtype):
 def test_an_access_past_the_end_of_a_tensor_is_trapped(faults, c):
     p = problem(1, 1, c, c, 4, 4)
     x, weight, y = torch.randn(1, 1, 4, 4, c).bfloat16(), weights(p), torch.empty(1, 1, 4, 4, c).bfloat16()
-    halo.fprop(x, weight, y, p, config_of(p, (2, 4, 8)))
+    halo.fprop(p, config_of(p, (2, 4, 8)), x, weight, y)
     faults(False, 2)  # every tensor is one value shorter than the parameters say
     with pytest.raises(RuntimeError, match="global (read|write) out of bounds"):
-        halo.fprop(x, weight, y, p, config_of(p, (2, 4, 8)))
+        halo.fprop(p, config_of(p, (2, 4, 8)), x, weight, y)
 
 
 @pytest.mark.parametrize("c", [4, 8, 16, 64])
@@ -348,10 +349,10 @@ def test_a_missing_barrier_is_noticed(faults, c, flag):
     config = config_of(p, (1, 8, 16))
     x, weight, y = torch.randn(1, 1, 16, 16, c).bfloat16(), weights(p), torch.empty(1, 1, 16, 16, c).bfloat16()
     moments = torch.empty(1, halo.moments_pieces(p, config), 3, c) if flag == "moments" else None
-    halo.fprop(x, weight, y, p, config, Epilogue(moments=moments))
+    halo.fprop(p, config, x, weight, y, Epilogue(moments=moments))
     faults(True, 0)
     with pytest.raises(RuntimeError, match="race|in flight"):
-        halo.fprop(x, weight, y, p, config, Epilogue(moments=moments))
+        halo.fprop(p, config, x, weight, y, Epilogue(moments=moments))
 
 
 # ---- what stands around the kernels ----------------------------------------------------------------------------------
@@ -364,15 +365,15 @@ def test_every_candidate_is_legal_and_right():
             found = halo.configs(p)
             assert found
             assert len(set(found)) == len(found)
-            assert [halo.why_not(p, c) for c in found] == [None] * len(found)
+            assert [halo.fits(p, c) for c in found] == [None] * len(found)
             assert any(halo.shared_bytes(p, c) <= 166_912 for c in found), "none for an A100"
-            assert all(0 < halo.tensor_rate(p, c, devices.KNOWN[90]) <= 0.6 for c in found)
+            assert all(0 < halo.rate(p, c, devices.KNOWN[90]) <= 0.6 for c in found)
             assert all(halo.programs(p, c) * c.pixels >= p.K * p.N * p.out_size[0] ** 2 for c in found)
     p = problem(2, 1, 40, 24, 6, 6)
     x, weight = torch.randn(2, 1, 6, 6, 40).bfloat16(), weights(p)
     for config in halo.configs(p):
         y = torch.full((2, 1, 6, 6, 24), NAN).bfloat16()
-        halo.fprop(x, weight, y, p, config)
+        halo.fprop(p, config, x, weight, y)
         assert_right(y, conv(x, weight, p, torch.float64), conv(x, weight, p, torch.bfloat16), config)
 
 
@@ -396,11 +397,11 @@ def test_illegal_problems_and_configs_are_named():
         (p, replace(good, warps=4), "warps"),
         (p, replace(good, stages=3), "stages"),
     ):
-        reason = halo.why_not(wrong, config)
+        reason = halo.fits(wrong, config)
         assert reason and word in reason, (reason, word)
     for wrong in (replace(p, C=512, O=2048), replace(p, kernel=(1, 1), stride=(4, 3)), p.of("wgrad")):
         assert halo.configs(wrong)
-        assert all(halo.why_not(wrong, config) for config in halo.configs(wrong))
+        assert all(halo.fits(wrong, config) for config in halo.configs(wrong))
 
 
 def test_wrong_tensors_are_refused_by_name():
@@ -415,13 +416,13 @@ def test_wrong_tensors_are_refused_by_name():
         ((x.movedim(-1, 2).contiguous().movedim(2, -1), weight, y), "channels of x"),
     ):
         with pytest.raises(RuntimeError, match=word):
-            halo.fprop(*wrong, p, config)
+            halo.fprop(p, config, *wrong)
     with pytest.raises(RuntimeError, match="the tile's pixels"):
-        halo.fprop(x, weight, y, p, replace(config, warps=2))
+        halo.fprop(p, replace(config, warps=2), x, weight, y)
     p = problem(1, 1, 64, 64, 4, 4, 2)
     x, weight, y = torch.randn(1, 1, 4, 4, 64).bfloat16(), weights(p), torch.empty(1, 1, 2, 2, 64).bfloat16()
     with pytest.raises(RuntimeError, match="does not fit"):
-        halo.fprop(x, weight, y, p, config_of(p, (1, 16, 16)))
+        halo.fprop(p, config_of(p, (1, 16, 16)), x, weight, y)
 
 
 def test_moments_of_another_number_of_pieces_are_refused():
@@ -429,7 +430,7 @@ def test_moments_of_another_number_of_pieces_are_refused():
     config = config_of(p, (2, 4, 8))
     x, weight, y = torch.randn(2, 1, 4, 4, 8).bfloat16(), weights(p), torch.empty(2, 1, 4, 4, 8).bfloat16()
     with pytest.raises(RuntimeError, match="moments has the wrong shape"):
-        halo.fprop(x, weight, y, p, config, Epilogue(moments=torch.empty(2, 7, 3, 8)))
+        halo.fprop(p, config, x, weight, y, Epilogue(moments=torch.empty(2, 7, 3, 8)))
 
 
 def test_where_the_extension_is_not_built_one_sentence_says_what_to_run(tmp_path, monkeypatch):

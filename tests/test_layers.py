@@ -8,7 +8,7 @@ from helpers import assert_packed_equals_separate
 from torch import nn
 
 from decompk.errors import PackError
-from decompk.kernels import choose as dispatch
+from decompk.kernels.thresholds import conv_form, linear_form, norm_form
 from decompk.packed import conv, linear, norm, recurrent
 from decompk.packed.pack import pack
 from decompk.packed.per_member import PerMember
@@ -432,9 +432,9 @@ def test_images_stay_channels_last_through_every_form(monkeypatch):
     net = pack([nn.Sequential(nn.Conv2d(4, 6, 3), nn.BatchNorm2d(6), nn.Conv2d(6, 4, 1)) for _ in range(K)])._inner
     for form in ("loop", "grouped"):
         monkeypatch.setattr(norm, "norm_form", functools.partial(lambda form, *sizes: form, form))
-        for conv_form in ("loop", "grouped", "matmul"):
+        for form_of_conv in ("loop", "grouped", "matmul"):
             monkeypatch.setattr(
-                conv, "conv_form", lambda *sizes, f=conv_form: f if sizes[2] or f != "matmul" else "loop"
+                conv, "conv_form", lambda *sizes, f=form_of_conv: f if sizes[2] or f != "matmul" else "loop"
             )
             y = x
             for layer in net:
@@ -443,11 +443,11 @@ def test_images_stay_channels_last_through_every_form(monkeypatch):
 
 
 def test_few_large_members_run_in_turn_and_many_small_ones_in_one_call():
-    assert dispatch.conv_form((3, 3), (1, 1), False, 16, 16, 16 * 35 * 35) == "loop"
-    assert dispatch.conv_form((3, 3), (1, 1), False, 8, 8, 16 * 9 * 9) == "grouped"
-    assert dispatch.conv_form((1, 1), (1, 1), True, 16, 64, 16 * 35 * 35) == "matmul"
-    assert dispatch.conv_form((1, 1), (2, 2), True, 64, 128, 16 * 18 * 18) == "loop"
-    assert dispatch.norm_form(16 * 64 * 35 * 35, 64, True) == "loop"
-    assert dispatch.norm_form(16 * 32 * 3 * 3, 32, True) == "grouped"
-    assert dispatch.linear_form(16, 512, 1000) == "loop"
-    assert dispatch.linear_form(16, 32, 10) == "grouped"
+    assert conv_form((3, 3), (1, 1), False, 16, 16, 16 * 35 * 35) == "loop"
+    assert conv_form((3, 3), (1, 1), False, 8, 8, 16 * 9 * 9) == "grouped"
+    assert conv_form((1, 1), (1, 1), True, 16, 64, 16 * 35 * 35) == "matmul"
+    assert conv_form((1, 1), (2, 2), True, 64, 128, 16 * 18 * 18) == "loop"
+    assert norm_form(16 * 64 * 35 * 35, 64, True) == "loop"
+    assert norm_form(16 * 32 * 3 * 3, 32, True) == "grouped"
+    assert linear_form(16, 512, 1000) == "loop"
+    assert linear_form(16, 32, 10) == "grouped"

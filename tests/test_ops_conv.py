@@ -2,6 +2,7 @@
 
 import itertools
 
+import by_config
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,9 +11,10 @@ from torch.utils.flop_counter import FlopCounterMode
 import decompk
 from decompk import Crop, DecompkError, ops
 from decompk.kernels import choose as dispatch
-from decompk.kernels import extension, library
+from decompk.kernels import conv, extension
 from decompk.kernels.layout import layout_of, strides_of
 from decompk.kernels.problem import Problem
+from decompk.kernels.torch_limits import overruns, sees_nothing
 
 OP, BACKWARD = torch.ops.decompk.grouped_conv2d, torch.ops.decompk.grouped_conv2d_backward
 FUSED = torch.ops.decompk.fused_conv2d
@@ -92,12 +94,12 @@ def test_channels_first_costs_one_visible_copy():
 
 
 @pytest.mark.parametrize(
-    ("channels", "kernel", "stride", "overruns"),
+    ("channels", "kernel", "stride", "fails"),
     [(3, 1, 2, 1), (8, 1, 2, 1), (15, 1, 2, 1), (16, 1, 2, 0), (8, 1, 1, 0), (8, 3, 2, 0)],
 )
-def test_strided_pointwise_convolutions_of_few_channels_are_known_to_overrun_memory(channels, kernel, stride, overruns):
+def test_strided_pointwise_convolutions_of_few_channels_are_known_to_overrun_memory(channels, kernel, stride, fails):
     x, weight = torch.empty(7, channels, 16, 16), torch.empty(20, channels, kernel, kernel)
-    assert library.overruns(x, weight, (stride, stride)) == overruns
+    assert overruns(x, weight, (stride, stride)) == fails
 
 
 def test_dilated_windows_that_see_padding_alone_are_known():
@@ -107,7 +109,7 @@ def test_dilated_windows_that_see_padding_alone_are_known():
             x, weight = torch.ones(1, 1, 3, width), torch.ones(1, 1, 1, kernel)
             geometry = (1, stride), (0, padding), (1, dilation)
             nothing = dilation > 1 and not F.conv2d(x, weight, None, *geometry).any()
-            assert library.sees_nothing(x, weight, *geometry) == nothing
+            assert sees_nothing(x, weight, *geometry) == nothing
             seen.add(nothing)
     assert seen == {True, False}
 
@@ -115,8 +117,8 @@ def test_dilated_windows_that_see_padding_alone_are_known():
 def test_same_padding_may_see_padding_alone():
     x, weight = torch.ones(2, 3, 7, 2), torch.ones(4, 3, 1, 2)
     assert not F.conv2d(x, weight, padding="same", dilation=4).any()
-    assert library.sees_nothing(x, weight, (1, 1), "same", (4, 4))
-    assert not library.sees_nothing(x, weight, (1, 1), "same", (1, 1))
+    assert sees_nothing(x, weight, (1, 1), "same", (4, 4))
+    assert not sees_nothing(x, weight, (1, 1), "same", (1, 1))
 
 
 @pytest.mark.parametrize("form", ["loop", "grouped", "matmul"])
@@ -126,13 +128,16 @@ def test_every_form_on_torchs_operators_is_the_same_convolution(form, stride):
     x, weight, bias = case(k=k, dtype=torch.float64)
     geometry = (stride, stride), (k // 2, k // 2), (1, 1)
     wanted = alone(x, weight, bias, *geometry)
-    y = library.forward(form, x, weight, bias, *geometry)
+    one = conv.named(form)
+    y = one.convolve(x, weight, bias, geometry)
     torch.testing.assert_close(y, wanted, atol=1e-12, rtol=0)
     grad = torch.randn_like(wanted)
-    dx, dw = library.backward(form, grad, x, weight, *geometry, (True, True))
+    dx, dw = one.backward(grad, x, weight, geometry, (True, True))
     for found, right in zip((dx, dw), torch.autograd.grad(wanted, (x, weight), grad), strict=True):
         torch.testing.assert_close(found, right, atol=1e-12, rtol=0)
-    assert library.backward(form, grad, x, weight, *geometry, (False, False)) == (None, None)
+    for wanted in ((True, False), (False, True)):
+        alike = one.backward(grad, x, weight, geometry, wanted)
+        assert [t is not None for t in alike] == [*wanted]
 
 
 @pytest.mark.parametrize(
@@ -266,7 +271,7 @@ def test_sizes_past_2_to_the_31_elements_keep_their_offsets():
     """Shapes alone: every launch takes such sizes as 64-bit integers, or as descriptors, whose strides have 40 bits."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    from decompk.kernels import conv, device
+    from decompk.kernels import device
     from decompk.kernels.launch import recording
 
     problem = Problem("fprop", "bfloat16", 4, 2**17, 64, 64, 16, 16, (3, 3), (1, 1), (1, 1))
@@ -277,18 +282,18 @@ def test_sizes_past_2_to_the_31_elements_keep_their_offsets():
         with FakeTensorMode(), recording() as launches:
             x, weight = torch.empty(shape, dtype=torch.bfloat16), torch.empty((4, 64, 3, 3, 64), dtype=torch.bfloat16)
             assert x.numel() > 2**31
-            conv.fprop(problem, choice.config, x, weight, torch.empty_like(x))
+            by_config.fprop(problem, choice.config, x, weight, torch.empty_like(x))
         for launch in launches:
             assert max(launch.grid) < 2**31
             for name, value in launch.arguments.items():
                 if isinstance(value, int) and value >= 2**31:
                     assert name in {"xk", "yk", "rk"}, name  # multiplied in 64 bits
     too_many = Problem("fprop", "bfloat16", 1, 2**23, 8, 8, 16, 16, (3, 3), (1, 1), (1, 1), aligned=False)
-    assert all(c.backend == "torch" or c.form == "band" for c in dispatch.candidates(too_many, device.KNOWN[90]))
+    assert all(c.backend == "torch" or c.form.name == "band" for c in dispatch.candidates(too_many, device.KNOWN[90]))
 
 
 def test_dispatch_answers_every_problem_with_something_legal():
-    from decompk.kernels import conv, device
+    from decompk.kernels import device
 
     grid = [
         Problem(
@@ -305,7 +310,7 @@ def test_dispatch_answers_every_problem_with_something_legal():
         for problem in grid[:: 1 if here.capability == 90 else 7]:
             found = dispatch.candidates(problem, here)
             assert found and found == sorted(found, key=lambda choice: choice.ms)
-            assert all(c.config is None or conv.why_not(problem, c.config, here) is None for c in found)
+            assert all(c.form.why_not(problem, c.config, here) is None for c in found)
             if problem.kind != "dgrad" or problem.layout != "crops":
                 assert any(c.config for c in found), f"no kernel for {problem}"
 

@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 import decompk
-from decompk.kernels import choose as dispatch
+from decompk.kernels import backend
 from decompk.packed.rehearsal import Rehearsal
 from decompk.threads import Turn, one_at_a_time
 
@@ -76,7 +76,7 @@ def _hasty():
         yield
     sys.setswitchinterval(interval)
     assert nn.Module.__call__ is call
-    assert dispatch._traced.name is None
+    assert backend._traced.name is None
 
 
 def at_once(*works):
@@ -313,7 +313,7 @@ def test_backends_asked_for_in_threads_that_overlap_are_left_behind():
             assert outside.wait(SECONDS)
 
     at_once(first, second)
-    assert dispatch._traced.name is None
+    assert backend._traced.name is None
 
 
 # ---- processes ------------------------------------------------------------------------------------------------------

@@ -22,11 +22,12 @@ from torch import Tensor
 import decompk
 from decompk import ops
 from decompk.kernels import choose as dispatch
-from decompk.kernels import conv, extension, library
+from decompk.kernels import conv, extension, tables
 from decompk.kernels import device as devices
-from decompk.kernels.choose import Choice
+from decompk.kernels.conv.form import Choice
+from decompk.kernels.conv.steps import moments_of
 from decompk.kernels.layout import ORDERS, strides_of
-from decompk.kernels.problem import PASSES, Config, Epilogue, Problem, Prologue
+from decompk.kernels.problem import PASSES, Config, Epilogue, Problem, Prologue, key_of
 from decompk.models.basic import BasicResNet
 
 PADDED, STRIDED = dict(padding=(1, 1)), dict(padding=(1, 1), stride=(2, 2))
@@ -171,11 +172,11 @@ class Checks:
         first, rest = [], []
         asked = [Trial(replace(one, N=n), "meta").asked for n in (self.batch, one.N)]
         guesses = [replace(each, deterministic=d) for each in asked for d in (False, True)]
-        for form in conv.FORMS.values():
+        for form in (form for form in conv.FORMS if form.configurable and "cuda" in form.devices):
             legal = [
                 config
                 for config in dict.fromkeys(c for each in guesses for c in form.configs(each))
-                if conv.why_not(asked[1], config, self.here) is None
+                if form.why_not(asked[1], config, self.here) is None
             ]
             first, rest = first + legal[:1], rest + legal[1:]
         return first, rest
@@ -188,20 +189,18 @@ class Checks:
                 for asked in layer.passes():
                     chosen = next((c for c in dispatch.candidates(asked, self.here) if c.config), None)
                     small = replace(layer.problem, N=min(SEVERAL, self.batch)).of(asked.kind)
-                    if (
-                        chosen
-                        and conv.why_not(Trial(small, "meta", layer.image).asked, chosen.config, self.here) is None
-                    ):
+                    one = Trial(small, "meta", layer.image).asked
+                    if chosen and chosen.form.why_not(one, chosen.config, self.here) is None:
                         check = self.config(small, chosen.config, layer.image)
                         found.setdefault(check.name, check)
         return list(found.values())
 
     def tuned(self) -> list[Check]:
-        entries = dispatch.table(self.here)
+        entries = tables.table(self.here)
         cases = (*self.cases, *self.later) if entries else ()
         work = [(layer, one) for case in cases for layer in layers(case) for one in layer.passes()]
-        known = {one: layer for layer, one in work if dispatch.key_of(one) in entries}
-        return [Check("tuned", dispatch.key_of(one), partial(self._tuned, layer, one)) for one, layer in known.items()]
+        known = {one: layer for layer, one in work if key_of(one) in entries}
+        return [Check("tuned", key_of(one), partial(self._tuned, layer, one)) for one, layer in known.items()]
 
     def _trial(self, one: Problem, image: tuple[int, int] | None = None) -> tuple[Trial, Gate]:
         trial = Trial(one, self.device, image)
@@ -210,20 +209,20 @@ class Checks:
     # ---- one check each ---------------------------------------------------------------------------------------------
 
     def config(self, one: Problem, config: Config, image: tuple[int, int] | None = None) -> Check:
-        choice = Choice(dispatch.backend_of(config.form), config.form, config, 0.0, "")
+        choice = Choice(conv.named(config.form), config, 0.0, "")
 
         def run() -> str | None:
             trial, gate = self.trial(one, image)
             trial.poison()
-            return gate(trial.by_kernel(config))[1]
+            return gate(trial.by_config(config))[1]
 
         marks = ("8 warps",) * (config.warps >= 8) + ("tf32",) * (one.dtype == "tf32")
-        name = f"{config.form} {dispatch.key_of(one)} {describe(choice).partition(' ')[2]}"
+        name = f"{config.form} {key_of(one)} {describe(choice).partition(' ')[2]}"
         needs = "extension" if config.form == "halo" else ""
-        return Check(one.kind, name, run, marks, needs, lambda: Trial(one, "meta", image).by_kernel(config))
+        return Check(one.kind, name, run, marks, needs, lambda: Trial(one, "meta", image).by_config(config))
 
     def _tuned(self, layer: Layer, one: Problem) -> str | None:
-        choice = dispatch.lookup(one, self.here)
+        choice = tables.lookup(one, self.here)
         if choice is None:
             return "it is in the table, but not legal"
         trial, gate = self.trial(layer.problem.of(one.kind), layer.image)
@@ -236,19 +235,17 @@ class Checks:
             trial.poison()
             return gate(trial.by_op())[1]
 
-        return Check("operator", dispatch.key_of(one), run)
+        return Check("operator", key_of(one), run)
 
     def fused(self, one: Problem, flags: set[str]) -> Check:
         """The first config of every form but the extension's, with what is around it."""
         marks = ("tf32",) * (one.dtype == "tf32")
-        return Check(
-            "fused", f"{'-'.join(sorted(flags))} {dispatch.key_of(one)}", partial(self._fused, one, flags), marks
-        )
+        return Check("fused", f"{'-'.join(sorted(flags))} {key_of(one)}", partial(self._fused, one, flags), marks)
 
     def _fused(self, one: Problem, flags: set[str]) -> str | None:
         trial = Trial(one, self.device)
         vectors = [torch.randn(one.K, size, device=self.device) for size in (one.O, one.O, one.O, one.C, one.C)]
-        residual = torch.randn_like(trial.out) if "residual" in flags else None
+        residual = torch.randn_like(trial.call.empty()) if "residual" in flags else None
         affine = vectors[:2] if "affine" in flags else (None, None)
         bias = vectors[2].to(trial.dtype) if "bias" in flags else None
         prologue = Prologue(*vectors[3:], "in_relu" in flags) if "prologue" in flags else None
@@ -262,12 +259,12 @@ class Checks:
             operands = trial.members().to(dtype), trial.weight.to(dtype)
             with precision(one.dtype):
                 geometry = (one.stride, one.padding, one.dilation)
-                return library.fused("loop", *operands, *geometry, epilogue, before, False)[0]
+                return conv.named("loop").around(*operands, geometry, epilogue, before)
 
         gate = Gate(by_torch(torch.float64), by_torch(trial.dtype))
         for config in self._runnable(one):
             trial.poison()
-            _, fault = gate(trial.by_kernel(config, Epilogue(bias, *affine, residual, "relu" in flags), prologue))
+            _, fault = gate(trial.by_config(config, Epilogue(bias, *affine, residual, "relu" in flags), prologue))
             if fault:
                 return f"{config.form}, {config.warps} warps: {fault}"
         return None
@@ -277,19 +274,19 @@ class Checks:
         return [config for config in self.configs(one)[0] if built or config.form != "halo"]
 
     def moments(self, one: Problem) -> Check:
-        return Check("moments", dispatch.key_of(one), partial(self._moments, one))
+        return Check("moments", key_of(one), partial(self._moments, one))
 
     def _moments(self, one: Problem) -> str | None:
         trial = Trial(one, self.device)
         for config in self._runnable(one):
-            pieces = conv.moments_pieces(trial.asked, config)
+            pieces = conv.named(config.form).moments_pieces(trial.asked, config)
             found = torch.full((one.K, pieces, 3, one.O), torch.nan, device=self.device)
-            y = trial.by_kernel(config, Epilogue(moments=found)).double()
+            y = trial.by_config(config, Epilogue(moments=found)).double()
             count, means, m2 = found.double().unbind(2)
             total = count.sum(1)
             mean = (count * means).sum(1) / total
             m2 = (m2 + count * (means - mean[:, None]) ** 2).sum(1)
-            wanted = library.moments_of(y)[:, 0].unbind(1)
+            wanted = moments_of(y)[:, 0].unbind(1)
             for name, own, exact in zip(("count", "mean", "m2"), (total, mean, m2), wanted, strict=True):
                 if not torch.allclose(own, exact, rtol=1e-4, atol=1e-5):
                     return f"{config.form}, {config.warps} warps: {name} is off by {(own - exact).abs().max():.1e}"
@@ -302,12 +299,12 @@ class Checks:
             trial = Trial(one, self.device)
             for config in self._runnable(one) + self.configs(one)[1][:4]:
                 if not config.atomic and config.form != "halo":
-                    first, second = (trial.by_kernel(config).clone() for _ in range(2))
+                    first, second = (trial.by_config(config).clone() for _ in range(2))
                     if not torch.equal(first, second):
                         return f"{config} gives other bits the second time"
             return None
 
-        return Check("repeated", dispatch.key_of(one), run)
+        return Check("repeated", key_of(one), run)
 
     def norm(self, shape: tuple[int, ...], dtype: str, relu: bool, residual: bool, layout: str) -> Check:
         flags = f"{dtype} {layout}{' relu' if relu else ''}{' residual' if residual else ''}"

@@ -19,7 +19,7 @@ from timing import HostTimer, Timer, end_if_lost
 from torch import nn
 
 import decompk
-from decompk.kernels import choose as dispatch
+from decompk.kernels.backend import backend
 
 KEYS = ("part", "net", "case", "pass", "impl")
 CPU_LACKS = {
@@ -70,7 +70,7 @@ class Plan:
 
     def backend(self) -> contextlib.AbstractContextManager:
         """On a CPU Triton's kernels run where they are asked for by name alone."""
-        return contextlib.nullcontext() if self.device.type == "cuda" else dispatch.backend("triton")
+        return contextlib.nullcontext() if self.device.type == "cuda" else backend("triton")
 
 
 def in_earnest() -> Plan:

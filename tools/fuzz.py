@@ -35,13 +35,13 @@ from fuzz_check import HARD, OPS, SCALES, check
 from fuzz_op import HALVES, Problem
 
 import decompk
-from decompk.kernels import choose as dispatch
+from decompk.kernels.backend import BACKENDS
 
 IN_TURN = 16  # every so many problems one pair of operator and backend has its turn, however seldom it is drawn
 # What shrinking leads to, beside an operator's own `plain`.
 PLAIN = dict(layout="member", hard=None, where="x", dy="random", wanted="none", threads=False, poison=False)
 KEPT = ("op", "backend", "dtype", "seed")
-CHOICES = dict(backend=("default", *dispatch.BACKENDS), dtype=("float32", "float64", *HALVES))
+CHOICES = dict(backend=("default", *BACKENDS), dtype=("float32", "float64", *HALVES))
 CHOICES |= dict(hard=(None, *dict.fromkeys(HARD)))
 CHOICES |= dict(layout=("member", "first", "grouped", "gaps"), dy=("random", "expanded"), wanted=("all", "x", "none"))
 TYPES = {float: (float, int, type(None))}  # of a momentum
@@ -152,7 +152,7 @@ def command(p: Problem) -> str:
 def available() -> list[str]:
     """The backends that run here; says of the others why they do not."""
     found = ["default"]
-    for name in dispatch.BACKENDS:
+    for name in BACKENDS:
         try:
             with decompk.backend(name):
                 found.append(name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable
 
@@ -12,8 +13,12 @@ from torch import Tensor
 
 import decompk
 from decompk import ops
-from decompk.kernels import library
-from decompk.ops.block import mask_text
+from decompk.kernels import conv
+from decompk.kernels.block_choice import mask_text
+from decompk.kernels.call import dgrad_call, fprop_call, wgrad_call
+from decompk.kernels.conv.form import Choice
+from decompk.kernels.layout import in_layout
+from decompk.kernels.problem import Epilogue
 
 # ---- convolutions ---------------------------------------------------------------------------------------------------
 
@@ -74,17 +79,24 @@ def channel_groups(p: Problem, t: Tensors) -> Tensors:
     return {"y": y.unflatten(1, (p["K"], p["O"])).transpose(0, 1)}
 
 
+WINOGRAD = Choice(conv.named("winograd"), None, math.nan, "asked for")
+
+
 class _Winograd(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, geometry):
+        x = in_layout(x, "member")
         ctx.save_for_backward(x, weight)
-        ctx.geometry = geometry
-        return library.forward("winograd", x, weight, bias, *geometry)
+        ctx.call = fprop_call(x, weight, bias, geometry)
+        return ctx.call.fprop(WINOGRAD, x, weight, Epilogue(bias))
 
     @staticmethod
     def backward(ctx, dy):
-        found = library.backward("winograd", dy, *ctx.saved_tensors, *ctx.geometry, ctx.needs_input_grad[:2])
-        return *found, dy.sum((1, 3, 4)) if ctx.needs_input_grad[2] else None, None
+        (x, weight), needs = ctx.saved_tensors, ctx.needs_input_grad
+        dy = in_layout(dy, "member")
+        dx = dgrad_call(ctx.call, dy).dgrad(WINOGRAD, dy, weight) if needs[0] else None
+        dw = wgrad_call(ctx.call, dy).wgrad(WINOGRAD, dy, x) if needs[1] else None
+        return dx, dw, dy.sum((1, 3, 4)) if needs[2] else None, None
 
 
 def draw_winograd(rng: random.Random) -> Problem:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import decompk
 from decompk import ops
 from decompk.kernels import cpu
-from decompk.ops import on_cpu
+from decompk.ops.norm import batch_norm_rows
 from decompk.ops.recurrent import GATES, prepared, recurrence
 
 # ---- batch norms ----------------------------------------------------------------------------------------------------
@@ -57,7 +57,7 @@ def norm_on_cpu(p: Problem, t: Tensors) -> Tensors:
         raise decompk.DecompkError("its kernels take one image or more")
     residual = t["residual"].flatten(0, 1) if "residual" in t else None
     options = p["K"], p["training"], p["momentum"], p["eps"], residual, p["relu"]
-    return {"y": on_cpu.batch_norm(t["x"].flatten(0, 1), *_vectors(t), *options).unflatten(0, t["x"].shape[:2])}
+    return {"y": batch_norm_rows(t["x"].flatten(0, 1), *_vectors(t), *options).unflatten(0, t["x"].shape[:2])}
 
 
 def norms(p: Problem, t: Tensors) -> Tensors:

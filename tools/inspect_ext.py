@@ -26,7 +26,7 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 
 import build_ext
 
-from decompk.kernels.conv import halo
+from decompk.kernels import conv
 from decompk.kernels.problem import Problem
 
 TRITONS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -99,6 +99,7 @@ def inspect(arch: str) -> list[Report]:
 def _largest(block_in: int, block_out: int, stride: int, arch: str) -> tuple[int, int]:
     """(warps, bytes of shared memory) of the candidate tile with most warps that one CTA's shared memory holds."""
     wide = Problem("fprop", "bfloat16", 1, 64, block_in, block_out, 64, 64, (3, 3), (stride,) * 2, (1, 1))
+    halo = conv.named("halo")
     found = [(c.warps, halo.shared_bytes(wide, c)) for c in halo.configs(wide)]
     return max((c for c in found if c[1] + 1024 <= SHARED[_number(arch)]), default=max(found))
 

@@ -35,12 +35,13 @@ import layers
 from decompk import errors
 from decompk.kernels import block as block_conv
 from decompk.kernels import choose as dispatch
-from decompk.kernels import conv
+from decompk.kernels import conv, tables
 from decompk.kernels import device as devices
 from decompk.kernels import norm as batch_norm
+from decompk.kernels.call import wgrad
 from decompk.kernels.launch import Launch, recording
 from decompk.kernels.layout import strides_of
-from decompk.kernels.problem import Config, Epilogue, Problem, Prologue
+from decompk.kernels.problem import Config, Epilogue, Offsets, Problem, Prologue
 
 # As PTX names them; the assembler has no other instruction for either.
 TENSOR_CORES, TENSOR_COPIES = r"(?:wgmma\.mma_async|mma\.sync|tcgen05\.mma)\.", r"cp\.async\.bulk\.tensor\."
@@ -85,7 +86,8 @@ def launches(problem: Problem, config: Config, flags: str = "") -> list[Launch]:
         return torch.empty_strided(shape, strides_of(layout, shape), dtype=dtype).permute(0, 1, 3, 4, 2)
 
     with FakeTensorMode(), recording() as found:
-        offsets = torch.empty((p.K, 2), dtype=torch.int32) if p.layout == "crops" else None
+        form = conv.named(config.form)
+        offsets = Offsets((), torch.empty((p.K, 2), dtype=torch.int32)) if p.layout == "crops" else None
         y, w = activation(p.O, *p.out_size), torch.empty((p.K, p.O, *p.kernel, p.C), dtype=dtype)
         x = activation(p.C, p.H, p.W) if offsets is None else torch.empty((1, p.N, 2 * p.H, 2 * p.W, p.C), dtype=dtype)
         if p.kind == "fprop":
@@ -94,13 +96,13 @@ def launches(problem: Problem, config: Config, flags: str = "") -> list[Launch]:
             if flags == "inference":
                 around = Epilogue(bias, *vectors[:2], y, True), Prologue(*vectors[2:])
             elif flags == "moments":
-                pieces = torch.empty((p.K, conv.moments_pieces(p, config), 3, p.O))
+                pieces = torch.empty((p.K, form.moments_pieces(p, config), 3, p.O))
                 around = Epilogue(bias, moments=pieces), None
-            conv.fprop(p, config, x, w, y, *around, offsets)
+            form.fprop(p, config, x, w, y, *around, offsets)
         elif p.kind == "dgrad":
-            conv.dgrad(p, config, y, w, x)
+            form.dgrad(p, config, y, w, x)
         else:
-            conv.wgrad(p, config, y, x, w, offsets)
+            wgrad(form, p, config, y, x, w, offsets)
     return found
 
 
@@ -160,7 +162,7 @@ def _choices(here: devices.Device, only: str) -> Iterator[tuple[str, Problem, Co
             for layer in layers.layers(case, dtype):
                 for problem in layer.passes():
                     found = [c.config for c in dispatch.candidates(problem, here) if c.backend == "triton"][:1]
-                    tuned = dispatch.lookup(problem, here)
+                    tuned = tables.lookup(problem, here)
                     for config in found + ([tuned.config] if tuned and tuned.backend == "triton" else []):
                         yield f"{problem.kind} {dtype} {layer.name}", problem, config
 

@@ -21,6 +21,7 @@ from decompk import ops
 from decompk.cost import formulas
 from decompk.kernels import choose as dispatch
 from decompk.kernels import device as devices
+from decompk.kernels.conv.form import Choice
 from decompk.kernels.problem import Problem
 
 RIVALS = ("cudnn", "native")  # of whom nothing is asked but a number
@@ -44,12 +45,12 @@ def runner(how: Callable[..., Tensor], jobs: list[tuple[Tensor, ...]], kind: str
 
 
 @functools.cache
-def kernels(problem: Problem, device: torch.device) -> dict[str, dispatch.Choice]:
+def kernels(problem: Problem, device: torch.device) -> dict[str, Choice]:
     """Of every form with configs the candidate that is predicted fastest, but for the one that dispatch chooses."""
     found = {}
     for choice in dispatch.candidates(problem, devices.of(device)):
         if choice.config:
-            found.setdefault(choice.form, choice)
+            found.setdefault(choice.form.name, choice)
     ours = dispatch.choose(problem, device)
     return {form: choice for form, choice in found.items() if choice.config != ours.config}
 
@@ -111,10 +112,10 @@ class Bench:
             for kind in ("forward", "backward"):
                 self.item(partial(self.norm, norm, kind), part="norms", net=case.title, case=norm.name, kind=kind)
 
-    def launches(self, layer: Layer, one: Problem, choice: dispatch.Choice) -> list:
+    def launches(self, layer: Layer, one: Problem, choice: Choice) -> list:
         if choice.backend != "triton":
             return []
-        return launches_of(lambda: Trial(layer.problem.of(one.kind), "meta", layer.image).by_kernel(choice.config))
+        return launches_of(lambda: Trial(layer.problem.of(one.kind), "meta", layer.image).by_choice(choice))
 
     def item(self, work: Callable[[dict[str, str]], None], kind: str, **key: str) -> None:
         """`impl` "timing" stands for the whole: it is there when all who compete have their record."""
@@ -130,7 +131,7 @@ class Bench:
         if problem.kind == "fprop":
             contestants |= with_moments(trial, contestants["cudnn_grouped"])
         facts = {name: {"config": describe(one), "predicted_ms": one.ms} for name, one in choices.items()}
-        known = {one.form: one for one in dispatch.candidates(problem, devices.of(self.device)) if not one.config}
+        known = {one.form.name: one for one in dispatch.candidates(problem, devices.of(self.device)) if not one.config}
         for form, name in (("loop", "cudnn_loop"), ("grouped", "cudnn_grouped_copied")):
             facts[name] = {"predicted_ms": known[form].ms} if form in known else {}
         common = {"count": layer.count, "batch": trial.problem.N, "dtype": problem.dtype}

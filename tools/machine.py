@@ -25,9 +25,9 @@ from layer_bench import Bench, kernels
 from layers import Case, layers
 from timing import precision
 
-from decompk.kernels import choose as dispatch
 from decompk.kernels import device as devices
-from decompk.kernels import extension
+from decompk.kernels import extension, tables
+from decompk.kernels.conv.form import LAUNCH_MS
 from decompk.report.info import info
 
 ROOT = Path(__file__).parents[1]
@@ -61,7 +61,7 @@ def versions(plan: Plan) -> dict[str, Any]:
     return {
         "device": torch.cuda.get_device_name(plan.device) if gpu else "cpu",
         "smi": said("nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"),
-        "table": dispatch.table_path(here).name,
+        "table": tables.table_path(here).name,
         "torch": torch.__version__,
         "triton": triton.__version__,
         "cuda": torch.version.cuda,
@@ -76,7 +76,7 @@ def versions(plan: Plan) -> dict[str, Any]:
             "copy_gbps": here.memory_gbps,
             "l2_gbps": here.l2_gbps,
             "bfloat16_tflops": here.tensor_tflops,
-            "launch_ms": dispatch.LAUNCH_MS,
+            "launch_ms": LAUNCH_MS,
         },
     }
 

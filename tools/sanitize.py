@@ -28,8 +28,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 import build_ext
 from arguments import between
 
-from decompk.kernels import cpu
-from decompk.kernels.conv import halo
+from decompk.kernels import conv, cpu
+from decompk.kernels import device as devices
 from decompk.kernels.problem import PASSES, Problem
 
 SANITIZERS = {"address": "address,undefined", "thread": "thread", "halo": "address,undefined"}
@@ -66,9 +66,12 @@ def line_of(seed: int, sanitizer: str) -> str:
     return f"{seed} {draw(rng)}"
 
 
+FORMS = [form.name for form in conv.FORMS if form.backend == "cpu"]
+
+
 def _conv(rng: random.Random) -> str:
     large = rng.random() < 0.1  # enough pixels for sums in several parts
-    kind, form = rng.choice(PASSES), rng.choice(cpu.FORMS)
+    kind, form = rng.choice(PASSES), rng.choice(FORMS)
     while True:
         step = 8 if form == "winograd" else rng.choice((1, 4))
         most = 2 if large else 4 if rng.random() < 0.7 else 24
@@ -88,8 +91,7 @@ def _conv(rng: random.Random) -> str:
 
 
 def _legal(problem: Problem, form: str) -> bool:
-    reason = cpu.why_not_conv(problem, form)
-    return reason is None or reason == cpu.why_not()  # what keeps all of them from running is not the problem's
+    return conv.named(form).why_not(problem, None, devices.KNOWN[90]) is None
 
 
 def _norm(rng: random.Random) -> str:
@@ -114,7 +116,8 @@ def _halo(rng: random.Random) -> str:
         p = Problem("fprop", "bfloat16", *shape)
         if min(p.out_size) > 0 and p.K * p.N * C * O * p.out_size[0] * p.out_size[1] < 2e5:
             break
-    config = rng.choice([config for config in halo.configs(p) if halo.why_not(p, config) is None])
+    halo = conv.named("halo")
+    config = rng.choice([config for config in halo.configs(p) if halo.fits(p, config) is None])
     flags = [rng.randint(0, 1) for _ in range(7)]
     return " ".join(map(str, (rng.randint(0, 1), *shape[:6], stride, *padding, *config.tile, config.warps, *flags)))
 

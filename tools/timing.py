@@ -7,7 +7,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -17,12 +17,11 @@ from torch import Tensor
 
 from decompk import ops
 from decompk.crops import Crop
-from decompk.kernels import conv, library
-from decompk.kernels.choose import Choice
-from decompk.kernels.layout import as_strided_like, empty_weight, strides_of
-from decompk.kernels.library import cut
-from decompk.kernels.problem import Config, Epilogue, Problem, Prologue
-from decompk.ops.conv import operands
+from decompk.kernels import conv
+from decompk.kernels.call import dgrad_call, fprop_call, wgrad_call
+from decompk.kernels.conv.form import Choice
+from decompk.kernels.layout import cut, side_by_side
+from decompk.kernels.problem import Config, Problem
 
 # ---- what is computed -----------------------------------------------------------------------------------------------
 
@@ -59,9 +58,9 @@ def convolve(problem: Problem, x: Tensor, weight: Tensor, dy: Tensor, groups: in
 class Trial:
     """Fresh random tensors of a Problem, as an operation holds them, and everyone who may compute it on them.
 
-    asked is the Problem that the operation asks dispatch for, which a Config is for: its pixels may be cut otherwise.
+    call is the operation's own, and asked its Problem, which a Config is for: its pixels may be cut otherwise.
     x (K, N, C, H, W), with layout "crops" the image (1, N, C, *image), by default of twice their sizes;
-    dy (K, N, O, H', W'); weight (K, O, C, kh, kw); out the result's memory: y, dx or dweight.
+    dy (K, N, O, H', W'); weight (K, O, C, kh, kw).
     """
 
     def __init__(self, problem: Problem, device: torch.device | str, image: tuple[int, int] | None = None):
@@ -72,31 +71,19 @@ class Trial:
             rows, columns = image or (2 * p.H, 2 * p.W)
             starts = [(13 * k % (rows - p.H + 1), 7 * k % (columns - p.W + 1)) for k in range(p.K)]
             self.crops = [Crop(*start, p.H, p.W) for start in starts]
-            self.window = [p.H, p.W, *(n for start in starts for n in start)]  # as operators take crops
-            self.starts = torch.tensor(starts, dtype=torch.int32, device=self.device)
+            self.window = (p.H, p.W, *(n for start in starts for n in start))  # as operators take crops
             self.x = self._activation((1, p.N, p.C, rows, columns))
         else:
-            self.window = self.starts = None
+            self.window = ()
             self.x = self._activation((p.K, p.N, p.C, p.H, p.W))
         self.dy = self._activation((p.K, p.N, p.O, *p.out_size))
         scale = 1 / math.sqrt(p.C * p.taps)
         self.weight = self._random((p.K, p.O, *p.kernel, p.C)).mul_(scale).movedim(-1, 2)
-        if p.kind == "wgrad":
-            self.out = empty_weight(self.weight)
-        else:
-            shape = self.dy.shape if p.kind == "fprop" else self.x.shape
-            layout = "grouped" if p.layout == "grouped" else "member"
-            self.out = torch.empty_strided(shape, strides_of(layout, shape), dtype=self.dtype, device=self.device)
-        self.asked, self.views = self._operands()
-
-    def _operands(self, *more: Tensor) -> tuple[Problem, list[Tensor]]:
-        """The Problem that the operation makes of its activations, and these, and `more`, as kernels take them."""
-        p = self.problem
-        x = self.x.expand(p.K, *self.x.shape[1:])[..., : p.H, : p.W]
-        sides = {"fprop": (self.x, self.out), "dgrad": (self.out, self.dy), "wgrad": (self.x, self.dy)}[p.kind]
         geometry = (p.stride, p.padding, p.dilation)
-        with precision(p.dtype):
-            return operands(p.kind, x, self.weight.movedim(2, -1), geometry, (*sides, *more), bool(self.window))
+        self.call = fprop_call(self.x, self.weight, None, geometry, self.window, dtype=p.dtype)
+        if p.kind != "fprop":
+            self.call = (dgrad_call if p.kind == "dgrad" else wgrad_call)(self.call, self.dy)
+        self.asked = self.call.problem
 
     def _random(self, shape: tuple[int, ...]) -> Tensor:
         return torch.randn(shape, device=self.device).to(self.dtype)
@@ -126,9 +113,8 @@ class Trial:
         return Gate(reference, self.by_torch())
 
     def poison(self) -> None:
-        """NaN where the result goes, and in the memory that the next allocation of its size gets."""
-        self.out.fill_(math.nan)
-        torch.full_like(self.out, math.nan)
+        """NaN in the memory that the next allocation of the result's size gets."""
+        self.call.empty().fill_(math.nan)
 
     def by_op(self) -> Tensor:
         """As a network calls it: who runs is dispatch's choice."""
@@ -145,36 +131,15 @@ class Trial:
             gradients = torch.ops.decompk.grouped_conv2d_backward(self.dy, self.x, self.weight, *geometry, wanted)
             return gradients[wanted.index(True)]
 
-    def by_choice(self, choice: Choice) -> Tensor:
-        """As the operation runs `choice`, without asking dispatch."""
-        return self.by_kernel(choice.config) if choice.config else self.by_library(choice.form)
+    def by_choice(self, choice: Choice, *around: Any) -> Tensor:
+        """As the operation runs `choice`, without asking; around: of fprop an Epilogue, and a Prologue."""
+        operands = {"fprop": (self.x, self.weight), "dgrad": (self.dy, self.weight), "wgrad": (self.dy, self.x)}
+        with torch.no_grad(), precision(self.problem.dtype):
+            return getattr(self.call, self.problem.kind)(choice, *operands[self.problem.kind], *around)
 
-    def by_library(self, form: str) -> Tensor:
-        p = self.problem
-        geometry = (p.stride, p.padding, p.dilation)
-        with torch.no_grad(), precision(p.dtype):
-            if p.kind == "fprop":
-                result = library.forward(form, self.members(), self.weight, None, *geometry)
-            else:
-                wanted = (p.kind == "dgrad", p.kind == "wgrad")
-                result = library.backward(form, self.dy, self.members(), self.weight, *geometry, wanted)[
-                    wanted.index(True)
-                ]
-        return as_strided_like(result, self.out)
-
-    def by_kernel(self, config: Config, epilogue: Epilogue | None = None, prologue: Prologue | None = None) -> Tensor:
-        """A Triton config; of fprop with what is fused, the residual like out."""
-        p, w, (first, second) = self.asked, self.weight.movedim(2, -1), self.views
-        if p.kind == "fprop":
-            epilogue = epilogue or Epilogue()
-            if epilogue.residual is not None:
-                epilogue = replace(epilogue, residual=self._operands(epilogue.residual)[1][2])
-            conv.fprop(p, config, first, w, second, epilogue, prologue, self.starts)
-        elif p.kind == "dgrad":
-            conv.dgrad(p, config, second, w, first)
-        else:
-            conv.wgrad(p, config, second, first, self.out.movedim(2, -1), self.starts)
-        return self.out
+    def by_config(self, config: Config, *around: Any) -> Tensor:
+        """`by_choice` of the form that the config is for."""
+        return self.by_choice(Choice(conv.named(config.form), config, math.nan, "asked for"), *around)
 
 
 # ---- who else computes it -------------------------------------------------------------------------------------------
@@ -188,7 +153,7 @@ def same(result: Any) -> Any:
 
 def channel_groups(x: Tensor) -> Tensor:
     """(K, N, C, H, W) → (N, K·C, H, W), channels_last, in memory of its own."""
-    return library.side_by_side(x).contiguous(memory_format=torch.channels_last)
+    return side_by_side(x).contiguous(memory_format=torch.channels_last)
 
 
 def rivals(trial: Trial) -> dict[str, Contestant]:
@@ -213,7 +178,7 @@ def rivals(trial: Trial) -> dict[str, Contestant]:
     def copied() -> Tensor:
         operands = (x if p.kind == "dgrad" else channel_groups(trial.members()), weight)
         gradient = dy if p.kind == "fprop" else channel_groups(trial.dy)
-        return trial.out.copy_(by_member(convolve(p, *operands, gradient, K)))
+        return trial.call.empty().copy_(by_member(convolve(p, *operands, gradient, K)))
 
     return {
         "cudnn_grouped": (partial(convolve, p, x, weight, dy, K), by_member),
@@ -357,7 +322,7 @@ def describe(choice: Choice) -> str:
     """A Choice in a few characters."""
     c = choice.config
     if c is None:
-        return f"{choice.backend} {choice.form}"
+        return f"{choice.backend} {choice.form.name}"
     tile, shared = "×".join(map(str, c.tile)), f" {c.splits} splits" if c.splits > 1 else ""
     atomic = " atomic" if c.atomic else ""
     return f"{c.form} {tile} {c.block_in}→{c.block_out} {c.warps} warps {c.stages} stages{shared}{atomic}"

@@ -29,11 +29,11 @@ from layers import BATCH, CASES, Case, Layer, fitting_batch, layers
 from timing import Gate, Timer, Trial, describe, end_if_lost, free_memory
 
 from decompk.kernels import choose as dispatch
-from decompk.kernels import conv
+from decompk.kernels import conv, tables
 from decompk.kernels import device as devices
-from decompk.kernels.choose import Choice
+from decompk.kernels.conv.form import Choice
 from decompk.kernels.device import Device
-from decompk.kernels.problem import Config, Problem
+from decompk.kernels.problem import Config, Problem, key_of
 
 KEYS = ("key", "choice")
 
@@ -61,7 +61,7 @@ class Table:
         }
 
     def keep(self, key: str, choice: Choice, refined: bool) -> None:
-        self.entries[key] = {**dispatch.entry_of(choice), "refined": refined}
+        self.entries[key] = {**tables.entry_of(choice), "refined": refined}
         write(self.path, table_text(self.head, self.entries))
 
 
@@ -86,22 +86,21 @@ class Tuner:
         self.problems = problems
         done = set() if again else set(self.table.entries)
         refined = {key for key in done if self.table.entries[key].get("refined")}
-        plain = [p for p in problems if dispatch.key_of(p) not in done]
+        plain = [p for p in problems if key_of(p) not in done]
         self._sweep([(p, dispatch.candidates(p, devices.of(self.device))) for p in plain], refined=False)
-        rest = [p for p in problems if dispatch.key_of(p) in self.table.entries.keys() - refined]
+        rest = [p for p in problems if key_of(p) in self.table.entries.keys() - refined]
         self._sweep([(p, self._variations(p)) for p in rest], refined=True)
 
     def _variations(self, problem: Problem) -> list[Choice]:
         """The winner so far and variations of the best two kernels."""
-        key, here = dispatch.key_of(problem), devices.of(self.device)
-        winner = dispatch.choice_of(self.table.entries[key])
+        key, here = key_of(problem), devices.of(self.device)
+        winner = tables.choice_of(self.table.entries[key])
         timed = [record["entry"] for record in self.journal.records if record["key"] == key and "ms" in record]
-        ranked = [winner, *(dispatch.choice_of(entry) for entry in sorted(timed, key=lambda entry: entry["ms"]))]
+        ranked = [winner, *(tables.choice_of(entry) for entry in sorted(timed, key=lambda entry: entry["ms"]))]
         best = list(dict.fromkeys(choice.config for choice in ranked if choice.config))[:2]
         configs = dict.fromkeys(one for config in best for one in variations(config))
-        legal = [config for config in configs if conv.why_not(problem, config, here) is None]
-        backend = dispatch.backend_of
-        return [winner, *(Choice(backend(c.form), c.form, c, 0.0, "a variation") for c in legal)]
+        found = [Choice(conv.named(config.form), config, 0.0, "a variation") for config in configs]
+        return [winner, *(one for one in found if one.form.why_not(problem, one.config, here) is None)]
 
     def _sweep(self, work: list[tuple[Problem, list[Choice]]], refined: bool) -> None:
         for problem, choices in work:
@@ -115,7 +114,7 @@ class Tuner:
 
     def tune(self, problem: Problem, choices: list[Choice], refined: bool = False) -> None:
         """Check and time `choices`; the fastest goes into the table."""
-        key = dispatch.key_of(problem)
+        key = key_of(problem)
         names = ["timing"] if self.journal.has(key=key, choice="timing") else map(describe, choices)
         if all(self.journal.has(key=key, choice=name) for name in names):
             return
@@ -131,7 +130,7 @@ class Tuner:
             end_if_lost(self.device)
             return
         for name, timing in timings.items():
-            entry = dispatch.entry_of(replace(sound[name], ms=timing.ms))
+            entry = tables.entry_of(replace(sound[name], ms=timing.ms))
             if not self.journal.has(key=key, choice=name):
                 self.journal.add(key=key, choice=name, **vars(timing), predicted_ms=sound[name].ms, entry=entry)
         winner = min(timings, key=lambda name: timings[name].ms)
@@ -141,11 +140,11 @@ class Tuner:
         if choice.backend != "triton" or not self.compiler.pool:
             return []
         layer = self.problems[problem]
-        return launches_of(lambda: Trial(layer.problem.of(problem.kind), "meta", layer.image).by_kernel(choice.config))
+        return launches_of(lambda: Trial(layer.problem.of(problem.kind), "meta", layer.image).by_choice(choice))
 
     def _sound(self, problem: Problem, trial: Trial, gate: Gate, choice: Choice) -> bool:
         """Whether `choice` runs and is right; what was found wrong once is not run again."""
-        key, name = dispatch.key_of(problem), describe(choice)
+        key, name = key_of(problem), describe(choice)
         if self.journal.has(key=key, choice=name):
             return any(r["choice"] == name and r["key"] == key and "ms" in r for r in self.journal.records)
         self.compiler.wait(self._launches(problem, choice), max(self.left(), 0.0))
@@ -174,7 +173,7 @@ def problems(
     for case in cases:
         for layer in layers(case, dtype, fitting_batch(case, memory, batch)):
             for problem in layer.passes():
-                texts = (case.title, dispatch.key_of(problem))
+                texts = (case.title, key_of(problem))
                 if not only or any(text in where for text in only for where in texts):
                     found.setdefault(problem, layer)
     return found
@@ -195,7 +194,7 @@ def run(args: argparse.Namespace, device: torch.device, timer: Callable) -> None
     torch.backends.cudnn.benchmark = True
     if args.again:
         args.log.unlink(missing_ok=True)
-    table = Table(args.out or dispatch.table_path(devices.of(device)), devices.of(device))
+    table = Table(args.out or tables.table_path(devices.of(device)), devices.of(device))
     journal = Journal(args.log, KEYS, "tune")
     compiler = Compiler(devices.of(device).capability if device.type == "cuda" else 0)
     wanted = problems(free_memory(device), args.problems)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 
-from ..kernels.problem import Config, Problem
+from ..kernels.problem import Problem
 
 
 def conv_macs(positions: int, c_in: int, c_out: int, kernel: Sequence[int], groups: int = 1) -> int:
@@ -83,13 +83,3 @@ def conv_flops(problem: Problem) -> int:
     """Useful FLOPs of one pass of K convolutions: the same for fprop, dgrad and wgrad."""
     p = problem
     return 2 * p.K * p.N * conv_macs(prod(p.out_size), p.C, p.O, p.kernel)
-
-
-def op_cost(problem: Problem, config: Config) -> OpCost:
-    """The cost of `problem` as the Triton kernel of `config` runs it."""
-    from ..kernels.conv import FORMS
-
-    form = FORMS[config.form]
-    return OpCost(
-        conv_bytes(problem), conv_flops(problem), form.executed_flops(problem, config), form.l2_bytes(problem, config)
-    )

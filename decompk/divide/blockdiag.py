@@ -19,7 +19,7 @@ from ..errors import DecompkError, PackError
 from ..fx.graph import on_meta
 from ..fx.pytree import tree_map
 from ..fx.wrapper import Shell
-from ..kernels.choose import asked_for
+from ..kernels.backend import asked_for
 from ..packed.linear import PackedLinear
 from ..packed.pack import Packed, pack
 from ..packed.per_member import PerMember

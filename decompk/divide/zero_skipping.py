@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import ops
-from ..ops.block import Mask, is_diagonal, mask_text
+from ..kernels.block_choice import Mask, is_diagonal, mask_text
 from ..packed import conv
 from ..packed.conv import PackedConv2d
 from ..packed.linear import PackedLinear

@@ -14,7 +14,6 @@ import itertools
 from collections.abc import Iterator
 from dataclasses import replace
 from math import prod
-from typing import TYPE_CHECKING
 
 import torch
 import triton
@@ -22,13 +21,11 @@ import triton.language as tl
 from torch import Tensor
 from triton import cdiv
 
+from .block_choice import BlockChoice, choose_blocks
 from .conv.operands import geometry, split
 from .launch import GRID_LIMIT, Launch, launch, recording
 from .problem import Config, Problem, dtype_name, power_of_two
 from .product import dot
-
-if TYPE_CHECKING:
-    from ..ops.block import BlockPlan
 
 
 @triton.jit
@@ -152,11 +149,11 @@ def wgrad_blocks(
 LARGEST = 64  # channels of a tile
 
 
-def why_not(problem: Problem, plan: BlockPlan) -> str | None:
+def why_not(problem: Problem, choice: BlockChoice) -> str | None:
     """Why the kernels cannot run `problem`; None if they can."""
     p = problem
     pixels = p.N * max(p.H * p.W, prod(p.out_size))
-    tiles = (len(plan.mask) * cdiv(plan.out_block, LARGEST), len(plan.mask[0]) * cdiv(plan.in_block, LARGEST))
+    tiles = (len(choice.mask) * cdiv(choice.out_block, LARGEST), len(choice.mask[0]) * cdiv(choice.in_block, LARGEST))
     if pixels >= 2**31 or cdiv(pixels, _pixels_of(p)) * max(tiles) > GRID_LIMIT:
         return "2³¹ pixels or programs, or more"
     if p.O * p.C * p.taps >= 2**31:
@@ -169,79 +166,81 @@ def _pixels_of(problem: Problem) -> int:
     return 64 if problem.element_size == 2 else 32
 
 
-def config_of(problem: Problem, plan: BlockPlan) -> Config:
+def config_of(problem: Problem, choice: BlockChoice) -> Config:
     """The config for `problem`, from shapes alone."""
-    blocks = [power_of_two(min(size, LARGEST), 16) for size in (plan.in_block, plan.out_block)]
+    blocks = [power_of_two(min(size, LARGEST), 16) for size in (choice.in_block, choice.out_block)]
     # Operands of tf32 are rounded in registers: of 64 × 64 values, four warps spill 8 bytes on sm_100.
     warps = 8 if problem.dtype == "tf32" and min(blocks) == LARGEST else 4
     found = Config("blocks", (1, 1, _pixels_of(problem)), *blocks, warps, stages=3)
     if problem.kind != "wgrad":
         return found
-    programs = plan.blocks * problem.taps * cdiv(plan.in_block, found.block_in) * cdiv(plan.out_block, found.block_out)
+    programs = (
+        choice.blocks * problem.taps * cdiv(choice.in_block, found.block_in) * cdiv(choice.out_block, found.block_out)
+    )
     return split(problem, found, programs, cdiv(problem.N * prod(problem.out_size), found.pixels))
 
 
 @functools.lru_cache(maxsize=1024)
-def _rows_of(plan: BlockPlan, transposed: bool, device: torch.device) -> tuple[Tensor, Tensor]:
+def _rows_of(choice: BlockChoice, transposed: bool, device: torch.device) -> tuple[Tensor, Tensor]:
     """starts (rows + 1) and index, int32 on the device: the kept columns of each block row, or rows of each column."""
-    mask = list(zip(*plan.mask, strict=True)) if transposed else plan.mask
+    mask = list(zip(*choice.mask, strict=True)) if transposed else choice.mask
     starts = itertools.accumulate(map(sum, mask), initial=0)
     index = [i for row in mask for i, keep in enumerate(row) if keep]
     return tuple(torch.tensor(list(table), dtype=torch.int32, device=device) for table in (starts, index or [0]))
 
 
 @functools.lru_cache(maxsize=1024)
-def _kept_of(plan: BlockPlan, device: torch.device) -> Tensor:
+def _kept_of(choice: BlockChoice, device: torch.device) -> Tensor:
     """(2, kept) rows and columns of the kept blocks, on the device."""
     return torch.tensor(
-        [(r, s) for r, row in enumerate(plan.mask) for s, keep in enumerate(row) if keep], device=device
+        [(r, s) for r, row in enumerate(choice.mask) for s, keep in enumerate(row) if keep], device=device
     ).T.contiguous()
 
 
-def fprop(problem: Problem, plan: BlockPlan, x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor) -> None:
+def fprop(problem: Problem, choice: BlockChoice, x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor) -> None:
     """y = conv(x, the kept blocks of weight) + bias."""
-    p, config = problem, config_of(problem, plan)
+    p, config = problem, config_of(problem, choice)
     _run(
-        p, plan, config, x, weight, y, bias, BACKWARD=False, H=p.H, W=p.W, HO=p.out_size[0], WO=p.out_size[1],
-        R=plan.in_block, F=plan.out_block, BR=config.block_in, BF=config.block_out, wf=p.taps * p.C, wt=p.C, wr=1,
+        p, choice, config, x, weight, y, bias, BACKWARD=False, H=p.H, W=p.W, HO=p.out_size[0], WO=p.out_size[1],
+        R=choice.in_block, F=choice.out_block, BR=config.block_in, BF=config.block_out, wf=p.taps * p.C, wt=p.C, wr=1,
     )  # fmt: skip
 
 
-def dgrad(problem: Problem, plan: BlockPlan, dy: Tensor, weight: Tensor, dx: Tensor) -> None:
+def dgrad(problem: Problem, choice: BlockChoice, dy: Tensor, weight: Tensor, dx: Tensor) -> None:
     """dx from dy and the kept blocks of weight."""
-    p, config = problem, config_of(problem, plan)
+    p, config = problem, config_of(problem, choice)
     _run(
-        p, plan, config, dy, weight, dx, None, BACKWARD=True, H=p.out_size[0], W=p.out_size[1], HO=p.H, WO=p.W,
-        R=plan.out_block, F=plan.in_block, BR=config.block_out, BF=config.block_in, wf=1, wt=p.C, wr=p.taps * p.C,
+        p, choice, config, dy, weight, dx, None, BACKWARD=True, H=p.out_size[0], W=p.out_size[1], HO=p.H, WO=p.W,
+        R=choice.out_block, F=choice.in_block, BR=config.block_out, BF=config.block_in, wf=1, wt=p.C, wr=p.taps * p.C,
     )  # fmt: skip
 
 
-def wgrad(problem: Problem, plan: BlockPlan, dy: Tensor, x: Tensor, dw: Tensor) -> None:
+def wgrad(problem: Problem, choice: BlockChoice, dy: Tensor, x: Tensor, dw: Tensor) -> None:
     """dw (O, kh, kw, C), zero in the skipped blocks: summed in float32, in one pass with atomics or in two without."""
     dw.zero_()
-    if not plan.blocks:
+    if not choice.blocks:
         return
-    p, config = problem, config_of(problem, plan)
-    rows, columns = _kept_of(plan, x.device)
-    shape = (plan.blocks, plan.out_block, *p.kernel, plan.in_block)
+    p, config = problem, config_of(problem, choice)
+    rows, columns = _kept_of(choice, x.device)
+    shape = (choice.blocks, choice.out_block, *p.kernel, choice.in_block)
     make = torch.zeros if config.atomic else torch.empty
     total = make((1 if config.atomic else config.splits, *shape), dtype=torch.float32, device=x.device)
-    parts = cdiv(plan.in_block, config.block_in) * cdiv(plan.out_block, config.block_out)
+    parts = cdiv(choice.in_block, config.block_in) * cdiv(choice.out_block, config.block_out)
     HO, WO = p.out_size
     launch(
         wgrad_blocks,
-        (p.taps * parts * plan.blocks * config.splits,),
+        (p.taps * parts * choice.blocks * config.splits,),
         config.warps,
         config.stages,
         **dict(x=x, dy=dy, out=total, rows=rows, columns=columns, ATOMIC=config.atomic),
-        **dict(PIXELS=p.N * HO * WO, SPLITS=config.splits, KEPT=plan.blocks, ELEMENTS=prod(shape)),
-        **dict(H=p.H, W=p.W, HO=HO, WO=WO, C=plan.in_block, O=plan.out_block),
+        **dict(PIXELS=p.N * HO * WO, SPLITS=config.splits, KEPT=choice.blocks, ELEMENTS=prod(shape)),
+        **dict(H=p.H, W=p.W, HO=HO, WO=WO, C=choice.in_block, O=choice.out_block),
         **dict(BP=config.pixels, BC=config.block_in, BO=config.block_out),
         **_strides("x", x),
         **_strides("y", dy),
         **geometry(p),
     )
-    blocks = dw.unflatten(3, (-1, plan.in_block)).unflatten(0, (-1, plan.out_block)).permute(0, 4, 1, 2, 3, 5)
+    blocks = dw.unflatten(3, (-1, choice.in_block)).unflatten(0, (-1, choice.out_block)).permute(0, 4, 1, 2, 3, 5)
     blocks[rows, columns] = (total[0] if len(total) == 1 else total.sum(0)).to(dw.dtype)
 
 
@@ -250,10 +249,10 @@ def _strides(name: str, x: Tensor) -> dict[str, int]:
 
 
 def _run(
-    problem: Problem, plan: BlockPlan, config: Config, x: Tensor, weight: Tensor, y: Tensor, bias: Tensor | None,
+    problem: Problem, choice: BlockChoice, config: Config, x: Tensor, weight: Tensor, y: Tensor, bias: Tensor | None,
     **sizes: int | bool,
 ) -> None:  # fmt: skip
-    starts, index = _rows_of(plan, sizes["BACKWARD"], x.device)
+    starts, index = _rows_of(choice, sizes["BACKWARD"], x.device)
     pixels = problem.N * sizes["HO"] * sizes["WO"]
     blocks = len(starts) - 1
     launch(
@@ -272,12 +271,10 @@ def _run(
 
 def variants() -> Iterator[tuple[str, Launch]]:
     """(label, launch) of every pass: block sizes that fill the tiles and odd ones, strides, taps, a bias, dtypes."""
-    from ..ops.block import plan as plan_of
-
     mask = "1100/0110/0001/1001"
     for dtype, tf32 in ((torch.bfloat16, False), (torch.float32, True), (torch.float32, False)):
         for size, kernel, stride in itertools.product((8, 16, 24, 32, 64, 128), (1, 3), (1, 2)):
-            plan = plan_of(mask, 4 * size, 4 * size, "triton")
+            choice = choose_blocks(mask, 4 * size, 4 * size, "triton")
             name = dtype_name(dtype, tf32)
             pad = kernel // 2
             sides = (1, 32, 4 * size, 4 * size, 28, 28, (kernel, kernel), (stride, stride), (pad, pad))
@@ -285,10 +282,10 @@ def variants() -> Iterator[tuple[str, Launch]]:
             shapes = (32, 28, 28, p.C), (32, *p.out_size, p.O), (p.O, kernel, kernel, p.C)
             x, y, w = (torch.empty(shape, dtype=dtype, device="meta") for shape in shapes)
             with recording() as launches:
-                fprop(p, plan, x, w, w.new_empty(p.O), y)
-                dgrad(p.of("dgrad"), plan, y, w, x)
+                fprop(p, choice, x, w, w.new_empty(p.O), y)
+                dgrad(p.of("dgrad"), choice, y, w, x)
                 for deterministic in (False, True):
-                    wgrad(replace(p, kind="wgrad", deterministic=deterministic), plan, y, x, w)
+                    wgrad(replace(p, kind="wgrad", deterministic=deterministic), choice, y, x, w)
             found = {}
             for item in launches:
                 flags = [flag for flag in ("BACKWARD", "ATOMIC") if item.arguments.get(flag)]

@@ -22,7 +22,7 @@ class Device:
     tensor_tflops: float  # dense bf16 / fp16
     measured: bool = False
 
-    @property
+    @functools.cached_property
     def descriptors(self) -> bool:
         """Whether tensor descriptors are the copy engine's (TMA) here, and not rewritten to pointers."""
         return self.capability >= 90

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
-from collections.abc import Iterator
+import functools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..errors import BackendError
+from .problem import Epilogue, Prologue
 
 GRID_LIMIT = 2**31 - 1  # programs along x, where all that grows with the batch lies
 GRID_LIMITS = (GRID_LIMIT, 2**16 - 1, 2**16 - 1)  # along x, y and z
@@ -45,6 +46,30 @@ class Launch:
         return signature, constants, attributes
 
 
+@functools.cache
+def _descriptors() -> type:
+    """Triton's tensor descriptor, loaded with the first kernel that is launched."""
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    return TensorDescriptor
+
+
+def descriptor(x: Tensor, shape: Sequence[int], strides: Sequence[int], block: Sequence[int]) -> Any:
+    """Memory of x, seen in `shape` and `strides`, as the copy engine reads it and writes it, a block at a time."""
+    return _descriptors()(x, list(shape), list(strides), list(block))
+
+
+def around(epilogue: Epilogue, prologue: Prologue | None) -> dict[str, Any]:
+    """Kernel arguments: the tensors (None where absent, the residual as it is) and a compile-time flag for each."""
+    e, p = epilogue, prologue
+    return dict(
+        bias=e.bias, scale=e.scale, shift=e.shift, residual=e.residual, moments=e.moments,
+        BIAS=e.bias is not None, AFFINE=e.scale is not None, RESIDUAL=e.residual is not None,
+        MOMENTS=e.moments is not None, RELU=e.relu,
+        in_scale=p and p.scale, in_shift=p and p.shift, PROLOGUE=p is not None, IN_RELU=bool(p and p.relu),
+    )  # fmt: skip
+
+
 def launch(kernel: Any, grid: tuple[int, ...], warps: int, stages: int, **arguments: Any) -> None:
     """Run `kernel` on `grid`, on the device of its first tensor; or record it."""
     if any(programs > limit for programs, limit in zip(grid, GRID_LIMITS, strict=False)):
@@ -56,7 +81,7 @@ def launch(kernel: Any, grid: tuple[int, ...], warps: int, stages: int, **argume
     if recorded is not None:
         recorded.append(Launch(kernel, grid, arguments, warps, stages))
         return
-    values = (a.base if isinstance(a, TensorDescriptor) else a for a in arguments.values())
+    values = (a.base if isinstance(a, _descriptors()) else a for a in arguments.values())
     device = next(value.device for value in values if isinstance(value, Tensor))
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
         kernel[grid](**arguments, num_warps=warps, num_stages=stages)
@@ -85,7 +110,7 @@ _NAMES = {
 
 def _kind(value: Any) -> tuple[str, bool]:
     """(Triton's type, whether it is divisible by 16); storages are taken to be aligned, as torch allocates them."""
-    if isinstance(value, TensorDescriptor):
+    if isinstance(value, _descriptors()):
         return f"tensordesc<{_NAMES[value.base.dtype]}{list(value.block_shape)}>", False
     if isinstance(value, Tensor):
         return f"*{_NAMES[value.dtype]}", value.storage_offset() * value.element_size() % 16 == 0

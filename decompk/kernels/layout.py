@@ -121,6 +121,28 @@ def output_shape(
     return (x[0], x[1], weight[1], *spatial)
 
 
+def check_alike(operator: str, **operands: tuple[torch.dtype, torch.device] | None) -> None:
+    """Raise DecompkError where an operand, (dtype, device) or None, is not floating, or not of x's dtype and device."""
+    x = operands["x"]
+    for name, operand in operands.items():
+        if operand is None:
+            continue
+        dtype, device = operand
+        if not dtype.is_floating_point:
+            raise DecompkError(f"{operator} takes real floating dtypes, and {name} is {dtype}: convert it.")
+        if dtype != x[0]:
+            raise DecompkError(
+                f"{operator} needs one floating dtype; x is {x[0]}, {name} is {dtype}: convert one of them."
+            )
+        if device != x[1]:
+            raise DecompkError(f"x is on {x[1]} and {name} on {device}: move one of them.")
+
+
+def kind_of(t: Tensor | None) -> tuple[torch.dtype, torch.device] | None:
+    """What `check_alike` compares."""
+    return None if t is None else (t.dtype, t.device)
+
+
 def check_shapes(
     x: Sequence[int],
     weight: Sequence[int],
@@ -152,3 +174,30 @@ def check_shapes(
             f"pixels with padding {tuple(padding)}."
         )
     return shape
+
+
+def side_by_side(x: Tensor) -> Tensor:
+    """(K, N, C, H, W) → (N, K·C, H, W), channels_last; without a copy where the members already lie so."""
+    return x.permute(1, 3, 4, 0, 2).flatten(3).permute(0, 3, 1, 2)
+
+
+def cut(image: Tensor, window: Sequence[int]) -> Tensor:
+    """An image (1, N, C, H, W) and a window (h, w, top and left of each member) → the crops (K, N, C, h, w), copied."""
+    h, w, *starts = window
+    pixels = image[0].permute(0, 2, 3, 1)
+    corners = zip(starts[::2], starts[1::2], strict=True)
+    return torch.stack([pixels[:, top : top + h, left : left + w] for top, left in corners]).movedim(-1, 2)
+
+
+def streams(x: Tensor) -> tuple[int, int, int]:
+    """x as (streams, rows, channels) without gaps: K streams of C channels; one of K·C where it is channel-grouped."""
+    K, N, C, H, W = x.shape
+    return (K, N * H * W, C) if layout_of(x) == "member" else (1, N * H * W, K * C)
+
+
+def pieces_of(x: Tensor) -> int:
+    """Into how many pieces the pixels of x are cut for sums: enough to fill any GPU, each far larger than its sums."""
+    count, rows, channels = streams(x)
+    filling = max(1024 // (count * -(-channels // 128)), 1)
+    least = max(2048 // channels, 128)
+    return torch.sym_max(torch.sym_min(filling, (rows + least - 1) // least), 1)

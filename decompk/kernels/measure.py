@@ -9,16 +9,13 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
 from ..threads import one_at_a_time
 from . import cache
-
-if TYPE_CHECKING:
-    from .choose import Choice
-    from .problem import Problem
+from .conv.form import Choice, Form
+from .problem import Problem, key_of
 
 ROUNDS, SECONDS = 7, 0.3  # how often each contestant runs at most, and how long a measurement may take
 HOPELESS = 1.5  # who is that much slower than the fastest after a round does not run again
@@ -38,33 +35,28 @@ def allowed() -> bool:
     return os.environ.get("DECOMPK_MEASURE", "1") != "0"
 
 
-def choose(problem: Problem, choices: Sequence[Choice], measure: bool = True) -> Choice:
+def fastest(problem: Problem, choices: Sequence[Choice], measure: bool = True) -> Choice:
     """The choice that was fastest for `problem`; the first one, our own, where nothing is known or may be measured."""
-    from .choose import key_of
-
     key = key_of(replace(problem, aligned=True, deterministic=False))
     file = path()
-
-    def known_times() -> dict[str, float]:
-        return entries(file).get(key) or _not_kept.get((file, key), {})
-
-    known = known_times()
-    forms = [choice.form for choice in choices if choice.form in known]
-    if not forms:
-        if not (measure and allowed()):
-            return replace(choices[0], reason="not measured" if allowed() else "not measured: DECOMPK_MEASURE=0")
+    known = _known(file, key)
+    if measure and allowed() and not known.keys() >= {choice.form.name for choice in choices}:
         with one_at_a_time():  # two that measure at once would measure each other
-            known = known_times()
-            forms = [choice.form for choice in choices if choice.form in known]
-            if not forms:
-                known = time_each(problem, [choice.form for choice in choices])
-                forms = list(known)
+            known = _known(file, key)
+            if not known.keys() >= {choice.form.name for choice in choices}:
+                known = {**known, **time_each(problem, [choice.form for choice in choices])}
                 _keep(file, key, known)
-    torchs = {choice.form for choice in choices if choice.backend == "torch"}
-    fastest = min(forms, key=lambda form: known[form] / (MARGIN if form in torchs else 1))
-    times = ", ".join(f"{form} {known[form]:.3g}" for form in sorted(forms, key=known.__getitem__))
-    chosen = next(choice for choice in choices if choice.form == fastest)
-    return replace(chosen, ms=known[fastest], reason=f"measured here, ms: {times}")
+    judged = [choice for choice in choices if choice.form.name in known]
+    if not judged:
+        return replace(choices[0], reason="not measured" if allowed() else "not measured: DECOMPK_MEASURE=0")
+    judged.sort(key=lambda choice: known[choice.form.name])
+    best = min(judged, key=lambda one: known[one.form.name] / (MARGIN if one.backend == "torch" else 1))
+    times = ", ".join(f"{one.form.name} {known[one.form.name]:.3g}" for one in judged)
+    return replace(best, ms=known[best.form.name], reason=f"measured here, ms: {times}")
+
+
+def _known(file: Path, key: str) -> dict[str, float]:
+    return entries(file).get(key) or _not_kept.get((file, key), {})
 
 
 _not_kept: dict[tuple[Path, str], dict[str, float]] = {}  # what this process measured and could not write
@@ -107,8 +99,8 @@ def _keep(file: Path, key: str, times: dict[str, float]) -> None:
         _not_kept[file, key] = times
 
 
-def time_each(problem: Problem, forms: Sequence[str]) -> dict[str, float]:
-    """Median milliseconds of each form on random values, in turns: form → ms."""
+def time_each(problem: Problem, forms: Sequence[Form]) -> dict[str, float]:
+    """Median milliseconds of each form on random values, in turns, by its name."""
     calls = contestants(problem, forms)
     times: dict[str, list[float]] = {form: [] for form in calls}
     for call in calls.values():  # not timed: threads, caches and torch's own kernels wake up
@@ -126,25 +118,19 @@ def time_each(problem: Problem, forms: Sequence[str]) -> dict[str, float]:
     return {form: sorted(found)[len(found) // 2] for form, found in times.items()}
 
 
-def contestants(problem: Problem, forms: Sequence[str]) -> dict[str, Callable[[], object]]:
-    """form → one call of `problem` on random float32 values, results laid member-major as a network wants them."""
-    from . import library
-
+def contestants(problem: Problem, forms: Sequence[Form]) -> dict[str, Callable[[], object]]:
+    """By name, one call of each form on random float32 values, results laid member-major as a network wants them."""
     p = problem
     generator = torch.Generator().manual_seed(0)
 
     def random(*shape: int) -> torch.Tensor:
-        """(K, n, …, c) → (K, n, c, …)"""
-        return torch.randn(shape, generator=generator).movedim(-1, 2)
+        return torch.randn(shape, generator=generator)
 
     x, dy = random(p.K, p.N, p.H, p.W, p.C), random(p.K, p.N, *p.out_size, p.O)
     weight = random(p.K, p.O, *p.kernel, p.C)
-    geometry = (p.stride, p.padding, p.dilation)
+    inputs, like = {"fprop": ((x, weight), dy), "dgrad": ((dy, weight), x), "wgrad": ((dy, x), weight)}[p.kind]
 
-    def run(form: str) -> object:
-        if p.kind == "fprop":
-            return library.forward(form, x, weight, None, *geometry).movedim(2, -1).contiguous()
-        dx, dw = library.backward(form, dy, x, weight, *geometry, (p.kind == "dgrad", p.kind == "wgrad"))
-        return dw if dx is None else dx.movedim(2, -1).contiguous()
+    def run(form: Form) -> object:
+        return getattr(form, p.kind)(p, None, *inputs, torch.empty_like(like)).contiguous()
 
-    return {form: torch.no_grad()(functools.partial(run, form)) for form in forms}
+    return {form.name: torch.no_grad()(functools.partial(run, form)) for form in forms}

@@ -19,9 +19,8 @@ import triton.language as tl
 from torch import Tensor
 from triton import cdiv
 
-from ..ops.norm import pieces_of, streams
 from .launch import Launch, launch, recording
-from .layout import strides_of
+from .layout import pieces_of, streams, strides_of
 
 PROGRAMS = 4096  # of a pass without sums: beyond them a program takes several tiles, its channels' values read once
 

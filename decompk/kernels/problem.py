@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import gcd, prod
 
@@ -9,7 +10,6 @@ import torch
 from torch import Tensor
 
 PASSES = ("fprop", "dgrad", "wgrad")
-TORCH_FORMS = ("loop", "grouped", "matmul")  # how torch's own operators compute K convolutions
 LAYOUTS = ("member", "grouped", "strided", "crops")
 DTYPES = {"float16": 2, "bfloat16": 2, "float32": 4, "tf32": 4}  # bytes; tf32 is float32 on tensor cores
 
@@ -77,15 +77,25 @@ class Problem:
         return replace(self, kind=kind)
 
 
+def key_of(problem: Problem) -> str:
+    """A Problem as the name of a table's entry."""
+    p = problem
+    pairs = "_".join(f"{name}{a}x{b}" for name, (a, b) in zip("ksp", (p.kernel, p.stride, p.padding), strict=True))
+    flags = ("" if p.aligned else "_unaligned") + ("_deterministic" if p.deterministic else "")
+    return (
+        f"{p.kind}_{p.dtype}_{p.layout}_K{p.K}_N{p.N}_C{p.C}_O{p.O}_{p.H}x{p.W}_{pairs}_"
+        f"d{p.dilation[0]}x{p.dilation[1]}{flags}"
+    )
+
+
 @dataclass(frozen=True)
 class Config:
     """How one Triton kernel runs a Problem.
 
-    `form`: "tile" (tap by tap on tensor descriptors), "band" (rows of pixels times a banded matrix of weights, on
-    tensor descriptors), "pointer" (masked loads, any strides). `tile`: images, rows and columns of output pixels of one
-    program (in dgrad input pixels, per parity; in wgrad the pixels of one step). `block_in`, `block_out`: input and
-    output channels of one block, powers of two; in the band form, values of a row segment. `splits`: programs that
-    share the pixels of one block of wgrad. `atomic`: they add into one result, which is not deterministic.
+    `form`: the name of the form that it is for, in `kernels.conv.FORMS`. `tile`: images, rows and columns of output
+    pixels of one program (in dgrad input pixels, per parity; in wgrad the pixels of one step). `block_in`, `block_out`:
+    input and output channels of one block, powers of two; in the band form, values of a row segment. `splits`: programs
+    that share the pixels of one block of wgrad. `atomic`: they add into one result, which is not deterministic.
     """
 
     form: str
@@ -125,6 +135,26 @@ class Epilogue:
     residual: Tensor | None = None
     relu: bool = False
     moments: Tensor | None = None
+
+
+PLAIN = Epilogue()
+
+
+@dataclass(frozen=True, eq=False)
+class Offsets:
+    """Where the members' crops begin in the image that they share: (top, left) of each, and (K, 2) on the device."""
+
+    starts: tuple[tuple[int, int], ...]
+    table: Tensor
+
+    @classmethod
+    def of(cls, starts: Sequence[Sequence[int]], device: torch.device) -> Offsets:
+        return cls(tuple((top, left) for top, left in starts), torch.tensor(starts, dtype=torch.int32, device=device))
+
+
+def cdiv(a: int, b: int) -> int:
+    """a / b, rounded up."""
+    return -(-a // b)
 
 
 def power_of_two(n: int, least: int = 1) -> int:

@@ -1,14 +1,14 @@
 """Convolutions and linear layers that skip zero blocks of their weight: decompk::block_conv2d, decompk::block_linear.
 
-A mask of R × S blocks says which are kept. `plan` decides from shapes alone who computes them.
+A mask of R × S blocks says which are kept. `choose_blocks` decides from shapes alone who computes them.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
 from math import prod
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -17,16 +17,24 @@ from torch import Tensor
 
 from ..cost.formulas import conv_macs
 from ..errors import BackendError, DecompkError
-from ..kernels import choose as dispatch
-from ..kernels import library
-from ..kernels.layout import as_strided_like, sizes
+from ..kernels.backend import asked_for, noted, resumed, runs_triton
+from ..kernels.block_choice import (
+    BlockChoice,
+    BlockMask,
+    Group,
+    check_division,
+    choose_blocks,
+    grouped,
+    mask_text,
+    with_form,
+)
+from ..kernels.call import Pair, follows, watched
+from ..kernels.layout import as_strided_like, check_alike, kind_of, sizes
 from ..kernels.problem import DTYPES, Problem, dtype_name
+from ..kernels.torch_limits import as_torch_can
 from ..threads import once
-from .conv import Pair, check, check_alike, padded, register_autocast, tell_flop_counter
-from .followed import follows, gradients
-
-Mask = tuple[tuple[bool, ...], ...]
-BlockMask = str | Tensor | Sequence[Sequence[int]]
+from .conv import check, padded, register_autocast, tell_flop_counter
+from .followed import gradients
 
 
 def block_conv2d(
@@ -49,9 +57,9 @@ def block_conv2d(
     as zero whatever it holds, and its gradient is zero, or with `skipped_gradients` that of the dense operator.
     → (N, O, H', W'), channels_last. Sums are float32 (float64 for float64).
 
-    `plan` says who computes; the dense operator, where that is faster, multiplies x by zeros in place of skipping.
-    Differentiable as often as torch's own operators: see `grouped_conv2d`. Raises DecompkError for shapes, dtypes,
-    masks or sizes that do not fit.
+    `choose_blocks` says who computes; the dense operator, where that is faster, multiplies x by zeros in place of
+    skipping. Differentiable as often as torch's own operators: see `grouped_conv2d`. Raises DecompkError for shapes,
+    dtypes, masks or sizes that do not fit.
     """
     mask = mask_text(block_mask)
     if x.dim() == 3:
@@ -61,7 +69,7 @@ def block_conv2d(
     if x.dim() != 4 or weight.dim() != 4:
         raise DecompkError(f"block_conv2d takes x (N, C, H, W) and weight (O, C, kh, kw), not {sizes(x, weight)}.")
     x, *geometry = padded(x, weight.shape[2:], stride, padding, dilation)
-    if dispatch.watched():
+    if watched():
         _check(x, weight, bias, mask, *geometry)
         return _dense_conv(x, weight, bias, mask, *geometry, skipped_gradients)
     tell_flop_counter(_register_flops)
@@ -82,188 +90,18 @@ def block_linear(
     x (..., C), weight (O, C), bias (O) → (..., O); dtypes, block_mask, gradients and errors as in `block_conv2d`.
     """
     mask = mask_text(block_mask)
-    if dispatch.watched():
+    if watched():
         _check_linear(x, weight, bias, mask)
         return _dense_linear(x, weight, bias, mask, skipped_gradients)
     tell_flop_counter(_register_flops)
     return torch.ops.decompk.block_linear(x, weight, bias, mask, skipped_gradients)
 
 
-# ---- the mask and who computes it -----------------------------------------------------------------------------------
+@functools.cache
+def _kernels() -> ModuleType:
+    from ..kernels import block  # triton loads with it
 
-
-def mask_text(block_mask: BlockMask) -> str:
-    """The mask as the operators take it: rows of 1 (kept) and 0 (skipped) with a slash between them, "10/01"."""
-    if isinstance(block_mask, Tensor):
-        if block_mask.device.type != "cpu":
-            raise DecompkError(
-                f"block_mask is on {block_mask.device}, where reading it would synchronise: give it on the CPU, as a "
-                "tensor or as tuples of bools."
-            )
-        if torch.compiler.is_compiling():
-            raise DecompkError("in compiled code block_mask is text or tuples of bools: give mask_text(block_mask).")
-        block_mask = block_mask.tolist()
-    if not isinstance(block_mask, str):
-        try:
-            to_text = _text if torch.compiler.is_compiling() else _text_cached  # compiled code knows no cache
-            block_mask = to_text(tuple(map(tuple, block_mask)))
-        except (TypeError, ValueError):
-            raise DecompkError("block_mask has two dimensions: give rows of bools, one for each block.") from None
-    rows = block_mask.split("/")
-    if not rows[0] or block_mask.strip("01/") or any(len(row) != len(rows[0]) for row in rows):
-        raise DecompkError(f"block_mask {block_mask!r} is not a rectangle of blocks that are kept (1) or skipped (0).")
-    return block_mask
-
-
-def _text(mask: Mask) -> str:
-    return "/".join("".join(str(int(block)) if block in (0, 1) else "?" for block in row) for row in mask)
-
-
-_text_cached = functools.lru_cache(maxsize=1024)(_text)
-
-
-class Group(NamedTuple):
-    """Output blocks that read the same input blocks."""
-
-    rows: tuple[int, ...]
-    columns: tuple[int, ...]
-
-
-@dataclass(frozen=True, eq=False)
-class BlockPlan:
-    """Who computes a mask, and why; one object a question, so that what hangs on it is found by identity.
-
-    `form`: "grouped" (the kept blocks are the diagonal: `grouped_conv2d`), "dense" (torch's operator on the masked
-    weight), "rows" (torch's operator once for all block rows that keep the same columns), "blocks" (one Triton launch).
-    `mask` is the given one in the largest blocks that say the same, of `out_block` × `in_block` channels; `kept` is the
-    share of its blocks that is kept.
-    """
-
-    form: str
-    reason: str
-    mask: Mask
-    out_block: int
-    in_block: int
-    kept: float
-
-    @functools.cached_property
-    def by_rows(self) -> tuple[Group, ...]:
-        """Every block row once, grouped by the columns that it keeps."""
-        return _grouped(self.mask)
-
-    @functools.cached_property
-    def by_columns(self) -> tuple[Group, ...]:
-        """Every block column once, grouped by the rows that keep it."""
-        return tuple(Group(rows, columns) for columns, rows in _grouped(_transposed(self.mask)))
-
-    @property
-    def blocks(self) -> int:
-        """How many blocks are kept."""
-        return sum(map(sum, self.mask))
-
-    def __str__(self) -> str:
-        size = f"{len(self.mask)}×{len(self.mask[0])} blocks of {self.out_block}×{self.in_block} channels"
-        return f"{self.form}: {self.kept:.0%} of {size} kept, {self.reason}"
-
-
-def plan(
-    block_mask: BlockMask,
-    out_channels: int,
-    in_channels: int,
-    backend: str = "torch",
-    taps: int = 1,
-    positions: int | None = None,
-) -> BlockPlan:
-    """The BlockPlan for a weight of out_channels × in_channels × taps on `backend`, "torch" or "triton".
-
-    `positions`: samples · output pixels; without it they are taken to be plenty. Raises DecompkError for channels that
-    do not divide into the blocks.
-    """
-    found = _plan(mask_text(block_mask), out_channels, in_channels, backend)
-    if found.form == "rows" and found.blocks and positions is not None:
-        call, copy = CALL_MACS[backend], COPY_MACS[backend][taps > 1]
-        moved = out_channels + found.in_block * sum(len(group.columns) for group in found.by_rows)
-        saved = (1 - found.kept) * positions * out_channels * in_channels * taps
-        if saved < call * len(found.by_rows) + copy * positions * moved:
-            return _replaced(found, "dense", "skipping saves less than a call for every set of columns costs")
-    return found
-
-
-# Shares of kept blocks from which the dense operator is taken. For Triton a guess, not measured.
-DENSE_FROM = {"torch": 0.75, "triton": 0.5}
-# What the form "rows" costs, in multiply-accumulates: a call, and a value copied for it, in products and convolutions.
-# On a CPU fitted to dense / rows in ms: 128→128, 3×3 at 28², N=8, 16² blocks, 24 % kept: 115 / 96, 51 %: 101 / 142;
-# 512→512 on 2048 rows: 59 / 35 and 66 / 64. On a GPU derived from launch time and bandwidth, not measured.
-CALL_MACS = {"torch": 2**22, "triton": 2**30}
-COPY_MACS = {"torch": (40, 100), "triton": (500, 500)}
-LEAST_BLOCK = 8  # channels of a block that Triton takes unasked: of fewer most lanes of its products would idle
-
-
-@functools.lru_cache(maxsize=4096)
-def _plan(text: str, out_channels: int, in_channels: int, backend: str) -> BlockPlan:
-    _check_division(text, out_channels, in_channels)
-    given = tuple(tuple(block == "1" for block in row) for row in text.split("/"))
-    mask = _transposed(_merged(_transposed(_merged(given))))
-    R, S = len(mask), len(mask[0])
-    blocks = out_channels // R, in_channels // S
-    kept = sum(map(sum, mask)) / (R * S)
-    sets = len(_grouped(mask))
-    if R > 1 and is_diagonal(mask):
-        form, reason = "grouped", f"{R} independent groups"
-    elif kept >= DENSE_FROM[backend]:
-        form, reason = "dense", "nothing to skip" if kept == 1 else "too little to skip"
-    elif backend == "triton" and min(blocks) >= LEAST_BLOCK:
-        form, reason = "blocks", "one launch over the kept blocks"
-    else:
-        form, reason = "rows", f"{sets} set{'s' * (sets > 1)} of columns"
-    return BlockPlan(form, reason, mask, *blocks, kept)
-
-
-def _check_division(text: str, out_channels: int, in_channels: int) -> None:
-    rows = text.split("/")
-    for channels, blocks, kind, where in (
-        (out_channels, len(rows), "output", "rows"),
-        (in_channels, len(rows[0]), "input", "columns"),
-    ):
-        if channels % blocks:
-            raise DecompkError(f"{channels} {kind} channels do not divide into the {blocks} {where} of block_mask.")
-
-
-@functools.lru_cache(maxsize=1024)
-def _replaced(found: BlockPlan, form: str, reason: str) -> BlockPlan:
-    return replace(found, form=form, reason=reason)
-
-
-def is_diagonal(mask: Mask) -> bool:
-    """Whether each block row keeps the block of its own number alone."""
-    return len(mask) == len(mask[0]) and all(
-        keep == (r == s) for r, row in enumerate(mask) for s, keep in enumerate(row)
-    )
-
-
-def _transposed(mask: Mask) -> Mask:
-    return tuple(zip(*mask, strict=True))
-
-
-def _merged(mask: Mask) -> Mask:
-    """The fewest rows that, each repeated equally often, are the mask."""
-    for height in range(len(mask), 0, -1):
-        if len(mask) % height == 0 and all(row == mask[r - r % height] for r, row in enumerate(mask)):
-            return mask[::height]
-    raise AssertionError("every mask is its own rows repeated once")
-
-
-def _grouped(mask: Mask) -> tuple[Group, ...]:
-    groups: dict[tuple[bool, ...], list[int]] = {}
-    for r, row in enumerate(mask):
-        groups.setdefault(row, []).append(r)
-    return tuple(Group(tuple(rows), tuple(s for s, keep in enumerate(row) if keep)) for row, rows in groups.items())
-
-
-@functools.lru_cache(maxsize=1024)
-def _kept_on(plan: BlockPlan, device: torch.device) -> Tensor:
-    """The mask (R, S) on the device; kept, so that a captured graph copies nothing from the host."""
-    return torch.tensor(plan.mask, dtype=torch.bool, device=device)
+    return block
 
 
 # ---- the mask on torch's operators ----------------------------------------------------------------------------------
@@ -291,7 +129,7 @@ def _conv_products(
         )
 
     def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        x, weight = library.as_torch_can(x, weight, stride, padding, dilation, differentiable=False)
+        x, weight = as_torch_can(x, weight, stride, padding, dilation, differentiable=False)
         return torch.convolution(x, weight, bias, stride, padding, dilation, False, (0, 0), 1)
 
     return Products(
@@ -332,18 +170,24 @@ def _put(t: Tensor, dim: int, blocks: Sequence[int], size: int, value: Tensor) -
         t.narrow(dim, *run).copy_(part)
 
 
-def _corner(plan: BlockPlan, weight: Tensor, group: Group) -> Tensor:
-    return _take(_take(weight, 0, group.rows, plan.out_block), 1, group.columns, plan.in_block)
+def _corner(choice: BlockChoice, weight: Tensor, group: Group) -> Tensor:
+    return _take(_take(weight, 0, group.rows, choice.out_block), 1, group.columns, choice.in_block)
 
 
-def _masked(plan: BlockPlan, weight: Tensor) -> Tensor:
+@functools.lru_cache(maxsize=1024)
+def _kept_on(choice: BlockChoice, device: torch.device) -> Tensor:
+    """The mask (R, S) on the device; kept, so that a captured graph copies nothing from the host."""
+    return torch.tensor(choice.mask, dtype=torch.bool, device=device)
+
+
+def _masked(choice: BlockChoice, weight: Tensor) -> Tensor:
     """weight with zeros in the skipped blocks, whatever they hold."""
-    if plan.kept == 1:
+    if choice.kept == 1:
         return weight
-    R, S = len(plan.mask), len(plan.mask[0])
-    kept_on = _kept_on.__wrapped__ if dispatch.watched() else _kept_on  # what a trace makes is no tensor to keep
-    keep = kept_on(plan, weight.device).view(R, 1, S, *[1] * (weight.dim() - 1))
-    blocks = weight.unflatten(1, (S, plan.in_block)).unflatten(0, (R, plan.out_block))
+    R, S = len(choice.mask), len(choice.mask[0])
+    kept_on = _kept_on.__wrapped__ if watched() else _kept_on  # what a trace makes is no tensor to keep
+    keep = kept_on(choice, weight.device).view(R, 1, S, *[1] * (weight.dim() - 1))
+    blocks = weight.unflatten(1, (S, choice.in_block)).unflatten(0, (R, choice.out_block))
     return torch.where(keep, blocks, 0).reshape(weight.shape)
 
 
@@ -371,14 +215,14 @@ class _Whole(torch.autograd.Function):
 
 def _counted(weight: Tensor, mask: str, skipped_gradients: bool) -> Tensor:
     """The weight as the dense operator takes it."""
-    masked = _masked(plan(mask, *weight.shape[:2]), weight)
+    masked = _masked(choose_blocks(mask, *weight.shape[:2]), weight)
     return _Whole.apply(weight, masked.detach()) if skipped_gradients else masked
 
 
 def _dense_conv(x, weight, bias, mask, stride, padding, dilation, skipped_gradients) -> Tensor:
     """`block_conv2d` for whatever follows torch's own operators alone."""
     weight = _counted(weight, mask, skipped_gradients)
-    x, weight = library.as_torch_can(x, weight, stride, padding, dilation)
+    x, weight = as_torch_can(x, weight, stride, padding, dilation)
     return F.conv2d(x, weight, bias, stride, padding, dilation)
 
 
@@ -387,73 +231,75 @@ def _dense_linear(x, weight, bias, mask, skipped_gradients) -> Tensor:
     return F.linear(x, _counted(weight, mask, skipped_gradients), bias)
 
 
-def _fprop(plan: BlockPlan, products: Products, x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor) -> Tensor:
+def _fprop(
+    choice: BlockChoice, products: Products, x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor
+) -> Tensor:
     """The forms "dense" and "rows": y filled, or one like it."""
-    if plan.form == "dense":
-        return as_strided_like(products.fprop(x, _masked(plan, weight), bias), y)
-    for group in plan.by_rows:
-        own_bias = None if bias is None else _take(bias, 0, group.rows, plan.out_block)
+    if choice.form == "dense":
+        return as_strided_like(products.fprop(x, _masked(choice, weight), bias), y)
+    for group in choice.by_rows:
+        own_bias = None if bias is None else _take(bias, 0, group.rows, choice.out_block)
         if group.columns:
-            own = products.fprop(_take(x, 1, group.columns, plan.in_block), _corner(plan, weight, group), own_bias)
+            own = products.fprop(_take(x, 1, group.columns, choice.in_block), _corner(choice, weight, group), own_bias)
         else:
-            own = y.new_zeros(len(group.rows) * plan.out_block) if own_bias is None else own_bias
+            own = y.new_zeros(len(group.rows) * choice.out_block) if own_bias is None else own_bias
             own = own.view(1, -1, *[1] * (y.dim() - 2)).expand(len(y), -1, *y.shape[2:])
-        _put(y, 1, group.rows, plan.out_block, own)
+        _put(y, 1, group.rows, choice.out_block, own)
     return y
 
 
-def _dgrad(plan: BlockPlan, products: Products, dy: Tensor, weight: Tensor, dx: Tensor) -> Tensor:
-    if plan.form == "dense":
-        return as_strided_like(products.dgrad(dy, _masked(plan, weight)), dx)
-    for group in plan.by_columns:  # each is summed over all its rows at once, and so rounded once
+def _dgrad(choice: BlockChoice, products: Products, dy: Tensor, weight: Tensor, dx: Tensor) -> Tensor:
+    if choice.form == "dense":
+        return as_strided_like(products.dgrad(dy, _masked(choice, weight)), dx)
+    for group in choice.by_columns:  # each is summed over all its rows at once, and so rounded once
         if group.rows:
-            own = products.dgrad(_take(dy, 1, group.rows, plan.out_block), _corner(plan, weight, group))
+            own = products.dgrad(_take(dy, 1, group.rows, choice.out_block), _corner(choice, weight, group))
         else:
-            own = dx.new_zeros(()).expand(len(dx), len(group.columns) * plan.in_block, *dx.shape[2:])
-        _put(dx, 1, group.columns, plan.in_block, own)
+            own = dx.new_zeros(()).expand(len(dx), len(group.columns) * choice.in_block, *dx.shape[2:])
+        _put(dx, 1, group.columns, choice.in_block, own)
     return dx
 
 
-def _wgrad(plan: BlockPlan, products: Products, dy: Tensor, x: Tensor, dw: Tensor) -> Tensor:
-    if plan.form == "dense":
-        return as_strided_like(_masked(plan, products.wgrad(dy, x)), dw)
+def _wgrad(choice: BlockChoice, products: Products, dy: Tensor, x: Tensor, dw: Tensor) -> Tensor:
+    if choice.form == "dense":
+        return as_strided_like(_masked(choice, products.wgrad(dy, x)), dw)
     dw.zero_()
-    for group in plan.by_rows:
+    for group in choice.by_rows:
         if group.columns:
-            own = products.wgrad(_take(dy, 1, group.rows, plan.out_block), _take(x, 1, group.columns, plan.in_block))
-            runs = _runs(group.rows, plan.out_block)
+            own = products.wgrad(
+                _take(dy, 1, group.rows, choice.out_block), _take(x, 1, group.columns, choice.in_block)
+            )
+            runs = _runs(group.rows, choice.out_block)
             for run, part in zip(runs, own.split([number for _, number in runs]), strict=True):
-                _put(dw.narrow(0, *run), 1, group.columns, plan.in_block, part)
+                _put(dw.narrow(0, *run), 1, group.columns, choice.in_block, part)
     return dw
 
 
-def _diagonal(plan: BlockPlan, weight: Tensor) -> Tensor:
+def _diagonal(choice: BlockChoice, weight: Tensor) -> Tensor:
     """The diagonal blocks (K, O/K, C/K, …) of a weight (O, C, …), a view."""
-    K = len(plan.mask)
-    blocks = weight.unflatten(1, (K, plan.in_block)).unflatten(0, (K, plan.out_block))
+    K = len(choice.mask)
+    blocks = weight.unflatten(1, (K, choice.in_block)).unflatten(0, (K, choice.out_block))
     return blocks.diagonal(dim1=0, dim2=2).movedim(-1, 0)
 
 
 # ---- the convolution ------------------------------------------------------------------------------------------------
 
 
-def _plan_for(x: Tensor, weight: Tensor, text: str, problem: Problem) -> BlockPlan:
-    """The plan of the backend in force; where Triton is asked for by name it also takes what torch would do better."""
-    forced, sizes = dispatch.asked_for("triton"), (problem.taps, problem.N * prod(problem.out_size))
+def _choice_for(x: Tensor, weight: Tensor, text: str, problem: Problem) -> BlockChoice:
+    """The choice for the backend in force; Triton asked for by name also takes what torch would do better."""
+    forced, sizes = asked_for("triton"), (problem.taps, problem.N * prod(problem.out_size))
     if forced and problem.dtype not in DTYPES:
         raise BackendError(f"no Triton kernel computes in {problem.dtype}; use float32, bfloat16 or float16.")
-    if dispatch.runs_triton(x):
-        from ..kernels import block as block_conv
-
-        found = plan(text, *weight.shape[:2], "triton", *sizes)
+    if runs_triton(x):
+        found = choose_blocks(text, *weight.shape[:2], "triton", *sizes)
         if forced and found.form != "grouped":
-            found = _replaced(found, "blocks", "asked for by name")
-        reason = block_conv.why_not(problem, found) if found.form == "blocks" else None
+            found = with_form(found, "blocks", "asked for by name")
+        reason = _kernels().why_not(problem, found) if found.form == "blocks" else None
         if reason is None:
             return found
         if forced:
             raise BackendError(f"no Triton kernel skips the blocks of this convolution: {reason}.")
-    return plan(text, *weight.shape[:2], "torch", *sizes)
+    return choose_blocks(text, *weight.shape[:2], "torch", *sizes)
 
 
 def _check(x, weight, bias, mask, stride, padding, dilation) -> tuple[int, ...]:
@@ -462,12 +308,12 @@ def _check(x, weight, bias, mask, stride, padding, dilation) -> tuple[int, ...]:
         raise DecompkError(f"block_conv2d takes x (N, C, H, W) and weight (O, C, kh, kw), not {sizes(x, weight)}.")
     _check_operands("block_conv2d", x, weight, bias, x.shape[1])
     shape = check(x[None], weight[None], None if bias is None else bias[None], stride, padding, dilation)
-    _check_division(mask, *weight.shape[:2])
+    check_division(mask, *weight.shape[:2])
     return shape[1:]
 
 
 def _check_operands(name: str, x: Tensor, weight: Tensor, bias: Tensor | None, channels: int) -> None:
-    check_alike(name, x, weight=weight, bias=bias)
+    check_alike(name, x=kind_of(x), weight=kind_of(weight), bias=kind_of(bias))
     if channels != weight.shape[1]:
         raise DecompkError(f"x has {channels} channels, and weight {sizes(weight)} takes {weight.shape[1]}.")
     if bias is not None and bias.shape != weight.shape[:1]:
@@ -491,16 +337,14 @@ def _conv(
     geometry = tuple(stride), tuple(padding), tuple(dilation)
     x = x.contiguous(memory_format=torch.channels_last)
     problem = _problem("fprop", x, weight, geometry)
-    found = _plan_for(x, weight, mask, problem)
+    found = _choice_for(x, weight, mask, problem)
     if found.form == "grouped":
         bias = None if bias is None else bias.view(-1, found.out_block)
         own = torch.ops.decompk.grouped_conv2d(_by_group(x, found.in_block), _diagonal(found, weight), bias, *geometry)
         return as_strided_like(own.transpose(0, 1).flatten(1, 2), y)
     if found.form == "blocks":
-        from ..kernels import block as block_conv
-
         bias = None if bias is None else bias.contiguous()
-        block_conv.fprop(problem, found, _nhwc(x), _nhwc(weight).contiguous(), bias, _nhwc(y))
+        _kernels().fprop(problem, found, _nhwc(x), _nhwc(weight).contiguous(), bias, _nhwc(y))
         return y
     if found.form == "rows" and problem.pointwise:
         _linear_fprop(found, _pixels(x), weight.flatten(1), bias, _pixels(y))
@@ -526,7 +370,7 @@ def _conv_backward(
     wanted: Sequence[bool],
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dx, dweight, dbias); what is not wanted is empty. backend: what the forward noted (`dispatch.noted`)."""
+    """(dx, dweight, dbias); what is not wanted is empty. backend: what the forward noted (`backend.noted`)."""
     dx, dw, db = _conv_gradients(grad, x, weight, wanted)
     if not grad.numel():
         return tuple(t.zero_() for t in (dx, dw, db))
@@ -535,8 +379,8 @@ def _conv_backward(
     if wanted[2]:
         db = grad.sum((0, 2, 3))
     problem = _problem("dgrad", x, weight, geometry)
-    with dispatch.resumed(backend):
-        found = _plan_for(x, weight, mask, problem)
+    with resumed(backend):
+        found = _choice_for(x, weight, mask, problem)
     products = _conv_products(x.shape[2:], weight.shape[2:], *geometry)
     own = wanted[0], wanted[1] and not skipped_gradients
     if wanted[1] and skipped_gradients:
@@ -549,12 +393,10 @@ def _conv_backward(
         if own[1]:
             _diagonal(found, dw.zero_()).copy_(dw_own)
     elif found.form == "blocks" and any(own):
-        from ..kernels import block as block_conv
-
         if own[0]:
-            block_conv.dgrad(problem, found, _nhwc(grad), _nhwc(weight).contiguous(), _nhwc(dx))
+            _kernels().dgrad(problem, found, _nhwc(grad), _nhwc(weight).contiguous(), _nhwc(dx))
         if own[1]:
-            block_conv.wgrad(problem.of("wgrad"), found, _nhwc(grad), _nhwc(x), _nhwc(dw))
+            _kernels().wgrad(problem.of("wgrad"), found, _nhwc(grad), _nhwc(x), _nhwc(dw))
     elif found.form == "rows" and problem.pointwise:
         if own[0]:
             _linear_dgrad(found, _pixels(grad), weight.flatten(1), _pixels(dx))
@@ -610,20 +452,20 @@ BATCH_FROM = 5  # sets of columns from which one batched product takes them all;
 
 
 @functools.lru_cache(maxsize=1024)
-def _kept_columns(plan: BlockPlan, transposed: bool, device: torch.device) -> tuple[Tensor, Tensor] | None:
+def _kept_columns(choice: BlockChoice, transposed: bool, device: torch.device) -> tuple[Tensor, Tensor] | None:
     """Indices (R, 1) and (R, n) of each row's n blocks, for one batched product; None where rows differ or are few."""
-    mask = _transposed(plan.mask) if transposed else plan.mask
-    batched = plan.form == "grouped" or (plan.form == "rows" and len(_grouped(mask)) >= BATCH_FROM)
+    mask = transpose(choice.mask) if transposed else choice.mask
+    batched = choice.form == "grouped" or (choice.form == "rows" and len(grouped(mask)) >= BATCH_FROM)
     if not batched or len({sum(row) for row in mask}) > 1:
         return None
     columns = [[s for s, keep in enumerate(row) if keep] for row in mask]
     return torch.arange(len(mask), device=device)[:, None], torch.tensor(columns, device=device)
 
 
-def _gathered(plan: BlockPlan, x: Tensor, columns: Tensor, size: int) -> Tensor:
+def _gathered(choice: BlockChoice, x: Tensor, columns: Tensor, size: int) -> Tensor:
     """(M, S·size) → (R, M, n·size): what each block row reads; a view where the kept blocks are the diagonal."""
     x = x.unflatten(1, (-1, size))
-    return x.transpose(0, 1) if plan.form == "grouped" else x[:, columns].transpose(0, 1).flatten(2)
+    return x.transpose(0, 1) if choice.form == "grouped" else x[:, columns].transpose(0, 1).flatten(2)
 
 
 def _by_block(weight: Tensor, rows: int, size: int) -> Tensor:
@@ -632,38 +474,44 @@ def _by_block(weight: Tensor, rows: int, size: int) -> Tensor:
 
 
 def _batched(
-    plan: BlockPlan, x: Tensor, weight: Tensor, bias: Tensor | None, kept: tuple[Tensor, Tensor], size: int, y: Tensor
+    choice: BlockChoice,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    kept: tuple[Tensor, Tensor],
+    size: int,
+    y: Tensor,
 ) -> Tensor:
     """y (M, O) = x (M, C) · weightᵀ + bias, where x has blocks of `size` channels."""
     R = len(kept[0])
-    own, kernels = _gathered(plan, x, kept[1], size), _by_block(weight, R, size)[kept].transpose(2, 3).flatten(1, 2)
+    own, kernels = _gathered(choice, x, kept[1], size), _by_block(weight, R, size)[kept].transpose(2, 3).flatten(1, 2)
     value = torch.bmm(own, kernels) if bias is None else torch.baddbmm(bias.view(R, 1, -1), own, kernels)
     y.unflatten(1, (R, -1)).copy_(value.transpose(0, 1))
     return y
 
 
-def _linear_fprop(plan: BlockPlan, x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor) -> Tensor:
+def _linear_fprop(choice: BlockChoice, x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor) -> Tensor:
     """y (M, O) from x (M, C) and weight (O, C)."""
-    kept = _kept_columns(plan, False, x.device)
+    kept = _kept_columns(choice, False, x.device)
     if kept is None:
-        return _fprop(plan, LINEAR, x, weight, bias, y)
-    return _batched(plan, x, weight, bias, kept, plan.in_block, y)
+        return _fprop(choice, LINEAR, x, weight, bias, y)
+    return _batched(choice, x, weight, bias, kept, choice.in_block, y)
 
 
-def _linear_dgrad(plan: BlockPlan, dy: Tensor, weight: Tensor, dx: Tensor) -> Tensor:
-    kept = _kept_columns(plan, True, dy.device)
+def _linear_dgrad(choice: BlockChoice, dy: Tensor, weight: Tensor, dx: Tensor) -> Tensor:
+    kept = _kept_columns(choice, True, dy.device)
     if kept is None:
-        return _dgrad(plan, LINEAR, dy, weight, dx)
-    return _batched(plan, dy, weight.T, None, kept, plan.out_block, dx)
+        return _dgrad(choice, LINEAR, dy, weight, dx)
+    return _batched(choice, dy, weight.T, None, kept, choice.out_block, dx)
 
 
-def _linear_wgrad(plan: BlockPlan, dy: Tensor, x: Tensor, dw: Tensor) -> Tensor:
-    kept = _kept_columns(plan, False, x.device)
+def _linear_wgrad(choice: BlockChoice, dy: Tensor, x: Tensor, dw: Tensor) -> Tensor:
+    kept = _kept_columns(choice, False, x.device)
     if kept is None:
-        return _wgrad(plan, LINEAR, dy, x, dw)
-    per_row = dy.unflatten(1, (-1, plan.out_block)).permute(1, 2, 0)
-    own = torch.bmm(per_row, _gathered(plan, x, kept[1], plan.in_block))
-    _by_block(dw.zero_(), len(own), plan.in_block)[kept] = own.unflatten(2, (-1, plan.in_block)).transpose(1, 2)
+        return _wgrad(choice, LINEAR, dy, x, dw)
+    per_row = dy.unflatten(1, (-1, choice.out_block)).permute(1, 2, 0)
+    own = torch.bmm(per_row, _gathered(choice, x, kept[1], choice.in_block))
+    _by_block(dw.zero_(), len(own), choice.in_block)[kept] = own.unflatten(2, (-1, choice.in_block)).transpose(1, 2)
     return dw
 
 
@@ -673,7 +521,7 @@ def _check_linear(x: Tensor, weight: Tensor, bias: Tensor | None, mask: str) -> 
     _check_operands("block_linear", x, weight, bias, x.shape[-1])
     if not weight.numel():
         raise DecompkError(f"weight {sizes(weight)}: only the batch may be empty.")
-    _check_division(mask, *weight.shape)
+    check_division(mask, *weight.shape)
     return (*x.shape[:-1], weight.shape[0])
 
 
@@ -682,7 +530,7 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, mask: str, skipped_g
     y = x.new_empty(_check_linear(x, weight, bias, mask))
     if y.numel():
         rows = y.numel() // len(weight)
-        found = plan(mask, *weight.shape, positions=rows)
+        found = choose_blocks(mask, *weight.shape, positions=rows)
         return _linear_fprop(found, x.reshape(rows, -1), weight, bias, y.view(rows, -1)).view(y.shape)
     return y
 
@@ -701,7 +549,7 @@ def _linear_backward(
     if not grad.numel():
         return tuple(t.zero_() for t in (dx, dw, db))
     rows = grad.numel() // len(weight)
-    found = plan(mask, *weight.shape, positions=rows)
+    found = choose_blocks(mask, *weight.shape, positions=rows)
     grad, x = grad.reshape(rows, -1), x.reshape(rows, -1)
     if wanted[0]:
         dx = _linear_dgrad(found, grad, weight, dx.view(rows, -1)).view(dx.shape)
@@ -729,7 +577,7 @@ def _linear_gradients(grad: Tensor, x: Tensor, weight: Tensor, wanted: Sequence[
 
 def _keep(ctx, inputs, output):
     x, weight, bias, *ctx.arguments = inputs
-    ctx.has_bias, ctx.backend = bias is not None, dispatch.noted()
+    ctx.has_bias, ctx.backend = bias is not None, noted()
     ctx.save_for_backward(x, weight)
 
 
@@ -770,7 +618,7 @@ def _register_flops() -> None:
     from torch.utils.flop_counter import register_flop_formula
 
     def flops(positions: int, weight: Sequence[int], mask: str) -> int:
-        found = plan(mask, *weight[:2])
+        found = choose_blocks(mask, *weight[:2])
         return 2 * found.blocks * conv_macs(positions, found.in_block, found.out_block, weight[2:])
 
     def backward_flops(positions: int, weight: Sequence[int], mask: str, skipped: bool, wanted: Sequence[bool]) -> int:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from math import prod
 
 import torch
@@ -14,28 +13,34 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from ..cost.formulas import conv_macs
 from ..errors import DecompkError
-from ..kernels import choose as dispatch
-from ..kernels import library
+from ..kernels.backend import ANY, forced, noted, resumed
+from ..kernels.call import (
+    Call,
+    Geometry,
+    Pair,
+    dgrad_call,
+    follows,
+    fprop_call,
+    settle,
+    unwatched,
+    watched,
+    wgrad_call,
+)
+from ..kernels.choose import choose
+from ..kernels.conv.form import Choice
 from ..kernels.layout import (
-    aligned,
-    as_strided_like,
     channels_inside,
+    check_alike,
     check_shapes,
     empty_like_layout,
     empty_weight,
-    layout_of,
-    nhwc,
-    ohwi,
+    kind_of,
     output_shape,
     sizes,
-    stream,
 )
-from ..kernels.problem import DTYPES, Epilogue, Problem, dtype_name
+from ..kernels.problem import PLAIN, Epilogue
 from ..threads import once
-from . import on_cpu
-from .followed import conv_gradients, follows
-
-Pair = tuple[int, int]
+from .followed import by_torch, conv_gradients
 
 
 def grouped_conv2d(
@@ -63,13 +68,99 @@ def grouped_conv2d(
             f"grouped_conv2d takes x (K, N, C, H, W) and weight (K, O, C, kh, kw), not {sizes(x, weight)}."
         )
     x, *geometry = padded(x, weight.shape[3:], stride, padding, dilation)
-    if on_cpu.takes(x, weight, bias) and layout_of(x) == "member" and prod(check(x, weight, bias, *geometry)):
-        return on_cpu.conv2d(x.flatten(0, 1), weight, bias, *geometry).unflatten(0, x.shape[:2])
-    if dispatch.watched():
+    return convolve(x, weight, bias, tuple(geometry))
+
+
+def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
+    """`grouped_conv2d` with stride, padding and dilation as pairs."""
+    if unwatched(x, weight, bias):
+        return convolve_now(x, weight, bias, geometry)
+    if watched():
         check(x, weight, bias, *geometry)
-        return library.by_torch(*autocast(x, weight, bias), *geometry)
+        return by_torch(*autocast(x, weight, bias), *geometry)
     tell_flop_counter(register_flops)
     return torch.ops.decompk.grouped_conv2d(channels_inside(x), weight, bias, *geometry)
+
+
+def convolve_now(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
+    """`convolve` of what is `unwatched`: x (K, N, C, H, W), or rows (K·N, C, H, W), and y like it."""
+    if torch.is_autocast_enabled(x.device.type):
+        x, weight, bias = autocast(x, weight, bias)
+    call = fprop_call(x, weight, bias, geometry)
+    if not call.settled:  # copied out here, where autograd sees it: what a Function saves has to be what it got
+        x = settle(x)
+        call = fprop_call(x, weight, bias, geometry)
+    return _Conv.apply(x, weight, bias, call)
+
+
+class _Conv(torch.autograd.Function):
+    """The operator without torch's dispatcher, for what nobody looks on at."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, call: Call) -> Tensor:
+        ctx.call, ctx.has_bias, ctx.asked = call, bias is not None, forced.get()
+        ctx.save_for_backward(x, weight)
+        return call.fprop(chosen(call, ctx.asked), x, weight, with_bias(bias))
+
+    @staticmethod
+    def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        wanted = *ctx.needs_input_grad[:2], ctx.has_bias and ctx.needs_input_grad[2]
+        if follows(dy):
+            gradients = _followed(dy, x, weight, ctx.call.ends.geometry, wanted, ctx.asked or ANY)
+        else:
+            gradients = conv_backward(dy, x, weight, ctx.call, wanted, ctx.asked)
+        return *gradients, None
+
+
+def _followed(
+    dy: Tensor, x: Tensor, weight: Tensor, geometry: Geometry, wanted: Sequence[bool], backend: str
+) -> list[Tensor | None]:
+    """`conv_gradients` of x (K, N, C, H, W), or of rows (K·N, C, H, W)."""
+    if x.dim() == 5:
+        return conv_gradients(dy, x, weight, geometry, wanted, backend)
+    members = (len(weight), x.shape[0] // len(weight))
+    dx, *others = conv_gradients(*(t.unflatten(0, members) for t in (dy, x)), weight, geometry, wanted, backend)
+    return [None if dx is None else dx.flatten(0, 1), *others]
+
+
+def conv_backward(
+    dy: Tensor, x: Tensor, weight: Tensor, call: Call, wanted: Sequence[bool], asked: str | None
+) -> list[Tensor | None]:
+    """dx, dweight and dbias behind `call` as wanted; asked: the backend that its forward was asked for."""
+    dx = dw = db = None
+    if wanted[0]:
+        dgrad, dy = _of_gradient(dgrad_call, call, dy)
+        dx = dgrad.dgrad(chosen(dgrad, asked), dy, weight)
+    if wanted[1]:
+        wgrad, dy = _of_gradient(wgrad_call, call, dy)
+        dw = wgrad.wgrad(chosen(wgrad, asked), dy, x)
+    if wanted[2]:
+        db = dy.movedim(-3, -1).reshape(len(weight), -1, dy.shape[-3]).sum(1)
+    return [dx, dw, db]
+
+
+def _of_gradient(kind: Callable[[Call, Tensor], Call], call: Call, dy: Tensor) -> tuple[Call, Tensor]:
+    """The call of a gradient behind `call`, and dy as it reads it."""
+    found = kind(call, dy)
+    if found.settled:
+        return found, dy
+    dy = settle(dy)
+    return kind(call, dy), dy
+
+
+def chosen(call: Call, asked: str | None) -> Choice:
+    """Who runs `call` where backend `asked` is asked for; chosen, perhaps measured, when it first runs."""
+    key = asked, torch._C._get_deterministic_algorithms()
+    choice = call.choices.get(key)
+    if choice is None:
+        with resumed(asked or ANY):
+            choice = call.choices[key] = choose(call.problem, call.device)
+    return choice
+
+
+def with_bias(bias: Tensor | None) -> Epilogue:
+    return PLAIN if bias is None else Epilogue(bias if bias.is_contiguous() else bias.contiguous())
 
 
 def conv2d(
@@ -96,7 +187,7 @@ def conv2d(
         return t.unflatten(dim, (groups, t.shape[dim] // groups))
 
     # A transform knows no memory format.
-    x = x if dispatch.watched() else x.contiguous(memory_format=torch.channels_last)
+    x = x if watched() else x.contiguous(memory_format=torch.channels_last)
     x = by_group(x, 1).transpose(0, 1)
     bias = None if bias is None else by_group(bias, 0)
     y = grouped_conv2d(x, by_group(weight, 0), bias, stride, padding, dilation)
@@ -139,21 +230,8 @@ def check(x: Tensor, weight: Tensor, bias: Tensor | None, stride, padding, dilat
         raise DecompkError(
             f"grouped_conv2d takes x (K, N, C, H, W) and weight (K, O, C, kh, kw), not {sizes(x, weight)}."
         )
-    check_alike("grouped_conv2d", x, x=x, weight=weight, bias=bias)
+    check_alike("grouped_conv2d", x=kind_of(x), weight=kind_of(weight), bias=kind_of(bias))
     return check_shapes(x.shape, weight.shape, None if bias is None else bias.shape, stride, padding, dilation)
-
-
-def check_alike(operator: str, x: Tensor, /, **operands: Tensor | None) -> None:
-    """Raise DecompkError where an operand is not floating, or not of x's dtype and device."""
-    for name, t in operands.items():
-        if t is not None and not t.is_floating_point():
-            raise DecompkError(f"{operator} takes real floating dtypes, and {name} is {t.dtype}: convert it.")
-        if t is not None and t.dtype != x.dtype:
-            raise DecompkError(
-                f"{operator} needs one floating dtype; x is {x.dtype}, {name} is {t.dtype}: convert one of them."
-            )
-        if t is not None and t.device != x.device:
-            raise DecompkError(f"x is on {x.device} and {name} on {t.device}: move one of them.")
 
 
 # ---- the operators --------------------------------------------------------------------------------------------------
@@ -168,22 +246,9 @@ def _forward(
     padding: Sequence[int],
     dilation: Sequence[int],
 ) -> Tensor:
-    shape = check(x, weight, bias, stride, padding, dilation)
-    y = empty_like_layout(x, shape)
-    if not y.numel():
-        return y
-    geometry = tuple(stride), tuple(padding), tuple(dilation)
-    x, w = channels_inside(x), ohwi(weight)
-    problem, views = operands("fprop", x, w, geometry, (x, y))
-    choice = dispatch.choose(problem, x.device)
-    if choice.backend in library.BACKENDS:
-        return as_strided_like(library.forward(choice.form, x, weight, bias, *geometry), y).data  # not a view
-    from ..kernels import conv
-
-    conv.fprop(
-        problem, choice.config, views[0], w, views[1], Epilogue(bias=None if bias is None else bias.contiguous())
-    )
-    return y
+    x = channels_inside(x)
+    call = fprop_call(x, weight, bias, (tuple(stride), tuple(padding), tuple(dilation)))
+    return call.fprop(chosen(call, forced.get()), x, weight, with_bias(bias))
 
 
 @_forward.register_fake
@@ -202,32 +267,18 @@ def _backward(
     wanted: Sequence[bool],
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dx, dweight, dbias); what is not wanted is empty. backend: what the forward noted (`dispatch.noted`)."""
-    dx, dw, db = _gradients(grad, x, weight, wanted)
-    if not grad.numel():
-        return tuple(t.zero_() for t in (dx, dw, db))
-    geometry = tuple(stride), tuple(padding), tuple(dilation)
-    grad, x, w = settled(grad), channels_inside(x), ohwi(weight)
-    if wanted[2]:
-        db = grad.sum((1, 3, 4))
-    chosen = {}
-    for kind, wants, tensors in (("dgrad", wanted[0], (dx, grad)), ("wgrad", wanted[1], (x, grad))):
-        if wants:
-            problem, views = operands(kind, x, w, geometry, tensors)
-            with dispatch.resumed(backend):
-                chosen[kind] = problem, views, dispatch.choose(problem, x.device)
-    forms = {kind: choice.form for kind, (_, _, choice) in chosen.items() if choice.backend in library.BACKENDS}
-    found = library.backward_by_forms((forms.get("dgrad"), forms.get("wgrad")), grad, x, weight, *geometry)
-    dx, dw = (out if t is None else as_strided_like(t, out) for t, out in zip(found, (dx, dw), strict=True))
-    for kind in chosen.keys() - forms.keys():
-        from ..kernels import conv
+    """(dx, dweight, dbias); what is not wanted is empty. backend: what the forward noted (`backend.noted`)."""
+    x = channels_inside(x)
+    call = fprop_call(x, weight, None, (tuple(stride), tuple(padding), tuple(dilation)))
+    found = conv_backward(grad, x, weight, call, wanted, asked_of(backend))
+    return tuple(x.new_empty(0) if t is None else t for t in found)
 
-        problem, views, choice = chosen[kind]
-        if kind == "dgrad":
-            conv.dgrad(problem, choice.config, views[1], w, views[0])
-        else:
-            conv.wgrad(problem, choice.config, views[1], views[0], dw.movedim(2, -1))
-    return dx, dw, db
+
+def asked_of(backend: str | None) -> str | None:
+    """The backend asked for, of what a forward noted; None: of whoever asks now."""
+    if backend is None:
+        return forced.get()
+    return None if backend == ANY else backend
 
 
 @_backward.register_fake
@@ -245,7 +296,7 @@ def _gradients(grad: Tensor, x: Tensor, weight: Tensor, wanted: Sequence[bool]) 
 
 def _keep(ctx, inputs, output):
     x, weight, bias, ctx.stride, ctx.padding, ctx.dilation = inputs
-    ctx.has_bias, ctx.backend = bias is not None, dispatch.noted()
+    ctx.has_bias, ctx.backend = bias is not None, noted()
     ctx.save_for_backward(x, weight)
 
 
@@ -332,36 +383,3 @@ def register_flops() -> None:
     @register_flop_formula(torch.ops.decompk.crop_conv2d_backward)
     def crop_backward(grad, image, weight, *_, out_shape=None, **__) -> int:
         return 2 * prod(grad[:2]) * conv_macs(prod(grad[3:]), image[2], weight[1], weight[3:])
-
-
-def settled(grad: Tensor) -> Tensor:
-    """A gradient with channels inside and memory of its own: that of a sum comes expanded."""
-    return channels_inside(grad.contiguous() if 0 in grad.stride() else grad)
-
-
-def operands(
-    kind: str,
-    x: Tensor,
-    w: Tensor,
-    geometry: tuple[Pair, Pair, Pair],
-    activations: Sequence[Tensor],
-    crops: bool = False,
-) -> tuple[Problem, list[Tensor]]:
-    """The Problem of x (K, N, C, H, W) and w (K, O, kh, kw, C), and the activations as (K, N, H, W, C).
-
-    Its layout is theirs where they agree. A pointwise one is streamed, where no gaps part the pixels.
-    """
-    K, N, C, H, W = x.shape
-    layouts = {layout_of(t) for t in activations}
-    layout = "crops" if crops else layouts.pop() if len(layouts) == 1 else "strided"
-    tf32 = x.dtype == torch.float32 and torch.backends.cudnn.conv.fp32_precision == "tf32"
-    sides = (K, N, C, w.shape[1], H, W, tuple(w.shape[2:4]))
-    problem = Problem(kind, dtype_name(x.dtype, tf32), *sides, *geometry, layout)
-    views = [nhwc(t) for t in activations]
-    one_image = problem.streamed()
-    if one_image != problem:
-        streams = [stream(view, one_image.H, one_image.W) for view in views]
-        if all(t is not None for t in streams):
-            problem, views = one_image, streams
-    straight = problem.dtype in DTYPES and aligned([*views, w])
-    return (problem if straight else replace(problem, aligned=False)), views

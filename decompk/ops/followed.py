@@ -8,17 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..kernels import choose as dispatch
-from ..kernels import library
-
-
-def follows(*grads: Tensor | None) -> bool:
-    """Whether something follows the backward of `grads`: a graph is made of it, or a batch of them runs at once."""
-    return (
-        torch.is_grad_enabled()
-        or dispatch.watched()
-        or any(g is not None and torch._C._functorch.is_legacy_batchedtensor(g) for g in grads)
-    )
+from ..kernels.backend import exact, resumed
+from ..kernels.call import Pair
+from ..kernels.conv import named
+from ..kernels.conv.torch_form import TorchForm
+from ..kernels.layout import cut
 
 
 def gradients(
@@ -56,14 +50,24 @@ def conv_gradients(
     backend: str,
     window: Sequence[int] = (),
 ) -> list[Tensor | None]:
-    """dx, dweight, dbias of `grouped_conv2d` as wanted; backend: what the forward noted (`dispatch.noted`).
+    """dx, dweight, dbias of `grouped_conv2d` as wanted; backend: what the forward noted (`backend.noted`).
 
-    With a window, of `library.cut`, x is the image that all members share.
+    With a window, of `layout.cut`, x is the image that all members share.
     """
 
     def convolve(x: Tensor, weight: Tensor) -> Tensor:
-        return library.by_torch(library.cut(x, window) if window else x, weight, None, *geometry)
+        return by_torch(cut(x, window) if window else x, weight, None, *geometry)
 
-    with dispatch.resumed(backend):
+    with resumed(backend):
         dx, dw = gradients(convolve, (x, weight), dy, wanted[:2])
     return [dx, dw, dy.sum((1, 3, 4)) if wanted[2] else None]
+
+
+def by_torch(x: Tensor, weight: Tensor, bias: Tensor | None, stride: Pair, padding: Pair, dilation: Pair) -> Tensor:
+    """`grouped_conv2d` for whatever follows torch's own operators: any derivative, torch.func, an export."""
+    return torch_form(x.dtype).convolve(x, weight, bias, (stride, padding, dilation), differentiable=True)
+
+
+def torch_form(dtype: torch.dtype) -> TorchForm:
+    """The form on torch's operators that computes what members alone would where that is asked for."""
+    return named("loop" if exact(dtype) else "grouped")

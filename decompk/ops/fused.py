@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -11,21 +10,13 @@ from torch import Tensor
 
 from ..crops import Crop
 from ..errors import DecompkError
-from ..kernels import choose as dispatch
-from ..kernels import library
-from ..kernels.layout import (
-    as_strided_like,
-    channels_inside,
-    empty_like_layout,
-    empty_weight,
-    in_layout,
-    layout_of,
-    ohwi,
-    sizes,
-)
+from ..kernels.backend import forced, noted
+from ..kernels.call import Geometry, follows, fprop_call, settle, unwatched, watched, wgrad_call
+from ..kernels.layout import channels_inside, cut, empty_like_layout, empty_weight, in_layout, sizes
 from ..kernels.problem import Epilogue, Prologue
-from .conv import arguments, check, operands, register_flops, tell_flop_counter
-from .followed import conv_gradients, follows
+from .conv import arguments, asked_of, check, chosen, register_flops, tell_flop_counter, with_bias
+from .followed import conv_gradients, torch_form
+from .norm import kernels
 
 
 def fused_conv2d(
@@ -52,8 +43,9 @@ def fused_conv2d(
     normalisation. With `crops`, one of equal size per member, x is the image (N, C, H, W) that all members share, and
     each reads its own window of it, without a copy. For inference: a gradient raises DecompkError.
     """
-    around = (scale, shift), residual, relu, (in_scale, in_shift), in_relu
-    return _call(x, weight, bias, stride, padding, dilation, *around, crops, False)[0]
+    epilogue = Epilogue(bias, scale, shift, residual, relu)
+    prologue = Prologue(in_scale, in_shift, in_relu) if in_scale is not None or in_shift is not None else None
+    return _fused_call(x, weight, epilogue, prologue, (stride, padding, dilation), crops, False)[0]
 
 
 def conv2d_moments(
@@ -73,44 +65,118 @@ def conv2d_moments(
     taken while y is written; without gradient, since `batch_norm` accounts for them. Empty where not asked for. y is
     differentiable as in `grouped_conv2d`.
     """
-    around = (None, None), None, False, (None, None), False
-    return _call(x, weight, bias, stride, padding, dilation, *around, crops, moments)
+    return _fused_call(x, weight, with_bias(bias), None, (stride, padding, dilation), crops, moments)
 
 
-def _call(x, weight, bias, stride, padding, dilation, affine, residual, relu, prologue, in_relu, crops, moments):
+def _fused_call(
+    x: Tensor,
+    weight: Tensor,
+    epilogue: Epilogue,
+    prologue: Prologue | None,
+    steps: tuple,
+    crops: Sequence[Crop] | None,
+    moments: bool,
+) -> tuple[Tensor, Tensor]:
+    """y and moments; steps: stride, padding and dilation as the user gave them."""
     if weight.dim() != 5 or x.dim() != (4 if crops else 5):
         wanted = "an image (N, C, H, W)" if crops else "(K, N, C, H, W)"
         raise DecompkError(f"x {sizes(x)} and weight {sizes(weight)} are not {wanted} and (K, O, C, kh, kw).")
-    geometry = arguments(weight.shape[3:], stride, padding, dilation)
-    window = [] if crops is None else _window(crops, x, weight)
-    if dispatch.watched():
-        return _by_torch(x, weight, bias, affine, residual, relu, prologue, in_relu, window, moments, geometry)
+    geometry = arguments(weight.shape[3:], *steps)
+    window = () if crops is None else window_of(crops, x, weight)
+    if watched():
+        return _by_torch(x, weight, epilogue, prologue, window, moments, geometry)
+    x = x.unsqueeze(0) if window else x
+    e, p = epilogue, prologue or Prologue(None, None, False)
+    tensors = x, weight, e.bias, e.scale, e.shift, e.residual, p.scale, p.shift
+    gradient = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    if unwatched(*tensors) and not gradient:
+        return fused_now(x, weight, epilogue, prologue, window, moments, geometry)
     tell_flop_counter(register_flops)
-    x = channels_inside(x.unsqueeze(0) if window else x)
-    flags = (relu, *prologue, in_relu, window, moments, *geometry)
-    return torch.ops.decompk.fused_conv2d(x, weight, bias, *affine, residual, *flags)
+    x = channels_inside(x)
+    return torch.ops.decompk.fused_conv2d(
+        *(x, weight, e.bias, e.scale, e.shift, e.residual, e.relu, p.scale, p.shift, p.relu),
+        *(window, moments, *geometry),
+    )
 
 
-def _by_torch(x, weight, bias, affine, residual, relu, prologue, in_relu, window, moments, geometry):
+def fused_now(
+    x: Tensor,
+    weight: Tensor,
+    epilogue: Epilogue,
+    prologue: Prologue | None,
+    window: tuple[int, ...],
+    moments: bool,
+    geometry: Geometry,
+) -> tuple[Tensor, Tensor]:
+    """y and moments (empty if not wanted, never with scale), without a gradient, of what is `unwatched`.
+
+    x (K, N, C, H, W) or rows (K·N, C, H, W), and residual and y like it; with a window the image (1, N, C, H, W).
+    """
+    residual = epilogue.residual
+    call = fprop_call(x, weight, epilogue.bias, geometry, window, residual)
+    if not call.settled:
+        x = settle(x)
+        call = fprop_call(x, weight, epilogue.bias, geometry, window, residual)
+    K, O, C = weight.shape[:3]
+    _check_around(epilogue, prologue, call.shape, call.dtype, call.device, (K, O), (K, C))
+    if residual is not None and residual.stride() != call.strides:
+        residual = call.empty().copy_(residual)
+    vectors = (None if t is None else t.contiguous() for t in (epilogue.bias, epilogue.scale, epilogue.shift))
+    if prologue is not None:
+        prologue = Prologue(prologue.scale.contiguous(), prologue.shift.contiguous(), prologue.relu)
+    choice = chosen(call, forced.get())
+    pieces = None
+    if moments:
+        pieces = x.new_empty((K, call.moments_pieces(choice), 3, O), dtype=_moments_dtype(x))
+    around = Epilogue(*vectors, residual, epilogue.relu, pieces)
+    y = call.fprop(choice, x, weight, around, prologue)
+    return y, _merged(pieces, y, O)
+
+
+def _moments_dtype(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _merged(pieces: Tensor | None, y: Tensor, channels: int) -> Tensor:
+    """moments (K, 1, 3, O) of all pieces; zero of an empty y, and empty where there are none."""
+    if pieces is None:
+        return y.new_empty(0, dtype=_moments_dtype(y))
+    if not y.numel():
+        return pieces.new_zeros((len(pieces), 1, 3, channels))
+    if pieces.shape[1] == 1:
+        return pieces
+    return kernels().merge_moments(pieces)
+
+
+def _by_torch(
+    x: Tensor,
+    weight: Tensor,
+    epilogue: Epilogue,
+    prologue: Prologue | None,
+    window: tuple[int, ...],
+    moments: bool,
+    geometry: Geometry,
+) -> tuple[Tensor, Tensor]:
     """y and moments by torch's own operators, step after step, for whatever follows those alone."""
-    members = library.cut(x.unsqueeze(0), window) if window else x
-    shape = check(members, weight, bias, *geometry)
-    _check_operands(x.new_empty(()).expand(shape), x, weight, *affine, residual, *prologue, window)
-    form = "loop" if dispatch.exact(x.dtype) else "grouped"
-    before = None if prologue[0] is None else Prologue(*prologue, in_relu)
-    around = Epilogue(bias, *affine, residual, relu), before, moments
-    y, found = library.fused(form, members, weight, *geometry, *around, differentiable=True)
-    return y, y.new_empty(0, dtype=torch.float32) if found is None else found.detach()
+    members = cut(x.unsqueeze(0), window) if window else x
+    shape = check(members, weight, epilogue.bias, *geometry)
+    K, O, C = weight.shape[:3]
+    _check_around(epilogue, prologue, shape, x.dtype, x.device, (K, O), (K, C))
+    form, found = torch_form(x.dtype), None
+    if moments:
+        found = x.new_empty((K, 1, 3, O), dtype=_moments_dtype(x))
+    y = form.around(members, weight, geometry, replace(epilogue, moments=found), prologue, differentiable=True)
+    return y, x.new_empty(0, dtype=_moments_dtype(x)) if found is None else found
 
 
-def _window(crops: Sequence[Crop], image: Tensor, weight: Tensor) -> list[int]:
+def window_of(crops: Sequence[Crop], image: Tensor, weight: Tensor) -> tuple[int, ...]:
     """(height, width, top and left of each member), as the operator takes it."""
     if len(crops) != weight.shape[0] or any(c.size != crops[0].size or len(c.size) != 2 for c in crops):
         raise DecompkError(f"{len(crops)} crops do not fit {weight.shape[0]} members: give each one of equal size.")
     for crop in crops:
         if any(s + n > whole for s, n, whole in zip(crop.start, crop.size, image.shape[2:], strict=True)):
             raise DecompkError(f"{crop} does not fit an image of {image.shape[2]}×{image.shape[3]} pixels.")
-    return [*crops[0].size, *(start for crop in crops for start in crop.start)]
+    return *crops[0].size, *(start for crop in crops for start in crop.start)
 
 
 # ---- the operators --------------------------------------------------------------------------------------------------
@@ -134,49 +200,21 @@ def _fused(
     padding: Sequence[int],
     dilation: Sequence[int],
 ) -> tuple[Tensor, Tensor]:
-    """y and moments (empty if not wanted, never with scale); with a window x is the shared image (1, N, C, H, W)."""
+    """`fused_now`; with a window x is the shared image (1, N, C, H, W)."""
+    prologue = None if in_scale is None and in_shift is None else Prologue(in_scale, in_shift, in_relu)
     geometry = tuple(stride), tuple(padding), tuple(dilation)
-    y, merged = _outputs(x, weight, bias, window, moments, geometry)
-    _check_operands(y, x, weight, scale, shift, residual, in_scale, in_shift, window)
-    if not y.numel():
-        return y, merged.zero_()
-    contiguous = (None if t is None else t.contiguous() for t in (bias, scale, shift))
-    residual = None if residual is None else _laid_like(residual, y)
-    epilogue = Epilogue(*contiguous, residual, relu)
-    prologue = None if in_scale is None else Prologue(in_scale.contiguous(), in_shift.contiguous(), in_relu)
-
-    x, w = channels_inside(x), ohwi(weight)
-    members = _members(x, w.shape[0], window)
-    extra = () if residual is None else (residual,)
-    problem, views = operands("fprop", members, w, geometry, (x, y, *extra), bool(window))
-    choice = dispatch.choose(problem, x.device)
-    if choice.backend in library.BACKENDS:
-        members = library.cut(x, window) if window else x
-        value, found = library.fused(choice.form, members, weight, *geometry, epilogue, prologue, moments)
-        return as_strided_like(value, y), merged.copy_(found) if moments else merged
-    from ..kernels import conv
-    from ..kernels.norm import merge_moments
-
-    pieces = None
-    if moments:
-        pieces = merged.new_empty((*y.shape[:1], conv.moments_pieces(problem, choice.config), 3, y.shape[2]))
-    epilogue = replace(epilogue, residual=views[2] if extra else None, moments=pieces)
-    conv.fprop(problem, choice.config, views[0], w, views[1], epilogue, prologue, _offsets(window, x.device))
-    return y, merge_moments(pieces) if moments else merged
+    epilogue = Epilogue(bias, scale, shift, residual, relu)
+    return fused_now(channels_inside(x), weight, epilogue, prologue, tuple(window), moments, geometry)
 
 
 @_fused.register_fake
 def _(x, weight, bias, scale, shift, residual, relu, in_scale, in_shift, in_relu, window, moments, *geometry):
-    y, merged = _outputs(x, weight, bias, window, moments, geometry)
-    _check_operands(y, x, weight, scale, shift, residual, in_scale, in_shift, window)
-    return y, merged
-
-
-def _outputs(x, weight, bias, window, moments, geometry) -> tuple[Tensor, Tensor]:
-    members = _members(x, weight.shape[0], window)
+    (K, O, C), members = weight.shape[:3], _members(x, weight.shape[0], window)
     y = empty_like_layout(members, check(members, weight, bias, *geometry))
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    return y, y.new_empty((y.shape[0], 1, 3, y.shape[2]) if moments else 0, dtype=dtype)
+    prologue = None if in_scale is None and in_shift is None else Prologue(in_scale, in_shift, in_relu)
+    around = Epilogue(bias, scale, shift, residual, relu), prologue
+    _check_around(*around, y.shape, y.dtype, y.device, (K, O), (K, C))
+    return y, y.new_empty((K, 1, 3, O) if moments else 0, dtype=_moments_dtype(x))
 
 
 def _members(x: Tensor, K: int, window: Sequence[int]) -> Tensor:
@@ -184,35 +222,31 @@ def _members(x: Tensor, K: int, window: Sequence[int]) -> Tensor:
     return x.expand(K, *x.shape[1:])[..., : window[0], : window[1]] if window else x
 
 
-def _check_operands(y, x, weight, scale, shift, residual, in_scale, in_shift, window) -> None:
-    K, _, O, *_ = y.shape
-    for name, pair, channels in (("scale", (scale, shift), O), ("in_scale", (in_scale, in_shift), weight.shape[2])):
-        if (pair[0] is None) != (pair[1] is None):
+def _check_around(
+    epilogue: Epilogue,
+    prologue: Prologue | None,
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    device: torch.device,
+    outputs: tuple[int, int],
+    inputs: tuple[int, int],
+) -> None:
+    """Raise DecompkError where what stands around does not fit y of `shape`; outputs (K, O), inputs (K, C)."""
+    e, p = epilogue, prologue
+    pairs = [("scale", e.scale, e.shift, outputs)]
+    pairs += [] if p is None else [("in_scale", p.scale, p.shift, inputs)]
+    for name, scale, shift, wanted in pairs:
+        if (scale is None) != (shift is None):
             raise DecompkError(f"{name} needs its shift, and the shift its scale.")
-        for t in pair if pair[0] is not None else ():
-            if t.shape != (K, channels) or t.dtype not in (torch.float32, torch.float64) or t.device != x.device:
+        for t in () if scale is None else (scale, shift):
+            if t.shape != wanted or t.dtype not in (torch.float32, torch.float64) or t.device != device:
                 raise DecompkError(
-                    f"{name} and its shift are ({K}, {channels}) float32 on {x.device}, not {sizes(t)} {t.dtype} on "
-                    f"{t.device}."
+                    f"{name} and its shift are {wanted} float32 on {device}, not {sizes(t)} {t.dtype} on {t.device}."
                 )
-    if residual is not None and (residual.shape != y.shape or residual.dtype != y.dtype):
+    if e.residual is not None and (e.residual.shape != shape or e.residual.dtype != dtype):
         raise DecompkError(
-            f"the residual {sizes(residual)} {residual.dtype} is not of the output's {sizes(y)} {y.dtype}."
+            f"the residual {sizes(e.residual)} {e.residual.dtype} is not of the output's {tuple(shape)} {dtype}."
         )
-
-
-def _laid_like(residual: Tensor, y: Tensor) -> Tensor:
-    return residual if layout_of(residual) == layout_of(y) else torch.empty_like(y).copy_(residual)
-
-
-def _offsets(window: Sequence[int], device: torch.device) -> Tensor | None:
-    return _offsets_of(tuple(window[2:]), device) if window else None
-
-
-@functools.lru_cache(maxsize=64)
-def _offsets_of(starts: tuple[int, ...], device: torch.device) -> Tensor:
-    """(K, 2) tops and lefts on the device; kept, so that a captured graph copies nothing from the host."""
-    return torch.tensor(starts, dtype=torch.int32, device=device).view(-1, 2)
 
 
 @torch.library.custom_op("decompk::crop_conv2d_backward", mutates_args=(), tags=(torch.Tag.needs_exact_strides,))
@@ -227,23 +261,11 @@ def _crop_backward(
     backend: str | None = None,
 ) -> Tensor:
     """dweight of a convolution that read the windows of one image; backend: what the forward noted."""
-    geometry = tuple(stride), tuple(padding), tuple(dilation)
-    dw = empty_weight(weight)
-    if not grad.numel():
-        return dw.zero_()
-    image, w = channels_inside(image), ohwi(weight)
+    image = channels_inside(image)
+    call = fprop_call(image, weight, None, (tuple(stride), tuple(padding), tuple(dilation)), tuple(window))
     grad = in_layout(grad, "member")  # no kernel asks how what stands beside crops lies
-    members = _members(image, w.shape[0], window)
-    problem, views = operands("wgrad", members, w, geometry, (image, grad), True)
-    with dispatch.resumed(backend):
-        choice = dispatch.choose(problem, image.device)
-    if choice.backend in library.BACKENDS:
-        crops = library.cut(image, window)
-        return as_strided_like(library.backward(choice.form, grad, crops, weight, *geometry, (False, True))[1], dw)
-    from ..kernels import conv
-
-    conv.wgrad(problem, choice.config, views[1], views[0], dw.movedim(2, -1), _offsets(window, image.device))
-    return dw
+    one = wgrad_call(call, grad)
+    return one.wgrad(chosen(one, asked_of(backend)), grad, image)
 
 
 @_crop_backward.register_fake
@@ -254,7 +276,7 @@ def _(grad, image, weight, window, stride, padding, dilation, backend=None):
 def _keep(ctx, inputs, output):
     x, weight, ctx.bias, scale, _, residual, relu, in_scale, _, _, ctx.window, _, *ctx.geometry = inputs
     ctx.inference = relu or any(t is not None for t in (scale, residual, in_scale))
-    ctx.backend = dispatch.noted()
+    ctx.backend = noted()
     ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(x, weight)
 

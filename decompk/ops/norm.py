@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -9,10 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import DecompkError
-from ..kernels import choose as dispatch
-from ..kernels.layout import empty_like_layout, in_layout, layout_of
-from ..kernels.library import side_by_side
-from .followed import follows
+from ..kernels import cpu
+from ..kernels.backend import forced, noted, resumed, runs_triton
+from ..kernels.call import follows, settle, unwatched, watched
+from ..kernels.layout import empty_like_layout, in_layout, layout_of, pieces_of, side_by_side
 
 _PIXELS = (1, 3, 4)  # of x (K, N, C, H, W), all of a member's channel
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -50,7 +52,7 @@ def batch_norm(
         raise DecompkError(f"batch norm in training needs two values a channel or more, but x is {_size(x)}.")
     if not training and (running_mean is None or running_var is None):
         raise DecompkError("batch norm needs running_mean and running_var where it is not training.")
-    if dispatch.watched():
+    if watched():
         y = _by_torch(x, weight, bias, running_mean, running_var, training, momentum, eps)
         y = y if residual is None else y + residual
         return y.relu() if relu else y
@@ -90,18 +92,12 @@ def _by_torch(
     return y.unflatten(1, (K, C)).movedim(1, 0)
 
 
-def streams(x: Tensor) -> tuple[int, int, int]:
-    """x as (streams, rows, channels) without gaps: K streams of C channels; one of K·C where it is channel-grouped."""
-    K, N, C, H, W = x.shape
-    return (K, N * H * W, C) if layout_of(x) == "member" else (1, N * H * W, K * C)
+@functools.cache
+def kernels() -> ModuleType:
+    """Those of batch norm."""
+    from ..kernels import norm  # triton loads with it
 
-
-def pieces_of(x: Tensor) -> int:
-    """Into how many pieces the pixels of x are cut for sums: enough to fill any GPU, each far larger than its sums."""
-    count, rows, channels = streams(x)
-    filling = max(1024 // (count * -(-channels // 128)), 1)
-    least = max(2048 // channels, 128)
-    return torch.sym_max(torch.sym_min(filling, (rows + least - 1) // least), 1)
+    return norm
 
 
 @torch.library.custom_op("decompk::batch_norm_moments", mutates_args=(), tags=(torch.Tag.needs_exact_strides,))
@@ -109,10 +105,8 @@ def batch_norm_moments(x: Tensor) -> Tensor:
     """x (K, N, C, H, W) → (K, S, 3, C): count, mean and Σ(x − mean)² of S disjoint pieces of each member's pixels."""
     _check_layout(x)
     pieces = pieces_of(x)
-    if dispatch.runs_triton(x) and x.numel():
-        from ..kernels.norm import launch_moments
-
-        return launch_moments(x, pieces)
+    if runs_triton(x) and x.numel():
+        return kernels().launch_moments(x, pieces)
     values = x.movedim(2, -1).flatten(1, 3).to(_statistics_dtype(x))
     moments = values.new_zeros(_moments_shape(x))
     for s, piece in enumerate(values.split(max(-(-values.shape[1] // pieces), 1), 1)):
@@ -137,10 +131,8 @@ def batch_norm_finalise(
     moments: Tensor, running_mean: Tensor | None, running_var: Tensor | None, momentum: float, eps: float
 ) -> tuple[Tensor, Tensor]:
     """moments (K, S, 3, C) → mean, 1 / sqrt(var + eps), both (K, C); moves the running statistics (K, C) in place."""
-    if dispatch.runs_triton(moments) and moments.numel():
-        from ..kernels.norm import launch_finalise
-
-        return launch_finalise(moments.contiguous(), running_mean, running_var, momentum, eps)
+    if runs_triton(moments) and moments.numel():
+        return kernels().launch_finalise(moments.contiguous(), running_mean, running_var, momentum, eps)
     count, means, m2 = moments.unbind(2)
     total = count.sum(1)
     origin = means[:, :1]  # differences from it lose nothing to a large common mean
@@ -174,10 +166,10 @@ def batch_norm_apply(
     Differentiable in x, weight, bias and residual; mean and rstd are functions of x in training, else constants.
     """
     _check_layout(x, residual)
-    if dispatch.runs_triton(x) and x.numel():
-        from ..kernels.norm import launch_apply
-
-        return launch_apply(x, *_contiguous(mean, rstd, weight, bias), residual, relu, empty_like_layout(x, x.shape))
+    if runs_triton(x) and x.numel():
+        return kernels().launch_apply(
+            x, *_contiguous(mean, rstd, weight, bias), residual, relu, empty_like_layout(x, x.shape)
+        )
     y = _affine(_centered(x, mean), rstd, weight, bias)
     y = y if residual is None else y + residual
     return empty_like_layout(x, x.shape).copy_(y.relu() if relu else y)
@@ -206,15 +198,15 @@ def batch_norm_backward(
     """dx, dweight, dbias (K, C) in the dtype of mean, and, where y is given, g: dy where y > 0, else an empty tensor.
 
     y is given when relu came after a residual; without one x, weight and bias tell as much. dy, x and y in one layout.
-    backend: what the forward noted (`dispatch.noted`).
+    backend: what the forward noted (`backend.noted`).
     """
     _check_layout(x, dy, y)
-    with dispatch.resumed(backend):
-        triton = dispatch.runs_triton(x)
+    with resumed(backend):
+        triton = runs_triton(x)
     if triton and x.numel():
-        from ..kernels.norm import launch_backward
-
-        *results, g = launch_backward(dy, x, y, *_contiguous(mean, rstd, weight, bias), relu, training, pieces_of(x))
+        *results, g = kernels().launch_backward(
+            dy, x, y, *_contiguous(mean, rstd, weight, bias), relu, training, pieces_of(x)
+        )
         return *results, dy.new_empty(0) if g is None else g
     dx, dweight, dbias, g = _gradients(dy, x, y, mean, rstd, weight, bias, relu, training)
     return (
@@ -288,7 +280,7 @@ def followed_gradients(
 
 def _keep(ctx: Any, inputs: tuple, output: Tensor) -> None:
     x, mean, rstd, weight, bias, residual, ctx.relu, ctx.training = inputs
-    ctx.residual, ctx.backend = residual is not None, dispatch.noted()
+    ctx.residual, ctx.backend = residual is not None, noted()
     ctx.save_for_backward(x, mean, rstd, weight, bias, output if ctx.relu and ctx.residual else None)
 
 
@@ -393,3 +385,71 @@ def _centered(x: Tensor, mean: Tensor) -> Tensor:
 def _affine(centered: Tensor, rstd: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
     y = centered * _expand(rstd if weight is None else rstd * weight)
     return y if bias is None else y + _expand(bias)
+
+
+# ---- on a CPU -------------------------------------------------------------------------------------------------------
+
+
+def runs_cpu(*tensors: Tensor | None) -> bool:
+    """Whether the C++ kernels for processors take these: float32, on the CPU, and nobody looks on."""
+    if forced.get() not in (None, "cpu") or not unwatched(*tensors) or cpu.why_not() is not None:
+        return False
+    if torch.is_autocast_enabled("cpu"):
+        return False
+    return all(t is None or (t.dtype is torch.float32 and t.device.type == "cpu") for t in tensors)
+
+
+def batch_norm_rows(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    K: int,
+    training: bool,
+    momentum: float,
+    eps: float,
+    residual: Tensor | None = None,
+    relu: bool = False,
+) -> Tensor:
+    """`batch_norm` of rows (K·N, C, H, W), residual like x, by the C++ kernels, where `runs_cpu` of all tensors.
+
+    In training two values a channel or more.
+    """
+    x, residual = settle(x), None if residual is None else settle(residual)
+    return _BatchNorm.apply(x, weight, bias, residual, running_mean, running_var, K, training, momentum, eps, relu)
+
+
+class _BatchNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, residual, running_mean, running_var, K, training, momentum, eps, relu) -> Tensor:
+        y, saved = torch.empty_like(x), x.new_empty((4, K, x.shape[1]))
+        vectors = [None if t is None else t.contiguous() for t in (weight, bias)]
+        cpu.batch_norm(x, *vectors, running_mean, running_var, residual, y, saved, training, relu, momentum, eps)
+        if training and running_mean is not None:
+            torch.autograd.graph.increment_version((running_mean, running_var))
+        ctx.training, ctx.relu, ctx.residual = training, relu, residual is not None
+        ctx.save_for_backward(x, weight, saved, y if relu and residual is not None else None)
+        return y
+
+    @staticmethod
+    def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, saved, y = ctx.saved_tensors
+        if follows(dy):
+            return *_BatchNorm.followed(ctx, dy, x, weight, saved, y), *(None,) * 7
+        dy = settle(dy)
+        dx, sums = torch.empty_like(x), torch.empty_like(saved[:2])
+        g = torch.empty_like(dy) if y is not None else None
+        cpu.batch_norm_backward(dy, x, y, saved, ctx.training, ctx.relu, dx, sums[0], sums[1], g)
+        needs = ctx.needs_input_grad
+        residual = (dy if g is None else g) if ctx.residual and needs[3] else None
+        return dx, sums[0] if needs[1] else None, sums[1] if needs[2] else None, residual, *(None,) * 7
+
+    @staticmethod
+    def followed(ctx, dy, x, weight, saved, y) -> tuple[Tensor | None, ...]:
+        dy, x, y = (t if t is None else t.unflatten(0, (saved.shape[1], -1)) for t in (dy, x, y))
+        mean, rstd, _, bias = saved
+        dx, dw, db, g = followed_gradients(dy, x, y, mean, rstd, weight, bias, ctx.relu, ctx.training)
+        needs = ctx.needs_input_grad
+        residual = g.flatten(0, 1) if ctx.residual and needs[3] else None
+        return dx.flatten(0, 1), dw if needs[1] else None, db if needs[2] else None, residual

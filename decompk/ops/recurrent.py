@@ -13,8 +13,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ..kernels import choose as dispatch
-from .followed import follows, gradients
+from ..kernels.call import follows, watched
+from .followed import gradients
 
 GATES = {"RNN_TANH": 1, "RNN_RELU": 1, "GRU": 3, "LSTM": 4}  # in nn.RNNBase's names, each of H rows
 
@@ -57,7 +57,7 @@ def recurrence(
     dtype = torch.get_autocast_dtype(device) if low else rows.dtype
     tensors = [t if t is None else t.to(dtype) for t in (rows, into, shift, h, c, weight, bias)]
     with torch.autocast(device, enabled=False):
-        if dispatch.watched() or torch.compiler.is_compiling():
+        if watched() or torch.compiler.is_compiling():
             return _by_steps(mode, steps, *tensors)
         return _Recurrence.apply(mode, steps, *tensors)
 

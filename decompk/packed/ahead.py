@@ -6,17 +6,15 @@ import contextlib
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from ..kernels.device import why_not_triton_on
+from ..kernels.launch import Launch, recording
 from ..threads import one_at_a_time
-
-if TYPE_CHECKING:
-    from ..kernels.launch import Launch
 
 
 def compile_ahead(net: nn.Module, *inputs: Any) -> int:
@@ -45,8 +43,6 @@ def can_compile(device: torch.device) -> bool:
 
 def launches_of(net: nn.Module, run: Callable[[], Any]) -> list[Launch]:
     """What `run` would launch; all else of it runs, on memory that nobody has written."""
-    from ..kernels.launch import recording  # loads triton
-
     cards = {p.device for p in net.parameters() if p.device.type == "cuda"}
     with one_at_a_time(), torch.random.fork_rng(list(cards)), kept_buffers(net), recording() as launches:
         run()

@@ -8,10 +8,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import ops
-from ..kernels import library
-from ..kernels.choose import asked_for, conv_form, exact, watched
-from ..ops import on_cpu
-from .twin import Twin, member_major, side_by_side
+from ..kernels.backend import EXACT, asked_for, exact, forced
+from ..kernels.call import unwatched, watched
+from ..kernels.thresholds import conv_form
+from ..kernels.torch_limits import as_torch_can, mixes_groups
+from ..ops.conv import convolve_now
+from .twin import Twin, batch_rows, member_major, side_by_side
 
 
 class _PackedConv(Twin):
@@ -28,7 +30,7 @@ class _PackedConv(Twin):
             return self._twin_laid_out(y)
 
         def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> Tensor:
-            x, weight = library.as_torch_can(x, weight, self.stride, padding, self.dilation)
+            x, weight = as_torch_can(x, weight, self.stride, padding, self.dilation)
             return self._twin_function(x, weight, bias, self.stride, padding, self.dilation, groups)
 
         return self._twin_laid_out(self._twin_run(convolve, x))
@@ -43,7 +45,7 @@ class _PackedConv(Twin):
         sizes = (self.kernel_size, self.stride, False, inner, self.out_channels, positions)
         form = conv_form(*sizes, x.dtype, x.is_cuda)
         of_group = self.weight.shape[1] // self.groups, self.weight.shape[2]
-        if form == "loop" or library.mixes_groups(x, self._twin_K * self.groups, *of_group):
+        if form == "loop" or mixes_groups(x, self._twin_K * self.groups, *of_group):
             return self._twin_each(lambda x, w, b: convolve(x, w, b, self.groups), x, self.weight, self.bias)
         bias = None if self.bias is None else self.bias.flatten()
         y = convolve(side_by_side(x, self._twin_K), self.weight.flatten(0, 1), bias, self._twin_K * self.groups)
@@ -68,10 +70,28 @@ class PackedConv2d(_PackedConv, nn.Conv2d):
     _twin_function = staticmethod(F.conv2d)
     _twin_dims = 4
 
+    def forward(self, x: Tensor) -> Tensor:
+        weight, bias = self.weight, self.bias
+        if unwatched(x, weight, bias) and self._twin_is_plain(x):
+            y = convolve_now(x, weight, bias, (self.stride, self.padding, self.dilation))
+            return y.contiguous() if self._twin_contiguous else y
+        return super().forward(x)
+
+    def _twin_is_plain(self, x: Tensor) -> bool:
+        """Whether x fits, and one operator computes all that is to be computed."""
+        shape = x.shape
+        return (
+            len(shape) == 4
+            and shape[1] == self.in_channels
+            and shape[0] % (batch_rows.get() or self._twin_K) == 0
+            and self.groups == 1
+            and type(self.padding) is tuple
+            and self.padding_mode == "zeros"
+            and x.dtype not in EXACT
+            and forced.get() != "loop"
+        )
+
     def _twin_grouped(self, x: Tensor, padding) -> Tensor | None:
-        if not isinstance(padding, str) and on_cpu.takes(x, self.weight, self.bias) and x.numel():
-            padding = padding if isinstance(padding, tuple) else (padding, padding)
-            return on_cpu.conv2d(x, self.weight, self.bias, self.stride, padding, self.dilation)
         if exact(x.dtype) or watched():
             return None
         samples = (self._twin_K, x.shape[0] // self._twin_K)

@@ -20,10 +20,11 @@ from ..errors import DecompkError, UnsupportedOperation
 from ..fx.graph import in_mode
 from ..fx.unseen import undrawn
 from ..fx.wrapper import Rewritten, Shell
-from ..kernels.choose import asked_for, watched
+from ..kernels.backend import asked_for
+from ..kernels.call import watched
 from ..kernels.layout import output_shape
-from ..ops import on_cpu
 from ..ops.conv import arguments
+from ..ops.norm import runs_cpu
 from ..threads import Tracer, one_at_a_time
 from .conv import PackedConv2d
 from .norm import PackedBatchNorm2d
@@ -463,7 +464,7 @@ def _run_layer(
     shift (K, O) of a norm by its running statistics. relu: a module, or the name of a function of torch.
     """
     known = _unchanged(conv, PackedConv2d) and _unchanged(norm, PackedBatchNorm2d) and _unchanged(relu, nn.ReLU)
-    joins = known and norm is not None and on_cpu.takes(x)  # the norm itself takes what follows it
+    joins = known and norm is not None and runs_cpu(x)  # the norm itself takes what follows it
     call = _call(x, crops, conv) if known and not joins else None
     shape = None if call is None else _shape(call, crops)
     if shape is not None and (residual is None or _fits(residual, call[0], shape)):

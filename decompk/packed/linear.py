@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..kernels.choose import linear_form
+from ..kernels.thresholds import linear_form
 from .twin import Twin
 
 

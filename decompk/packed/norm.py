@@ -7,8 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import ops
-from ..kernels.choose import asked_for, exact, norm_form, watched
-from ..ops import on_cpu
+from ..kernels.backend import asked_for, exact
+from ..kernels.call import watched
+from ..kernels.thresholds import norm_form
+from ..ops.norm import batch_norm_rows, runs_cpu
 from .twin import Twin, member_major, side_by_side
 
 
@@ -36,7 +38,7 @@ class _PackedBatchNorm(Twin):
         options = (batch_statistics, factors[0], self.eps)
         alike = len(set(factors)) == 1 and x.dim() == 4 and not exact(x.dtype)
         if alike and self._twin_on_cpu(x, residual, batch_statistics, mean, var):
-            return self._twin_laid_out(on_cpu.batch_norm(x, *vectors, self._twin_K, *options, residual, relu))
+            return self._twin_laid_out(batch_norm_rows(x, *vectors, self._twin_K, *options, residual, relu))
         if alike and (x.is_cuda or asked_for("triton")) and not watched():
             y = ops.batch_norm(x.unflatten(0, (self._twin_K, x.shape[0] // self._twin_K)), *vectors, *options).flatten(
                 0, 1
@@ -61,7 +63,7 @@ class _PackedBatchNorm(Twin):
         return member_major(y, self._twin_K)
 
     def _twin_on_cpu(self, x: Tensor, residual: Tensor | None, training: bool, *statistics: Tensor | None) -> bool:
-        if not on_cpu.takes(x, self.weight, self.bias, residual, *statistics):
+        if not runs_cpu(x, self.weight, self.bias, residual, *statistics):
             return False
         vectors, shape = (self.weight, self.bias, *statistics), (self._twin_K, x.shape[1])
         fit = all(t is None or t.shape == shape for t in vectors) and (residual is None or residual.shape == x.shape)

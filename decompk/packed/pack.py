@@ -20,7 +20,8 @@ from ..fx.forward_code import attributes, is_plain_object
 from ..fx.pytree import leaves, spread, tree_map
 from ..fx.unseen import possible, unseen
 from ..fx.wrapper import Shell
-from ..kernels.choose import EXACT, watched
+from ..kernels.backend import EXACT
+from ..kernels.call import watched
 from ..threads import one_at_a_time
 from .architecture import check_members, listed
 from .per_member import PerMember, description, own_module, per_member_kind

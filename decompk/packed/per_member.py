@@ -16,8 +16,8 @@ from ..errors import PackError
 from ..fx.forward_code import attributes, is_plain_object, read_forward
 from ..fx.pytree import leaves, spread, tree_map
 from ..fx.wrapper import Shell
-from ..kernels.choose import watched
-from ..kernels.library import is_delicate
+from ..kernels.call import watched
+from ..kernels.torch_limits import is_delicate
 from ..threads import Turn
 from .twin import Record, check_rows, deep_copy, split
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import PackError
-from ..kernels.choose import recurrent_form
+from ..kernels.thresholds import recurrent_form
 from ..ops.recurrent import prepared, recurrence
 from .twin import Twin, split
 

@@ -26,7 +26,7 @@ from ..fx.numbers import DRAWS, Numbers, other_numbers
 from ..fx.pytree import leaves, tree_map
 from ..fx.unseen import OwnDraws, seeded
 from ..fx.wrapper import Shell
-from ..kernels.choose import resumed
+from ..kernels.backend import resumed
 from .per_member import PerMember
 from .selection import entangled, is_in
 from .surgery import Changes, member_alone, without_insides

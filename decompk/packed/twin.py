@@ -19,23 +19,23 @@ from ..fx.pytree import leaves
 
 HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
-_batch_rows = contextvars.ContextVar("K·N of the packed batch under way", default=0)
+batch_rows = contextvars.ContextVar("K·N of the packed batch under way", default=0)
 
 
 @contextlib.contextmanager
 def packed_batch(rows: int) -> Iterator[None]:
     """While it runs, every layer checks that what it gets is a whole number of batches of `rows` = K·N."""
-    token = _batch_rows.set(rows)
+    token = batch_rows.set(rows)
     try:
         yield
     finally:
-        _batch_rows.reset(token)
+        batch_rows.reset(token)
 
 
 def check_rows(count: int, K: int, path: str, shape: torch.Size) -> None:
     """Raise PackError where dimension 0 cannot be the packed batch: its rows would go to the wrong members."""
     # A traced ContextVar would be a constant, so a compiled network checks against K alone.
-    rows = K if torch.compiler.is_compiling() else _batch_rows.get() or K
+    rows = K if torch.compiler.is_compiling() else batch_rows.get() or K
     if count % rows:
         raise PackError(
             f"'{path}' got an input of {tuple(shape)}, whose dimension 0 is not a multiple of the packed batch of "

@@ -19,7 +19,7 @@ from ..cost.formulas import adam_bytes
 from ..errors import DecompkError
 from ..fx.graph import on_meta
 from ..fx.pytree import leaves, tree_map
-from ..kernels.choose import backend
+from ..kernels.backend import backend
 
 if TYPE_CHECKING:
     from torch.utils.flop_counter import FlopCounterMode

@@ -13,11 +13,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ..cost.formulas import conv_bytes, conv_flops
 from ..errors import DecompkError
 from ..fx.graph import in_mode
-from ..kernels import choose as dispatch
 from ..kernels import device as devices
-from ..kernels.layout import ohwi
-from ..kernels.problem import DTYPES, PASSES, Problem
-from ..ops.conv import operands
+from ..kernels.backend import asked_for
+from ..kernels.call import fprop_call
+from ..kernels.choose import candidates, choose
+from ..kernels.conv.form import Choice
+from ..kernels.problem import DTYPES, PASSES, Problem, dtype_name, key_of
 from ..threads import one_at_a_time
 from .table import Column, Table
 
@@ -41,9 +42,9 @@ def explain(what: Problem | nn.Module, x: Tensor | None = None) -> None:
 
 
 def _of_problem(problem: Problem, device: torch.device) -> Table:
-    choice = dispatch.choose(problem, device, measure=False)
+    choice = choose(problem, device, measure=False)
     legal, where = _legal(problem, device)
-    others = [c for c in legal if (c.backend, c.form, c.config) != (choice.backend, choice.form, choice.config)]
+    others = [c for c in legal if (c.form, c.config) != (choice.form, choice.config)]
     columns = [Column(h) for h in ("choice", "config", "predicted\nms", "L2\nMB", "executed\nGFLOP", "why")]
     rows = [
         (
@@ -55,20 +56,18 @@ def _of_problem(problem: Problem, device: torch.device) -> Table:
         for c in [choice, *others]
     ]
     work = f"{conv_bytes(problem) / 1e6:.1f} MB, {conv_flops(problem) / 1e9:.2f} GFLOP" if legal else "no kernel for it"
-    return Table(
-        f"{dispatch.key_of(problem)}: {work}; first the choice here, then what is legal on {where}", columns, rows
-    )
+    return Table(f"{key_of(problem)}: {work}; first the choice here, then what is legal on {where}", columns, rows)
 
 
-def _legal(problem: Problem, device: torch.device) -> tuple[list[dispatch.Choice], str]:
+def _legal(problem: Problem, device: torch.device) -> tuple[list[Choice], str]:
     """Every legal choice on this GPU, or on an H100 where there is none, and whose choices they are."""
     here = devices.of(device)
     where = here.name if device.type == "cuda" else f"an {here.name} (no GPU here)"
     known = problem.dtype in DTYPES and devices.why_no_triton() is None
-    return (dispatch.candidates(problem, here) if known else []), where
+    return (candidates(problem, here) if known else []), where
 
 
-def _who(choice: dispatch.Choice) -> tuple[str, str, str]:
+def _who(choice: Choice) -> tuple[str, str, str]:
     """(backend and form, config, ms), as text."""
     c = choice.config
     config = ""
@@ -77,7 +76,7 @@ def _who(choice: dispatch.Choice) -> tuple[str, str, str]:
         config = (
             f"{'×'.join(map(str, c.tile))} px, {c.block_in}→{c.block_out}, {c.warps} warps, {c.stages} stages{splits}"
         )
-    return f"{choice.backend} {choice.form}", config, "" if math.isnan(choice.ms) else f"{choice.ms:.4f}"
+    return f"{choice.backend} {choice.form.name}", config, "" if math.isnan(choice.ms) else f"{choice.ms:.4f}"
 
 
 def _of_module(net: nn.Module, x: Tensor | None, device: torch.device) -> Table:
@@ -87,8 +86,8 @@ def _of_module(net: nn.Module, x: Tensor | None, device: torch.device) -> Table:
     for path, problem in calls:
         for kind in PASSES:
             p = problem.of(kind)
-            choice = dispatch.choose(p, device, measure=False)
-            if device.type == "cpu" and not dispatch.asked_for("torch"):
+            choice = choose(p, device, measure=False)
+            if device.type == "cpu" and not asked_for("torch"):
                 choice = next(iter(_legal(p, device)[0]), choice)
             sides = (p.K, p.N, f"{p.C}→{p.O}", f"{p.H}×{p.W}", f"{p.kernel[0]}×{p.kernel[1]}/{p.stride[0]}")
             moved = f"{conv_bytes(p) / 1e6:.1f}" if p.dtype in DTYPES else ""
@@ -108,12 +107,11 @@ def convolutions(net: nn.Module, x: Tensor | None = None) -> list[tuple[str, Pro
             out = func(*args, **(kwargs or {}))
             if func in (torch.ops.decompk.grouped_conv2d.default, torch.ops.decompk.fused_conv2d.default):
                 x, weight = args[:2]
-                fused = func is torch.ops.decompk.fused_conv2d.default
-                geometry, window = tuple(map(tuple, args[-3:])), args[10] if fused else ()
-                y = out[0] if fused else out
-                members = x.expand(len(weight), *x.shape[1:])[..., : window[0], : window[1]] if window else x
-                problem, _ = operands("fprop", members, ohwi(weight), geometry, (x, y), bool(window))
-                found.append((current[0], problem))
+                window = tuple(args[10]) if func is torch.ops.decompk.fused_conv2d.default else ()
+                tf32 = torch.backends.cudnn.conv.fp32_precision == "tf32"  # on the GPU whose choices are shown
+                dtype = dtype_name(x.dtype, tf32)
+                call = fprop_call(x, weight, None, tuple(map(tuple, args[-3:])), window, dtype=dtype)
+                found.append((current[0], call.problem))
             return out
 
     def enter(module: nn.Module, args: tuple) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .. import optim
 from ..errors import DecompkError
-from ..kernels.choose import backend
+from ..kernels.backend import backend
 from .augment import normalise
 from .checkpoint import Checkpoints
 from .data import Dataset, epoch_order, seed_of

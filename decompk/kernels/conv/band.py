@@ -8,7 +8,7 @@ a to f read and A to D written, each entry a C × O block:
     a  w₀                The taps of a kernel row cost no second read, 4 channels load as long runs, and the output
     b  w₁  w₀            leaves as one run. The zeros waste tensor cores that would wait for memory. Stride, dilation
     c  w₂  w₁  w₀        and the backward pass are other bands. Several rows of output side by side in the right matrix
-    d      w₂  w₁  w₀    (`Plan.stack`) read each row of input once for all of them, and make stride 2 along the height
+    d      w₂  w₁  w₀    (`Bands.stack`) read each row of input once for all of them, and make stride 2 along the height
     e          w₂  w₁    a band too. Rows and pixels outside the image arrive as zeros.
     f              w₂
 
@@ -27,74 +27,102 @@ Nothing outside a crop is multiplied.
 
 from __future__ import annotations
 
+import functools
+import math
+from dataclasses import dataclass, field
 from math import gcd
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
-from triton import cdiv
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .. import device
-from ..launch import Launch, launch, recording
-from ..problem import Config, Epilogue, Problem, Prologue, power_of_two
-from .band_geometry import (
-    Plan,
-    configs,
-    executed_flops,
-    l2_bytes,
-    plan,
-    programs,
-    row_groups,
-    shared_bytes,
-    thread_values,
-    why_not,
-)
-from .band_kernels import conv_band, expand_band, fold_band, wgrad_band
-from .operands import PLAIN, flags, geometry
-
-__all__ = [
-    "configs", "dgrad", "executed_flops", "fprop", "l2_bytes", "moments_pieces", "programs", "shared_bytes",
-    "specialisations", "thread_values", "wgrad", "why_not",
-]  # fmt: skip
+from ..device import Device
+from ..launch import Launch, around, descriptor, launch, recording
+from ..problem import PLAIN, Config, Epilogue, Offsets, Problem, Prologue, cdiv, power_of_two
+from . import band_geometry
+from .band_geometry import Bands, bands, row_groups
+from .form import KernelForm, Prediction
+from .operands import geometry
 
 
-def fprop(
-    x: Tensor,
-    weight: Tensor,
-    y: Tensor,
-    problem: Problem,
-    config: Config,
-    epilogue: Epilogue = PLAIN,
-    prologue: Prologue | None = None,
-    offsets: Tensor | None = None,
-) -> None:
-    """y = epilogue(conv(prologue(x), weight)): x (K, N, H, W, C), weight (K, O, kh, kw, C), y (K, N, H', W', O), dense.
+@functools.cache
+def _device_code() -> ModuleType:
+    from . import band_kernels  # triton loads with it
 
-    With `offsets` (K, 2), the tops and lefts of crops, x is the shared image (1, N, H_image, W_image, C).
-    """
-    _convolve(x, weight, y, problem, config, epilogue, prologue, offsets, device.of(x.device).descriptors)
+    return band_kernels
 
 
-def dgrad(dy: Tensor, weight: Tensor, dx: Tensor, problem: Problem, config: Config) -> None:
-    """dx (K, N, H, W, C) from dy (K, N, H', W', O) and weight (K, O, kh, kw, C), all dense."""
-    _convolve(dy, weight, dx, problem, config, PLAIN, None, None, device.of(dy.device).descriptors)
+class Band(KernelForm):
+    """Rows of pixels times a banded matrix of weights."""
 
+    name = "band"
+    thread_bytes = {80: 144}
 
-def wgrad(dy: Tensor, x: Tensor, out: Tensor, problem: Problem, config: Config, offsets: Tensor | None = None) -> None:
-    """dw from dy (K, N, H', W', O) and x as in `fprop`.
+    def powers(self, config: Config) -> tuple[int, ...]:
+        return *config.tile[:2], config.block_in, config.block_out  # columns end within their block
 
-    `out` is (splits, K, O, kh, kw, C), or with fewer parts any divisor of config.splits, of any floating dtype: partial
-    sums. With config.atomic it is one zeroed float32 (1, K, …), which is added to.
-    """
-    _correlate(dy, x, out, problem, config, offsets, device.of(x.device).descriptors)
+    def fits(self, problem: Problem, config: Config) -> str | None:
+        return band_geometry.why_not(problem, config)
 
+    def configs(self, problem: Problem) -> list[Config]:
+        return band_geometry.configs(problem)
 
-def moments_pieces(problem: Problem, config: Config) -> int:
-    """S of Epilogue.moments: a piece for each column of pixels of each tile."""
-    p = plan(problem, config)
-    return p.member_tiles * p.stack * p.columns
+    def predict(self, problem: Problem, config: Config, device: Device) -> Prediction:
+        if problem.dtype == "float32":
+            return Prediction(math.inf, "without tensor cores a band's zeros are not free, and its products spill")
+        return super().predict(problem, config, device)
+
+    def programs(self, problem: Problem, config: Config) -> int:
+        return band_geometry.programs(problem, config)
+
+    def thread_values(self, problem: Problem, config: Config) -> int:
+        return band_geometry.thread_values(problem, config)
+
+    def executed_flops(self, problem: Problem, config: Config) -> int:
+        return band_geometry.executed_flops(problem, config)
+
+    def l2_bytes(self, problem: Problem, config: Config) -> int:
+        return band_geometry.l2_bytes(problem, config)
+
+    def shared_bytes(self, problem: Problem, config: Config) -> int:
+        return band_geometry.shared_bytes(problem, config)
+
+    def moments_pieces(self, problem: Problem, config: Config) -> int:
+        """A piece for each column of pixels of each tile."""
+        p = bands(problem, config)
+        return p.member_tiles * p.stack * p.columns
+
+    def sums(self, config: Config) -> int:
+        return 1  # it adds up its own
+
+    def fprop(
+        self,
+        problem: Problem,
+        config: Config,
+        x: Tensor,
+        weight: Tensor,
+        y: Tensor,
+        epilogue: Epilogue = PLAIN,
+        prologue: Prologue | None = None,
+        offsets: Offsets | None = None,
+    ) -> Tensor:
+        descriptors = device.of(x.device).descriptors
+        _convolve(problem, config, x, weight, y, epilogue, prologue, offsets, descriptors)
+        return y
+
+    def dgrad(self, problem: Problem, config: Config, dy: Tensor, weight: Tensor, dx: Tensor) -> Tensor:
+        _convolve(problem, config, dy, weight, dx, PLAIN, None, None, device.of(dy.device).descriptors)
+        return dx
+
+    def wgrad(
+        self, problem: Problem, config: Config, dy: Tensor, x: Tensor, out: Tensor, offsets: Offsets | None = None
+    ) -> Tensor:
+        """`out` may also hold several partial sums, any divisor of config.splits, of any floating dtype."""
+        _correlate(problem, config, dy, x, out, offsets, device.of(x.device).descriptors)
+        return out
 
 
 def specialisations(
@@ -121,13 +149,13 @@ def specialisations(
     x = meta(1 if crops else K, problem.N, *size, C, dtype=dtype)
     y = meta(K, problem.N, *problem.out_size, O, dtype=dtype)
     weight = meta(K, O, *problem.kernel, C, dtype=dtype)
-    offsets = meta(K, 2, dtype=torch.int32) if crops else None
+    offsets = Offsets((), meta(K, 2, dtype=torch.int32)) if crops else None
     with recording() as launches:
         if problem.kind == "wgrad":
             out = meta(1 if config.atomic else config.splits, *weight.shape)
-            _correlate(y, x, out, problem, config, offsets, descriptors)
+            _correlate(problem, config, y, x, out, offsets, descriptors)
         elif problem.kind == "dgrad":
-            _convolve(y, weight, x, problem, config, PLAIN, None, None, descriptors)
+            _convolve(problem, config, y, weight, x, PLAIN, None, None, descriptors)
         else:
             fused = Epilogue(
                 bias=meta(K, O, dtype=dtype) if epilogue.get("bias") else None,
@@ -135,124 +163,149 @@ def specialisations(
                 shift=meta(K, O) if epilogue.get("affine") else None,
                 residual=y if epilogue.get("residual") else None,
                 relu=epilogue.get("relu", False),
-                moments=meta(K, moments_pieces(problem, config), 3, O) if epilogue.get("moments") else None,
+                moments=meta(K, Band().moments_pieces(problem, config), 3, O) if epilogue.get("moments") else None,
             )
             into = Prologue(meta(K, C), meta(K, C)) if prologue else None
-            _convolve(x, weight, y, problem, config, fused, into, offsets, descriptors)
+            _convolve(problem, config, x, weight, y, fused, into, offsets, descriptors)
     return launches
 
 
 def _convolve(
+    problem: Problem,
+    config: Config,
     x: Tensor,
     weight: Tensor,
     y: Tensor,
-    problem: Problem,
-    config: Config,
     epilogue: Epilogue,
     prologue: Prologue | None,
-    offsets: Tensor | None,
+    offsets: Offsets | None,
     descriptors: bool,
 ) -> None:
-    stored = [y] if epilogue.residual is None else [y, epilogue.residual]
-    p, reads = _reads(x, problem, config, offsets, descriptors, descriptors and all(map(_aligned, stored)))
-    residual = None if epilogue.residual is None else _written(epilogue.residual, p)
-    bands = dict(QF=p.rows.start, QN=len(p.rows), QS=p.rows.step, DGRAD=problem.kind == "dgrad")
-    around = geometry(problem)
-    if p.expand:
-        block, rows = p.run * p.stack, min(16, p.block_read)
-        expanded = weight.new_empty((problem.K, len(p.rows), p.block_read, block))
-        same = {name: reads[name] for name in ("R", "F", "FIRST", "COLUMNS", "RUN", "BR")}
-        taps = {name: value for name, value in around.items() if name != "PRECISION"}
-        grid = (problem.K * len(p.rows) * p.block_read // rows,)
-        launch(expand_band, grid, 4, 1, weight=weight, bands=expanded, BF=block, ROWS=rows, **bands, **same, **taps)
+    residual = epilogue.residual
+    store = descriptors and _aligned(y) and (residual is None or _aligned(residual))
+    run, X = _run_on(problem, config, x, offsets, descriptors, store)
+    if run.expanded:
+        expanded = weight.new_empty(run.expanded)
+        launch(_device_code().expand_band, run.expand_grid, 4, 1, weight=weight, bands=expanded, **run.expansion)
         weight = expanded
-    launch(
-        conv_band,
-        (problem.K * p.member_tiles,),
-        config.warps,
-        config.stages,
-        weight=weight,
-        Y=_written(y, p),
-        **reads,
-        **bands,
-        **dict(STACK=p.stack, STORE=p.store, SPLIT=p.split, EXPANDED=p.expand),
-        **flags(epilogue, prologue) | dict(residual=residual),
-        **around,
-    )
+    fused = around(epilogue, prologue)
+    if residual is not None:
+        fused["residual"] = run.written(residual)
+    tensors = dict(X=X, offsets=offsets and offsets.table, weight=weight, Y=run.written(y))
+    launch(_device_code().conv_band, run.grid, config.warps, config.stages, **tensors, **fused, **run.fixed)
 
 
 def _correlate(
-    dy: Tensor, x: Tensor, out: Tensor, problem: Problem, config: Config, offsets: Tensor | None, descriptors: bool
+    problem: Problem,
+    config: Config,
+    dy: Tensor,
+    x: Tensor,
+    out: Tensor,
+    offsets: Offsets | None,
+    descriptors: bool,
 ) -> None:
-    p, reads = _reads(x, problem, config, offsets, descriptors, descriptors and _aligned(dy))
-    rows, shares = row_groups(p, config)
-    kh, kw = problem.kernel
-    bands = out
+    run, X = _run_on(problem, config, x, offsets, descriptors, descriptors and _aligned(dy))
+    diagonals = out if config.atomic else out.new_empty(run.diagonals, dtype=torch.float32)
+    tensors = dict(X=X, offsets=offsets and offsets.table, G=run.written(dy), out=diagonals)
+    launch(_device_code().wgrad_band, run.grid, config.warps, config.stages, **tensors, **run.fixed)
     if not config.atomic:
-        shape = (config.splits, problem.K, kh, p.block_read, p.run)
-        bands = torch.empty(shape, dtype=torch.float32, device=out.device)
-    launch(
-        wgrad_band,
-        (problem.K * config.splits * shares,),
-        config.warps,
-        config.stages,
-        G=_written(dy, p),
-        out=bands,
-        **reads,
-        **dict(SPLITS=config.splits, SHARES=shares, ROWS=rows, LOAD_OUT=p.store, ATOMIC=config.atomic),
-        **dict(QF=p.rows.start),
-        **geometry(problem),
-    )
-    if config.atomic:
-        return
-    elements = problem.O * problem.taps * problem.C
-    parts = out.numel() // (problem.K * elements)
-    share = config.splits // parts
-    launch(
-        fold_band,
-        (parts * problem.K * cdiv(elements, 16),),
-        4,
-        2,
-        bands=bands,
-        out=out,
-        **dict(K=problem.K, SHARE=share, KH=kh, KW=kw, C=problem.C, O=problem.O),
-        **dict(SW=problem.stride[1], DW=problem.dilation[1], COLUMNS=p.columns),
-        **dict(BR=p.block_read, RUN=p.run, ELEMENTS=16, TERMS=min(128, power_of_two(share * p.columns))),
-    )
+        elements = problem.K * problem.O * problem.taps * problem.C
+        grid, fold = _fold(run, problem, config, out.numel() // elements)
+        launch(_device_code().fold_band, grid, 4, 2, bands=diagonals, out=out, **fold)
 
 
-def _reads(
-    x: Tensor, problem: Problem, config: Config, offsets: Tensor | None, descriptors: bool, store: bool
-) -> tuple[Plan, dict[str, Any]]:
-    """The Plan for these tensors, and the kernel arguments of the side that is read and of the cut into tiles."""
-    crops = offsets is not None
-    if crops and x.stride()[-2:] != (x.shape[-1], 1):
-        x = x.contiguous()  # pixels that are not side by side are no run
-    p = plan(problem, config)
-    lines, width = (x.shape[-3], x.shape[-2] * x.shape[-1]) if crops else (p.read.height, p.read.values)
-    image, pitch = x.stride()[-4:-2] if crops else (lines * width, width)
-    load = descriptors and _aligned(x) and lines % p.period == 0
-    p = plan(problem, config, gcd(width, image, pitch), load, store)
-    members = 1 if crops else problem.K
-    view = (
-        TensorDescriptor(
-            x,
-            [members, p.problem.N, lines // p.period, p.period, width],
-            [p.problem.N * image, image, p.period * pitch, pitch, 1],
-            [1, p.images, p.groups, 1, p.block_read],
-        )
-        if p.load
-        else x
+@dataclass(frozen=True, eq=False)
+class _Run:
+    """What the launches of one (problem, config) take that is no tensor, and how descriptors see what they read, write.
+
+    expanded: the shape of bands that are laid out in memory first, by `expand_grid` programs with `expansion`.
+    diagonals: the shape of what wgrad sums up. A view: shape, strides and block of a descriptor; None for a pointer.
+    """
+
+    bands: Bands
+    grid: tuple[int]
+    fixed: dict[str, Any]
+    read_view: tuple[tuple[int, ...], ...] | None
+    written_view: tuple[tuple[int, ...], ...] | None
+    expanded: tuple[int, ...] = ()
+    expand_grid: tuple[int, ...] = ()
+    expansion: dict[str, Any] = field(default_factory=dict)
+    diagonals: tuple[int, ...] = ()
+
+    def read(self, x: Tensor) -> Any:
+        return x if self.read_view is None else descriptor(x, *self.read_view)
+
+    def written(self, y: Tensor) -> Any:
+        return y if self.written_view is None else descriptor(y, *self.written_view)
+
+
+def _run_on(
+    problem: Problem, config: Config, x: Tensor, offsets: Offsets | None, descriptors: bool, store: bool
+) -> tuple[_Run, Any]:
+    """The run on these tensors, and x as its kernel takes it."""
+    shared = None
+    if offsets is not None:
+        if x.stride()[-2:] != (x.shape[-1], 1):
+            x = x.contiguous()  # pixels that are not side by side are no run
+        shared = (x.shape[-3], x.shape[-2] * x.shape[-1], *x.stride()[-4:-2])
+    run = _run(problem, config, shared, descriptors and _aligned(x), store)
+    return run, run.read(x)
+
+
+@functools.lru_cache(maxsize=4096)
+def _run(problem: Problem, config: Config, shared: tuple[int, ...] | None, load: bool, store: bool) -> _Run:
+    """shared: of the image that crops are read from, lines and values of a line, and steps from image and line to next.
+
+    load, store: whether descriptors may read, and write, these tensors.
+    """
+    p = bands(problem, config)
+    lines, width, image, pitch = shared or (p.read.height, p.read.values, p.read.height * p.read.values, p.read.values)
+    p = bands(problem, config, gcd(width, image, pitch), load and lines % p.period == 0, store)
+    read_view = (
+        (1 if shared else problem.K, p.problem.N, lines // p.period, p.period, width),
+        (p.problem.N * image, image, p.period * pitch, pitch, 1),
+        (1, p.images, p.groups, 1, p.block_read),
     )
-    return p, {
-        **dict(X=view, offsets=offsets, CROPS=crops, LOAD=p.load),
+    taps = geometry(problem)
+    fixed = {
+        **dict(CROPS=shared is not None, LOAD=p.load),
         **dict(N=p.problem.N, H=p.read.height, VALUES=p.read.values, WIDTH=width // p.vector),
         **dict(IMAGE=image // p.vector, PITCH=pitch // p.vector),
         **dict(HO=p.written.height, VALUES_OUT=p.written.values // p.vector_written),
         **dict(zip(("TN", "TG", "SEGMENTS"), p.tiles, strict=True)),
         **dict(R=p.read.channels, F=p.written.channels, PERIOD=p.period, BEFORE=max(0, -p.rows.start)),
-        **dict(FIRST=p.first, ADVANCE=p.advance, COLUMNS=p.columns, RUN=p.run),
+        **dict(FIRST=p.first, ADVANCE=p.advance, COLUMNS=p.columns, RUN=p.run, QF=p.rows.start),
         **dict(BN=p.images, BG=p.groups, BR=p.block_read, VECTOR=p.vector, VECTOR_OUT=p.vector_written),
+        **taps,
+    }
+    views = read_view if p.load else None, _written_view(p) if p.store else None
+    if problem.kind == "wgrad":
+        rows, shares = row_groups(p, config)
+        fixed |= dict(SPLITS=config.splits, SHARES=shares, ROWS=rows, LOAD_OUT=p.store, ATOMIC=config.atomic)
+        diagonals = (config.splits, problem.K, problem.kernel[0], p.block_read, p.run)
+        return _Run(p, (problem.K * config.splits * shares,), fixed, *views, diagonals=diagonals)
+    met = dict(QN=len(p.rows), QS=p.rows.step, DGRAD=problem.kind == "dgrad")
+    grid = (problem.K * p.member_tiles,)
+    whole = fixed | met | dict(STACK=p.stack, STORE=p.store, SPLIT=p.split, EXPANDED=p.expand)
+    if not p.expand:
+        return _Run(p, grid, whole, *views)
+    rows, block = min(16, p.block_read), p.run * p.stack
+    same = {name: fixed[name] for name in ("R", "F", "FIRST", "COLUMNS", "RUN", "BR", "QF")}
+    taps.pop("PRECISION")
+    expansion = dict(BF=block, ROWS=rows, **met, **same, **taps)
+    shape = (problem.K, len(p.rows), p.block_read, block)
+    return _Run(p, grid, whole, *views, shape, (problem.K * len(p.rows) * p.block_read // rows,), expansion)
+
+
+@functools.lru_cache(maxsize=4096)
+def _fold(run: _Run, problem: Problem, config: Config, parts: int) -> tuple[tuple[int], dict[str, Any]]:
+    """Grid and arguments of the launch that adds up the diagonals into `parts` partial sums."""
+    p, share, (kh, kw) = run.bands, config.splits // parts, problem.kernel
+    elements = problem.O * problem.taps * problem.C
+    return (parts * problem.K * cdiv(elements, 16),), {
+        **dict(K=problem.K, SHARE=share, KH=kh, KW=kw, C=problem.C, O=problem.O),
+        **dict(SW=problem.stride[1], DW=problem.dilation[1], COLUMNS=p.columns),
+        **dict(BR=p.block_read, RUN=p.run, ELEMENTS=16, TERMS=min(128, power_of_two(share * p.columns))),
     }
 
 
@@ -262,16 +315,13 @@ def _aligned(x: Tensor) -> bool:
     return start % 16 == 0
 
 
-def _written(y: Tensor, p: Plan) -> Tensor | TensorDescriptor:
+def _written_view(p: Bands) -> tuple[tuple[int, ...], ...]:
     """Dense y as (member, image, row, segment, value of it), or with one segment a row where rows clip themselves."""
-    if not p.store:
-        return y
     values = p.written.values
     image = p.written.height * values
     cut = (p.tiles[2], p.columns * p.written.channels) if p.split else (1, values)
-    return TensorDescriptor(
-        y,
-        [p.problem.K, p.problem.N, p.written.height, *cut],
-        [p.problem.N * image, image, values, cut[1], 1],
-        [1, p.images, p.groups * p.stack, 1, p.run],
+    return (
+        (p.problem.K, p.problem.N, p.written.height, *cut),
+        (p.problem.N * image, image, values, cut[1], 1),
+        (1, p.images, p.groups * p.stack, 1, p.run),
     )

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from math import gcd, prod
 
-from ..problem import Config, Problem, power_of_two
+from ..problem import Config, Problem, cdiv, power_of_two
 
 SECTOR = 32  # bytes: what L2 hands out
 PROGRAMS = 528  # four for each of an H100's processors: enough to hide latencies behind one another
@@ -34,7 +34,7 @@ class Side:
 
 
 @dataclass(frozen=True)
-class Plan:
+class Bands:
     """A Problem under a Config. Group: `stack` rows of written pixels side by side in one row of the matrix product."""
 
     problem: Problem  # as run: the pixels of a 1×1 kernel may have been cut into other rows
@@ -68,8 +68,8 @@ class Plan:
 
 
 @functools.lru_cache(maxsize=1024)
-def plan(problem: Problem, config: Config, pitch: int = 0, load: bool = True, store: bool = True) -> Plan:
-    """The Plan of a legal (problem, config).
+def bands(problem: Problem, config: Config, pitch: int = 0, load: bool = True, store: bool = True) -> Bands:
+    """The Bands of a legal (problem, config).
 
     `pitch`: what the distances between rows of an image that crops are read from are multiples of, 0 if not known.
     `load`, `store`: whether descriptors may read, and write, these tensors.
@@ -84,7 +84,7 @@ def plan(problem: Problem, config: Config, pitch: int = 0, load: bool = True, st
     images, height, columns = config.tile
     run = power_of_two(columns * written.channels, 16 if weights else 1)
     stack = max(1, block_written // run)
-    segments = _cdiv(written.width, columns)
+    segments = cdiv(written.width, columns)
     rows, pixels = (_met(problem, axis, count) for axis, count in enumerate((stack, columns)))
     period, advance = (
         max(1, size // s) if backward else size * s for size, s in zip((stack, columns), problem.stride, strict=True)
@@ -108,7 +108,7 @@ def plan(problem: Problem, config: Config, pitch: int = 0, load: bool = True, st
     whole = columns * written.channels * size % 16 == 0
     clipped = segments == 1 or (whole if weights else columns * written.channels == run)
     split = whole and not clipped and written.width % columns == 0
-    found = Plan(
+    found = Bands(
         problem=problem,
         read=read,
         written=written,
@@ -122,7 +122,7 @@ def plan(problem: Problem, config: Config, pitch: int = 0, load: bool = True, st
         rows=rows,
         first=pixels.start,
         advance=advance,
-        tiles=(_cdiv(problem.N, images), _cdiv(written.height, height), segments),
+        tiles=(cdiv(problem.N, images), cdiv(written.height, height), segments),
         vector=vector,
         vector_written=gcd(16 // size, written.values, columns * written.channels if segments > 1 else 0),
         load=load,
@@ -149,7 +149,7 @@ def why_not(problem: Problem, config: Config) -> str | None:
         return "a tile has powers of two up to 256 images and rows, and a column at least"
     if min(problem.N, problem.C, problem.O, *problem.out_size) < 1:
         return "there is nothing to compute"
-    p = plan(problem, config)
+    p = bands(problem, config)
     written = config.block_in if backward else config.block_out
     if p.run > written:
         return f"{p.columns} pixels of {p.written.channels} channels do not fit a segment of {written} values"
@@ -176,30 +176,30 @@ def why_not(problem: Problem, config: Config) -> str | None:
     return None
 
 
-def row_groups(p: Plan, config: Config) -> tuple[int, int]:
+def row_groups(p: Bands, config: Config) -> tuple[int, int]:
     """(kernel rows of one wgrad program, programs that share the kernel's rows): as many as the registers hold."""
     rows = len(p.rows)
     fit = max(1, ACCUMULATORS * 32 * config.warps // (p.block_read * p.run))
-    programs = _cdiv(rows, fit)
-    return _cdiv(rows, programs), programs
+    programs = cdiv(rows, fit)
+    return cdiv(rows, programs), programs
 
 
 def programs(problem: Problem, config: Config) -> int:
     """Of the launch that multiplies matrices."""
-    p = plan(problem, config)
+    p = bands(problem, config)
     return problem.K * (config.splits * row_groups(p, config)[1] if problem.kind == "wgrad" else p.member_tiles)
 
 
 def thread_values(problem: Problem, config: Config) -> int:
     """Values that a thread adds up or loads in one step."""
-    p = plan(problem, config)
+    p = bands(problem, config)
     sums = p.product_rows * p.run * p.stack
     if problem.kind == "wgrad":
         sums = row_groups(p, config)[0] * p.block_read * p.run
     return (sums + _stage_bytes(p, config) // problem.element_size) // (32 * config.warps)
 
 
-def _stage_bytes(p: Plan, config: Config) -> int:
+def _stage_bytes(p: Bands, config: Config) -> int:
     """What one turn of the loop over kernel rows, in wgrad over steps, keeps in shared memory."""
     if p.problem.kind == "wgrad":
         values = p.product_rows * (row_groups(p, config)[0] * p.block_read + p.run)
@@ -210,14 +210,14 @@ def _stage_bytes(p: Plan, config: Config) -> int:
 
 def shared_bytes(problem: Problem, config: Config) -> int:
     """An upper bound: the stages of the pipeline, or behind them the staged result."""
-    p = plan(problem, config)
+    p = bands(problem, config)
     staged = 0 if problem.kind == "wgrad" else p.product_rows * p.run * p.stack * 4
     return max(config.stages * _stage_bytes(p, config), staged) + 2048
 
 
 def executed_flops(problem: Problem, config: Config) -> int:
     """FLOPs of the matrix products as issued: the zeros of the band and the padding of tiles included."""
-    p = plan(problem, config)
+    p = bands(problem, config)
     rows = prod(row_groups(p, config)) if problem.kind == "wgrad" else len(p.rows)
     return 2 * problem.K * p.member_tiles * rows * p.product_rows * p.block_read * p.run * p.stack
 
@@ -227,13 +227,13 @@ def l2_bytes(problem: Problem, config: Config) -> int:
 
     Gathers of less than 16 bytes go through L1, which keeps the weights: they count once a program.
     """
-    p = plan(problem, config)
+    p = bands(problem, config)
     size = problem.element_size
-    lines = p.problem.N * _cdiv(p.written.height, p.stack)
+    lines = p.problem.N * cdiv(p.written.height, p.stack)
     reads = len(p.rows) * lines * _sectors(p, size)
     if problem.kind == "wgrad":
         shares = row_groups(p, config)[1]
-        return problem.K * (reads + shares * lines * _cdiv(p.written.values * size, SECTOR) * SECTOR)
+        return problem.K * (reads + shares * lines * cdiv(p.written.values * size, SECTOR) * SECTOR)
     weights = problem.taps * problem.C * problem.O
     if p.expand:
         weights = len(p.rows) * p.block_read * p.run * p.stack
@@ -249,7 +249,7 @@ def configs(problem: Problem) -> list[Config]:
         for config in _candidates(problem, rows):
             if why_not(problem, config) is None:
                 config = _resources(problem, config)
-                p = plan(problem, config)
+                p = bands(problem, config)
                 if config.stages < 2 or not _fits_registers(p, config):
                     continue
                 # Of the tiles that give matrices of the same width, one is enough.
@@ -287,7 +287,7 @@ def _candidates(problem: Problem, sizes: tuple[int, ...]) -> Iterator[Config]:
                 tiles = [_tile(problem.N, height, columns, rows, block_written // run) for rows in sizes]
                 if columns in recuts and block_written == run:
                     tiles += [(1, rows, columns) for rows in sizes]
-                p = plan(problem, Config("band", tiles[0], *blocks))
+                p = bands(problem, Config("band", tiles[0], *blocks))
                 # Fewer columns in the same blocks are worth a look only where descriptors take them.
                 kind = (*blocks, p.stack, columns in recuts, p.load, p.store)
                 if kind not in seen:
@@ -301,7 +301,7 @@ def _tile(images: int, height: int, columns: int, rows: int, stack: int) -> tupl
     groups = 1
     while groups <= rows:
         tall, many = groups * stack, rows // groups
-        padded = _cdiv(height, tall) * tall * _cdiv(images, many) * many
+        padded = cdiv(height, tall) * tall * cdiv(images, many) * many
         if tall <= 256 and many <= 256:
             choices.append((padded, -tall, (many, tall, columns)))
         groups *= 2
@@ -310,7 +310,7 @@ def _tile(images: int, height: int, columns: int, rows: int, stack: int) -> tupl
 
 def _resources(problem: Problem, config: Config, warps: int | None = None) -> Config:
     """`config` with warps, stages (one or none where shared memory holds no two) and, in wgrad, splits."""
-    p = plan(problem, config)
+    p = bands(problem, config)
     config = replace(config, warps=warps or _warps(problem, config))
     fit = SHARED // _stage_bytes(p, config)
     if problem.kind != "wgrad":
@@ -325,7 +325,7 @@ def _warps(problem: Problem, config: Config) -> int:
     Eight warps on Hopper's matrix units have a public history of silent errors, so they have to be worth it.
     """
     four, eight = (replace(config, warps=warps) for warps in (4, 8))
-    p = plan(problem, four)
+    p = bands(problem, four)
     if _gathers(p) and p.product_rows * max(p.block_read, p.run * p.stack) > (
         1024 if problem.kind == "wgrad" else 2048
     ):
@@ -335,12 +335,12 @@ def _warps(problem: Problem, config: Config) -> int:
     return 4 if _fits_registers(p, four) else 8
 
 
-def _gathers(p: Plan) -> bool:
+def _gathers(p: Bands) -> bool:
     """Whether threads hold addresses of single values: crops may begin anywhere."""
     return not p.load or p.problem.layout == "crops"
 
 
-def _fits_registers(p: Plan, config: Config) -> bool:
+def _fits_registers(p: Bands, config: Config) -> bool:
     """Whether what a program adds up and addresses leaves registers: limits found by compiling."""
     threads = 32 * config.warps
     if p.problem.kind != "wgrad":
@@ -350,7 +350,7 @@ def _fits_registers(p: Plan, config: Config) -> bool:
     return 4 * p.block_read * p.run <= ACCUMULATORS * threads and addressed <= each * threads
 
 
-def _gathers(p: Plan) -> int:
+def _gathers(p: Bands) -> int:
     """Vectors of weights that all programs together gather to form their bands."""
     vector = gcd(16 // p.problem.element_size, p.problem.C)
     return p.problem.K * p.member_tiles * len(p.rows) * p.block_read * p.run * p.stack // vector
@@ -358,7 +358,7 @@ def _gathers(p: Plan) -> int:
 
 def _cost(problem: Problem, config: Config) -> float:
     """Predicted seconds on an H100, good for an order only."""
-    p = plan(problem, config)
+    p = bands(problem, config)
     size = problem.element_size
     rate = {2: 400e12, 4: 200e12 if problem.dtype == "tf32" else 30e12}[size]
     count = programs(problem, config)
@@ -407,17 +407,13 @@ def _met_along(backward: bool, rows: bool, count: int, kernel: int, s: int, pad:
     return range(min(found), max(found) + 1, step or 1)
 
 
-def _sectors(p: Plan, size: int) -> int:
+def _sectors(p: Bands, size: int) -> int:
     """Bytes of all segments of one read row, in whole sectors; what descriptors fill with zeros is not read."""
     if p.problem.layout == "crops":
-        return p.tiles[2] * (_cdiv(p.block_read * size, SECTOR) + 1) * SECTOR
+        return p.tiles[2] * (cdiv(p.block_read * size, SECTOR) + 1) * SECTOR
     total = 0
     for segment in range(p.tiles[2]):
         start = (segment * p.advance + p.first) * p.read.channels // p.vector * p.vector
         begin, end = (min(max(v, 0), p.read.values) * size for v in (start, start + p.block_read))
-        total += (_cdiv(end, SECTOR) - begin // SECTOR) * SECTOR if end > begin else 0
+        total += (cdiv(end, SECTOR) - begin // SECTOR) * SECTOR if end > begin else 0
     return total
-
-
-def _cdiv(a: int, b: int) -> int:
-    return -(-a // b)

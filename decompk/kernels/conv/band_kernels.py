@@ -1,4 +1,4 @@
-"""The band form's device code: see `band` for the idea and `band_geometry.Plan` for the words.
+"""The band form's device code: see `band` for the idea and `band_geometry.Bands` for the words.
 
 R and F are the channels read and written (C and O, in dgrad O and C); i counts the values of a segment that is read, f
 those of the rows that are written. q is a row that is read, counted from the first row of a group.

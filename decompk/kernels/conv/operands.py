@@ -1,27 +1,12 @@
-"""What convolution kernels take beside x, weight and y, and the tiles they cut the pixels into."""
+"""What the Triton forms of a convolution share: compile-time geometry, and how wgrad shares out its pixels."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from typing import Any
 
-from triton import cdiv
-
 from ..device import interpreted
-from ..problem import Config, Epilogue, Problem, Prologue
-
-PLAIN = Epilogue()
-
-
-def flags(epilogue: Epilogue, prologue: Prologue | None) -> dict[str, Any]:
-    """Kernel arguments: the tensors (None where absent, the residual as it is) and a compile-time flag for each."""
-    e, p = epilogue, prologue
-    return {
-        **dict(bias=e.bias, scale=e.scale, shift=e.shift, residual=e.residual, moments=e.moments),
-        **dict(BIAS=e.bias is not None, AFFINE=e.scale is not None, RESIDUAL=e.residual is not None),
-        **dict(MOMENTS=e.moments is not None, RELU=e.relu),
-        **dict(in_scale=p and p.scale, in_shift=p and p.shift, PROLOGUE=p is not None, IN_RELU=bool(p and p.relu)),
-    }
+from ..problem import Config, Problem, cdiv
 
 
 def geometry(problem: Problem) -> dict[str, Any]:

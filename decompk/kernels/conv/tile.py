@@ -9,78 +9,201 @@ rows are merged (pixels × channels in one dimension) so that the copy engine mo
 
 from __future__ import annotations
 
+import functools
 import itertools
 from dataclasses import replace
 from math import prod
+from types import ModuleType
 from typing import Any
 
 from torch import Tensor
-from triton import cdiv
-from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ..launch import launch
-from ..problem import Config, Epilogue, Problem, Prologue, power_of_two
-from .operands import PLAIN, flags, geometry, split
-from .tile_kernels import conv_tile, wgrad_tile
+from ..launch import around, descriptor, launch
+from ..problem import PLAIN, Config, Epilogue, Problem, Prologue, cdiv, power_of_two
+from .form import KernelForm
+from .operands import geometry, split
 
 
-def why_not(problem: Problem, config: Config) -> str | None:
-    """Why the tile form cannot run `problem` with `config`; None if it can."""
-    size = problem.element_size
-    if problem.layout == "crops" or not problem.aligned or problem.C * size % 16 or problem.O * size % 16:
-        return f"descriptors do not address {problem.C} → {problem.O} channels, {problem.layout}, of {size} bytes"
-    if max(*problem.stride, *problem.dilation) > 2:
-        return "strides and dilations above 2 have no parity form"
-    if max(*config.tile, config.block_in, config.block_out) > 256:
-        return "a descriptor's block has at most 256 values a dimension"
-    if min(config.block_in, config.block_out, config.pixels) < 16:
-        return "blocks below 16 have no matrix product"
-    sums = SUMS if size == 2 else SUMS // 2
-    if config.pixels * _free(problem, config) > sums * 32 * config.warps:
-        return f"more than {sums} sums a thread leave no registers for what is fused"
-    return None
+@functools.cache
+def _device_code() -> ModuleType:
+    from . import tile_kernels  # triton loads with it
+
+    return tile_kernels
 
 
-def thread_values(problem: Problem, config: Config) -> int:
-    """Values that a thread adds up or loads in one step."""
-    pixels, a, b = config.pixels, config.block_in, config.block_out
-    taps = _shared_taps(problem)
-    if problem.kind == "wgrad":
-        return (taps * a * b + pixels * (taps * a + b)) // (32 * config.warps)
-    reduced, free = (a, b) if problem.kind == "fprop" else (b, a)
-    return (pixels * free + pixels * reduced + a * b) // (32 * config.warps)
+class Tile(KernelForm):
+    """An implicit matrix product, tap by tap, on tensor descriptors."""
+
+    name = "tile"
+    thread_bytes = {80: 128, 100: 176}
+
+    def fits(self, problem: Problem, config: Config) -> str | None:
+        """Why the tile form cannot run `problem` with `config`; None if it can."""
+        size = problem.element_size
+        if problem.layout == "crops" or not problem.aligned or problem.C * size % 16 or problem.O * size % 16:
+            return f"descriptors do not address {problem.C} → {problem.O} channels, {problem.layout}, of {size} bytes"
+        if max(*problem.stride, *problem.dilation) > 2:
+            return "strides and dilations above 2 have no parity form"
+        if max(*config.tile, config.block_in, config.block_out) > 256:
+            return "a descriptor's block has at most 256 values a dimension"
+        if min(config.block_in, config.block_out, config.pixels) < 16:
+            return "blocks below 16 have no matrix product"
+        sums = SUMS if size == 2 else SUMS // 2
+        if config.pixels * _free(problem, config) > sums * 32 * config.warps:
+            return f"more than {sums} sums a thread leave no registers for what is fused"
+        return None
+
+    def configs(self, problem: Problem) -> list[Config]:
+        """Candidates from shapes alone, best guess first."""
+        # Limits found by compiling with Triton 3.6 to 3.9: beyond them what is fused into float32 spills 8 or 16 bytes.
+        exact = problem.dtype == "float32"
+        deepest = 2 if exact and max(problem.stride) > 1 else 4
+        if exact:  # without tensor cores the operands of a product live in registers, too
+            sizes, wide, narrow = (32,), 32, 16
+        else:
+            sizes, wide, narrow = (128, 64), *((64, 32) if problem.kind == "wgrad" else (128, 64))
+        found = []
+        for warps, pixels in itertools.product((4, 8), sizes):
+            tile = _best_tile(problem, pixels)
+            for block_out in {power_of_two(min(problem.O, cap), 16) for cap in (wide, narrow)}:
+                for block_in in {power_of_two(min(problem.C, cap), 16) for cap in (narrow, wide)}:
+                    if exact and problem.kind == "fprop" and pixels * block_out > EXACT_SUMS * 32 * warps:
+                        continue
+                    config = Config("tile", tile, block_in, block_out, warps)
+                    stages = min(deepest, max(2, 160 * 1024 // max(1, _stage_bytes(problem, config))))
+                    found.append(replace(config, stages=stages))
+        if problem.kind == "wgrad":
+            found = [split(problem, c, self.programs(problem, c), _tiles(problem, c)) for c in found]
+        return found
+
+    def programs(self, problem: Problem, config: Config) -> int:
+        if problem.kind == "wgrad":
+            blocks = cdiv(problem.C, config.block_in) * cdiv(problem.O, config.block_out)
+            return problem.K * problem.taps // _shared_taps(problem) * blocks * config.splits
+        free = cdiv(problem.O, config.block_out) if problem.kind == "fprop" else cdiv(problem.C, config.block_in)
+        return problem.K * _tiles(problem, config) * free
+
+    def thread_values(self, problem: Problem, config: Config) -> int:
+        """Values that a thread adds up or loads in one step."""
+        pixels, a, b = config.pixels, config.block_in, config.block_out
+        taps = _shared_taps(problem)
+        if problem.kind == "wgrad":
+            return (taps * a * b + pixels * (taps * a + b)) // (32 * config.warps)
+        reduced, free = (a, b) if problem.kind == "fprop" else (b, a)
+        return (pixels * free + pixels * reduced + a * b) // (32 * config.warps)
+
+    def executed_flops(self, problem: Problem, config: Config) -> int:
+        """What the matrix products compute, padding of tiles and blocks included."""
+        return 2 * _products(problem, config) * config.pixels * config.block_in * config.block_out
+
+    def l2_bytes(self, problem: Problem, config: Config) -> int:
+        """What programs load: every tap reads its tile again."""
+        size = problem.element_size
+        tile, weights = config.pixels * size, config.block_in * config.block_out * size
+        if problem.kind == "wgrad":
+            return _products(problem, config) * tile * (config.block_in + config.block_out // _shared_taps(problem))
+        reduced = config.block_in if problem.kind == "fprop" else config.block_out
+        return _products(problem, config) * (tile * reduced + weights)
+
+    def shared_bytes(self, problem: Problem, config: Config) -> int:
+        """An upper bound: the stages of the pipeline and the staged output."""
+        out = config.pixels * _free(problem, config) * problem.element_size
+        return config.stages * _stage_bytes(problem, config) + 2 * out + 1024
+
+    def moments_pieces(self, problem: Problem, config: Config) -> int:
+        """S of Epilogue.moments: one piece a tile of a member."""
+        return _tiles(problem, config)
+
+    def fprop(
+        self,
+        problem: Problem,
+        config: Config,
+        x: Tensor,
+        weight: Tensor,
+        y: Tensor,
+        epilogue: Epilogue = PLAIN,
+        prologue: Prologue | None = None,
+        offsets: None = None,
+    ) -> Tensor:
+        fixed, grid = _convolution(problem, config)
+        into, out = (*config.tile, config.block_in), (*config.tile, config.block_out)
+        outputs = (_descriptor(y, out, fixed["MERGED_OUT"]),) * 4
+        arguments = around(epilogue, prologue)
+        if epilogue.residual is not None:
+            arguments["residual"] = _descriptor(epilogue.residual, out, fixed["MERGED_OUT"])
+        self._run(
+            problem, config, grid, fixed, _parities(x, problem, into, fixed["MERGED"]), weight, outputs, arguments
+        )
+        return y
+
+    def dgrad(self, problem: Problem, config: Config, dy: Tensor, weight: Tensor, dx: Tensor) -> Tensor:
+        fixed, grid = _convolution(problem, config)
+        into, out = (*config.tile, config.block_out), (*config.tile, config.block_in)
+        inputs = (_descriptor(dy, into, fixed["MERGED"]),) * 4
+        outputs = _parities(dx, problem, out, fixed["MERGED_OUT"])
+        self._run(problem, config, grid, fixed, inputs, weight, outputs, around(PLAIN, None))
+        return dx
+
+    def _run(self, problem, config, grid, fixed, inputs, weight, outputs, arguments: dict[str, Any]) -> None:
+        K, O, C, taps = problem.K, problem.O, problem.C, problem.taps
+        strides = (O * taps * C, taps * C, C, 1)
+        # In blocks of one tap's output × input channels.
+        W = descriptor(weight, (K, O, taps, C), strides, (1, config.block_out, 1, config.block_in))
+        names = dict(zip(("X0", "X1", "X2", "X3", "Y0", "Y1", "Y2", "Y3"), (*inputs, *outputs), strict=True))
+        launch(_device_code().conv_tile, grid, config.warps, config.stages, W=W, **names, **arguments, **fixed)
+
+    def wgrad(
+        self, problem: Problem, config: Config, dy: Tensor, x: Tensor, out: Tensor, offsets: None = None
+    ) -> Tensor:
+        fixed, grid = _correlation(problem, config)
+        inputs = _parities(x, problem, (*config.tile, config.block_in), fixed["MERGED"])
+        names = dict(zip(("X0", "X1", "X2", "X3"), inputs, strict=True))
+        G = _descriptor(dy, (*config.tile, config.block_out), fixed["MERGED_OUT"])
+        launch(_device_code().wgrad_tile, grid, config.warps, config.stages, G=G, out=out, **names, **fixed)
+        return out
 
 
-def configs(problem: Problem) -> list[Config]:
-    """Candidates from shapes alone, best guess first."""
-    # Limits found by compiling with Triton 3.6 to 3.9: beyond them what is fused into float32 spills 8 or 16 bytes.
-    exact = problem.dtype == "float32"
-    deepest = 2 if exact and max(problem.stride) > 1 else 4
-    if exact:  # without tensor cores the operands of a product live in registers, too
-        sizes, wide, narrow = (32,), 32, 16
-    else:
-        sizes, wide, narrow = (128, 64), *((64, 32) if problem.kind == "wgrad" else (128, 64))
-    found = []
-    for warps, pixels in itertools.product((4, 8), sizes):
-        tile = _best_tile(problem, pixels)
-        for block_out in {power_of_two(min(problem.O, cap), 16) for cap in (wide, narrow)}:
-            for block_in in {power_of_two(min(problem.C, cap), 16) for cap in (narrow, wide)}:
-                if exact and problem.kind == "fprop" and pixels * block_out > EXACT_SUMS * 32 * warps:
-                    continue
-                config = Config("tile", tile, block_in, block_out, warps)
-                stages = min(deepest, max(2, 160 * 1024 // max(1, _stage_bytes(problem, config))))
-                found.append(replace(config, stages=stages))
-    if problem.kind == "wgrad":
-        found = [split(problem, c, programs(problem, c), _tiles(problem, c)) for c in found]
-    return found
+@functools.lru_cache(maxsize=4096)
+def _convolution(problem: Problem, config: Config) -> tuple[dict[str, Any], tuple[int]]:
+    """What fprop or dgrad passes that is no tensor, and its grid."""
+    sides = problem.C, problem.O
+    blocks = config.block_in, config.block_out
+    merges = [_merges(problem, config, *side) for side in zip(sides, blocks, strict=True)]
+    merges[0] = merges[0] and problem.stride == (1, 1)  # the parities of x are parted rows and columns
+    size, image = problem.out_size, (problem.H, problem.W)
+    if problem.kind == "dgrad":
+        sides, blocks, merges = sides[::-1], blocks[::-1], merges[::-1]
+        size, image = tuple(map(cdiv, (problem.H, problem.W), problem.stride)), (0, 0)
+    tiles = tuple(map(cdiv, (problem.N, *size), config.tile))
+    free = cdiv(sides[1], blocks[1])
+    fixed = {
+        **dict(DGRAD=problem.kind == "dgrad", MERGED=merges[0], MERGED_OUT=merges[1], LIVE=_live(problem)),
+        **dict(N=problem.N, HO=size[0], WO=size[1], HQ=image[0], WQ=image[1]),
+        **dict(R=sides[0], F=sides[1], FB=free, RB=cdiv(sides[0], blocks[0]), BR=blocks[0], BF=blocks[1]),
+        **dict(zip(("TN", "TH", "TW"), tiles, strict=True)),
+        **dict(zip(("BN", "BH", "BW"), config.tile, strict=True)),
+        **geometry(problem),
+    }
+    return fixed, (problem.K * prod(tiles) * free,)
 
 
-def programs(problem: Problem, config: Config) -> int:
-    if problem.kind == "wgrad":
-        blocks = cdiv(problem.C, config.block_in) * cdiv(problem.O, config.block_out)
-        return problem.K * problem.taps // _shared_taps(problem) * blocks * config.splits
-    free = cdiv(problem.O, config.block_out) if problem.kind == "fprop" else cdiv(problem.C, config.block_in)
-    return problem.K * _tiles(problem, config) * free
+@functools.lru_cache(maxsize=4096)
+def _correlation(problem: Problem, config: Config) -> tuple[dict[str, Any], tuple[int]]:
+    """What wgrad passes that is no tensor, and its grid."""
+    merged = problem.stride == (1, 1) and _merges(problem, config, problem.C, config.block_in)
+    # A dy of merged rows beside an x of plain ones: Triton 3.6 cannot pipeline what three products of sm_100 share.
+    merged_out = (merged or config.block_out < 64) and _merges(problem, config, problem.O, config.block_out)
+    fixed = {
+        **dict(C=problem.C, O=problem.O, SPLITS=config.splits, ATOMIC=config.atomic),
+        **dict(ELEMENTS=problem.K * problem.O * problem.taps * problem.C),
+        **dict(BC=config.block_in, BO=config.block_out, MERGED=merged, MERGED_OUT=merged_out, LIVE=_live(problem)),
+        **dict(zip(("TN", "TH", "TW"), map(cdiv, (problem.N, *problem.out_size), config.tile), strict=True)),
+        **dict(CB=cdiv(problem.C, config.block_in), OB=cdiv(problem.O, config.block_out)),
+        **dict(zip(("BN", "BH", "BW"), config.tile, strict=True)),
+        **geometry(problem),
+    }
+    blocks = fixed["CB"] * fixed["OB"]
+    return fixed, (problem.K * problem.taps // _shared_taps(problem) * blocks * config.splits,)
 
 
 def _shared_taps(problem: Problem) -> int:
@@ -101,9 +224,13 @@ def _tiles(problem: Problem, config: Config) -> int:
 
 
 SUMS = 64  # a thread, of 2-byte dtypes; with twice as many every flag of the epilogue spills, 64 to 88 bytes
+
+
 EXACT_SUMS = 4  # a thread, of float32 with what may be fused
 
 # (images, rows, columns); few, since each is a kernel to compile.
+
+
 TILES = {
     128: ((1, 8, 16), (1, 16, 8), (2, 8, 8), (8, 4, 4), (32, 2, 2), (128, 1, 1)),
     64: ((1, 4, 16), (1, 8, 8), (4, 4, 4), (16, 2, 2), (64, 1, 1)),
@@ -129,32 +256,11 @@ def _products(problem: Problem, config: Config) -> int:
     return problem.K * _tiles(problem, config) * blocks * problem.taps
 
 
-def executed_flops(problem: Problem, config: Config) -> int:
-    """What the matrix products compute, padding of tiles and blocks included."""
-    return 2 * _products(problem, config) * config.pixels * config.block_in * config.block_out
-
-
-def l2_bytes(problem: Problem, config: Config) -> int:
-    """What programs load: every tap reads its tile again."""
-    size = problem.element_size
-    tile, weights = config.pixels * size, config.block_in * config.block_out * size
-    if problem.kind == "wgrad":
-        return _products(problem, config) * tile * (config.block_in + config.block_out // _shared_taps(problem))
-    reduced = config.block_in if problem.kind == "fprop" else config.block_out
-    return _products(problem, config) * (tile * reduced + weights)
-
-
 def _stage_bytes(problem: Problem, config: Config) -> int:
     pixels, a, b = config.pixels, config.block_in, config.block_out
     if problem.kind == "wgrad":
         return pixels * (_shared_taps(problem) * a + b) * problem.element_size
     return (pixels * (a if problem.kind == "fprop" else b) + a * b) * problem.element_size
-
-
-def shared_bytes(problem: Problem, config: Config) -> int:
-    """An upper bound: the stages of the pipeline and the staged output."""
-    out = config.pixels * _free(problem, config) * problem.element_size
-    return config.stages * _stage_bytes(problem, config) + 2 * out + 1024
 
 
 def _free(problem: Problem, config: Config) -> int:
@@ -167,129 +273,25 @@ def _merges(problem: Problem, config: Config, channels: int, block: int) -> bool
     return problem.layout == "member" and channels == block and config.tile[2] * channels <= 256
 
 
-def _descriptor(x: Tensor, block: tuple[int, ...], merged: bool = False) -> TensorDescriptor:
+def _live(problem: Problem) -> int:
+    """A bit for each parity of x's rows and columns that has pixels."""
+    height, width = problem.stride
+    return sum((i // width < problem.H and i % width < problem.W) << i for i in range(height * width))
+
+
+def _descriptor(x: Tensor, block: tuple[int, ...], merged: bool = False) -> Any:
     """(K, N, H, W, C) memory in blocks of (images, rows, columns, channels) of one member; merged: (K, N, H, W·C)."""
-    *outer, columns, channels = block
     if not merged:
-        return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, *block])
-    shape = [*x.shape[:3], x.shape[3] * x.shape[4]]
-    return TensorDescriptor(x, shape, [*x.stride()[:3], 1], [1, *outer, columns * channels])
+        return descriptor(x, x.shape, x.stride(), (1, *block))
+    images, rows, columns, channels = block
+    K, N, H, W, C = x.shape
+    return descriptor(x, (K, N, H, W * C), (*x.stride()[:3], 1), (1, images, rows, columns * channels))
 
 
-def _parities(x: Tensor, problem: Problem, block: tuple[int, ...]) -> tuple[list[TensorDescriptor], int]:
-    """Four descriptors, of the parities of x's rows and columns, and a bit for each parity that has pixels."""
+def _parities(x: Tensor, problem: Problem, block: tuple[int, ...], merged: bool) -> tuple[Any, ...]:
+    """Four descriptors, of the parities of x's rows and columns; of x itself where that has no pixels."""
+    if problem.stride == (1, 1):
+        return (_descriptor(x, block, merged),) * 4
     height, width = problem.stride
     views = [x[:, :, i // width :: height, i % width :: width] for i in range(height * width)]
-    live = sum(bool(view.numel()) << i for i, view in enumerate(views))
-    descriptors = [_descriptor(view if view.numel() else x, block) for view in views]
-    return (descriptors * 4)[:4], live
-
-
-def _taps(weight: Tensor, block: tuple[int, int]) -> TensorDescriptor:
-    """(K, O, kh, kw, C) in blocks of one tap's output × input channels."""
-    K, O, _, _, C = weight.shape  # noqa: E741
-    taps = weight.view(K, O, -1, C)
-    return TensorDescriptor(taps, list(taps.shape), list(taps.stride()), [1, block[0], 1, block[1]])
-
-
-def fprop(
-    x: Tensor,
-    weight: Tensor,
-    y: Tensor,
-    problem: Problem,
-    config: Config,
-    epilogue: Epilogue = PLAIN,
-    prologue: Prologue | None = None,
-    offsets: None = None,
-) -> None:
-    """y = epilogue(conv(prologue(x), weight)): x (K, N, H, W, C), weight (K, O, kh, kw, C), y (K, N, H', W', O)."""
-    block = (*config.tile, config.block_in)
-    merged = problem.stride == (1, 1) and _merges(problem, config, problem.C, config.block_in)
-    inputs, live = ([_descriptor(x, block, merged)] * 4, 1) if merged else _parities(x, problem, block)
-    out = (*config.tile, config.block_out)
-    merged_out = _merges(problem, config, problem.O, config.block_out)
-    outputs = [_descriptor(y, out, merged_out)] * 4
-    residual = None if epilogue.residual is None else _descriptor(epilogue.residual, out, merged_out)
-    weights = _taps(weight, (config.block_out, config.block_in))
-    sizes = (problem.C, problem.O, config.block_in, config.block_out, *problem.out_size)
-    arguments = {
-        **{f"X{i}": x for i, x in enumerate(inputs)},
-        **{f"Y{i}": y for i, y in enumerate(outputs)},
-        **dict(MERGED=merged, MERGED_OUT=merged_out, LIVE=live, DGRAD=False, HQ=problem.H, WQ=problem.W),
-        **flags(epilogue, prologue),
-        "residual": residual,
-    }
-    _run(problem, config, sizes, W=weights, **arguments)
-
-
-def dgrad(dy: Tensor, weight: Tensor, dx: Tensor, problem: Problem, config: Config) -> None:
-    """dx (K, N, H, W, C) from dy (K, N, H', W', O) and weight (K, O, kh, kw, C)."""
-    merged = _merges(problem, config, problem.O, config.block_out)
-    inputs = [_descriptor(dy, (*config.tile, config.block_out), merged)] * 4
-    merged_out = problem.stride == (1, 1) and _merges(problem, config, problem.C, config.block_in)
-    out = (*config.tile, config.block_in)
-    outputs, live = ([_descriptor(dx, out, merged_out)] * 4, 1) if merged_out else _parities(dx, problem, out)
-    height, width = (cdiv(size, s) for size, s in zip((problem.H, problem.W), problem.stride, strict=True))
-    sizes = (problem.O, problem.C, config.block_out, config.block_in, height, width)
-    arguments = {
-        **{f"X{i}": x for i, x in enumerate(inputs)},
-        **{f"Y{i}": y for i, y in enumerate(outputs)},
-        **dict(MERGED=merged, MERGED_OUT=merged_out, LIVE=live, DGRAD=True, HQ=0, WQ=0),
-        **flags(PLAIN, None),
-    }
-    _run(problem, config, sizes, W=_taps(weight, (config.block_out, config.block_in)), **arguments)
-
-
-def moments_pieces(problem: Problem, config: Config) -> int:
-    """S of Epilogue.moments: one piece a tile of a member."""
-    return _tiles(problem, config)
-
-
-def _run(problem: Problem, config: Config, sizes: tuple[int, ...], **arguments: Any) -> None:
-    R, F, reduced, free, height, width = sizes
-    tiles = dict(zip(("TN", "TH", "TW"), map(cdiv, (problem.N, height, width), config.tile), strict=True))
-    blocks = cdiv(F, free)
-    launch(
-        conv_tile,
-        (problem.K * prod(tiles.values()) * blocks,),
-        config.warps,
-        config.stages,
-        **dict(N=problem.N, HO=height, WO=width, R=R, F=F, FB=blocks, RB=cdiv(R, reduced), BR=reduced, BF=free),
-        **tiles,
-        **dict(zip(("BN", "BH", "BW"), config.tile, strict=True)),
-        **geometry(problem),
-        **arguments,
-    )
-
-
-# ---- weight gradient ------------------------------------------------------------------------------------------------
-
-
-def wgrad(dy: Tensor, x: Tensor, out: Tensor, problem: Problem, config: Config, offsets: None = None) -> None:
-    """dw in float32 from dy (K, N, H', W', O) and x (K, N, H, W, C).
-
-    `out` is (splits, K, O, kh, kw, C), of which every split is written; or with config.atomic one zeroed (1, K, …).
-    """
-    merged = problem.stride == (1, 1) and _merges(problem, config, problem.C, config.block_in)
-    # A dy of merged rows beside an x of plain ones: Triton 3.6 cannot pipeline what three products of sm_100 share.
-    merged_out = (merged or config.block_out < 64) and _merges(problem, config, problem.O, config.block_out)
-    block = (*config.tile, config.block_in)
-    inputs, live = ([_descriptor(x, block, merged)] * 4, 1) if merged else _parities(x, problem, block)
-    tiles = dict(zip(("TN", "TH", "TW"), map(cdiv, (problem.N, *problem.out_size), config.tile), strict=True))
-    blocks = dict(CB=cdiv(problem.C, config.block_in), OB=cdiv(problem.O, config.block_out))
-    launch(
-        wgrad_tile,
-        (programs(problem, config),),
-        config.warps,
-        config.stages,
-        **{f"X{i}": x for i, x in enumerate(inputs)},
-        G=_descriptor(dy, (*config.tile, config.block_out), merged_out),
-        out=out,
-        **dict(C=problem.C, O=problem.O, SPLITS=config.splits, ELEMENTS=out[0].numel()),
-        **dict(BC=config.block_in, BO=config.block_out, LIVE=live, MERGED=merged, MERGED_OUT=merged_out),
-        ATOMIC=config.atomic,
-        **tiles,
-        **blocks,
-        **dict(zip(("BN", "BH", "BW"), config.tile, strict=True)),
-        **geometry(problem),
-    )
+    return (tuple(_descriptor(view if view.numel() else x, block) for view in views) * 4)[:4]

@@ -13,16 +13,11 @@ import subprocess
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from ...errors import BackendError
 from .. import cache
-from ..problem import Problem
-
-Pair = tuple[int, int]
 
 SOURCES = Path(__file__).parent
 FLAGS = (
@@ -68,7 +63,7 @@ def where() -> str:
 
 
 @functools.cache
-def _library() -> ctypes.CDLL:
+def library() -> ctypes.CDLL:
     return _opened()[0]
 
 
@@ -206,74 +201,8 @@ def _run(command: list[str], scratch: Path) -> None:
         raise OSError(f"{command[0]} failed: {said or f'exit status {found.returncode}'}")
 
 
-FORMS = ("direct", "winograd")
-
-
-def why_not_conv(problem: Problem, form: str = "direct") -> str | None:
-    """Why `form` does not compute this convolution, None where it does."""
-    if form not in FORMS:
-        raise BackendError(f"the processor's kernels have no form '{form}': choose one of {', '.join(FORMS)}.")
-    p = problem
-    outputs = p.C if p.kind == "dgrad" else p.O
-    if p.dtype != "float32":
-        return f"it is in {p.dtype}, not float32"
-    if p.layout != "member":
-        return "its activations are not member-major"
-    if p.dilation != (1, 1):
-        return "it is dilated"
-    if outputs % 4:
-        return f"{outputs} channels are no multiple of 4"
-    if form == "winograd" and (p.kernel != (3, 3) or p.stride != (1, 1)):
-        return "it is not 3×3 with stride 1"
-    if form == "winograd" and (p.C % 8 or p.O % 8):
-        return f"{p.C} or {p.O} channels are no multiple of 8"
-    return why_not()
-
-
-@functools.lru_cache(maxsize=4096)
-def _sizes(x: torch.Size, weight: torch.Size, stride: Pair, padding: Pair) -> tuple[ctypes.Array, tuple[int, int]]:
-    """A convolution as the kernels take it, Shape in conv.h, and its output's pixels."""
-    K, N, C, H, W = x
-    _, O, _, *kernel = weight
-    out = [(n + 2 * p - k) // s + 1 for n, k, s, p in zip((H, W), kernel, stride, padding, strict=True)]
-    values = (K, N, C, O, H, W, *kernel, *stride, *padding, *out)
-    return (ctypes.c_long * len(values))(*values), tuple(out)
-
-
-def _nhwc(x: Tensor) -> Tensor:
-    """(K, N, C, H, W) → (K, N, H, W, C) without gaps; copied only where it does not lie so."""
-    return x.movedim(2, -1).contiguous()
-
-
 def _at(t: Tensor | None) -> int | None:
     return None if t is None else t.data_ptr()
-
-
-def _function(form: str, kind: str) -> Any:
-    return getattr(_library(), kind if form == "direct" else f"{form}_{kind}")
-
-
-def forward(form: str, x: Tensor, weight: Tensor, bias: Tensor | None, stride: Pair, padding: Pair) -> Tensor:
-    """x (K, N, C, H, W), weight (K, O, C, kh, kw), bias (K, O) → (K, N, O, H', W'), member-major."""
-    sizes, out = _sizes(x.shape, weight.shape, stride, padding)
-    y = x.new_empty((*x.shape[:2], *out, weight.shape[1]))
-    x, w, bias = _nhwc(x), _nhwc(weight), None if bias is None else bias.contiguous()
-    _function(form, "fprop")(x.data_ptr(), w.data_ptr(), _at(bias), y.data_ptr(), sizes)
-    return y.movedim(-1, 2)
-
-
-def backward(
-    form: str, grad: Tensor, x: Tensor, weight: Tensor, stride: Pair, padding: Pair, wanted: tuple[bool, bool]
-) -> tuple[Tensor | None, Tensor | None]:
-    """(dx, dweight) as wanted, None for what is not; dx member-major, dweight OHWI."""
-    sizes, _ = _sizes(x.shape, weight.shape, stride, padding)
-    dy, x, w = map(_nhwc, (grad, x, weight))
-    dx, dw = (torch.empty_like(t) if wants else None for t, wants in zip((x, w), wanted, strict=True))
-    if dx is not None:
-        _function(form, "dgrad")(dy.data_ptr(), w.data_ptr(), dx.data_ptr(), sizes)
-    if dw is not None:
-        _function(form, "wgrad")(x.data_ptr(), dy.data_ptr(), dw.data_ptr(), sizes)
-    return tuple(None if t is None else t.movedim(-1, 2) for t in (dx, dw))
 
 
 def batch_norm(
@@ -293,7 +222,7 @@ def batch_norm(
     """y as `ops.batch_norm` defines it; x, residual, y NHWC without gaps, the rest (K, C). Fills saved (4, K, C)."""
     K, C = saved.shape[1:]
     tensors = map(_at, (x, weight, bias, running_mean, running_var, residual, y, saved))
-    _library().batch_norm(*tensors, training, relu, momentum, eps, K, x.numel() // (K * C), C)
+    library().batch_norm(*tensors, training, relu, momentum, eps, K, x.numel() // (K * C), C)
 
 
 def batch_norm_backward(
@@ -311,6 +240,6 @@ def batch_norm_backward(
     """dx, dweight, dbias and, if it is given, g: dy as the ReLU lets it pass. y: given where a residual was added."""
     K, C = saved.shape[1:]
     before = map(_at, (dy, x, y, saved))
-    _library().batch_norm_backward(
+    library().batch_norm_backward(
         *before, training, relu, *map(_at, (dx, dweight, dbias, g)), K, x.numel() // (K * C), C
     )

@@ -1,0 +1,347 @@
+"""One call of a convolution: who looks on, how its tensors lie, and the views that its forms read and write.
+
+All of it follows from shapes, strides, alignment and dtypes, so it is worked out once for each of them and kept.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+from torch._C import _functorch
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd import forward_ad
+
+from ..errors import DecompkError
+from .backend import forced
+from .conv.form import Choice, Form
+from .layout import aligned, channels_inside, check_alike, check_shapes, layout_of, nhwc, stream, strides_of
+from .problem import DTYPES, PLAIN, Config, Epilogue, Offsets, Problem, Prologue, dtype_name
+
+Pair = tuple[int, int]
+Geometry = tuple[Pair, Pair, Pair]  # stride, padding, dilation
+View = tuple[tuple[int, ...], tuple[int, ...]]  # sizes and strides
+About = tuple[torch.Size, tuple[int, ...], bool, torch.dtype, torch.device]  # a tensor: see `about`
+
+_PLAIN = (Tensor, nn.Parameter)
+_DEVICES = ("cpu", "cuda")
+
+
+# ---- who looks on ---------------------------------------------------------------------------------------------------
+
+
+def watched() -> bool:
+    """Whether torch's own operators have to run: forward mode, torch.func, a trace or an export looks on.
+
+    Those follow torch's operators alone: ours are constants to them, or do not run elsewhere.
+    """
+    return (
+        forward_ad._current_level >= 0
+        # compiled code takes any other question about the stack for a yes
+        or isinstance(_functorch.peek_interpreter_stack(), _functorch.CInterpreter)
+        or torch._C._get_tracing_state() is not None
+        or torch.compiler._is_exporting_flag  # is_exporting() is true of all that torch 2.11 compiles
+    )
+
+
+def unwatched(*tensors: Tensor | None) -> bool:
+    """Whether plain tensors are computed here and now: no mode, transform, trace or compiler looks on.
+
+    Then torch's dispatcher, which operators pass and which takes as long as a small layer does, is not needed.
+    """
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or watched():
+        return False
+    for t in tensors:  # a loop: a generator takes twice as long
+        if t is None:
+            continue
+        if type(t) not in _PLAIN or t.device.type not in _DEVICES:
+            return False
+    return True
+
+
+def follows(*grads: Tensor | None) -> bool:
+    """Whether something follows the backward of `grads`: a graph is made of it, or a batch of them runs at once."""
+    return (
+        torch.is_grad_enabled()
+        or watched()
+        or any(g is not None and _functorch.is_legacy_batchedtensor(g) for g in grads)
+    )
+
+
+# ---- calls ----------------------------------------------------------------------------------------------------------
+
+
+def about(t: Tensor) -> About:
+    """What a call depends on of a tensor: shape, strides, whether it starts at 16 bytes, dtype and device."""
+    start = t.storage_offset() * t.element_size() if isinstance(t, FakeTensor) else t.data_ptr()
+    return t.shape, t.stride(), start % 16 == 0, t.dtype, t.device
+
+
+class Call:
+    """One pass of K convolutions on tensors that lie as these do: activations (K, N, c, H, W) or rows (K·N, c, H, W).
+
+    problem: what `choose` is asked for; the pixels of a pointwise one are one image there where no gaps part them.
+    whole: the same with the images as they are. settled: whether the activations may be read as they lie; else they
+    are copied by `settle` first. choices: who runs it, by backend asked for and determinism.
+    """
+
+    def __init__(
+        self,
+        ends: _Ends,
+        problem: Problem,
+        activations: Sequence[Tensor],
+        result: View,
+        starts: bool,
+        settled: bool,
+        offsets: Offsets | None,
+    ):
+        """activations: on the meta device, (K, N, c, H, W), in the order in which a form takes them."""
+        self.ends, self.settled, self.offsets = ends, settled, offsets
+        self.shape, self.strides = result
+        self.dtype, self.device = ends.x[3:]
+        self.choices: dict[tuple[str | None, bool], Choice] = {}
+        K, O, C, *kernel = ends.weight[0]
+        given = torch.empty_strided(*ends.weight[:2], dtype=self.dtype, device="meta").movedim(2, -1)
+        dense = torch.empty((K, O, *kernel, C), dtype=self.dtype, device="meta")
+        self._weight_is_dense, self._weight_view = given.is_contiguous(), _view(dense)
+        views = [nhwc(t) for t in activations]
+        one_image = problem.streamed()
+        streams = views if one_image == problem else [stream(t, one_image.H, one_image.W) for t in views]
+        if any(t is None for t in streams):
+            streams, one_image = views, problem
+        self.problem, self.whole = (
+            replace(p, aligned=p.dtype in DTYPES and starts and aligned([*seen, dense]))
+            for p, seen in ((one_image, streams), (problem, views))
+        )
+        self._streams, self._views = (list(map(_view, seen)) for seen in (streams, views))
+
+    def _seen_by(self, form: Form) -> tuple[Problem, list[View]]:
+        return (self.problem, self._streams) if form.streams else (self.whole, self._views)
+
+    def weight(self, weight: Tensor) -> Tensor:
+        """(K, O, C, kh, kw) → dense (K, O, kh, kw, C): a view where the memory is so already, else a copy."""
+        if not self._weight_is_dense:
+            weight = weight.movedim(2, -1).contiguous()
+        return weight.as_strided(*self._weight_view)
+
+    def empty(self) -> Tensor:
+        return torch.empty_strided(self.shape, self.strides, dtype=self.dtype, device=self.device)
+
+    def moments_pieces(self, choice: Choice) -> int:
+        """S of Epilogue.moments."""
+        return choice.form.moments_pieces(self._seen_by(choice.form)[0], choice.config)
+
+    def fprop(
+        self,
+        choice: Choice,
+        x: Tensor,
+        weight: Tensor,
+        epilogue: Epilogue = PLAIN,
+        prologue: Prologue | None = None,
+    ) -> Tensor:
+        """y; the epilogue's residual lies as y does, its moments are (K, S, 3, O) for the S of the form."""
+        y = self.empty()
+        if not y.numel():
+            return y
+        form = choice.form
+        problem, (into, out) = self._seen_by(form)
+        view = y.as_strided(*out)
+        if epilogue.residual is not None:
+            epilogue = replace(epilogue, residual=epilogue.residual.as_strided(*out))
+        weight = self.weight(weight)
+        found = form.fprop(problem, choice.config, x.as_strided(*into), weight, view, epilogue, prologue, self.offsets)
+        return y if found is view else _kept(found, view, y)
+
+    def dgrad(self, choice: Choice, dy: Tensor, weight: Tensor) -> Tensor:
+        """dx"""
+        dx = self.empty()
+        if not dy.numel():
+            return dx.zero_()
+        problem, (into, out) = self._seen_by(choice.form)
+        view = dx.as_strided(*out)
+        found = choice.form.dgrad(problem, choice.config, dy.as_strided(*into), self.weight(weight), view)
+        return dx if found is view else _kept(found, view, dx)
+
+    def wgrad(self, choice: Choice, dy: Tensor, x: Tensor) -> Tensor:
+        """dweight, OHWI in memory."""
+        dw = self.empty()
+        if not dy.numel():
+            return dw.zero_()
+        problem, (first, second) = self._seen_by(choice.form)
+        view = dw.as_strided(*self._weight_view)
+        dy, x = dy.as_strided(*first), x.as_strided(*second)
+        found = wgrad(choice.form, problem, choice.config, dy, x, view, self.offsets)
+        return dw if found is view else _kept(found, view, dw)
+
+
+def wgrad(
+    form: Form,
+    problem: Problem,
+    config: Config | None,
+    dy: Tensor,
+    x: Tensor,
+    dw: Tensor,
+    offsets: Offsets | None = None,
+) -> Tensor:
+    """`Form.wgrad` with its partial sums added up into dw (K, O, kh, kw, C)."""
+    parts = form.sums(config)
+    if not parts:
+        return form.wgrad(problem, config, dy, x, dw, offsets)
+    make = torch.zeros if config is not None and config.atomic else torch.empty
+    sums = make((parts, *dw.shape), dtype=torch.float32, device=dw.device)
+    form.wgrad(problem, config, dy, x, sums, offsets)
+    return dw.copy_(sums[0] if parts == 1 else sums.sum(0))
+
+
+def _kept(found: Tensor, view: Tensor, result: Tensor) -> Tensor:
+    """What a form found in memory of its own, as the result: that memory itself where it lies alike, else a copy."""
+    if found.stride() != view.stride() or found.dtype != view.dtype:
+        view.copy_(found)
+        return result
+    # Torch lets nobody write into a view that comes out of an autograd function.
+    return found.as_strided(result.shape, result.stride()).data
+
+
+# ---- the call of these tensors --------------------------------------------------------------------------------------
+
+
+def fprop_call(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    geometry: Geometry,
+    window: tuple[int, ...] = (),
+    residual: Tensor | None = None,
+    dtype: str | None = None,
+) -> Call:
+    """The Call of y from x and weight (K, O, C, kh, kw). Raises DecompkError for tensors that do not fit each other.
+
+    window: of crops, (height, width, top and left of each member); x is then the image (1, N, C, H, W) that all share.
+    residual: what is added to y, and lies as y does. dtype: of the Problem, where it is not what runs here.
+    """
+    biased = None if bias is None else (bias.shape, bias.dtype, bias.device)
+    start = residual is None or about(residual)[2]
+    return _fprop_call(about(x), about(weight), biased, geometry, window, start, dtype or _dtype_name(x))
+
+
+def dgrad_call(fprop: Call, dy: Tensor) -> Call:
+    """The Call of dx from dy, behind `fprop`."""
+    return _gradient_call("dgrad", fprop, *about(dy)[1:3])
+
+
+def wgrad_call(fprop: Call, dy: Tensor) -> Call:
+    """The Call of dweight from dy and the x of `fprop`."""
+    return _gradient_call("wgrad", fprop, *about(dy)[1:3])
+
+
+def settle(t: Tensor) -> Tensor:
+    """Activations with channels inside and memory of their own: what an NCHW tensor, or a sum's gradient, costs."""
+    if t.dim() == 4:
+        return t.contiguous(memory_format=torch.channels_last)
+    return channels_inside(t.contiguous() if 0 in t.stride() else t)
+
+
+def _dtype_name(x: Tensor) -> str:
+    """Problem.dtype of x: products of float32 are "tf32" on a GPU where torch's own would be."""
+    if x.dtype is not torch.float32 or (x.device.type == "cpu" and forced.get() != "triton"):
+        return dtype_name(x.dtype)
+    return dtype_name(x.dtype, torch.backends.cudnn.conv.fp32_precision == "tf32")
+
+
+@functools.lru_cache(maxsize=4096)
+def _fprop_call(
+    x: About,
+    weight: About,
+    bias: tuple[torch.Size, torch.dtype, torch.device] | None,
+    geometry: Geometry,
+    window: tuple[int, ...],
+    residual_aligned: bool,
+    dtype: str,
+) -> Call:
+    check_alike("grouped_conv2d", x=x[3:], weight=weight[3:], bias=bias and bias[1:])
+    image, members = _activation(x, weight[0][0]), None
+    if window:
+        K, (h, w) = weight[0][0], window[:2]
+        members = image.expand(K, *image.shape[1:])[..., :h, :w]
+    ends = _Ends(x, weight, geometry, window, image, image if members is None else members, dtype)
+    shape = check_shapes(ends.members.shape, weight[0], bias and bias[0], *geometry)
+    y = _empty_like(ends.members, shape)
+    return ends.call("fprop", (image, y), y, x[2] and weight[2] and residual_aligned, _is_settled(ends, x))
+
+
+@functools.lru_cache(maxsize=8192)
+def _gradient_call(kind: str, fprop: Call, strides: tuple[int, ...], start: bool) -> Call:
+    ends = fprop.ends
+    dy = _five(torch.empty_strided(fprop.shape, strides, dtype=ends.image.dtype, device="meta"), ends.weight[0][0])
+    about_dy = (fprop.shape, strides, start, *ends.x[3:])
+    settled = _is_settled(ends, about_dy) and (0 not in strides or not dy.numel())
+    if kind == "dgrad":
+        dx = _empty_like(ends.image, ends.image.shape)
+        return ends.call(kind, (dy, dx), dx, start and ends.weight[2], settled)
+    return ends.call(kind, (dy, ends.image), None, start and ends.x[2], settled)
+
+
+@dataclass(frozen=True, eq=False)
+class _Ends:
+    """What the passes of one convolution share; image and members on the meta device, (K, N, C, H, W)."""
+
+    x: About
+    weight: About
+    geometry: Geometry
+    window: tuple[int, ...]
+    image: Tensor  # x, or what crops are read from
+    members: Tensor  # what each member reads, but for where its crop begins
+    dtype: str
+
+    def call(
+        self, kind: str, activations: tuple[Tensor, Tensor], result: Tensor | None, starts: bool, settled: bool
+    ) -> Call:
+        """result: None for the weight's gradient. starts: whether all that comes in starts at 16 bytes."""
+        (K, N, C, H, W), (_, O, _, *kernel) = self.members.shape, self.weight[0]
+        layouts = {layout_of(t) for t in activations}
+        layout = "crops" if self.window else layouts.pop() if len(layouts) == 1 else "strided"
+        problem = Problem(kind, self.dtype, K, N, C, O, H, W, tuple(kernel), *self.geometry, layout)
+        offsets = None
+        if self.window:
+            starts_of = list(zip(self.window[2::2], self.window[3::2], strict=True))
+            offsets = Offsets.of(starts_of, self.x[4])
+        if result is None:
+            K, O, C, *kernel = self.weight[0]
+            out = tuple(self.weight[0]), torch.empty((K, O, *kernel, C), device="meta").movedim(-1, 2).stride()
+        else:
+            rows = len(self.x[0]) == 4
+            out = _view(result.flatten(0, 1) if rows else result)
+        return Call(self, problem, activations, out, starts, settled, offsets)
+
+
+def _view(t: Tensor) -> View:
+    return tuple(t.shape), t.stride()
+
+
+def _activation(x: About, K: int) -> Tensor:
+    return _five(torch.empty_strided(x[0], x[1], dtype=x[3], device="meta"), K)
+
+
+def _five(t: Tensor, K: int) -> Tensor:
+    """(K, N, c, H, W) of it, or of rows (K·N, c, H, W)."""
+    if t.dim() == 5:
+        return t
+    if t.shape[0] % K:
+        raise DecompkError(f"{t.shape[0]} rows are no batch of {K} members.")
+    return t.unflatten(0, (K, t.shape[0] // K))
+
+
+def _empty_like(x: Tensor, shape: Sequence[int]) -> Tensor:
+    layout = "grouped" if layout_of(x) == "grouped" else "member"
+    return torch.empty_strided(shape, strides_of(layout, shape), dtype=x.dtype, device="meta")
+
+
+def _is_settled(ends: _Ends, t: About) -> bool:
+    """Whether activations may be read as they lie: channels inside, and rows on a CPU without gaps."""
+    shape, strides = t[:2]
+    if len(shape) == 4 and t[4].type == "cpu":
+        return torch.empty_strided(shape, strides, device="meta").is_contiguous(memory_format=torch.channels_last)
+    return shape[-3] == 1 or strides[-3] == 1

@@ -1,0 +1,102 @@
+"""The direct form: C++ for processors, all passes, float32, member-major (kernels/cpu/direct.cpp)."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import math
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor
+
+from .. import cpu
+from ..device import Device
+from ..problem import PLAIN, Epilogue, Offsets, Problem, Prologue
+from .form import Prediction
+from .steps import after, before, folded
+
+
+class Direct:
+    """Sums of products in registers, tap by tap; a bias is added there, what else stands around it afterwards."""
+
+    name = "direct"
+    backend = "cpu"
+    devices = ("cpu",)
+    configurable = False
+    streams = False
+    functions = "fprop", "dgrad", "wgrad"  # of the C++ library
+
+    def missing(self) -> str | None:
+        return cpu.why_not()
+
+    def why_not(self, problem: Problem, config: None, device: Device) -> str | None:
+        p = problem
+        outputs = p.C if p.kind == "dgrad" else p.O
+        if p.dtype != "float32":
+            return f"it is in {p.dtype}, not float32"
+        if p.layout != "member":
+            return "its activations are not member-major"
+        if p.dilation != (1, 1):
+            return "it is dilated"
+        if outputs % 4:
+            return f"{outputs} channels are no multiple of 4"
+        return None
+
+    def configs(self, problem: Problem) -> list[None]:
+        return [None]
+
+    def predict(self, problem: Problem, config: None, device: Device) -> Prediction:
+        """Nothing: on a processor it is measured."""
+        return Prediction(math.nan, "")
+
+    def moments_pieces(self, problem: Problem, config: None) -> int:
+        return 1
+
+    def sums(self, config: None) -> int:
+        return 0
+
+    def fprop(
+        self,
+        problem: Problem,
+        config: None,
+        x: Tensor,
+        weight: Tensor,
+        y: Tensor,
+        epilogue: Epilogue = PLAIN,
+        prologue: Prologue | None = None,
+        offsets: Offsets | None = None,
+    ) -> Tensor:
+        if prologue is not None:
+            x = before(x.movedim(-1, 2), prologue).movedim(2, -1).contiguous()
+        if epilogue.scale is not None:
+            weight, epilogue = folded(weight, epilogue)
+        bias = None if epilogue.bias is None else epilogue.bias.contiguous()
+        pointer = None if bias is None else bias.data_ptr()
+        function = getattr(cpu.library(), self.functions[0])
+        function(x.data_ptr(), weight.data_ptr(), pointer, y.data_ptr(), _sizes(problem))
+        if epilogue.residual is None and epilogue.moments is None and not epilogue.relu:
+            return y
+        residual = epilogue.residual
+        rest = replace(epilogue, residual=None if residual is None else residual.movedim(-1, 2))
+        return after(y.movedim(-1, 2), rest).movedim(2, -1)
+
+    def dgrad(self, problem: Problem, config: None, dy: Tensor, weight: Tensor, dx: Tensor) -> Tensor:
+        function = getattr(cpu.library(), self.functions[1])
+        function(dy.data_ptr(), weight.data_ptr(), dx.data_ptr(), _sizes(problem))
+        return dx
+
+    def wgrad(
+        self, problem: Problem, config: None, dy: Tensor, x: Tensor, out: Tensor, offsets: Offsets | None = None
+    ) -> Tensor:
+        function = getattr(cpu.library(), self.functions[2])
+        function(x.data_ptr(), dy.data_ptr(), out.data_ptr(), _sizes(problem))
+        return out
+
+
+@functools.lru_cache(maxsize=4096)
+def _sizes(problem: Problem) -> Any:
+    """A convolution as the kernels take it: Shape in conv.h."""
+    p = problem
+    values = (p.K, p.N, p.C, p.O, p.H, p.W, *p.kernel, *p.stride, *p.padding, *p.out_size)
+    return (ctypes.c_long * len(values))(*values)

@@ -1,0 +1,214 @@
+"""What a form of a convolution is: how K convolutions may be computed, when, at what price, and the doing of it.
+
+A form works on NHWC views: x (K, N, H, W, C), weight dense (K, O, kh, kw, C), y (K, N, H', W', O); `call.Call` makes
+them. A new form is one file with a class, and one line in `kernels.conv.FORMS`.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Protocol
+
+from torch import Tensor
+
+from ...cost.formulas import OpCost, conv_bytes, conv_flops
+from .. import device as devices
+from ..device import Device
+from ..launch import GRID_LIMIT
+from ..problem import PLAIN, Config, Epilogue, Offsets, Problem, Prologue
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Milliseconds of one pass on a GPU, by a model, not measured; what binds it; its cost where that is modelled."""
+
+    ms: float
+    reason: str
+    cost: OpCost | None = None
+
+
+class Form(Protocol):
+    """One way to compute K convolutions. All passes of one, or some: `why_not` says which."""
+
+    name: str
+    backend: str  # which `decompk.backend` it belongs to
+    devices: tuple[str, ...]  # torch device types whose tensors it takes where no backend is asked for
+    configurable: bool  # whether it takes a Config; else its config is None
+    streams: bool  # whether it takes a pointwise convolution's pixels as one image: `Problem.streamed`
+
+    def missing(self) -> str | None:
+        """Why it is not installed, built or buildable here; None if it is there."""
+
+    def why_not(self, problem: Problem, config: Config | None, device: Device) -> str | None:
+        """Why it may not run `problem` with `config`; None if it may. Asked by heuristic, tuner, tables and tests."""
+
+    def configs(self, problem: Problem) -> Sequence[Config | None]:
+        """Candidates from shapes alone, best guess first; [None] without Configs."""
+
+    def predict(self, problem: Problem, config: Config | None, device: Device) -> Prediction:
+        """What a legal (problem, config) takes on a GPU; infinite where it is not worth trying."""
+
+    def moments_pieces(self, problem: Problem, config: Config | None) -> int:
+        """S of Epilogue.moments."""
+
+    def sums(self, config: Config | None) -> int:
+        """How many float32 partial sums (S, K, O, kh, kw, C) wgrad writes; 0 where it writes dw itself."""
+
+    def fprop(
+        self,
+        problem: Problem,
+        config: Config | None,
+        x: Tensor,
+        weight: Tensor,
+        y: Tensor,
+        epilogue: Epilogue = PLAIN,
+        prologue: Prologue | None = None,
+        offsets: Offsets | None = None,
+    ) -> Tensor:
+        """y = epilogue(conv(prologue(x), weight)): y itself, or another tensor of its shape where that saves a copy.
+
+        With `offsets`, of crops, x is the shared image (1, N, H_image, W_image, C).
+        """
+
+    def dgrad(self, problem: Problem, config: Config | None, dy: Tensor, weight: Tensor, dx: Tensor) -> Tensor:
+        """dx from dy (K, N, H', W', O) and weight: dx itself, or another tensor of its shape."""
+
+    def wgrad(
+        self,
+        problem: Problem,
+        config: Config | None,
+        dy: Tensor,
+        x: Tensor,
+        out: Tensor,
+        offsets: Offsets | None = None,
+    ) -> Tensor:
+        """dw from dy, and x as in `fprop`: into `out`, dw (K, O, kh, kw, C) or its partial sums; or another dw."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Who runs a Problem: a form with its Config; `ms` is predicted or measured."""
+
+    form: Form
+    config: Config | None
+    ms: float
+    reason: str
+    cost: OpCost | None = None
+
+    @property
+    def backend(self) -> str:
+        return self.form.backend
+
+
+# The model of a GPU until it is tuned: nothing of it is measured.
+LAUNCH_MS = 0.003
+RATES = {"float32": 0.06, "tf32": 0.5}  # of the dense 16-bit rate: exact float32 has no tensor cores
+
+
+def matrix_rate(problem: Problem, device: Device) -> float:
+    """TFLOP/s of matrix products in the problem's dtype."""
+    return device.tensor_tflops * RATES.get(problem.dtype, 1)
+
+
+class KernelForm(ABC):
+    """A form that is a kernel of our own on a GPU: it has Configs, and a model of what each of them does.
+
+    thread_bytes: what a thread may add up or load in one step by compute capability, found by compiling: on sm_80 the
+    addresses take registers; on sm_100, where sums live in tensor memory, the assembler plans for more programs than
+    shared memory holds.
+    """
+
+    name: str
+    backend = "triton"
+    devices: ClassVar[tuple[str, ...]] = ("cuda",)
+    configurable = True
+    streams = True
+    thread_bytes: ClassVar[dict[int, int]] = {}
+    wants_copy_engine = True  # for tiles of 4-byte values: without one their addresses spill
+    l2_slowdown = 1.0  # of loads of single values instead of blocks
+
+    def missing(self) -> str | None:
+        return devices.why_no_triton()
+
+    @abstractmethod
+    def fits(self, problem: Problem, config: Config) -> str | None:
+        """Why this form cannot run `problem` with `config`, on whatever device; None if it can."""
+
+    @abstractmethod
+    def configs(self, problem: Problem) -> list[Config]: ...
+
+    @abstractmethod
+    def programs(self, problem: Problem, config: Config) -> int:
+        """Programs of the launch that multiplies matrices."""
+
+    @abstractmethod
+    def executed_flops(self, problem: Problem, config: Config) -> int:
+        """What the matrix products compute, padding of tiles and blocks included."""
+
+    @abstractmethod
+    def l2_bytes(self, problem: Problem, config: Config) -> int:
+        """What programs load."""
+
+    @abstractmethod
+    def shared_bytes(self, problem: Problem, config: Config) -> int:
+        """An upper bound of a program's shared memory."""
+
+    def thread_values(self, problem: Problem, config: Config) -> int:
+        """Values that a thread adds up or loads in one step, where `thread_bytes` limits them."""
+        raise NotImplementedError
+
+    @abstractmethod
+    def moments_pieces(self, problem: Problem, config: Config) -> int: ...
+
+    def sums(self, config: Config) -> int:
+        return 1 if config.atomic else config.splits
+
+    def powers(self, config: Config) -> tuple[int, ...]:
+        """What of a config has to be powers of two."""
+        return *config.tile, config.block_in, config.block_out
+
+    def rate(self, problem: Problem, config: Config, device: Device) -> float:
+        """The part of the device's matrix rate that the kernel reaches."""
+        return 1.0
+
+    def why_not(self, problem: Problem, config: Config, device: Device) -> str | None:
+        if config is None or config.form != self.name:
+            return f"{config} is no config of the {self.name} form"
+        blocks = self.powers(config)
+        if any(b < 1 or b & (b - 1) for b in blocks):
+            return f"blocks {blocks} are not powers of two"
+        if config.splits < 1 or (config.splits > 1 and problem.kind != "wgrad"):
+            return "only wgrad is split"
+        if config.atomic and (problem.deterministic or problem.kind != "wgrad"):
+            return "atomic sums are for wgrad, where order may vary"
+        if reason := self.fits(problem, config):
+            return reason
+        if self.wants_copy_engine and problem.element_size == 4 and not device.descriptors:
+            return "without a copy engine the addresses of 4-byte tiles spill"
+        limit = self.thread_bytes.get(max(c for c in devices.KNOWN if c <= max(80, device.capability)))
+        if limit and self.thread_values(problem, config) * problem.element_size > limit:
+            return f"more than {limit} bytes of sums and operands a thread spill on sm_{device.capability}"
+        if self.programs(problem, config) > GRID_LIMIT:
+            return f"more than {GRID_LIMIT} programs"
+        shared = self.shared_bytes(problem, config)
+        if shared > device.shared_bytes:
+            return f"{shared} bytes of shared memory are over {device.name}'s {device.shared_bytes}"
+        return None
+
+    def predict(self, problem: Problem, config: Config, device: Device) -> Prediction:
+        """Device memory, L2 or arithmetic, the last wave of programs filled up."""
+        useful = conv_bytes(problem), conv_flops(problem)
+        cost = OpCost(*useful, self.executed_flops(problem, config), self.l2_bytes(problem, config))
+        rate = matrix_rate(problem, device) * self.rate(problem, config, device)
+        bounds = {
+            "device memory": cost.compulsory_bytes / device.memory_gbps / 1e6,
+            "L2": cost.l2_bytes / device.l2_gbps / 1e6 * self.l2_slowdown,
+            "arithmetic": cost.executed_flops / rate / 1e9,
+        }
+        binding = max(bounds, key=bounds.__getitem__)
+        waves = self.programs(problem, config) / device.processors
+        ms = LAUNCH_MS + bounds[binding] * math.ceil(waves) / waves
+        return Prediction(ms, f"bound by {binding}, {waves:.1f} waves", cost)

@@ -1,0 +1,42 @@
+"""The grouped form: torch's own grouped convolution, with the members as channel groups of one image."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ..layout import side_by_side
+from ..problem import Problem
+from ..torch_limits import mixes_groups
+from .form import LAUNCH_MS
+from .loop import Loop, convolution, gradients
+from .torch_form import TorchForm
+
+GROUPED_SLOWDOWN = 3.0  # of cuDNN's: a tile project's public figure, 19.7 against 6.6 µs
+
+
+class Grouped(TorchForm):
+    """One call; member-major activations are copied to channel groups and back. In turn where torch mixes groups."""
+
+    name = "grouped"
+
+    def convolve(self, x, weight, bias, geometry, differentiable=False) -> Tensor:
+        if mixes_groups(x, len(x), *weight.shape[1:3]):
+            return Loop().convolve(x, weight, bias, geometry, differentiable)
+        bias = None if bias is None else bias.flatten()
+        y = convolution(side_by_side(x), weight.flatten(0, 1), bias, geometry, len(x), differentiable)
+        return y.unflatten(1, weight.shape[:2]).movedim(1, 0)
+
+    def backward(self, dy, x, weight, geometry, wanted) -> tuple[Tensor | None, Tensor | None]:
+        K = len(x)
+        if mixes_groups(x, K, *weight.shape[1:3]):
+            return Loop().backward(dy, x, weight, geometry, wanted)
+        dx, dw = gradients(side_by_side(dy), side_by_side(x), weight.flatten(0, 1), geometry, K, wanted)
+        return (
+            dx.unflatten(1, (K, x.shape[2])).movedim(1, 0) if wanted[0] else None,
+            dw.view(weight.shape) if wanted[1] else None,
+        )
+
+    def predicted(self, problem: Problem, moved: float, computed: float) -> tuple[float, str]:
+        lies_so = problem.layout == "grouped"
+        ms = LAUNCH_MS + GROUPED_SLOWDOWN * max(moved, computed) + (0 if lies_so else 2 * moved)
+        return ms, "one grouped call" + ("" if lies_so else ", copied to channel groups and back")

@@ -1,0 +1,49 @@
+"""The matmul form: 1×1 convolutions as one batched matrix product, torch's own."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..device import Device
+from ..problem import Problem
+from .form import LAUNCH_MS
+from .torch_form import CUDNN_SLOWDOWN, Pair, TorchForm
+
+
+class Matmul(TorchForm):
+    """The pixels that a 1×1 kernel reads as rows of K matrices."""
+
+    name = "matmul"
+
+    def why_not(self, problem: Problem, config: None, device: Device) -> str | None:
+        plain = problem.kernel == (1, 1) and problem.padding == (0, 0)
+        return None if plain else "it is not 1×1 without padding"
+
+    def convolve(self, x, weight, bias, geometry, differentiable=False) -> Tensor:
+        rows, shape = _rows(x, geometry[0])
+        weight = weight.flatten(2).mT
+        y = torch.bmm(rows, weight) if bias is None else torch.baddbmm(bias.unsqueeze(1), rows, weight)
+        return y.view(*shape, -1).movedim(-1, 2)
+
+    def backward(self, dy, x, weight, geometry, wanted) -> tuple[Tensor | None, Tensor | None]:
+        stride = geometry[0]
+        flat = dy.movedim(2, -1).reshape(len(x), -1, dy.shape[2])
+        dx = dw = None
+        if wanted[0]:
+            dx = torch.bmm(flat, weight.flatten(2)).view(*dy.shape[:2], *dy.shape[3:], -1).movedim(-1, 2)
+            if stride != (1, 1):
+                read, dx = dx, torch.zeros_like(x)
+                dx[..., :: stride[0], :: stride[1]] = read
+        if wanted[1]:
+            dw = torch.bmm(flat.mT, _rows(x, stride)[0]).view(weight.shape)
+        return dx, dw
+
+    def predicted(self, problem: Problem, moved: float, computed: float) -> tuple[float, str]:
+        return LAUNCH_MS + CUDNN_SLOWDOWN * max(moved, computed), "one batched product"
+
+
+def _rows(x: Tensor, stride: Pair) -> tuple[Tensor, tuple[int, ...]]:
+    """(K, N·H'·W', C) of the pixels that a 1×1 kernel reads, and (K, N, H', W')."""
+    x = x[..., :: stride[0], :: stride[1]].movedim(2, -1)
+    return x.reshape(x.shape[0], -1, x.shape[-1]), tuple(x.shape[:4])
