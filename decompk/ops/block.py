@@ -26,6 +26,7 @@ from ..kernels.block_choice import (
     choose_blocks,
     grouped,
     mask_text,
+    transpose,
     with_form,
 )
 from ..kernels.call import Pair, follows, watched

@@ -5,6 +5,25 @@ each tap and block of input channels it loads the tile shifted by that tap: rows
 tensor arrive as zeros, so padding costs neither masks nor index arithmetic. Stride 2 reads (forward) or writes
 (backward) one descriptor per parity of row and column. Where a member's pixels are contiguous and few channels wide,
 rows are merged (pixels × channels in one dimension) so that the copy engine moves long runs.
+
+Strides. A descriptor loads neighbouring rows, a strided kernel reads every s-th: so the strided tensor, x or dx, is
+seen through s views along each axis (s is 1 or 2), view q holding its rows q, q + s, q + 2s, …; row j of view q is row
+s·j + q of the tensor. Views of both axes are numbered q_h · SW + q_w, which orders X0 … X3 and Y0 … Y3 and the bits of
+LIVE. Along an axis with padding p and dilation d, tap k of output row h reads row s·h + k·d − p of x, which is
+
+    view  q = (k·d − p) mod s,    row  h + (k·d − p − q) / s = h + ⌊(k·d − p) / s⌋,
+
+so a tap meets one view, the same for every h, and neighbouring output rows meet neighbouring rows of it: a tile of
+pixels is one load, shifted by the tap's quotient. Each kernel takes this its own way:
+
+- fprop, a program for a tile of y: for every view q, the taps that meet it (taps.py), at row h + (k·d − p − q) / s.
+- dgrad, a program for a tile of every view of dx: row i of view r, s·i + r, was read by tap k from output row
+  h = i + (r + p − k·d) / s where s divides it, which are the taps that meet view r. One that no tap meets is zero.
+- wgrad, a program for one tap (or a row of three): its one view, at row h + ⌊(k·d − p) / s⌋.
+
+Division truncates toward zero in Triton, so every dividend is made positive by a multiple of s, whose quotient is taken
+off again. Rows before the first or after the last of a view are outside the tensor, too, and arrive as zeros. A view
+without pixels (q = 1 of a single row) has no descriptor: its bit of LIVE is 0, and nothing loads or stores it.
 """
 
 from __future__ import annotations
@@ -147,7 +166,7 @@ class Tile(KernelForm):
     def _run(self, problem, config, grid, fixed, inputs, weight, outputs, arguments: dict[str, Any]) -> None:
         K, O, C, taps = problem.K, problem.O, problem.C, problem.taps
         strides = (O * taps * C, taps * C, C, 1)
-        # In blocks of one tap's output × input channels.
+        # Taps are numbered row · kw + column; in blocks of one tap's output × input channels.
         W = descriptor(weight, (K, O, taps, C), strides, (1, config.block_out, 1, config.block_in))
         names = dict(zip(("X0", "X1", "X2", "X3", "Y0", "Y1", "Y2", "Y3"), (*inputs, *outputs), strict=True))
         launch(_device_code().conv_tile, grid, config.warps, config.stages, W=W, **names, **arguments, **fixed)
@@ -274,7 +293,7 @@ def _merges(problem: Problem, config: Config, channels: int, block: int) -> bool
 
 
 def _live(problem: Problem) -> int:
-    """A bit for each parity of x's rows and columns that has pixels."""
+    """LIVE: a bit for each view of x, by parity of row and column, that has pixels."""
     height, width = problem.stride
     return sum((i // width < problem.H and i % width < problem.W) << i for i in range(height * width))
 
@@ -289,7 +308,10 @@ def _descriptor(x: Tensor, block: tuple[int, ...], merged: bool = False) -> Any:
 
 
 def _parities(x: Tensor, problem: Problem, block: tuple[int, ...], merged: bool) -> tuple[Any, ...]:
-    """Four descriptors, of the parities of x's rows and columns; of x itself where that has no pixels."""
+    """Descriptors of the views of x by parity of row and column.
+
+    Always four, as kernels have arguments: those beyond the strides, or without pixels, are stand-ins that none reads.
+    """
     if problem.stride == (1, 1):
         return (_descriptor(x, block, merged),) * 4
     height, width = problem.stride

@@ -16,15 +16,20 @@ def _accumulate(
     BN: tl.constexpr, BH: tl.constexpr, BW: tl.constexpr, BR: tl.constexpr, BF: tl.constexpr,
     MERGED: tl.constexpr, PROLOGUE: tl.constexpr, IN_RELU: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """acc += Σ over the taps of one parity and all reduced channels."""
+    """acc += Σ over the taps that meet one view and all reduced channels, of the tile at row h0, column w0.
+
+    fprop: X is view (qh, qw) of x, of HQ rows and WQ columns; dgrad: X is dy, and (rh, rw) = (qh, qw) the view of dx.
+    Element p of the tile's BN · BH · BW pixels is image p // (BH · BW), row p // BW % BH, column p % BW of it.
+    """
     NH: tl.constexpr = count(qh, KH, PH, SH, DH)
     NW: tl.constexpr = count(qw, KW, PW, SW, DW)
     for i in tl.range(0, NH * NW * RB):
-        t = i // RB
+        t = i // RB  # the t-th of NH × NW taps; blocks of channels innermost
         r0 = i % RB * BR
         kh = first(qh, PH, SH, DH) + t // NW * step(SH, DH)
         kw = first(qw, PW, SW, DW) + t % NW * step(SW, DW)
-        if DGRAD:  # exact: the dividend is a multiple of the stride, made positive for truncating division
+        # Exact divisions; dividends are positive by what is taken off again: kh < KH, and qh < SH.
+        if DGRAD:
             h = h0 + (rh + PH - kh * DH + KH * DH * SH) // SH - KH * DH
             w = w0 + (rw + PW - kw * DW + KW * DW * SW) // SW - KW * DW
         else:
@@ -38,6 +43,7 @@ def _accumulate(
             p = tl.arange(0, BN * BH * BW)
             row = h + p // BW % BH
             column = w + p % BW
+            # Padding is of the prologue's result: zeros stay zeros.
             inside = (row >= 0) & (row < HQ) & (column >= 0) & (column < WQ)
             c = r0 + tl.arange(0, BR)
             value = a.to(tl.float32) * tl.load(in_scale + k * R + c, c < R, 0.0)
@@ -64,7 +70,10 @@ def conv_tile(
     BIAS: tl.constexpr, MOMENTS: tl.constexpr, AFFINE: tl.constexpr, RESIDUAL: tl.constexpr, RELU: tl.constexpr,
     PROLOGUE: tl.constexpr, IN_RELU: tl.constexpr,
 ):  # fmt: skip
-    """y (fprop) from x or dx (dgrad) from dy; R reduced, F free channels; LIVE: a bit for each parity with pixels."""
+    """y (fprop) from x or dx (dgrad) from dy; R reduced, F free channels; LIVE: a bit for each view with pixels.
+
+    fprop sums the views X0 … X3 of x, of HQ × WQ pixels, into Y0; dgrad writes the views Y0 … Y3 of dx from X0.
+    """
     pid = tl.program_id(0)
     free = pid % FB * BF
     tile = pid // FB
@@ -81,6 +90,7 @@ def conv_tile(
                     X = X0 if into == 0 else (X1 if into == 1 else (X2 if into == 2 else X3))
                     acc = _accumulate(
                         acc, X, W, k, n0, h0, w0, free, in_scale, in_shift, N,
+                        # rows q, q + SH, … < HQ: ⌈(HQ − q) / SH⌉ of them
                         (HQ - into // SW + SH - 1) // SH, (WQ - into % SW + SW - 1) // SW, R,
                         out // SW, out % SW, out // SW if DGRAD else into // SW, out % SW if DGRAD else into % SW,
                         DGRAD, KH, KW, SH, SW, PH, PW, DH, DW, RB, BN, BH, BW, BR, BF,
@@ -122,6 +132,7 @@ def conv_tile(
 
 @triton.jit
 def _pick(X0, X1, X2, X3, parity: tl.constexpr):
+    """View number `parity` = q_h · SW + q_w: descriptors make no array, so it is known when compiling."""
     return X0 if parity == 0 else (X1 if parity == 1 else (X2 if parity == 2 else X3))
 
 
@@ -130,6 +141,7 @@ def _shifted(
     X, k, n0, h, w, reduced,
     BN: tl.constexpr, BH: tl.constexpr, BW: tl.constexpr, BC: tl.constexpr, MERGED: tl.constexpr,
 ):  # fmt: skip
+    """The tile of a view at (h, w), outside of which are zeros: (pixels, BC)."""
     if MERGED:
         x = X.load([k, n0, h, w * BC])
     else:
@@ -144,7 +156,10 @@ def _correlate(
     BN: tl.constexpr, BH: tl.constexpr, BW: tl.constexpr, BC: tl.constexpr, BO: tl.constexpr,
     MERGED: tl.constexpr, MERGED_OUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Σ over the pixel tiles begin … end of dyᵀ · x for one tap, or three of a row, each with its view and shift."""
+    """Σ over the pixel tiles begin … end of dyᵀ · x, (BO, BC): of one tap (A), or three of a row (A, B and C).
+
+    A, B and C are the views that the taps meet; dh rows and dwa, dwb, dwc columns, the shifts of the taps in them.
+    """
     a = tl.zeros((BO, BC), tl.float32)
     b = tl.zeros((BO, BC), tl.float32)
     c = tl.zeros((BO, BC), tl.float32)
@@ -167,6 +182,7 @@ def _correlate(
 
 @triton.jit
 def _put(out, acc, k, tap, o, c, C, O, split, ELEMENTS, TAPS: tl.constexpr, ATOMIC: tl.constexpr):
+    """acc into out[split, k, o, tap, c], of ELEMENTS a split; or added to the only split."""
     weight = out + ((k.to(tl.int64) * O + o) * TAPS + tap)[:, None] * C + c[None, :]
     inside = (o < O)[:, None] & (c < C)[None, :]
     if ATOMIC:
@@ -201,15 +217,18 @@ def wgrad_tile(
     share = tl.cdiv(tiles, SPLITS)
     begin = split * share
     end = tl.minimum(begin + share, tiles)
-    u = tap // KW * DH - PH + PH * SH  # made positive for truncating division
+    # The (first) tap's row of x beside s·h, k·d − p, made positive by PH multiples of the stride: its view is
+    # u mod SH, its shift u // SH − PH. The same of its column.
+    u = tap // KW * DH - PH + PH * SH
     v = tap % KW * DW - PW + PW * SW
     dh = u // SH - PH
     a = tl.zeros((BO, BC), tl.float32)
     b = tl.zeros((BO, BC), tl.float32)
     c = tl.zeros((BO, BC), tl.float32)
+    # The tap is known when running, a view when compiling: one branch for each view that a tap may meet.
     for row in tl.static_range(SH):
         if u % SH == row:
-            if ROW == 3:  # v of its taps is known when compiling: 0, DW and 2 · DW more than that of the first
+            if ROW == 3:  # columns 0, 1 and 2: v is known when compiling
                 va: tl.constexpr = PW * SW - PW
                 vb: tl.constexpr = va + DW
                 vc: tl.constexpr = vb + DW
