@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import functools
 import gc
 import math
 import statistics
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property, partial
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+
+from decompk.kernels.timer import in_turns, wall_seconds
 
 Result = dict[str, Tensor]  # "output" and "gradient of …", each (K, …)
 FAIR = {"output": 1e-4, "gradient": 5e-2}  # float32: one ReLU that flips moves a gradient by a hundredth
@@ -134,16 +135,14 @@ def race(
             del runs[name]
 
     gc.collect()
-    once = {name: max(_seconds(run, 1), 1e-6) for name, run in runs.items()}
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    once = {name: max(wall_seconds(run, device), 1e-6) for name, run in runs.items()}
     plans = {name: _plan(seconds, rounds, least, most) for name, seconds in once.items()}
     first = 1 if all(count == 1 for _, count in plans.values()) else 0  # these were a round already
-    found.seconds = {name: [once[name]] * first for name in runs}
-    names = list(runs)
-    for turn in range(first, rounds):
-        for name in names[turn % len(names) :] + names[: turn % len(names)]:
-            taking_part, count = plans[name]
-            if turn < taking_part:
-                found.seconds[name].append(_seconds(runs[name], count))
+    names = [*list(runs)[first:], *list(runs)[:first]]
+    timed = {name: partial(wall_seconds, runs[name], device, plans[name][1]) for name in names}
+    times = in_turns(timed, {name: plans[name][0] - first for name in names})
+    found.seconds = {name: [once[name]] * first + times[name] for name in runs}
     return found
 
 
@@ -151,20 +150,6 @@ def _plan(once: float, rounds: int, least: float, most: float) -> tuple[int, int
     """(rounds to take part in, runs a round) of who takes `once` seconds for one run."""
     count = max(1, math.ceil(least / once))
     return max(min(3, rounds), min(rounds, int(min(most / (count * once), rounds)))), count
-
-
-def _seconds(run: Callable[[], Any], count: int) -> float:
-    _wait()
-    begin = time.perf_counter()
-    for _ in range(count):
-        run()
-    _wait()
-    return (time.perf_counter() - begin) / count
-
-
-def _wait() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
 
 
 def _sentence(error: BaseException) -> str:
@@ -187,7 +172,7 @@ class Spec:
     make: Callable[[], Race]
     facts: dict[str, Any] = field(default_factory=dict)
 
-    @functools.cached_property
+    @cached_property
     def race(self) -> Race:
         """Run when the first contestant is asked for; everything that it built is freed behind it."""
         try:

@@ -6,6 +6,7 @@ import json
 import math
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -33,6 +34,7 @@ from decompk.kernels import device as devices
 from decompk.kernels.conv.form import Choice
 from decompk.kernels.device import interpreted
 from decompk.kernels.problem import PASSES, Config, key_of
+from decompk.kernels.timer import in_turns
 
 CPU = torch.device("cpu")
 needs_interpreter = pytest.mark.skipif(not interpreted(), reason="runs kernels on the CPU")
@@ -96,6 +98,24 @@ def test_the_gate_lets_pass_what_is_as_exact_as_torch_and_no_nan():
     assert "instead of" in gate(reference[:1])[1]
 
 
+def test_turns_end_with_their_rounds_or_seconds_or_with_one_who_is_left():
+    calls = []
+
+    def sample(name, value):
+        calls.append(name)
+        return value
+
+    contestants = {name: partial(sample, name, value) for name, value in dict(a=1.0, b=1.4, c=2.0).items()}
+    assert in_turns(contestants, {"a": 1, "b": 2, "c": 3}) == {"a": [1.0], "b": [1.4, 1.4], "c": [2.0, 2.0, 2.0]}
+    assert "".join(calls) == "abc" + "bc" + "c"
+    calls.clear()
+    assert list(map(len, in_turns(contestants, least=2, seconds=0.0, warm=True).values())) == [2, 2, 2]
+    assert "".join(calls) == "abc" + "abc" + "bca"
+    assert in_turns(contestants, 3, hopeless=1.5) == {"a": [1.0] * 3, "b": [1.4] * 3, "c": [2.0]}
+    assert in_turns(contestants, 3, hopeless=1.2) == {"a": [1.0], "b": [1.4], "c": [2.0]}
+    assert in_turns({}, 3) == {}
+
+
 def test_the_timer_takes_contestants_in_turn(monkeypatch):
     clock = iter(range(10_000))
 
@@ -119,7 +139,7 @@ def test_the_timer_takes_contestants_in_turn(monkeypatch):
     found = timer({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, runs=5)
     assert found["a"] == timing.Timing(1.0, 1.0, 1.0, 5)
     assert "".join(calls) == "aabb" + "abbaabbaab"
-    assert timing.Timing.of([3.0, 1.0, 2.0]).ms == 2.0
+    assert timing.Timing.of([3e-3, 1e-3, 2e-3]).ms == 2.0
 
 
 @pytest.mark.parametrize("layout", ["member", "crops"])

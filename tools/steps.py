@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import statistics
-import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import decompk
+from decompk.kernels.timer import Clock, synchronize
 
 
 class GroupedLinear(nn.Module):
@@ -218,9 +218,9 @@ def host_ms(step: Callable[[], Tensor], device: torch.device, runs: int = 5) -> 
     times = []
     for _ in range(runs):
         synchronize(device)
-        begin = time.perf_counter()
-        step()
-        times.append(1e3 * (time.perf_counter() - begin))
+        with Clock() as launch:
+            step()
+        times.append(1e3 * launch.seconds)
     synchronize(device)
     return statistics.median(times)
 
@@ -250,8 +250,3 @@ def tally(events: Iterable[tuple[str, float]]) -> dict[str, object]:
     most = sorted(names.items(), key=lambda item: -sum(item[1]))[:12]
     top = [(name, len(times), round(sum(times), 4)) for name, times in most]
     return {**counts, "launches": sum(counts.values()), "busy_ms": busy, "top": top}
-
-
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import math
 import sys
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -22,6 +21,7 @@ from decompk.kernels.call import dgrad_call, fprop_call, wgrad_call
 from decompk.kernels.conv.form import Choice
 from decompk.kernels.layout import cut, side_by_side
 from decompk.kernels.problem import Config, Problem
+from decompk.kernels.timer import Clock, Events, in_turns, wall_seconds
 
 # ---- what is computed -----------------------------------------------------------------------------------------------
 
@@ -231,8 +231,9 @@ class Timing:
 
     @staticmethod
     def of(times: list[float]) -> Timing:
+        """times: seconds."""
         levels = torch.tensor([0.5, 0.2, 0.8], dtype=torch.float64)
-        return Timing(*torch.tensor(times, dtype=torch.float64).quantile(levels).tolist(), len(times))
+        return Timing(*torch.tensor(times, dtype=torch.float64).quantile(levels).mul(1e3).tolist(), len(times))
 
 
 class Timer:
@@ -256,47 +257,36 @@ class Timer:
     ) -> dict[str, Timing]:
         """Of each the median of as many runs as take `seconds`, of `runs` at most and `least` at least."""
         plans = {name: self._plan(call, seconds, runs, least) for name, call in contestants.items()}
-        events: dict[str, list] = {name: [] for name in contestants}
-        names = list(contestants)
-        for turn in range(max(count for count, _ in plans.values())):
-            first = turn % len(names)
-            for name in names[first:] + names[:first]:
-                count, cycles = plans[name]
-                if turn >= count:
-                    continue
-                if cold:
-                    self.other.sum()  # reads, so that no dirty line has to be written back while the run is timed
-                    torch.cuda._sleep(cycles)
-                begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-                begin.record()
+
+        def once(name: str) -> Events:
+            if cold:
+                self.other.sum()  # reads, so that no dirty line has to be written back while the run is timed
+                torch.cuda._sleep(plans[name][1])
+            with Events() as events:
                 contestants[name]()
-                end.record()
-                events[name].append((begin, end))
+            return events
+
+        samples = in_turns({n: partial(once, n) for n in contestants}, {n: count for n, (count, _) in plans.items()})
         torch.cuda.synchronize()
-        return {name: Timing.of([a.elapsed_time(b) for a, b in pairs]) for name, pairs in events.items()}
+        return {name: Timing.of([events.seconds for events in found]) for name, found in samples.items()}
 
     def _plan(self, call: Callable[[], Any], seconds: float, runs: int, least: int) -> tuple[int, int]:
         """(how often to run, clock cycles the host needs to launch it)."""
         call()
         torch.cuda.synchronize()
-        begin = time.perf_counter()
-        call()
-        launched = time.perf_counter() - begin
-        torch.cuda.synchronize()
-        took = time.perf_counter() - begin
-        return min(runs, max(least, int(seconds / took))), int(min(launched, 0.02) * 2e9) + 20_000
+        with Clock() as whole:
+            with Clock() as launch:
+                call()
+            torch.cuda.synchronize()
+        return min(runs, max(least, int(seconds / whole.seconds))), int(min(launch.seconds, 0.02) * 2e9) + 20_000
 
 
 class HostTimer:
     """The same on a CPU, by the clock: to see that everything runs, not how fast."""
 
     def __call__(self, contestants: dict[str, Callable[[], Any]], **_: Any) -> dict[str, Timing]:
-        times: dict[str, list[float]] = {name: [] for name in contestants}
-        for name, call in 2 * list(contestants.items()):
-            begin = time.perf_counter()
-            call()
-            times[name].append(1e3 * (time.perf_counter() - begin))
-        return {name: Timing.of(found) for name, found in times.items()}
+        timed = {name: partial(wall_seconds, call, torch.device("cpu")) for name, call in contestants.items()}
+        return {name: Timing.of(times) for name, times in in_turns(timed, rounds=2).items()}
 
 
 # ---- the GPU ---------------------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from journal import Journal
 
 import decompk
 from decompk import optim, train
+from decompk.kernels.timer import in_turns, wall_seconds
 
 KEYS = ("case", "network", "how")
 HOWS = {"eager": {}, "compiled": {"compile": True}, "graph": {"graph": True}}
@@ -92,18 +94,10 @@ def losses(step: train.Step, batches: list[tuple[torch.Tensor, torch.Tensor]]) -
 
 def seconds(step: train.Step, x: torch.Tensor, y: torch.Tensor, least: float) -> float:
     """Of one step, over as many as take `least` seconds."""
-    synchronize = torch.cuda.synchronize if x.is_cuda else lambda: None
     count = 1
-    while True:
-        synchronize()
-        started = time.perf_counter()
-        for _ in range(count):
-            step(x, y)
-        synchronize()
-        spent = time.perf_counter() - started
-        if spent >= least:
-            return spent / count
+    while (each := wall_seconds(partial(step, x, y), x.device, count)) * count < least:
         count *= 2
+    return each
 
 
 def measure(case: Case, device: torch.device, precision: str, journal: Journal, least: float, hows: dict) -> None:
@@ -133,11 +127,8 @@ def measure(case: Case, device: torch.device, precision: str, journal: Journal, 
                 journal.add(**key, error="; ".join(step.reasons.values()))
                 continue
             steps[how] = step
-        times: dict[str, list[float]] = {how: [] for how in steps}
-        for _ in range(ROUNDS):
-            for how, step in steps.items():
-                times[how].append(seconds(step, images, labels, least))
-        for how, found in times.items():
+        timed = {how: partial(seconds, step, images, labels, least) for how, step in steps.items()}
+        for how, found in in_turns(timed, ROUNDS).items():
             rate = case.batch / statistics.median(found)
             journal.add(
                 case=case.name,

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
 import torch
+
+from ..kernels.timer import device_seconds
 
 DTYPES = (torch.float32, torch.bfloat16)
 ENOUGH = 0.02  # seconds one measured call should take
@@ -85,19 +86,4 @@ def _precision_of_convolutions(device: torch.device) -> Iterator[None]:
 def fastest(work: Callable[[], object], device: torch.device, times: int = 4) -> float:
     """Seconds of the fastest of `times` runs after one that is not counted: a roof is what can be reached."""
     work()
-    return min(seconds_of(work, device)[0] for _ in range(times))
-
-
-def seconds_of(work: Callable[[], object], device: torch.device) -> tuple[float, object]:
-    """(seconds, result) of one run: CUDA events on a GPU, else the clock."""
-    if device.type == "cuda":
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        torch.cuda.synchronize(device)
-        start.record()
-        result = work()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end) / 1e3, result
-    begun = time.perf_counter()
-    result = work()
-    return time.perf_counter() - begun, result
+    return min(device_seconds(work, device)[0] for _ in range(times))

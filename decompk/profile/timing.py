@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -12,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from ..fx.pytree import leaves
+from ..kernels.timer import device_seconds, in_turns
 from .counters import Call, backward
-from .roofs import seconds_of
 
 LEAST_ROUNDS, MOST_ROUNDS = 3, 30
 LAYER_SECONDS = 0.01  # quick layers are repeated for as long
@@ -38,30 +37,25 @@ class Times:
 def interleaved(
     jobs: Mapping[str, Job], device: torch.device, seconds: float, tell: Callable[[str], None]
 ) -> dict[str, Times]:
-    """Training steps of all jobs in turn, for about `seconds`, at least three rounds: name → Times.
+    """Training steps of all jobs in turns, for about `seconds`, at least three rounds: name → Times.
 
-    A job is a list of (network, input, optimizer) to be trained one after the other; its times are their sums. In
-    turn, so that whatever else the machine does falls on all alike.
+    A job is a list of (network, input, optimizer) to be trained one after the other; its times are their sums.
     """
-    found = {name: Times() for name in jobs}
-    begun, rounds = time.monotonic(), 0
-    while rounds < LEAST_ROUNDS or (time.monotonic() - begun < seconds and rounds < MOST_ROUNDS):
-        for name, job in jobs.items():
-            tell(f"timing {name}")
-            parts = [_step(net, x, optimizer, device) for net, x, optimizer in job]
-            totals = [sum(part) for part in zip(*parts, strict=True)]
-            times = found[name]
-            for values, value in zip((times.forward, times.backward, times.update), totals, strict=True):
-                values.append(value)
-        rounds += 1
-    return found
+
+    def sample(name: str) -> tuple[float, ...]:
+        tell(f"timing {name}")
+        parts = [_step(net, x, optimizer, device) for net, x, optimizer in jobs[name]]
+        return tuple(sum(part) for part in zip(*parts, strict=True))
+
+    found = in_turns({n: partial(sample, n) for n in jobs}, MOST_ROUNDS, least=LEAST_ROUNDS, seconds=seconds)
+    return {name: Times(*map(list, zip(*samples, strict=True))) for name, samples in found.items()}
 
 
 def _step(net: nn.Module, x: Tensor, optimizer: torch.optim.Optimizer, device: torch.device) -> tuple[float, ...]:
     net.zero_grad()
-    forward, outputs = seconds_of(partial(net, x), device)
-    back, _ = seconds_of(partial(backward, outputs), device)
-    update, _ = seconds_of(optimizer.step, device)
+    forward, outputs = device_seconds(partial(net, x), device)
+    back, _ = device_seconds(partial(backward, outputs), device)
+    update, _ = device_seconds(optimizer.step, device)
     return forward, back, update
 
 
@@ -79,15 +73,14 @@ def layer_times(
 
 def _alone(call: Call, device: torch.device) -> tuple[float, float]:
     args, kwargs = call.fresh(device)
-    passes: list[tuple[float, float]] = []
-    begun = 0.0
-    while len(passes) < 1 + LEAST_ROUNDS or time.monotonic() - begun < LAYER_SECONDS:
-        if len(passes) == 1:  # the first is not counted
-            begun = time.monotonic()
+
+    def once() -> tuple[float, float]:
         for tensor in (*call.module.parameters(), *filter(torch.is_tensor, leaves((args, kwargs)))):
             tensor.grad = None  # or the backward pass would also add
-        forward, outputs = seconds_of(partial(call.module, *args, **kwargs), device)
-        back, _ = seconds_of(partial(backward, outputs), device)
-        passes.append((forward, back))
-    forwards, backs = zip(*passes[1:], strict=True)
+        forward, outputs = device_seconds(partial(call.module, *args, **kwargs), device)
+        back, _ = device_seconds(partial(backward, outputs), device)
+        return forward, back
+
+    passes = in_turns({"layer": once}, least=LEAST_ROUNDS, seconds=LAYER_SECONDS, warm=True)["layer"]
+    forwards, backs = zip(*passes, strict=True)
     return statistics.median(forwards), statistics.median(backs)
