@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from journal import sentence
 from torch import Tensor
 
 from decompk.kernels.timer import in_turns, wall_seconds
@@ -120,7 +121,7 @@ def race(
                 found.errors[name] = errors(contestant.result(output), reference, typical)
             runs[name], found.work[name] = contestant.run, contestant.work
         except Exception as error:  # whatever torch's compiler, vmap or a full memory has to say
-            found.failed[name] = _sentence(error)
+            found.failed[name] = sentence(error)
         output = None
     for name in own:
         if name not in found.errors:
@@ -150,10 +151,6 @@ def _plan(once: float, rounds: int, least: float, most: float) -> tuple[int, int
     """(rounds to take part in, runs a round) of who takes `once` seconds for one run."""
     count = max(1, math.ceil(least / once))
     return max(min(3, rounds), min(rounds, int(min(most / (count * once), rounds)))), count
-
-
-def _sentence(error: BaseException) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
 # ---- what pytest-benchmark is told ----------------------------------------------------------------------------------

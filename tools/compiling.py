@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import triton
+from journal import sentence
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.driver import CudaLauncher
@@ -85,9 +86,9 @@ class Compiler:
         return {"asked": len(self.jobs), "done": len(done), "failed": sum(job.exception() is not None for job in done)}
 
     def errors(self) -> dict[str, str]:
-        """Kernel → the first line of what the compiler said."""
+        """Kernel → what the compiler said, in a line."""
         failed = ((key[0], job) for key, job in self.jobs.items() if job.done() and not job.cancelled())
-        return {name: f"{type(e).__name__}: {str(e)[:300]}" for name, job in failed if (e := job.exception())}
+        return {name: sentence(e) for name, job in failed if (e := job.exception())}
 
     def close(self) -> None:
         if self.pool:

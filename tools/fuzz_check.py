@@ -13,6 +13,7 @@ from fuzz_op import HALVES, Op, Problem, Tensors, laid
 from torch import Tensor
 
 import decompk
+from decompk.errors import brief
 
 OPS: dict[str, Op] = CONVS | NORMS
 MEANS, SCALES = {"mean10": 10, "mean100": 100, "mean1000": 1000}, {"1e-30": 1e-30, "1e30": 1e30, "denormal": 1e-40}
@@ -269,7 +270,7 @@ def check(p: Problem) -> str | None:
     except Wrong as wrong:
         return str(wrong)
     except Exception as error:
-        told = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        told = f"{type(error).__name__}: {brief(error)}"
         if not _torch_takes(p):
             raise decompk.DecompkError(f"torch's own operator does not take this problem, either: {told}") from None
         return f"raises {told}"

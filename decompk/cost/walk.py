@@ -17,7 +17,7 @@ from torch import fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..crops import by
-from ..errors import DecompkError
+from ..errors import DecompkError, brief
 from ..fx.graph import MetaInterpreter, in_mode, on_meta, trace
 from .figures import SAVED_KINDS, LayerCost, Saved, Shape
 from .formulas import conv_macs, norm_flops, pool_flops
@@ -378,9 +378,8 @@ def layers(model: nn.Module, input_size: Sequence[int], training: bool = False) 
         try:
             walker.run_all()
         except Exception as error:  # whatever the model's own operations raise on a shape they do not fit
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
             raise DecompkError(
-                f"{type(model).__name__} cannot run on an input of {by(input_size)}: {reason}; "
+                f"{type(model).__name__} cannot run on an input of {by(input_size)}: {brief(error)}; "
                 "give the input size it is made for."
             ) from error
     final = _final(walker)

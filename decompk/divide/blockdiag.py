@@ -15,7 +15,7 @@ from torch.func import functional_call
 
 from ..cost.walk import layers
 from ..crops import Crop
-from ..errors import DecompkError, PackError
+from ..errors import DecompkError, PackError, brief
 from ..fx.graph import on_meta
 from ..fx.pytree import tree_map
 from ..fx.wrapper import Shell
@@ -197,7 +197,7 @@ def _as_members(net: nn.Module, input_size: Sequence[int] | None) -> tuple[Membe
             try:
                 return _members(net, found, counts), ""
             except PackError as error:
-                why = str(error).rstrip(".")
+                why = brief(error)
         reason = reason or f"as {K} members: {why}"
     return None, reason or "no number of members fits its layers"
 
@@ -219,7 +219,7 @@ def _decomposed(net: nn.Module, K: int, input_size: Sequence[int] | None) -> Dec
         try:
             return Decomposition(skeleton, size, (Crop(*(0,) * (len(size) - 1), *size[1:]),) * K, "sum")
         except DecompkError as error:
-            why = why or str(error).rstrip(".")
+            why = why or brief(error)
     return why
 
 

@@ -16,7 +16,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from .. import ops
 from ..crops import Crop
-from ..errors import DecompkError, UnsupportedOperation
+from ..errors import DecompkError, UnsupportedOperation, brief
 from ..fx.graph import in_mode
 from ..fx.unseen import undrawn
 from ..fx.wrapper import Rewritten, Shell
@@ -230,9 +230,8 @@ def _read(net: nn.Module, training: bool) -> tuple[fx.Graph, list[nn.Module]]:
     except UnsupportedOperation:
         raise
     except Exception as error:  # torch.fx raises whatever the traced code raised
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UnsupportedOperation(
-            f"torch.fx cannot trace {type(net).__name__}: {reason.rstrip('.')}; only networks of one input whose "
+            f"torch.fx cannot trace {type(net).__name__}: {brief(error)}; only networks of one input whose "
             "forward does not branch on tensor values can be fused."
         ) from error
     if draws:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..crops import Part, by
-from ..errors import PackError, PartitionError
+from ..errors import PackError, PartitionError, brief
 from ..fx.forward_code import attributes, is_plain_object
 from ..fx.pytree import leaves, spread, tree_map
 from ..fx.unseen import possible, unseen
@@ -25,7 +25,7 @@ from ..kernels.call import watched
 from ..threads import one_at_a_time
 from .architecture import check_members, listed
 from .per_member import PerMember, description, own_module, per_member_kind
-from .rehearsal import SAME, Rehearsal, Role, Rows, Unknown, Way, first_line
+from .rehearsal import SAME, Rehearsal, Role, Rows, Unknown, Way
 from .selection import input_dims_of, plan
 from .stack import hook, stacked
 from .surgery import Changes, apart_for_once, member_alone, without_insides
@@ -424,7 +424,7 @@ class Packed(Shell):
             return rehearsal.apart()
         except Unknown as unknown:
             raise PackError(
-                f"a member alone does not take these arguments: {first_line(unknown.__cause__)}."
+                f"a member alone does not take these arguments: {brief(unknown.__cause__)}."
             ) from unknown.__cause__
 
     def _named_roles(self, args: tuple, kwargs: dict[str, Any], shared: bool, N: int) -> tuple[Role, ...]:
@@ -653,7 +653,7 @@ def _copy(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
     try:
         return deep_copy(module, memo)
     except Exception as error:  # whatever the module's attributes raise
-        raise PackError(f"member 0 cannot be copied, which packing needs: {first_line(error)}.") from error
+        raise PackError(f"member 0 cannot be copied, which packing needs: {brief(error)}.") from error
 
 
 def _stack_tensors(members: list[nn.Module], channels_last: set[str]) -> dict[int, Tensor]:

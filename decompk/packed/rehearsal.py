@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..errors import PackError
+from ..errors import PackError, brief
 from ..fx.forward_code import is_plain_object
 from ..fx.numbers import DRAWS, Numbers, other_numbers
 from ..fx.pytree import leaves, tree_map
@@ -339,7 +339,7 @@ class Rehearsal:
             except torch.OutOfMemoryError:  # the call itself holds less
                 break
             except Exception as error:  # whatever the packed network raises where a member alone does not
-                changes = self._by_members(changes, self._origin(error), f"packed, {first_line(error)}")
+                changes = self._by_members(changes, self._origin(error), f"packed, {brief(error)}")
                 continue
             if not compare or self._same_rows(way, changes, ours, theirs):
                 break
@@ -472,7 +472,7 @@ class Rehearsal:
             left = [path for path in reversed(order) if path not in changes.contiguous]
             if "view size is not compatible" in str(error) and left:
                 return Changes([*changes.contiguous, *left[: max(1, len(changes.contiguous))]], changes.whole)
-            reason = first_line(error).partition(": name the module")[0]
+            reason = brief(error).partition(": name the module")[0]
             return self._by_members(changes, self._origin(error), f"packed, {reason}")
         outs = self._places(ours, self._theirs)
         constant = "what it returns is not one row per sample"
@@ -801,10 +801,6 @@ def _kept(net: nn.Module) -> Iterator[tuple[str, str, Tensor]]:
         for name, value in (*module._buffers.items(), *held.items()):
             if isinstance(value, Tensor):
                 yield path, name, value
-
-
-def first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
 def _drop_hooks(net: nn.Module) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..cost.figures import Cost, LayerCost
 from ..cost.formulas import adam_bytes
-from ..errors import DecompkError
+from ..errors import DecompkError, brief
 from ..fx.graph import on_meta
 from ..fx.pytree import leaves, tree_map
 from ..kernels.backend import backend
@@ -190,7 +190,7 @@ def fvcore_macs(net: nn.Module, x: Tensor) -> int | str:
             count.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
             operators = count.by_operator()
     except Exception as error:  # whatever torch.jit's tracer cannot follow
-        return f"fvcore cannot trace the network: {(str(error).splitlines() or [type(error).__name__])[0]}"
+        return f"fvcore cannot trace the network: {brief(error)}"
     return int(sum(operators[name] for name in FVCORE_OPERATORS))
 
 

@@ -16,7 +16,7 @@ from ..cost.figures import LayerCost, total
 from ..cost.walk import layers
 from ..crops import by
 from ..divide.decompose import Decomposition
-from ..errors import MISFITS, DecompkError
+from ..errors import MISFITS, DecompkError, brief
 from ..packed.pack import pack
 from ..report.decomposition import Pair
 from .claims import Claim, figure_claims, fvcore_claim, layers_claim, packed_claims, ratio_claims, time_claim
@@ -80,8 +80,9 @@ def measure(
         try:
             return _measured(d, networks, batch, seconds if time else None, tell)
         except MISFITS as error:  # whatever the network's own operations raise
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-            raise DecompkError(f"a training step on {batch} samples fails: {reason}; try another batch.") from error
+            raise DecompkError(
+                f"a training step on {batch} samples fails: {brief(error)}; try another batch."
+            ) from error
 
 
 def build(d: Decomposition, batch: int, device: torch.device, dtype: torch.dtype) -> dict[str, Network]:

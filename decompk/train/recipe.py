@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..errors import DecompkError
+from ..errors import DecompkError, brief
 from .augment import Augment
 from .step import PRECISIONS
 
@@ -166,7 +166,7 @@ def _read(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise DecompkError(f"the recipe {path} cannot be read: {error.strerror}.") from error
     except ValueError as error:  # of TOML, or of text that is not UTF-8
-        raise DecompkError(f"the recipe {path} is not TOML: {str(error).rstrip('.')}.") from error
+        raise DecompkError(f"the recipe {path} is not TOML: {brief(error)}.") from error
 
 
 def _merge(values: dict[str, Any], over: Mapping[str, Any]) -> None:

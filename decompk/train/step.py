@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import losses
-from ..errors import DecompkError
+from ..errors import DecompkError, brief
 from ..optim import clip_grad_norm_, limits
 from ..packed.ahead import can_compile, compile_launches, kept_buffers, launches_of
 from ..packed.pack import Packed
@@ -176,8 +176,7 @@ class Step:
                 self._give_up("compile", error)
 
     def _give_up(self, what: str, error: Exception) -> None:
-        lines = str(error).strip().splitlines()
-        self.reasons[what] = f"no {what}: {lines[0].rstrip('.') if lines else type(error).__name__}"
+        self.reasons[what] = f"no {what}: {brief(error)}"
         if what == "graph":
             self.graph = False
             self._graphs.clear()
