@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import copy
-import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +17,7 @@ from ..divide.decompose import Decomposition
 from ..errors import MISFITS, DecompkError, brief
 from ..packed.pack import pack
 from ..report.decomposition import Pair
+from ..report.progress import naming
 from .claims import Claim, figure_claims, fvcore_claim, layers_claim, packed_claims, ratio_claims, time_claim
 from .counters import Call, analysed, backward, fvcore_macs, layer_flops, measured, peak_memory, watched
 from .law import Field, role_of
@@ -73,7 +72,7 @@ def measure(
     if any(tensor.is_meta for tensor in (*d.model.parameters(), *d.model.buffers())):
         raise DecompkError(f"{type(d.model).__name__} is on the meta device, where nothing can be measured.")
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), _shown(progress) as tell:
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), naming(progress) as tell:
         torch.manual_seed(SEED)
         tell("building the networks")
         networks = build(d, batch, device, dtype)
@@ -204,17 +203,3 @@ def _pairs(networks: dict[str, Network]) -> list[Pair]:
     """The layers of the global network and of a member, by name."""
     whole, member = ({layer.name: layer for layer in networks[name].layers} for name in ("global", "member"))
     return [Pair(name, whole.get(name), member.get(name)) for name in dict.fromkeys((*whole, *member))]
-
-
-@contextmanager
-def _shown(wanted: bool) -> Iterator[Callable[[str], None]]:
-    """A bar on stderr that names what is being done; nothing where it would end in a file or tqdm is missing."""
-    try:
-        from tqdm import tqdm
-    except ImportError:
-        wanted = False
-    if not wanted or not sys.stderr.isatty():
-        yield lambda text: None
-        return
-    with tqdm(file=sys.stderr, bar_format="{desc} ({elapsed})", leave=False) as bar:
-        yield bar.set_description

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from ..errors import DecompkError
+from ..report.progress import tqdm_on
 
 PLAIN_SECONDS = 10.0  # between two lines where nobody watches a terminal
 
@@ -78,9 +79,8 @@ class Log:
         self.end()
         self._title, self._images, self._done, self._first = title, images, done, done
         self._started, self._shown = time.monotonic(), -math.inf
-        if self.stream is not None and self.stream.isatty():
-            from tqdm import tqdm
-
+        tqdm = tqdm_on(self.stream) if self.stream is not None else None
+        if tqdm is not None:
             self._bar = tqdm(
                 total=images, initial=done, desc=title, unit="img", unit_scale=True, file=self.stream, mininterval=0.2,
                 dynamic_ncols=True,
