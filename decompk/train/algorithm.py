@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import inspect
@@ -20,6 +19,7 @@ from ..cost.figures import total
 from ..cost.walk import layers
 from ..divide.decompose import Decomposition, decompose
 from ..errors import CheckpointError, DecompkError
+from ..kernels.cache import processor
 from ..packed.pack import Packed, pack
 from ..theory import theorem_2_2
 from .augment import normalise
@@ -325,16 +325,8 @@ def _device_name(ranks: Ranks) -> str:
     if ranks.device.type == "cuda":
         name = torch.cuda.get_device_name(ranks.device)
     else:
-        name = f"{torch.get_num_threads()} threads of {_processor()}"
+        name = f"{torch.get_num_threads()} threads of {processor()[0]}"
     return name if ranks.size == 1 else f"{ranks.size} processes, each on {name}"
-
-
-def _processor() -> str:
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 @torch.no_grad()
