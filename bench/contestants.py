@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from layers import Case as Cut
 from race import Build, Contestant, Result, Work
-from steps import Captured, side_by_side
+from steps import Captured, grouped_network
 from torch import Tensor, nn
 
 import decompk
@@ -169,7 +169,7 @@ def packed(job: Job, fused: bool = False, compiled: bool = False, captured: bool
 
 def grouped(job: Job, format: torch.memory_format, compiled: bool = False, captured: bool = False) -> Contestant:
     """The members' channels side by side, with torch's grouped convolutions and one batch norm over all."""
-    net = side_by_side(job.members).to(job.setting.device, memory_format=format).train()
+    net = grouped_network(job.members).to(job.setting.device, memory_format=format).train()
     images = torch.cat(job.cuts(format), 1).contiguous(memory_format=format)
     call = torch.compile(net, dynamic=False) if compiled else net
     return train(job, net, lambda: call(images).unflatten(1, (job.K, -1)).transpose(0, 1), captured)

@@ -12,7 +12,7 @@ from decompk.kernels.thresholds import conv_form, linear_form, norm_form
 from decompk.packed import conv, linear, norm, recurrent
 from decompk.packed.pack import pack
 from decompk.packed.per_member import PerMember
-from decompk.packed.twin import member_major, side_by_side
+from decompk.packed.twin import channel_grouped, member_major
 from decompk.packed.twins import TWINS
 
 K, N = 3, 4
@@ -419,9 +419,9 @@ def test_every_table_entry_is_a_subclass_of_what_it_stands_for():
 
 
 @pytest.mark.parametrize("shape", [(6, 4), (6, 4, 3), (6, 4, 3, 5), (6, 4, 3, 5, 2), (0, 4, 3, 5)])
-def test_side_by_side_and_member_major_are_inverse(shape):
+def test_channel_grouped_and_member_major_are_inverse(shape):
     x = torch.randn(shape)
-    groups = side_by_side(x, 3)
+    groups = channel_grouped(x, 3)
     assert groups.shape == (shape[0] // 3, 12, *shape[2:])
     assert torch.equal(member_major(groups, 3), x)
     assert torch.equal(groups[:, 4:8], x[shape[0] // 3 : 2 * (shape[0] // 3)])

@@ -29,7 +29,7 @@ class GroupedLinear(nn.Module):
         return y.transpose(0, 1).flatten(1) + self.bias
 
 
-def side_by_side(members: list[nn.Module]) -> nn.Module:
+def grouped_network(members: list[nn.Module]) -> nn.Module:
     """The members as channel groups of one network, as one writes it without decompk: (N, K·C, H, W) → (N, K·O)."""
     net = copy.deepcopy(members[0])
     for path, leaf in list(net.named_modules()):
@@ -110,7 +110,7 @@ def fused(field: Field) -> list[Job]:
 
 
 def grouped(field: Field) -> list[Job]:
-    net = field.ready(side_by_side(field.members))
+    net = field.ready(grouped_network(field.members))
     return [(net, lambda: torch.cat([field.cut(crop) for crop in field.crops], 1))]
 
 

@@ -177,8 +177,13 @@ def check_shapes(
 
 
 def side_by_side(x: Tensor) -> Tensor:
-    """(K, N, C, H, W) → (N, K·C, H, W), channels_last; without a copy where the members already lie so."""
-    return x.permute(1, 3, 4, 0, 2).flatten(3).permute(0, 3, 1, 2)
+    """(K, N, C, *spatial) → (N, K·C, *spatial): members as channel groups.
+
+    Images become channels_last, without a copy where the members already lie so.
+    """
+    if x.dim() == 5:
+        return x.permute(1, 3, 4, 0, 2).flatten(3).permute(0, 3, 1, 2)
+    return x.transpose(0, 1).flatten(1, 2)
 
 
 def cut(image: Tensor, window: Sequence[int]) -> Tensor:

@@ -13,7 +13,7 @@ from ..kernels.call import unwatched, watched
 from ..kernels.thresholds import conv_form
 from ..kernels.torch_limits import as_torch_can, mixes_groups
 from ..ops.conv import convolve_now
-from .twin import Twin, batch_rows, member_major, side_by_side
+from .twin import Twin, batch_rows, channel_grouped, member_major
 
 
 class _PackedConv(Twin):
@@ -48,7 +48,7 @@ class _PackedConv(Twin):
         if form == "loop" or mixes_groups(x, self._twin_K * self.groups, *of_group):
             return self._twin_each(lambda x, w, b: convolve(x, w, b, self.groups), x, self.weight, self.bias)
         bias = None if self.bias is None else self.bias.flatten()
-        y = convolve(side_by_side(x, self._twin_K), self.weight.flatten(0, 1), bias, self._twin_K * self.groups)
+        y = convolve(channel_grouped(x, self._twin_K), self.weight.flatten(0, 1), bias, self._twin_K * self.groups)
         return member_major(y, self._twin_K)
 
 

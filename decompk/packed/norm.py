@@ -11,7 +11,7 @@ from ..kernels.backend import asked_for, exact
 from ..kernels.call import watched
 from ..kernels.thresholds import norm_form
 from ..ops.norm import batch_norm_rows, runs_cpu
-from .twin import Twin, member_major, side_by_side
+from .twin import Twin, channel_grouped, member_major
 
 
 class _PackedBatchNorm(Twin):
@@ -59,7 +59,8 @@ class _PackedBatchNorm(Twin):
 
             return self._twin_each(normalise, x, mean, var, weight, bias, factors)
         mean, var, weight, bias = (None if t is None else t.flatten() for t in (mean, var, weight, bias))
-        y = F.batch_norm(side_by_side(x, self._twin_K), mean, var, weight, bias, batch_statistics, factors[0], self.eps)
+        groups = channel_grouped(x, self._twin_K)
+        y = F.batch_norm(groups, mean, var, weight, bias, batch_statistics, factors[0], self.eps)
         return member_major(y, self._twin_K)
 
     def _twin_on_cpu(self, x: Tensor, residual: Tensor | None, training: bool, *statistics: Tensor | None) -> bool:

@@ -16,6 +16,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ..errors import PackError
 from ..fx.pytree import leaves
+from ..kernels.layout import side_by_side
 
 HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
@@ -148,16 +149,16 @@ def split(x: Tensor, K: int) -> tuple[Tensor, ...]:
     return x.split([x.shape[0] // K] * K)
 
 
-def side_by_side(x: Tensor, K: int) -> Tensor:
+def channel_grouped(x: Tensor, K: int) -> Tensor:
     """(K·N, c, *spatial) → (N, K·c, *spatial): members as channel groups; images stay channels_last."""
     samples = (K, x.shape[0] // K)
     if x.dim() == 4:  # in this order of views the gradients are channels_last, too
-        return x.permute(0, 2, 3, 1).unflatten(0, samples).permute(1, 2, 3, 0, 4).flatten(3).permute(0, 3, 1, 2)
-    return x.unflatten(0, samples).transpose(0, 1).flatten(1, 2)
+        return side_by_side(x.permute(0, 2, 3, 1).unflatten(0, samples).movedim(-1, 2))
+    return side_by_side(x.unflatten(0, samples))
 
 
 def member_major(x: Tensor, K: int) -> Tensor:
-    """(N, K·c, *spatial) → (K·N, c, *spatial): the inverse of `side_by_side`."""
+    """(N, K·c, *spatial) → (K·N, c, *spatial): the inverse of `channel_grouped`."""
     groups = (K, x.shape[1] // K)
     if x.dim() == 4:
         return x.permute(0, 2, 3, 1).unflatten(3, groups).permute(3, 0, 1, 2, 4).flatten(0, 1).permute(0, 3, 1, 2)
