@@ -1,5 +1,5 @@
-// decompk::halo_conv2d, whose schema decompk/kernels/extension.py defines: checks tensors, fills in HaloParams, launches. Only
-// torch's stable ABI, so that one binary serves every torch from 2.11 on.
+// decompk::halo_conv2d, whose schema decompk/kernels/extension.py defines: checks tensors, fills in HaloParams, launches.
+// Only torch's stable ABI, so that one binary serves every torch from 2.11 on.
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>

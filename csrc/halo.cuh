@@ -12,10 +12,10 @@ template <int CI_, int OB_, int STRIDE_, int TYPE_, int BLOCKS_> struct Halo {
   static constexpr int CI = CI_, OB = OB_, STRIDE = STRIDE_, TYPE = TYPE_;  // channels, padded, of input and output
   static constexpr int THREADS = OB == 64 ? 256 : 128, BLOCKS = BLOCKS_;    // at most, and CTAs a processor at least
   static constexpr int ROWS = 4, INPUT_ROWS = (ROWS - 1) * STRIDE + 3;      // of one warp
-  static constexpr int OW = OB < 32 ? OB : 32, PARTS = OB / OW;             // output channels of one warp
-  static constexpr int NT = OW / 8, CHUNKS = CI / 8;                        // 8 × 8 matrices; a chunk is 16 bytes
+  static constexpr int WARP_OB = OB < 32 ? OB : 32, PARTS = OB / WARP_OB;   // output channels of one warp
+  static constexpr int NT = WARP_OB / 8, CHUNKS = CI / 8;                   // 8 × 8 matrices; a chunk is 16 bytes
   static constexpr bool RESIDENT = 9 * CHUNKS * NT <= 36;                   // weights stay in registers
-  static constexpr int PIXEL = CI * 2, OUTPUT_PIXEL = OW * 2;               // bytes
+  static constexpr int PIXEL = CI * 2, OUTPUT_PIXEL = WARP_OB * 2;          // bytes
   static constexpr int OUTPUT_BYTES = ROWS * 16 * OUTPUT_PIXEL;
 };
 
@@ -140,7 +140,7 @@ template <class S> DEVICE void load_weights(const HaloParams& p, uint32_t weight
 // The matrices of 16 channels (two chunks from `chunk` on) of one tap, for all of the warp's output channels.
 template <class S>
 DEVICE void weight_matrices(uint32_t weights, int tap, int part, int chunk, uint32_t (&b)[2][S::NT]) {
-  const int lane = thread_index() & 31, row = tap * S::OB + part * S::OW + (lane & 7);
+  const int lane = thread_index() & 31, row = tap * S::OB + part * S::WARP_OB + (lane & 7);
   const int mine = (chunk + (lane >> 3 & 1)) ^ swizzle<S::PIXEL>(lane & 7);
   if constexpr (S::NT == 1) {
     load_matrix(weights + row * S::PIXEL + (mine << 4), b[0][0], b[1][0]);
@@ -157,8 +157,8 @@ template <class S>
 DEVICE void resident_weights(uint32_t weights, int part, uint32_t (&b)[9][S::CHUNKS][S::NT]) {
   UNROLL for (int tap = 0; tap < 9; tap++) {
     if constexpr (S::CHUNKS == 1) {
-      UNROLL for (int j = 0; j < S::NT; j++)
-        load_matrix(weights + (tap * S::OB + part * S::OW + j * 8 + (thread_index() & 7)) * S::PIXEL, b[tap][0][j]);
+      const int row = tap * S::OB + part * S::WARP_OB + (thread_index() & 7);
+      UNROLL for (int j = 0; j < S::NT; j++) load_matrix(weights + (row + j * 8) * S::PIXEL, b[tap][0][j]);
     } else {
       UNROLL for (int chunk = 0; chunk < S::CHUNKS; chunk += 2) {
         uint32_t two[2][S::NT];
@@ -383,8 +383,8 @@ DEVICE void store_strip(const HaloParams& p, const Strip& strip, uint32_t output
                       pack<S::TYPE>(sums[m][j][2 * h], sums[m][j][2 * h + 1]));
     }
   sync_warp();
-  const int chunk = lane % S::NT, left = p.O - part * S::OW - chunk * 8;
-  uint16_t* y = p.y + block_member() * p.y_stride[0] + part * S::OW + chunk * 8;
+  const int chunk = lane % S::NT, left = p.O - part * S::WARP_OB - chunk * 8;
+  uint16_t* y = p.y + block_member() * p.y_stride[0] + part * S::WARP_OB + chunk * 8;
   UNROLL for (int i = 0; i < S::ROWS * 16 * S::NT; i += 32) {
     const int pixel = (i + lane) / S::NT, m = pixel >> 4, column = pixel & 15;
     if (left <= 0 || strip.row + m >= p.OH || !strip_inside(p, strip, column)) continue;
@@ -412,7 +412,7 @@ template <class S> KERNEL(S::THREADS, S::BLOCKS) halo_kernel(const GRID_CONSTANT
   const int group = strip_index / p.strips_per_image, strip_row = strip_index % p.strips_per_image * S::ROWS;
   const uint32_t input = (group * p.image_rows + strip_row * S::STRIDE) * p.pitch * S::PIXEL;
   const uint32_t output = base + p.output_at + warp * S::OUTPUT_BYTES;
-  const int channel = part * S::OW + (lane & 3) * 2;
+  const int channel = part * S::WARP_OB + (lane & 3) * 2;
 
   load_weights<S>(p, weights);
   load_tile<S>(p, block_index(), base);
