@@ -1,5 +1,10 @@
 """What a user's mistake raises: one sentence that says what, where and what to do."""
 
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
 
 class DecompkError(Exception):
     """Base of every error a user can cause; the command line prints it and exits with 2."""
@@ -31,6 +36,13 @@ class BackendError(DecompkError):
 
 # What torch raises where shapes do not fit; the meta kernels of some versions assert.
 MISFITS = (RuntimeError, AssertionError, IndexError, ValueError)
+
+
+def name_of(function: Callable) -> str:
+    """What a user calls a function, of whatever kind."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    return getattr(function, "__name__", type(function).__name__)
 
 
 def brief(error: BaseException) -> str:

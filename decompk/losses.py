@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .errors import PackError
+from .errors import PackError, name_of
 from .fx.pytree import leaves, spread
 
 INDICES = (nn.CrossEntropyLoss, nn.NLLLoss, nn.MultiMarginLoss)  # targets (N, …) of outputs (N, C, …)
@@ -146,7 +146,9 @@ class Each(nn.Module):
             losses.append(one(own, *args, **kwargs))
             _check_kept(one, kept)
         if not all(isinstance(loss, Tensor) for loss in losses):
-            raise PackError(f"{_name(criteria[0])} returns a {type(losses[0]).__name__}: let it return the loss alone.")
+            raise PackError(
+                f"{name_of(criteria[0])} returns a {type(losses[0]).__name__}: let it return the loss alone."
+            )
         stacked = torch.stack(losses)
         return stacked.sum() if stacked.dim() == 1 else stacked
 
@@ -167,12 +169,12 @@ class Each(nn.Module):
                 expected = _expected(kind, out, value, first)
             where = f"argument {place + 2}" if isinstance(place, int) else f"'{place}'"
             loose = kind is ALIKE and not first  # variances and weights broadcast, as they do for a member alone
-            split = functools.partial(_for_members, K, N, f"{where} of {_name(criterion)}", how, expected, loose)
+            split = functools.partial(_for_members, K, N, f"{where} of {name_of(criterion)}", how, expected, loose)
             parts[place] = spread(split, value, K)
         return parts
 
     def extra_repr(self) -> str:
-        names = ", ".join(map(_name, self.criteria))
+        names = ", ".join(map(name_of, self.criteria))
         return names if self.shared is None else f"{names}, shared={self.shared}"
 
 
@@ -254,10 +256,4 @@ def _check_kept(criterion: Any, kept: dict[str, tuple[Tensor, int, Tensor]]) -> 
         kept[name][0].copy_(kept[name][2])
         setattr(criterion.get_submodule(path), last, kept[name][0])
     if changed:
-        raise PackError(f"{_name(criterion)} changes its buffer '{changed[0]}' as it runs: give a list of K of it.")
-
-
-def _name(criterion: Any) -> str:
-    while isinstance(criterion, functools.partial):
-        criterion = criterion.func
-    return getattr(criterion, "__name__", type(criterion).__name__)
+        raise PackError(f"{name_of(criterion)} changes its buffer '{changed[0]}' as it runs: give a list of K of it.")

@@ -10,7 +10,7 @@ from torch import nn
 
 import decompk
 from decompk import losses
-from decompk.errors import PackError
+from decompk.errors import PackError, name_of
 from decompk.losses import cross_entropy, each
 
 K, N, C = 3, 5, 4
@@ -181,7 +181,7 @@ def test_each_sums_what_members_alone_would_get_of_class_indices_at_any_sizes(na
         F.binary_cross_entropy_with_logits,
         F.mse_loss,
     ],
-    ids=lambda criterion: getattr(criterion, "__name__", type(criterion).__name__),
+    ids=name_of,
 )
 def test_each_sums_what_members_alone_would_get_of_targets_like_the_outputs(criterion, shape):
     out = torch.randn(shape, dtype=torch.float64)
@@ -431,6 +431,12 @@ def test_each_takes_criteria_only_and_packed_outputs_only():
         each([])
     with pytest.raises(PackError, match=r"\[\(3, 5\), \(2, 5\)\] is no packed output"):
         each(focal)((torch.ones(3, 5), torch.ones(2, 5)), torch.ones(5))
+
+
+def test_each_is_shown_with_the_names_of_its_criteria():
+    smooth = functools.partial(F.cross_entropy, label_smoothing=0.1)
+    assert repr(each([smooth, nn.MSELoss()])) == "Each(cross_entropy, MSELoss)"
+    assert repr(each(focal, shared=True)) == "Each(focal, shared=True)"
 
 
 def test_each_trains_packed_members_as_torchs_criterion_trains_them_alone():

@@ -141,7 +141,7 @@ class Checks:
 
     def more(self) -> list[Check]:
         """The other dtypes, every flag, every config, and what the tuned table holds."""
-        found = in_turns([self._of(dtype) for dtype in self.others]) + self.networks(self.dtype, later=True)
+        found = alternating([self._of(dtype) for dtype in self.others]) + self.networks(self.dtype, later=True)
         found += self.tuned() + [self.operator(one) for one in self.odd(self.dtype)]
         found += [self.config(one, config) for one in self.odd(self.dtype) for config in self.configs(one)[1]]
         for dtype in self.others:
@@ -152,7 +152,7 @@ class Checks:
         configs = [self.config(one, config) for one in self.odd(dtype) for config in self.configs(one)[0]]
         around = [self.fused(one, flags) for flags in reversed(FUSED) for one in [*self.odd(dtype, "fprop")][:4]]
         norms = [self.norm(NORMED[0], dtype, *how) for how in (self._norms() if dtype != "tf32" else ())]
-        found = in_turns([configs, around, norms, [self.block(*how, dtype) for how in reversed(BLOCKS)][:12]])
+        found = alternating([configs, around, norms, [self.block(*how, dtype) for how in reversed(BLOCKS)][:12]])
         return found + [self.repeated(one) for one in [*self.odd(dtype, "wgrad")][:4]]
 
     def every(self) -> list[Check]:
@@ -375,7 +375,7 @@ class Checks:
         return None
 
 
-def in_turns(lists: Sequence[list[Check]]) -> list[Check]:
+def alternating(lists: Sequence[list[Check]]) -> list[Check]:
     """The first of each list, then the second of each, and so on: time may end anywhere."""
     return [check for row in itertools.zip_longest(*lists) for check in row if check is not None]
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 import warnings
 from collections.abc import Callable
 
 import torch
 from torch import nn
 
-from ..errors import PackError, brief
+from ..errors import PackError, brief, name_of
 from ..optim import inside
 
 
@@ -38,7 +37,7 @@ def initialise(packed: nn.Module, function: Callable[[nn.Module], object]) -> No
         for name, t in _tensors(member).items():
             written = written or not torch.equal(stacks[name][k], t)
             stacks[name][k].copy_(t)
-    name = _name(function)
+    name = name_of(function)
     if not written and name != "<lambda>":  # it looks for layers, and got the network around them
         warnings.warn(
             f"'{name}' has changed nothing in any member, a network: if it takes a layer, write "
@@ -48,7 +47,7 @@ def initialise(packed: nn.Module, function: Callable[[nn.Module], object]) -> No
 
 
 def _run(function: Callable[[nn.Module], object], member: nn.Module) -> None:
-    name = _name(function)
+    name = name_of(function)
     try:
         function(member)
     except (AttributeError, TypeError) as error:
@@ -58,12 +57,6 @@ def _run(function: Callable[[nn.Module], object], member: nn.Module) -> None:
             f"'{name}' does not take a member, which is a network ({brief(error)}): give it what it takes, as in "
             f"lambda net: [{name}(p) for p in net.parameters() if p.dim() > 1]."
         ) from error
-
-
-def _name(function: Callable) -> str:
-    while isinstance(function, functools.partial):
-        function = function.func
-    return getattr(function, "__name__", type(function).__name__)
 
 
 def _tensors(net: nn.Module) -> dict[str, torch.Tensor]:

@@ -24,7 +24,7 @@ from ..kernels.backend import EXACT
 from ..kernels.call import watched
 from ..threads import one_at_a_time
 from .architecture import check_members, listed
-from .per_member import PerMember, description, own_module, per_member_kind
+from .per_member import PerMember, description, of_torch, own_module, per_member_kind
 from .rehearsal import SAME, Rehearsal, Role, Rows, Unknown, Way
 from .selection import input_dims_of, plan
 from .stack import hook, stacked
@@ -586,7 +586,7 @@ def _switches(net: nn.Module) -> list[tuple[Any, list]]:
 
     (A module, an object or a dict that it holds; the names of its mode, flags, numbers and what is None.)
     """
-    own = [m for m in without_insides(net) if not isinstance(m, Shell | Twin) and not _of_torch(m)]
+    own = [m for m in without_insides(net) if not isinstance(m, Shell | Twin) and not of_torch(m)]
     held = {id(v): v for m in own for v in attributes(m).values() if is_plain_object(v) or isinstance(v, dict)}
     plain = bool | str | int | float | None
     return [
@@ -602,10 +602,6 @@ def _is_one_of_few(value: Any) -> bool:
 
 def _values(holder: Any) -> dict:
     return holder if isinstance(holder, dict) else vars(holder)
-
-
-def _of_torch(module: nn.Module) -> bool:
-    return type(module).__module__.startswith("torch.")
 
 
 def _named(path: str) -> str:

@@ -453,10 +453,11 @@ def own_module(module: nn.Module) -> nn.Module:
 
 def _writes_data(module: nn.Module) -> bool:
     """Whether code of a user's module assigns to `.data`, in forward or in `train`."""
-    return not _of_torch(module) and any("data" in read_forward(module, of).stored for of in ("forward", "train"))
+    return not of_torch(module) and any("data" in read_forward(module, of).stored for of in ("forward", "train"))
 
 
-def _of_torch(module: nn.Module) -> bool:
+def of_torch(module: nn.Module) -> bool:
+    """Whether it is a module of torch's own."""
     return type(module).__module__.partition(".")[0] == "torch"
 
 

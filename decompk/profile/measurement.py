@@ -22,7 +22,7 @@ from .claims import Claim, figure_claims, fvcore_claim, layers_claim, packed_cla
 from .counters import Call, analysed, backward, fvcore_macs, layer_flops, measured, peak_memory, watched
 from .law import Field, role_of
 from .profile import Profile
-from .roofs import DTYPES, measure_roofs
+from .roofs import DTYPES, measure_roofs, name_of_device
 from .sides import SIDES, Layer, LayerSide, Side
 from .timing import interleaved, layer_times
 
@@ -142,8 +142,7 @@ def _measured(
         _pairs(networks), d.K, field, sides, listed, batch, x.element_size(), networks["global"].mask_size
     )
     title = f"{type(d.model).__name__} at {by(d.input_size[1:])} in {d.K} members at {by(d.crops[0].size)}"
-    where = torch.cuda.get_device_name(x.device) if x.is_cuda else f"CPU, {torch.get_num_threads()} threads"
-    title += f", batch {batch}, {dtype}, {where}"
+    title += f", batch {batch}, {dtype}, {name_of_device(x.device)}"
     return Profile(title, d.K, batch, dtype, sides, listed, tuple(claims), times, bounds, roofs)
 
 

@@ -39,11 +39,15 @@ def measure_roofs(device: torch.device | str = "cpu") -> Roofs:
     """Copy bandwidth and matmul rates of `device`; takes a few hundred milliseconds on a GPU, a second on a CPU."""
     device = torch.device(device)
     large, small = LARGE[device.type], SMALL[device.type]
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     bandwidth, cached = (_bandwidth(size, device) for size in (large, small))
     with _precision_of_convolutions(device):
         rates = {str(dtype).removeprefix("torch."): _matmul_rate(dtype, device) for dtype in DTYPES}
-    return Roofs(name, bandwidth, cached, 2 * small, rates)
+    return Roofs(name_of_device(device), bandwidth, cached, 2 * small, rates)
+
+
+def name_of_device(device: torch.device) -> str:
+    """The GPU's name; of a CPU, on how many threads torch computes."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
 
 
 def _bandwidth(size: int, device: torch.device) -> float:
