@@ -43,6 +43,15 @@ class Case(Cut):
         return decompk.decompose(net, size, self.partitions, self.crop, self.margin)
 
 
+PAPERS = (  # the papers' networks, as they cut them
+    Case("resnet50", 4, 140),
+    Case("resnet50", (2, 4), 96),
+    Case("resnet50", 16, 70, margin=24),
+    Case("vgg16", 4, 112),
+    Case("resnet32", 4, 16),
+)
+
+
 @dataclass(frozen=True)
 class Setting:
     """Where and in which dtype is computed; bfloat16 means autocast."""

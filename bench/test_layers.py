@@ -3,18 +3,11 @@
 from functools import partial
 
 import pytest
-from contestants import Case, Setting
+from contestants import PAPERS, Setting
 from convolutions import CONVOLUTIONS, Operands, reference
 from layers import Layer, layers
 from race import CLOCK, Race, Spec, race
 
-CASES = (
-    Case("resnet50", 4, 140),
-    Case("resnet50", (2, 4), 96),
-    Case("resnet50", 16, 70, margin=24),
-    Case("vgg16", 4, 112),
-    Case("resnet32", 4, 16),
-)
 SLACK = {"output": 1e-5, "gradient": 1e-5}  # float32 sums of a few thousand products
 LEAST, MOST = 2e-3, 0.2  # seconds of a round, and of a contestant's rounds
 
@@ -30,7 +23,7 @@ def specs(setting: Setting, full: bool, compiled: bool) -> list[Spec]:
             partial(run, layer, setting),
             {"network": case.title, "layer": layer.name, "count": layer.count, "K": case.K, "batch": batch},
         )
-        for case in CASES
+        for case in PAPERS
         for layer in layers(case, str(setting.dtype).removeprefix("torch."), batch)
         if layer.problem.layout == "member"
     ]

@@ -3,17 +3,10 @@
 from functools import partial
 
 import pytest
-from contestants import OWN, Case, Setting, builds, job, members_alone, side, who_trains
+from contestants import OWN, PAPERS, Case, Setting, builds, job, members_alone, side, who_trains
 from race import CLOCK, Race, Spec, race
 
-CASES = (
-    Case("resnet50", 4, 140),
-    Case("resnet50", (2, 4), 96),
-    Case("resnet50", 16, 70, margin=24),
-    Case("vgg16", 4, 112),
-    Case("resnet32", 4, 16),
-    Case("resnet32", 4, 20),
-)
+CASES = (*PAPERS, Case("resnet32", 4, 20))
 DEEP = (Case("resnet110", 4, 16), Case("resnet110", 4, 20))
 ROUNDS = 5
 LEAST, MOST = 0.05, 2.5  # seconds of a round, and of a contestant's rounds
