@@ -68,6 +68,22 @@ def asked_by_operators(monkeypatch):
     return found
 
 
+def assert_right(found, wanted, torchs, what):
+    """At most twice torch's own error in the same dtype, plus 1e-6, relative to the norm."""
+    found = found.cpu()
+    assert not found.isnan().any(), f"{what}: NaN"
+    norm = wanted.norm().clamp_min(1e-30)
+    error, theirs = ((t.double() - wanted).norm() / norm for t in (found, torchs))
+    assert error <= 2 * theirs + 1e-6, f"{what}: {error:.1e}, torch's own {theirs:.1e}"
+
+
+def surroundings(t):
+    """What lies around t in its storage, as bits."""
+    whole = t.as_strided((t.untyped_storage().nbytes() // t.element_size(),), (1,), 0).clone()
+    whole.as_strided(t.shape, t.stride(), t.storage_offset()).fill_(0)
+    return whole.view(torch.int32 if t.dtype == torch.float32 else torch.int16)
+
+
 def double(*shape):
     return torch.randn(shape, dtype=torch.float64)
 

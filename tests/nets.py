@@ -14,6 +14,20 @@ def conv(i: int, o: int, k: int = 3, **options) -> nn.Sequential:
     return nn.Sequential(nn.Conv2d(i, o, k, bias=False, **options), nn.BatchNorm2d(o), nn.ReLU(inplace=True))
 
 
+class Call(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x):
+        return self.function(x)
+
+
+class Branching(nn.Module):
+    def forward(self, x):
+        return x if x.sum() > 0 else -x
+
+
 class Head(nn.Module):
     def __init__(self, width: int, classes: int = 5):
         super().__init__()

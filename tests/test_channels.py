@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from nets import Head, NormAct, conv
+from nets import Branching, Call, Head, NormAct, conv
 from torch import nn
 from torch.nn import functional as F
 from zoo import torchvision
@@ -23,15 +23,6 @@ class Between(nn.Module):
 
     def forward(self, x):
         return self.head(self.middle(self.stem(x)))
-
-
-class Call(nn.Module):
-    def __init__(self, function):
-        super().__init__()
-        self.function = function
-
-    def forward(self, x):
-        return self.function(x)
 
 
 class Attention(nn.Module):
@@ -76,11 +67,6 @@ class Tied(nn.Module):
 
     def forward(self, x):
         return self.b(self.a(x))
-
-
-class Branching(nn.Module):
-    def forward(self, x):
-        return x if x.sum() > 0 else -x
 
 
 class Image(nn.Module):

@@ -6,6 +6,7 @@ import by_config
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import assert_right, surroundings
 
 from decompk.kernels import conv, device
 from decompk.kernels.launch import recording
@@ -35,27 +36,12 @@ def channels_last(t):
     return t.permute(0, 1, 3, 4, 2)
 
 
-def surroundings(t):
-    """What lies around t in its storage, as bits."""
-    whole = t.as_strided((t.untyped_storage().size() // t.element_size(),), (1,), 0).clone()
-    whole.as_strided(t.shape, t.stride(), 64).fill_(0)
-    return whole.view(torch.int32 if t.dtype == torch.float32 else torch.int16)
-
-
 def reference(x, weight, dy, p, dtype):
     """(y, dx, dw) member by member in `dtype`."""
     x, weight, dy = (t.to(dtype).contiguous().detach() for t in (x, weight, dy))
     x.requires_grad_(), weight.requires_grad_()
     y = torch.stack([F.conv2d(a, b, None, p.stride, p.padding, p.dilation) for a, b in zip(x, weight, strict=True)])
     return y.detach(), *torch.autograd.grad(y, (x, weight), dy)
-
-
-def assert_right(found, wanted, torchs, what):
-    """At most twice torch's own error in the same dtype, plus 1e-6, relative to the norm."""
-    assert not found.isnan().any(), f"{what}: NaN"
-    norm = wanted.norm().clamp_min(1e-30)
-    error, theirs = ((t.double() - wanted).norm() / norm for t in (found, torchs))
-    assert error <= 2 * theirs + 1e-6, f"{what}: {error:.1e}, torch's own {theirs:.1e}"
 
 
 def cases():

@@ -1,6 +1,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from nets import Branching
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
 
@@ -392,9 +393,5 @@ def test_an_input_the_network_cannot_take_is_named_in_one_sentence():
 
 
 def test_a_network_that_branches_on_values_is_refused():
-    class Branching(nn.Module):
-        def forward(self, x):
-            return x if x.sum() > 0 else -x
-
     with pytest.raises(UnsupportedOperation, match="cannot trace Branching"):
         walk.layers(Branching(), (3, 4, 4))

@@ -5,6 +5,7 @@ import pickle
 
 import pytest
 import torch
+from helpers import leaves
 from nets import ADAPTED, EXACT, NETS, NOTED, build
 from torch import nn
 
@@ -22,10 +23,6 @@ def awake(nets):
                 module.running_var.uniform_(0.5, 2)
         net.eval()
     return nets
-
-
-def leaves(output):
-    return [output] if isinstance(output, torch.Tensor) else [t for part in output for t in leaves(part)]
 
 
 @pytest.mark.parametrize("name", EXACT)

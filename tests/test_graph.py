@@ -9,6 +9,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
+from nets import Call
 from torch import nn
 from torch.nn import functional as F
 
@@ -137,15 +138,6 @@ def test_numpy_and_tuple_may_count_features(flat):
     members = d.subnets(seed=0)
     total = sum(member(part) for member, part in zip(members, d.split(x), strict=True))
     torch.testing.assert_close(d.compose(members)(x), total, rtol=0, atol=1e-12)
-
-
-class Call(nn.Module):
-    def __init__(self, function):
-        super().__init__()
-        self.function = function
-
-    def forward(self, x):
-        return self.function(x)
 
 
 class Notes:

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import assert_right, surroundings
 
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT / "tools")]
@@ -83,13 +84,6 @@ def poisoned(layout, shape, dtype, fill=None, shift=0, device="cpu"):
     return t.normal_() if fill is None else t.fill_(fill)
 
 
-def surroundings(t):
-    """What lies around t in its storage, as bits."""
-    whole = t.as_strided((t.untyped_storage().nbytes() // t.element_size(),), (1,), 0).clone()
-    whole.as_strided(t.shape, t.stride(), t.storage_offset()).fill_(0)
-    return whole.view(torch.int16)
-
-
 def conv(x, weight, p, dtype):
     """The convolutions of NHWC x by torch, member by member, in `dtype` on the CPU."""
     x, weight = (t.cpu().to(dtype).movedim(-1, 2).contiguous() for t in (x, weight))
@@ -104,15 +98,6 @@ def gradient(dy, weight, p, dtype):
     shape = (p.N, p.C, p.H, p.W)
     found = [torch.nn.grad.conv2d_input(shape, b, a, p.stride, p.padding) for a, b in zip(dy, weight, strict=True)]
     return torch.stack(found).movedim(2, -1)
-
-
-def assert_right(found, wanted, torchs, what):
-    """At most twice torch's own error in the same dtype, plus 1e-6, relative to the norm."""
-    found = found.cpu()
-    assert not found.isnan().any(), f"{what}: NaN"
-    norm = wanted.norm().clamp_min(1e-30)
-    error, theirs = ((t.double() - wanted).norm() / norm for t in (found, torchs))
-    assert error <= 2 * theirs + 1e-6, f"{what}: {error:.1e}, torch's own {theirs:.1e}"
 
 
 def problem(K, N, C, O, H, W, stride=1, padding=1, dtype="bfloat16"):

@@ -4,7 +4,7 @@ import functools
 
 import pytest
 import torch
-from helpers import assert_packed_equals_separate
+from helpers import assert_packed_equals_separate, double
 from torch import nn
 
 from decompk.errors import PackError
@@ -29,10 +29,6 @@ def members_of(make, count=K):
                 nn.init.normal_(tensor, 1.0 if name.endswith("weight") else 0.0, 0.3)
         members.append(member)
     return members
-
-
-def double(*shape):
-    return torch.randn(shape, dtype=torch.float64)
 
 
 def check(make, *shape, steps=3):

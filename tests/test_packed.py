@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torch.utils.checkpoint
-from helpers import assert_packed_equals_separate, leaves
+from helpers import assert_packed_equals_separate, double, leaves
 from torch import nn
 from zoo import torchvision
 
@@ -29,10 +29,6 @@ def seeded(make, count=K, dtype=torch.float64):
         torch.manual_seed(seed)
         members.append(make().to(dtype))
     return members
-
-
-def double(*shape):
-    return torch.randn(shape, dtype=torch.float64)
 
 
 def conv_bn(c_in, c_out, kernel=3, **options):

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from nets import Call
 from torch import nn
 from torch.nn import functional as F
 
@@ -104,15 +105,6 @@ def test_a_planted_violation_of_theorem_2_2_is_found():
     assert check.lost == 50 and check.violation > 1
 
 
-class Step(nn.Module):
-    def __init__(self, function):
-        super().__init__()
-        self.function = function
-
-    def forward(self, x):
-        return self.function(x)
-
-
 class Cropped(nn.Module):
     def __init__(self, crop):
         super().__init__()
@@ -146,11 +138,11 @@ WIDE = {
     "group norm": net_with(nn.GroupNorm(4, 8)),
     "batch norm without statistics": net_with(nn.BatchNorm2d(8, track_running_stats=False)),
     "circular padding": net_with(nn.Conv2d(8, 8, 3, padding=1, padding_mode="circular")),
-    "transposed maps": net_with(Step(lambda x: x.transpose(2, 3))),
-    "maps side by side": net_with(Step(lambda x: torch.cat([x, x], 2))),
-    "shifted maps": net_with(Step(lambda x: x[:, :, 1:])),
-    "indices": net_with(Step(lambda x: F.max_pool2d(x, 3, 1, 1, return_indices=True)[0])),
-    "a mean over flattened space": net_with(fc=nn.Sequential(Step(lambda x: x.flatten(2).mean(-1)), nn.Linear(8, 5))),
+    "transposed maps": net_with(Call(lambda x: x.transpose(2, 3))),
+    "maps side by side": net_with(Call(lambda x: torch.cat([x, x], 2))),
+    "shifted maps": net_with(Call(lambda x: x[:, :, 1:])),
+    "indices": net_with(Call(lambda x: F.max_pool2d(x, 3, 1, 1, return_indices=True)[0])),
+    "a mean over flattened space": net_with(fc=nn.Sequential(Call(lambda x: x.flatten(2).mean(-1)), nn.Linear(8, 5))),
     "a sigmoid after the head": nn.Sequential(nn.Conv2d(3, 8, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
                                               nn.Linear(8, 5), nn.Sigmoid()),
     "a functional first FC behind same padding": net_with(
