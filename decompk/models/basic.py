@@ -20,7 +20,7 @@ class BasicBlock(nn.Module):
         self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1, bias=bias)
         self.bn2 = nn.BatchNorm2d(c_out)
         if stride == 1 and c_in == c_out:
-            self.downsample = nn.Identity()
+            self.downsample: nn.Module = nn.Identity()
         else:
             projection = nn.Conv2d(c_in, c_out, 1, stride, bias=bias)
             self.downsample = nn.Sequential(projection, nn.BatchNorm2d(c_out)) if norm_projection else projection

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import prod
+from typing import Any
 
 import torch
 from torch import nn
@@ -91,7 +92,7 @@ class Elman(nn.Module):
 class Recurrent(nn.Module):
     """(N, T, features) → (N, classes): torch's "RNN", "GRU" or "LSTM", and a linear layer on the last step's state."""
 
-    def __init__(self, features: int, classes: int, hidden: int = 64, kind: str = "GRU", **options):
+    def __init__(self, features: int, classes: int, hidden: int = 64, kind: str = "GRU", **options: Any):
         super().__init__()
         if kind not in ("RNN", "GRU", "LSTM"):
             raise DecompkError(f"kind {kind!r} is unknown; choose 'RNN', 'GRU' or 'LSTM'.")

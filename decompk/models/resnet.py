@@ -26,7 +26,8 @@ class Bottleneck(nn.Module):
         self.conv3 = nn.Conv2d(width, c_out, 1, bias=bias)
         self.bn3 = nn.BatchNorm2d(c_out)
         if c_in != c_out:
-            self.downsample = nn.Sequential(nn.Conv2d(c_in, c_out, 1, stride, bias=bias), nn.BatchNorm2d(c_out))
+            projection = nn.Conv2d(c_in, c_out, 1, stride, bias=bias)
+            self.downsample: nn.Module = nn.Sequential(projection, nn.BatchNorm2d(c_out))
         elif stride > 1:
             self.downsample = nn.MaxPool2d(1, stride)
         else:
@@ -47,7 +48,7 @@ class ResNet(nn.Module):
         self.conv1 = nn.Conv2d(channels, width, 7, 2, padding=3, bias=first_1x1)
         self.bn1 = nn.BatchNorm2d(width)
         self.maxpool = nn.MaxPool2d(3, 2, padding=1)
-        c_in = width
+        c_in, stages = width, []
         for stage, count in enumerate(blocks):
             units = []
             for unit in range(count):
@@ -57,11 +58,12 @@ class ResNet(nn.Module):
                     strides = (1, 2 if unit == count - 1 and stage < len(blocks) - 1 else 1)
                 units.append(Bottleneck(c_in, width << stage, strides, bias=first_1x1))
                 c_in = 4 * (width << stage)
-            setattr(self, f"layer{stage + 1}", nn.Sequential(*units))
+            stages.append(nn.Sequential(*units))
+        self.layer1, self.layer2, self.layer3, self.layer4 = stages
         self.avgpool = nn.AdaptiveAvgPool2d(1)
         if first_1x1:
             hidden = 16 * width
-            self.fc = nn.Sequential(nn.Linear(c_in, hidden), nn.ReLU(), nn.Linear(hidden, num_classes))
+            self.fc: nn.Module = nn.Sequential(nn.Linear(c_in, hidden), nn.ReLU(), nn.Linear(hidden, num_classes))
         else:
             self.fc = nn.Linear(c_in, num_classes)
         he(self)

@@ -33,13 +33,14 @@ class WideResNet(nn.Module):
     def __init__(self, units: int, widen: int, num_classes: int, channels: int, width: int):
         super().__init__()
         self.conv1 = nn.Conv2d(channels, width, 3, padding=1, bias=False)
-        c_in = width
+        c_in, stages = width, []
         for stage in range(3):
             c_out = widen * (width << stage)
             blocks = [PreActBlock(c_in, c_out, 2 if stage > 0 else 1)]
             blocks += [PreActBlock(c_out, c_out, 1) for _ in range(units - 1)]
-            setattr(self, f"layer{stage + 1}", nn.Sequential(*blocks))
+            stages.append(nn.Sequential(*blocks))
             c_in = c_out
+        self.layer1, self.layer2, self.layer3 = stages
         self.bn = nn.BatchNorm2d(c_in)
         self.avgpool = nn.AdaptiveAvgPool2d(1)
         self.fc = nn.Linear(c_in, num_classes)
