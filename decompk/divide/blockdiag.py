@@ -104,10 +104,13 @@ def densify(fast: nn.Module) -> nn.Module:
     return fast._dense()
 
 
-class ZeroSkipping:
-    """What `block_diagonal` returns, an nn.Module: `decisions` holds a Decision for each layer."""
+class ZeroSkipping(nn.Module):
+    """What `block_diagonal` returns: `decisions` holds a Decision for each layer."""
 
     decisions: tuple[Decision, ...]
+
+    def _dense(self) -> nn.Module:
+        raise NotImplementedError
 
     def skipped(self, input_size: Sequence[int]) -> Table:
         """A table of the layers: multiply-accumulates of one sample as a dense network, done, and skipped."""
@@ -191,7 +194,7 @@ def _as_members(net: nn.Module, input_size: Sequence[int] | None) -> tuple[Membe
         return None, "no layer falls into blocks"
     reason = ""
     for K in _candidates(counts):
-        found = _decomposed(net, K, input_size)
+        found: Any = _decomposed(net, K, input_size)
         why = found if isinstance(found, str) else _why_not_members(net, found)
         if why is None:
             try:
@@ -210,7 +213,7 @@ def _candidates(counts: dict[str, int]) -> list[int]:
 
 def _decomposed(net: nn.Module, K: int, input_size: Sequence[int] | None) -> Decomposition | str:
     """The decomposition of `net` into K that all read the whole input; or what stands against it."""
-    first = next(m for m in net.modules() if isinstance(m, (nn.Linear, nn.modules.conv._ConvNd)))
+    first: Any = next(m for m in net.modules() if isinstance(m, (nn.Linear, nn.modules.conv._ConvNd)))
     axes = {nn.Conv1d: 1, nn.Conv3d: 3}.get(type(first), 2)
     channels = first.in_channels if hasattr(first, "in_channels") else first.in_features
     guesses = [(channels, *[pixels] * axes) for pixels in SIZES]
@@ -252,7 +255,8 @@ def _members(net: nn.Module, d: Decomposition, counts: dict[str, int]) -> Member
         hold_once(head)
     decisions = []
     for path in counts:
-        twin, whole = fast._inner.get_submodule(path), net.get_submodule(path).weight.numel()
+        dense: Any = net.get_submodule(path)
+        twin, whole = fast._inner.get_submodule(path), dense.weight.numel()
         share = twin.weight.numel() / whole
         what = f"a block of each of {d.K} members" if share < 1 else "every member needs all of it"
         if type(twin) is PackedLinear and WindowedLinear._twin_narrow(twin):
@@ -271,11 +275,13 @@ def _members(net: nn.Module, d: Decomposition, counts: dict[str, int]) -> Member
 class Layerwise(ZeroSkipping, Shell):
     """A network some of whose layers skip blocks of zeros; it shares every parameter and buffer with the original."""
 
+    why_not_members: str
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self._inner(*args, **kwargs)
 
     def _dense(self) -> nn.Module:
-        dense = _sharing(self._inner)
+        dense: Any = _sharing(self._inner)
         let_go(dense)
         for module in dense.modules():
             if type(module) in BLOCK_LAYERS.values():
@@ -349,7 +355,7 @@ def _with_losses(net: nn.Module, decisions: list[Decision], dims: int) -> tuple[
         for name, p in module._parameters.items():
             if p is not None and not (keeps_zeros(module) and name == "weight"):
                 owners.setdefault(id(p), []).append(dotted(path, name))
-    found = {}
+    found: dict[str, str] = {}
     for path, module in modules.items():
         for name, p in module._parameters.items():
             if p is not None and p.dim() >= dims and not p.is_meta and id(p) in owners and bool((p == 0).any()):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -20,7 +21,7 @@ def tensors(module: nn.Module) -> dict[str, torch.Tensor]:
 
 def put(module: nn.Module, values: dict[str, torch.Tensor]) -> None:
     """Replace parameters and buffers by name, wherever the module holds them: a tensor of two owners stays shared."""
-    new: dict[int, torch.Tensor] = {}
+    new: dict[int, Any] = {}
     for name, old in tensors(module).items():
         if name in values:
             value = values[name]

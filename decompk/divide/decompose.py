@@ -88,6 +88,12 @@ class Decomposition:
     smaller map (first FC layers, poolings over all of it); with any, members run on their crops only.
     """
 
+    plan: Plan
+    notes: list[str]
+    adapted: list[str]
+    input_size: tuple[int, ...] | Any  # None while the crops wait
+    _crops: tuple[Part, ...] | None
+
     def __init__(
         self,
         model: nn.Module,
@@ -113,10 +119,8 @@ class Decomposition:
 
     def _divide(self, input_size: tuple[int, ...], crops: tuple[Part, ...], plan: Plan) -> None:
         self.plan = plan
-        self.notes: list[str] = plan.notes
-        self.adapted: list[str] = plan.adapted
-        self.input_size: tuple[int, ...] | None = input_size
-        self._crops: tuple[Part, ...] | None = crops
+        self.notes, self.adapted = plan.notes, plan.adapted
+        self.input_size, self._crops = input_size, crops
 
     @property
     def crops(self) -> tuple[Part, ...]:
@@ -136,6 +140,7 @@ class Decomposition:
         if self._crops is None:
             name, size = type(self.model).__name__, tuple(size)
             check_form(self._form, size, name)
+            assert self._cut is not None
             crops = self._cut(size[1:])
             plan = analyse(self.model, size, crops, self._head, self.plan.graphs)
             if not same_members(self.plan, plan):
@@ -189,7 +194,7 @@ class Decomposition:
                 values[name] = tensor.new_empty(shape)
         put(net, values)
         if self.input_size is not None and vars(net).get("input_size") == self.input_size:  # what a model declares
-            net.input_size = self.member_size
+            net.input_size = self.member_size  # type: ignore[assignment]  # torch's stub knows no plain attributes
         return self._rewritten(net, self.plan.member_args)
 
     @property
@@ -215,14 +220,15 @@ class Decomposition:
         kept whatever its law. With a seed the global random state is left alone, from which no other thread may draw
         meanwhile.
         """
-        each = isinstance(seed, Sequence)
-        if each and len(seed) != self.K:
+        if isinstance(seed, Sequence) and len(seed) != self.K:
             raise DecompkError(f"{len(seed)} seeds were given for {self.K} sub-networks; give one number, or one each.")
         with one_at_a_time(), torch.random.fork_rng(devices=[], enabled=seed is not None):
             members = []
             for k in range(self.K):
-                if each or (seed is not None and k == 0):
-                    torch.manual_seed(seed[k] if each else seed)
+                if isinstance(seed, Sequence):
+                    torch.manual_seed(seed[k])
+                elif seed is not None and k == 0:
+                    torch.manual_seed(seed)
                 members.append(self._fresh(k))
             return members
 
@@ -245,7 +251,7 @@ class Decomposition:
                     parameter.copy_(whole.reshape(-1)[0].expand_as(parameter))
                 elif parameter.dim() > 1 and parameter.numel() > 1:
                     fan_in = whole[0].numel() / parameter[0].numel()
-                    parameter *= whole.std() * fan_in**0.5 / parameter.std()
+                    parameter.mul_(whole.std() * fan_in**0.5 / parameter.std())
         return member
 
     def extract(self, model: nn.Module, head: str = "sum") -> list[nn.Module]:

@@ -6,6 +6,7 @@ import contextlib
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -246,7 +247,7 @@ class BlockLinear(_BlockLayer, nn.Linear):
         return y if self._back is None else y.index_select(-1, self._back)
 
 
-BLOCK_LAYERS = {nn.Conv2d: BlockConv2d, nn.Linear: BlockLinear}
+BLOCK_LAYERS: dict[type, Any] = {nn.Conv2d: BlockConv2d, nn.Linear: BlockLinear}
 
 
 # ---- zeros that are computed with, and stay -------------------------------------------------------------------------
