@@ -6,13 +6,16 @@ import inspect
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx, nn
 from torch.fx.node import map_arg
 
 from .imports import imported
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 class Shell(nn.Module):
@@ -39,7 +42,7 @@ class Shell(nn.Module):
         if "_inner" in vars(self):  # else nn.Module's own constructor sets it
             self._inner.training = mode
 
-    def train(self, mode: bool = True) -> Shell:
+    def train(self, mode: bool = True) -> Self:
         self._inner.train(mode)
         return self
 

@@ -31,7 +31,8 @@ def compile_ahead(net: nn.Module, *inputs: Any) -> int:
         outputs = [t for t in tree_leaves(net(*inputs)) if isinstance(t, Tensor) and t.requires_grad]
         wanted = [p for p in net.parameters() if p.requires_grad]
         if outputs and wanted and net.training:
-            torch.autograd.grad(sum(t.sum() for t in outputs), wanted, allow_unused=True)
+            total: Any = sum(t.sum() for t in outputs)
+            torch.autograd.grad(total, wanted, allow_unused=True)
 
     return compile_launches(launches_of(net, run), device) if can_compile(device) else 0
 

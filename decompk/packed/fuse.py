@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partialmethod
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +32,9 @@ from .pack import Packed
 from .per_member import PerMember
 from .surgery import Changes
 from .twin import HOOKS, Twin
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 def fuse(net: Packed) -> Fused:
@@ -58,6 +61,9 @@ def fuse(net: Packed) -> Fused:
 class Fused(Packed):
     """A Packed that runs fused; built by `fuse`."""
 
+    _original: Packed
+    _program: _Program | None
+
     def __init__(self, packed: Packed):
         super().__init__(packed._inner, packed._K, packed._crops, packed._input_dims, packed._shared, packed._rehearse)
         program = _Program(packed._inner, packed._crops)
@@ -68,7 +74,7 @@ class Fused(Packed):
         """The packed network this one was made of, with all that was learned since."""
         return self._original
 
-    def train(self, mode: bool = True) -> Fused:
+    def train(self, mode: bool = True) -> Self:
         self._original.train(mode)
         return self
 
@@ -100,6 +106,11 @@ class Fused(Packed):
 
 class _Program(Rewritten):
     """The fused graphs of `net`, for train and for eval mode."""
+
+    _notes: dict[bool, dict[str, str]]
+    _windows: dict[bool, bool]
+    _modal: bool
+    _plain: dict[bool, list[tuple[nn.Module, dict[str, Any]]]]
 
     def __init__(self, net: nn.Module, crops: Sequence[Crop] | None):
         fusions = {mode: _Fusion(net, mode, crops) for mode in (True, False)}
@@ -278,7 +289,8 @@ class _Fusion:
     def __init__(self, net: nn.Module, training: bool, crops: Sequence[Crop] | None):
         self.graph, self.entered = _read(net, training)
         self.notes: dict[str, str] = {}
-        self._modules = {n: net.get_submodule(n.target) for n in self.graph.nodes if n.op == "call_module"}
+        called = [n for n in self.graph.nodes if n.op == "call_module"]
+        self._modules: dict[Any, Any] = {n: net.get_submodule(n.target) for n in called}
         self._calls = Counter(self._modules.values())
         self._owners = Counter(id(t) for m in net.modules() for t in m._buffers.values() if t is not None)
         self._nodes = list(self.graph.nodes)
@@ -296,7 +308,8 @@ class _Fusion:
             return
         reason = self._why_not(node, conv)
         if reason is None:
-            chain = _Chain([node], reads_image=node.args[0] is self._image and len(self._image.users) == 1)
+            image = self._image
+            chain = _Chain([node], image is not None and node.args == (image,) and len(image.users) == 1)
             self._normalise(chain)
             self._add(chain)
             self._activate(chain)
@@ -351,7 +364,7 @@ class _Fusion:
     def _normalise(self, chain: _Chain) -> None:
         user = self._next(chain)
         norm, conv = self._modules.get(user), self._modules[chain.nodes[0]]
-        if type(norm) is not PackedBatchNorm2d or not _only_argument(user) or self._calls[norm] > 1:
+        if user is None or type(norm) is not PackedBatchNorm2d or not _only_argument(user) or self._calls[norm] > 1:
             return
         shared = any(self._owners[id(t)] > 1 for t in norm._buffers.values() if t is not None)
         if not shared and norm.num_features == conv.out_channels:
@@ -361,7 +374,9 @@ class _Fusion:
 
     def _add(self, chain: _Chain) -> None:
         last, user = chain.nodes[-1], self._next(chain)
-        one, other = (None, None) if user is None else _addends(user)
+        if user is None:
+            return
+        one, other = _addends(user)
         residual = other if one is last else one
         if isinstance(residual, fx.Node) and residual is not last and (one is last or not _adds_in_place(user)):
             chain.add = user
@@ -378,7 +393,7 @@ class _Fusion:
     def _replace(self, chains: list[_Chain]) -> None:
         graph = self.graph
         image = next(node for node in graph.nodes if node.op == "placeholder")
-        norms = [chain.norm for chain in chains if chain.norm is not None]
+        norms: list[Any] = [chain.norm for chain in chains if chain.norm is not None]
         with graph.inserting_after(image):
             crops = graph.placeholder("crops", default_value=None)
         with graph.inserting_before(crops.next):
@@ -389,7 +404,7 @@ class _Fusion:
             conv, add, last = chain.nodes[0], chain.add, chain.nodes[-1]
             with graph.inserting_before(last):
                 call = (
-                    *(conv.args[0], crops if chain.reads_image else None, graph.get_attr(conv.target)),
+                    *(conv.args[0], crops if chain.reads_image else None, graph.get_attr(str(conv.target))),
                     *(modules.get(chain.norm), affine.get(chain.norm)),
                     None if add is None else next(node for node in _addends(add) if node not in chain.nodes),
                     add is not None and _adds_in_place(add),
@@ -404,14 +419,14 @@ class _Fusion:
         if relu is None:
             return None
         if relu.op == "call_module":
-            return self.graph.get_attr(relu.target)
+            return self.graph.get_attr(str(relu.target))
         return "relu_" if _in_place(relu) else "relu"
 
 
 _RELUS = (F.relu, torch.relu, torch.relu_, "relu", "relu_")
 
 
-def _addends(node: fx.Node) -> tuple[Any, Any]:
+def _addends(node: fx.Node) -> tuple[Any, ...]:
     """The two sides of an addition; (None, None) of anything else."""
     if node.target is _augmented and node.args[0] == "iadd":
         return node.args[1:]
@@ -441,7 +456,9 @@ def _only_argument(node: fx.Node) -> bool:
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def _layer(x: Tensor, crops: Sequence[Crop] | None, conv: nn.Module, norm: nn.Module | None, *further: Any) -> Tensor:
+def _layer(
+    x: Tensor, crops: Sequence[Crop] | None, conv: PackedConv2d, norm: PackedBatchNorm2d | None, *further: Any
+) -> Tensor:
     """`_run_layer`, laid out as its last twin is to be."""
     y = _run_layer(x, crops, conv, norm, *further)
     return (conv if norm is None else norm)._twin_laid_out(y)
@@ -450,8 +467,8 @@ def _layer(x: Tensor, crops: Sequence[Crop] | None, conv: nn.Module, norm: nn.Mo
 def _run_layer(
     x: Tensor,
     crops: Sequence[Crop] | None,
-    conv: nn.Module,
-    norm: nn.Module | None,
+    conv: PackedConv2d,
+    norm: PackedBatchNorm2d | None,
     affine: tuple[Tensor, Tensor] | None,
     residual: Any,
     add_in_place: bool,
@@ -466,12 +483,12 @@ def _run_layer(
     joins = known and norm is not None and runs_cpu(x)  # the norm itself takes what follows it
     call = _call(x, crops, conv) if known and not joins else None
     shape = None if call is None else _shape(call, crops)
-    if shape is not None and (residual is None or _fits(residual, call[0], shape)):
+    if call is not None and shape is not None and (residual is None or _fits(residual, call[0], shape)):
         added = None if residual is None else residual.unflatten(0, shape[:2])
         gradient = torch.is_grad_enabled() and any(map(_needs_gradient, (x, conv.weight, conv.bias, residual)))
         if not gradient and (norm is None or affine is not None):
             scale, shift = affine or (None, None)
-            options = dict(scale=scale, shift=shift, residual=added, relu=relu is not None, crops=crops)
+            options: dict[str, Any] = dict(scale=scale, shift=shift, residual=added, relu=relu is not None, crops=crops)
             return ops.fused_conv2d(*call, **options).flatten(0, 1)
         if norm is not None and _on_kernels(x) and _takes_moments(norm, shape):
             return _by_moments(call, crops, norm, added, relu is not None).flatten(0, 1)
@@ -483,6 +500,7 @@ def _run_layer(
     else:
         y = conv(torch.cat([crop.cut(x) for crop in crops]))
     if joins and (residual is None or (isinstance(residual, Tensor) and residual.shape == y.shape)):
+        assert norm is not None
         return norm(y, residual, relu is not None)
     if norm is not None:
         y = norm(y)
@@ -546,7 +564,7 @@ def _fits(residual: Any, x: Tensor, shape: tuple[int, ...]) -> bool:
     return tuple(residual.shape) == (shape[0] * shape[1], *shape[2:])
 
 
-def _affines(*norms: nn.Module) -> list[tuple[Tensor, Tensor] | None]:
+def _affines(*norms: Any) -> list[tuple[Tensor, Tensor] | None]:
     """scale and shift (K, C) float32 of every norm that uses its running statistics and needs no gradient."""
     affine = [_is_affine(norm) for norm in norms]
     ready = [norm for norm, is_affine in zip(norms, affine, strict=True) if is_affine]

@@ -9,7 +9,7 @@ import os
 import sys
 import warnings
 from collections.abc import Collection, Hashable, Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,11 @@ from .selection import input_dims_of, plan
 from .stack import hook, stacked
 from .surgery import Changes, apart_for_once, member_alone, without_insides
 from .twin import Twin, deep_copy, packed_batch
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+    from ..divide.decompose import Decomposition
 
 
 def pack(
@@ -109,6 +114,12 @@ class Packed(Shell):
     `view` of what lies otherwise, outputs that are no rows), the smallest module that mends it runs member by member
     from then on, as `describe()` says, or a layer lays out its output as alone. `pack(rehearse=False)` leaves that out.
     """
+
+    K: int
+    crops: tuple[Part, ...] | Any  # None where members see the whole input
+    input_dims: int | None
+    decomposition: Decomposition | Any  # None unless grouped_subnets packed them
+    _inner: Any
 
     def __init__(
         self,
@@ -223,7 +234,7 @@ class Packed(Shell):
         roles = iter(way.roles)
 
         def rows(leaf: Any) -> Any:
-            role = next(roles) if isinstance(leaf, Tensor) else SAME
+            role: Any = next(roles) if isinstance(leaf, Tensor) else SAME
             if role is SAME:
                 return leaf
             if role.own:
@@ -256,7 +267,7 @@ class Packed(Shell):
             vars(self)["_values"] = (values, known)
         return (torch.is_grad_enabled(), *self._values[1])
 
-    def _kind(self, args: tuple, kwargs: dict[str, Any], N: int) -> Iterator[Hashable]:
+    def _kind(self, args: tuple, kwargs: dict[str, Any], N: int) -> Iterator[Any]:
         """What calls of one kind have in common: names, plain values, and which sizes of tensors are K or N."""
         yield len(args), *kwargs
         for leaf in leaves((args, kwargs)):
@@ -265,7 +276,7 @@ class Packed(Shell):
             else:
                 yield leaf if _is_one_of_few(leaf) else type(leaf)
 
-    def _numbers_of(self, args: tuple, kwargs: dict[str, Any]) -> Iterator[Hashable]:
+    def _numbers_of(self, args: tuple, kwargs: dict[str, Any]) -> Iterator[Any]:
         """The numbers among the arguments, also in tensors that lie on the CPU."""
         for place, leaf in enumerate(leaves((args, kwargs))):
             if type(leaf) is Tensor and not leaf.dim() and leaf.device.type == "cpu":
@@ -273,7 +284,7 @@ class Packed(Shell):
             elif isinstance(leaf, int | float):
                 yield self._number(leaf, place)
 
-    def _number(self, value: Any, place: Hashable) -> Hashable:
+    def _number(self, value: Any, place: Hashable) -> Any:
         """What a kind of call knows of a value: itself, of many numbers in one place the first few and some more."""
         if _is_one_of_few(value):
             return value
@@ -510,7 +521,8 @@ class Packed(Shell):
 
         with unseen():
             one = Rehearsal(self._inner, self._K, args, kwargs, True, x.shape[0]).takes()
-            own = Rehearsal(self._inner, self._K, *tree_map(each, (args, kwargs)), False, x.shape[1]).takes()
+            args, kwargs = tree_map(each, (args, kwargs))
+            own = Rehearsal(self._inner, self._K, args, kwargs, False, x.shape[1]).takes()
         if one and own and not (x.dim() > 3 and x.shape[1] == 1):  # images of one channel, not members' of one sample
             raise PackError(
                 f"an input of {tuple(x.shape)} may be one batch for all members or one per member: tell pack with "
@@ -568,7 +580,7 @@ class Packed(Shell):
         """How a layer runs, for `describe`."""
         return "twin" + ", laid out for a view" * twin._twin_contiguous
 
-    def to(self, *args: Any, memory_format: torch.memory_format | None = None, **kwargs: Any) -> Packed:
+    def to(self, *args: Any, memory_format: torch.memory_format | None = None, **kwargs: Any) -> Self:
         """nn.Module.to; `memory_format` is each member's: channels_last makes weights (K, OHWI) in memory."""
         if args or kwargs:
             super().to(*args, **kwargs)
