@@ -75,7 +75,7 @@ def cross_entropy(
             f"a target of {tuple(target.shape)} does not fit logits of {tuple(logits.shape)}: give {tuple(expected)}, "
             f"shared by all members, or {(K, *expected)}."
         )
-    how = {"weight": weight, "label_smoothing": label_smoothing, "ignore_index": ignore_index}
+    how: dict[str, Any] = {"weight": weight, "label_smoothing": label_smoothing, "ignore_index": ignore_index}
     losses = F.cross_entropy(logits.flatten(0, 1), target.flatten(0, 1), reduction="none", **how)
     sums = losses.view(K, -1).sum(1)
     if probabilities:
@@ -114,7 +114,9 @@ def _for_each(predictions: Tensor, target: Tensor) -> Tensor:
 class Each(nn.Module):
     """What `each` returns: a criterion of packed outputs, whose submodules are the criteria that it was given."""
 
-    def __init__(self, criterion: Callable | Sequence[Callable], shared: bool | None | Sequence[bool | None]):
+    __call__: Callable[..., Tensor]
+
+    def __init__(self, criterion: Any, shared: bool | None | Sequence[bool | None]):
         super().__init__()
         self._several = isinstance(criterion, list | tuple | nn.ModuleList)
         criteria = list(criterion) if self._several else [criterion]
@@ -132,7 +134,7 @@ class Each(nn.Module):
             isinstance(out, Tensor) and len(targets) == 1 and not (self._several or further or self.shared is not None)
         )
         if plain and type(one) is nn.CrossEntropyLoss and one.reduction == "mean":  # one call, not K
-            return cross_entropy(out, *targets, one.weight, one.label_smoothing, one.ignore_index)
+            return cross_entropy(out, targets[0], one.weight, one.label_smoothing, one.ignore_index)
         K, N = _members_and_samples(out)
         criteria = list(self.criteria) if self._several else [*self.criteria] * K
         if len(criteria) != K:
@@ -186,7 +188,7 @@ def _members_and_samples(out: Any) -> tuple[int, int]:
     return shapes[0][0], next((shape[1] for shape in shapes if len(shape) > 1), 1)
 
 
-def _kind(criterion: Callable) -> tuple:
+def _kind(criterion: Any) -> tuple:
     """INDICES, ALIKE or SEQUENCES, where the targets of a criterion are known, or ()."""
     while isinstance(criterion, functools.partial):
         criterion = () if criterion.args else criterion.func

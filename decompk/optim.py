@@ -67,6 +67,13 @@ class _MemberOptimizer(torch.optim.Optimizer):
     _flags: tuple[str, ...]  # those that all members share
     _age: type = float  # what an update depends on of the step count
 
+    _stacks: dict[Tensor, _Stack]
+    _cached: dict[int, tuple[list[int], list[_Call]]]
+    _division: list[tuple[list[tuple[int, int]], tuple[str, ...]]] | Any  # None before the first step
+    _pointers: list[int] | None
+    _lr: Tensor | Any  # None before the first step
+    _storage: int
+
     def __init__(self, params: Groups, packed: nn.Module | None, numbers: tuple, flags: tuple, capturable: bool):
         if packed is None and isinstance(params, list | tuple) and any(isinstance(group, dict) for group in params):
             packed = getattr(params, "packed", None)
@@ -227,7 +234,7 @@ class _MemberOptimizer(torch.optim.Optimizer):
             elif _layout(state[name]) != _layout(p):
                 state[name] = torch.empty_like(p).copy_(state[name])
         member = p.numel() // self.K
-        cuts = range(self.K + 1)
+        cuts: Sequence[int] = range(self.K + 1)
         if p.device.type != "cpu" or member % VECTOR == 0:  # else the division into runs would show in the last bits
             cuts = sorted({0, self.K, *(end for run in runs for end in run)})
         sizes = [b - a for a, b in pairwise(cuts)]
@@ -242,7 +249,7 @@ class _MemberOptimizer(torch.optim.Optimizer):
 
     def _gradient(self, p: Tensor) -> Tensor:
         """The gradient in its parameter's layout: the fused functions go through memory, not through indices."""
-        grad = p.grad
+        grad: Any = p.grad
         if grad.layout is not torch.strided:
             raise DecompkError(f"the gradient of {self._name(p)} is sparse: the packed optimizers take dense ones.")
         if grad.stride() == p.stride():
@@ -310,7 +317,8 @@ class _MemberOptimizer(torch.optim.Optimizer):
         buffers = self._statistics() if self._saved else {}
         pairs = [(buffers[name][k], t) for k, saved in self._saved.items() for name, t in saved.items()]
         if pairs:
-            torch._foreach_copy_(*map(list, zip(*pairs, strict=True)))
+            now, saved = zip(*pairs, strict=True)
+            torch._foreach_copy_(now, saved)
 
     def _compare_steps(self) -> None:
         """Read which members have taken equally many steps: they go on doing so until one of them stops."""
@@ -320,8 +328,7 @@ class _MemberOptimizer(torch.optim.Optimizer):
 
     def _forget(self) -> None:
         """Drop all that is derived from param_groups and state."""
-        self._stacks: dict[Tensor, _Stack] = {}
-        self._cached: dict[int, tuple[list[int], list[_Call]]] = {}
+        self._stacks, self._cached = {}, {}
         self._pointers = self._division = self._lr = None
         self._storage = getattr(self, "_storage", 0) + 1
         self._compare_steps()
@@ -404,7 +411,7 @@ class SGD(_MemberOptimizer):
         constants = {name: group[name] for name in (*self._numbers[1:], *self._flags)}
         buffers = state[0] if group["momentum"] else []
         if params[0].device.type == "cpu" and params[0].itemsize == 2:  # torch's fused loop skips them: pytorch#191763
-            made = [None] * len(params) if first or not buffers else buffers
+            made: list[Any] = [None] * len(params) if first or not buffers else buffers
             sgd(params, grads, made, foreach=False, lr=float(lr), **constants)
             if first:
                 torch._foreach_copy_(buffers, made)
@@ -468,7 +475,7 @@ class AdamW(Adam):
         capturable: bool = False,
         packed: nn.Module | None = None,
     ):
-        how = {"amsgrad": amsgrad, "maximize": maximize, "capturable": capturable, "packed": packed}
+        how: dict[str, Any] = {"amsgrad": amsgrad, "maximize": maximize, "capturable": capturable, "packed": packed}
         super().__init__(params, lr, betas, eps, weight_decay, **how)
 
 
@@ -518,7 +525,7 @@ def _on_device(values: tuple[float, ...], device: torch.device) -> Tensor:
     return torch.tensor(values, dtype=torch.float64, device=device)
 
 
-class ParamGroups(list):
+class ParamGroups(list[dict[str, Any]]):
     """What `decay_groups` returns: a list of param groups that knows the packed module of which they are."""
 
     packed: nn.Module
@@ -566,7 +573,8 @@ class Each:
         for k, (own, optimizers) in enumerate(zip(self._views, self.optimizers, strict=True)):
             for name, p in own.items():
                 p.data = stacks[name].detach()[k]  # where the packed module has moved, so do these
-                p.grad = None if stacks[name].grad is None else stacks[name].grad[k]
+                grad = stacks[name].grad
+                p.grad = None if grad is None else grad[k]
             for optimizer in optimizers:
                 optimizer.step()
             for p in own.values():
@@ -619,7 +627,7 @@ def _built(build: Callable[[nn.Module], Any], member: nn.Module) -> list[torch.o
     return found
 
 
-def inside(module: Any) -> nn.Module:
+def inside(module: Any) -> Packed:
     """The packed module itself, of which torch.compile's and DistributedDataParallel's wrappers prefix the names."""
     found = module
     while isinstance(found, nn.Module) and not isinstance(found, Packed):

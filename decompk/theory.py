@@ -121,7 +121,7 @@ def _is_whole(field: _Field) -> bool:
     return not isinstance(field, str) and all((s.low, s.high) == (0, s.size) for s in field)
 
 
-def _part(places: dict, field: tuple[Span, ...], node: fx.Node, whole: torch.Tensor, k: int) -> torch.Tensor:
+def _part(places: dict, field: Any, node: fx.Node, whole: torch.Tensor, k: int) -> torch.Tensor:
     """What of the composed network's output is member k's."""
     part = places[node.name](whole, k) if node.name in places else whole
     for axis, span in enumerate(field, start=2):
@@ -152,7 +152,7 @@ def _edits(d: Decomposition) -> dict[str, Callable[[torch.Tensor], torch.Tensor]
 
 
 def _is_recurrent(node: fx.Node, net: nn.Module) -> bool:
-    return node.op == "call_module" and isinstance(net.get_submodule(node.target), nn.RNNBase)
+    return node.op == "call_module" and isinstance(net.get_submodule(str(node.target)), nn.RNNBase)
 
 
 def _every_step(
@@ -170,7 +170,8 @@ def _every_step(
 @torch.no_grad()
 def _hidden_states(net: nn.Module, node: fx.Node, values: dict) -> dict[str, torch.Tensor]:
     """The states at every step of each layer of a recurrent module, "l0", "l0_reverse", …; each is run as one alone."""
-    rnn, x = net.get_submodule(node.target), values[node.all_input_nodes[0]]
+    rnn: Any = net.get_submodule(str(node.target))
+    x = values[node.all_input_nodes[0]]
     kind, options = type(rnn), {"nonlinearity": rnn.nonlinearity} if isinstance(rnn, nn.RNN) else {}
     found = {}
     for depth in range(rnn.num_layers):
@@ -281,7 +282,8 @@ def reconstruction_bound(
     outputs: what each of the K members makes of its part of x (N, *input_size). composed: x̂ (N, *input_size).
     """
     members = zip(outputs, d.split(x), strict=True)
-    return Bound.of(_distance(composed, x, "l2"), sum(_distance(output, part, "l2") for output, part in members))
+    bounds: Any = sum(_distance(output, part, "l2") for output, part in members)
+    return Bound.of(_distance(composed, x, "l2"), bounds)
 
 
 def _distance(a: torch.Tensor, b: torch.Tensor, norm: str, kept: int = 1) -> torch.Tensor:
@@ -342,7 +344,7 @@ def _meet(sources: list[_Field]) -> _Field:
     for source in sources:
         if isinstance(source, str):
             return source
-    maps = [s for s in sources if s]
+    maps: list[Any] = [s for s in sources if s]
     if not maps:
         return ()
     if any([s.offset for s in m] != [s.offset for s in maps[0]] for m in maps) or len({len(m) for m in maps}) > 1:
@@ -420,7 +422,7 @@ def _cropped(span: Span, start: int, size: int, whole: int) -> Span:
 
 
 def _padded(node: fx.Node, field: tuple[Span, ...], own: Any, whole: Any) -> _Field:
-    amounts = node.args[1] if len(node.args) > 1 else node.kwargs["pad"]
+    amounts: Any = node.args[1] if len(node.args) > 1 else node.kwargs["pad"]
     if (node.args[2] if len(node.args) > 2 else node.kwargs.get("mode", "constant")) != "constant":
         return _past(node)
     spans = []
@@ -460,12 +462,14 @@ def _from_end(stop: Any) -> bool:
 
 
 def _axes(node: fx.Node, dims: int) -> list[int]:
-    return [axis % dims for axis in (*node.args[1:], *node.kwargs.values())]
+    axes: Any = (*node.args[1:], *node.kwargs.values())
+    return [axis % dims for axis in axes]
 
 
 def _dim(node: fx.Node, dims: int) -> int:
     at = 1 if operation_name(node) == "cat" else 2
-    return (node.args[at] if len(node.args) > at else node.kwargs.get("dim", 0)) % dims
+    dim: Any = node.args[at] if len(node.args) > at else node.kwargs.get("dim", 0)
+    return dim % dims
 
 
 def _arguments(node: fx.Node) -> tuple[tuple, dict]:

@@ -24,7 +24,7 @@ PAPER = {
 }
 WHOLE = ROLES["conv"]  # convolutions hold nearly all of a network, so the paper gives their powers for the whole of it
 
-Sides = dict[str, dict[str, float | None]]
+Sides = dict[str, dict[str, float | Any]]  # None where a side has no such layer or figure
 
 
 @dataclass(frozen=True)
@@ -94,8 +94,8 @@ class Report:
         return {"dense_flops": dense, "useful_flops": useful, "zero_block_flops": dense - useful}
 
     def _sides(self, whole: Cost | None, member: Cost | None, exponents: Exponents | None) -> Sides:
-        one = whole.figures(self.element_size, self.batch) if whole else dict.fromkeys(FIGURES)
-        part = member.figures(self.element_size, self.batch) if member else dict.fromkeys(FIGURES)
+        one: dict[str, Any] = whole.figures(self.element_size, self.batch) if whole else dict.fromkeys(FIGURES)
+        part: dict[str, Any] = member.figures(self.element_size, self.batch) if member else dict.fromkeys(FIGURES)
         return {
             "global": one,
             "member": part,
@@ -147,11 +147,11 @@ class Report:
                     one["flops_2mac"] / 1e6,
                     part["flops_2mac"] / 1e6,
                     ratio["flops_2mac"],
-                    self._power(powers and powers.flops),
+                    self._power(powers.flops if powers else None),
                     one["params"] / 1e3,
                     part["params"] / 1e3,
                     ratio["params"],
-                    self._power(powers and powers.weights),
+                    self._power(powers.weights if powers else None),
                     ratio["activations"],
                 ]
             )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -103,14 +104,15 @@ def convolutions(net: nn.Module, x: Tensor | None = None) -> list[tuple[str, Pro
     current, thread = [""], threading.get_ident()
 
     class Watch(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             out = func(*args, **(kwargs or {}))
             if func in (torch.ops.decompk.grouped_conv2d.default, torch.ops.decompk.fused_conv2d.default):
                 x, weight = args[:2]
                 window = tuple(args[10]) if func is torch.ops.decompk.fused_conv2d.default else ()
                 tf32 = torch.backends.cudnn.conv.fp32_precision == "tf32"  # on the GPU whose choices are shown
                 dtype = dtype_name(x.dtype, tf32)
-                call = fprop_call(x, weight, None, tuple(map(tuple, args[-3:])), window, dtype=dtype)
+                geometry: Any = tuple(map(tuple, args[-3:]))
+                call = fprop_call(x, weight, None, geometry, window, dtype=dtype)
                 found.append((current[0], call.problem))
             return out
 
