@@ -26,7 +26,7 @@ class Augment:
     rotate: float = 0.0
     zoom: float = 0.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name, fits, wanted in (
             ("flip", isinstance(self.flip, bool), "True or False"),
             ("shift", 0 <= self.shift < 1, "a share of height and width, from 0 to below 1"),

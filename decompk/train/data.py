@@ -7,7 +7,7 @@ import math
 import os
 import zipfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -27,6 +27,8 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 TORCHVISION = {"cifar10": "CIFAR10", "cifar100": "CIFAR100", "food101": "Food101"}
 SAMPLED = 256  # training files that the mean is taken over
 
+Batches = Generator[tuple[Tensor, Tensor], None, None]
+
 
 class Images:
     """N labelled images of one shape (C, H, W).
@@ -41,11 +43,13 @@ class Images:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def batches(self, order: Sequence[Tensor], device: torch.device | str) -> Iterator[tuple[Tensor, Tensor]]:
+    def batches(self, order: Sequence[Tensor], device: torch.device | str) -> Batches:
         """For each index tensor of `order`: x (n, C, H, W), uint8 or float32, and y (n,) int64, both on `device`."""
+        raise NotImplementedError
 
     def _mean(self) -> tuple[float, ...]:
         """One number per channel, of uint8 images in units of 255."""
+        raise NotImplementedError
 
     def _identify(self, digest: Any) -> None:
         """Adds to a hash what tells these images from others."""
@@ -60,7 +64,7 @@ class ResidentImages(Images):
         self.pixels, self.labels = torch.from_numpy(pixels), torch.from_numpy(labels.astype(np.int64))
         self.shape = pixels.shape[1:]
 
-    def batches(self, order: Sequence[Tensor], device: torch.device | str) -> Iterator[tuple[Tensor, Tensor]]:
+    def batches(self, order: Sequence[Tensor], device: torch.device | str) -> Batches:
         self.pixels = self.pixels.to(device)
         pixels, labels = self.pixels, self.labels.to(device)
         for picked in order:
@@ -89,9 +93,10 @@ class FileImages(Images):
         self.files, self.labels = list(files), torch.tensor(labels, dtype=torch.int64)
         self.shape, self.workers = (3, *size), workers
 
-    def batches(self, order: Sequence[Tensor], device: torch.device | str) -> Iterator[tuple[Tensor, Tensor]]:
-        loader = DataLoader(
-            self.files,
+    def batches(self, order: Sequence[Tensor], device: torch.device | str) -> Batches:
+        files: Any = self.files  # any sequence is a Dataset
+        loader: DataLoader[Any] = DataLoader(
+            files,
             batch_sampler=[picked.tolist() for picked in order],
             collate_fn=partial(_decoded, size=self.shape[1:]),
             num_workers=self.workers,
@@ -211,7 +216,7 @@ def _check_positive(**numbers: int) -> None:
 
 
 def _dataset(name: str, classes: Sequence[str], train: Images, test: Images) -> Dataset:
-    digest = hashlib.sha256(repr((train.shape, tuple(classes))).encode())
+    digest: Any = hashlib.sha256(repr((train.shape, tuple(classes))).encode())
     for images in (train, test):
         digest.update(images.labels.numpy())
         images._identify(digest)
@@ -224,9 +229,9 @@ def _digits(size: tuple[int, int]) -> Dataset:
     split = imported("sklearn.model_selection", needs).train_test_split
     images, labels = load(return_X_y=True)
     x = torch.from_numpy(images).reshape(-1, 1, 8, 8) * (255 / 16)
-    x = F.interpolate(x, size, mode="bilinear").round().to(torch.uint8).numpy()
+    pixels = F.interpolate(x, size, mode="bilinear").round().to(torch.uint8).numpy()
     parts = split(np.arange(len(labels)), test_size=0.2, random_state=0, stratify=labels)
-    train, test = (ResidentImages(x[part], labels[part]) for part in parts)
+    train, test = (ResidentImages(pixels[part], labels[part]) for part in parts)
     return _dataset("digits", [str(k) for k in range(10)], train, test)
 
 
@@ -242,6 +247,7 @@ def _torchvision(kind: str, root: Path, size: tuple[int, int] | None, workers: i
             f"{name} was looked for in {root} and is not there, or not whole ({brief(error)}): "
             f"download it with torchvision.datasets.{name}, or name another folder."
         ) from error
+    both: list[Images]
     if food:
         both = [FileImages(part._image_files, part._labels, size or (224, 224), workers) for part in parts]
     else:

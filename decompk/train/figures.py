@@ -377,7 +377,7 @@ def draw_cam(
     height, width = images.shape[2:]
     seen = []  # title, crop (top, left, height, width), what class_activation says
     for k in shown:
-        crop = decomposition.crops[k]
+        crop: Any = decomposition.crops[k]  # of images
         place = (crop.top, crop.left, crop.height, crop.width)
         seen.append((f"SNet-{k + 1}", place, class_activation(subnets[k], crop.cut(images), labels)))
     for name, net in (("GNet-T", composed), ("GNet-T-trained", trained)):

@@ -90,7 +90,8 @@ class Fit:
         self.checkpoints, self.log, self.members = checkpoints, log, tuple(members)
         self.shared = shared and ranks.size > 1
         sharded = self.shared and recipe.parallel == "fsdp"  # which wants its parameters contiguous
-        net.to(ranks.device, memory_format=torch.contiguous_format if sharded else torch.channels_last)
+        layout = torch.contiguous_format if sharded else torch.channels_last
+        net.to(ranks.device, memory_format=layout)  # type: ignore[call-overload]  # torch's stub takes one of them
         self.replicas = Replicas(net, ranks if self.shared else Ranks(ranks.device), recipe.parallel)
         self.net = self.replicas.net
         graph = recipe.graph and ranks.device.type == "cuda" and not self.shared
@@ -205,7 +206,7 @@ class Fit:
         """Write a checkpoint, of finite values only."""
         self._read()
         self._stop_clock()
-        state = {
+        state: dict[str, Any] = {
             "model": self.replicas.state(),
             "optimizer": self.replicas.optimizer_state(self.optimizer),
             "schedule": self.schedule.state_dict(),
@@ -301,14 +302,14 @@ class Fit:
 def _optimizer(phase: Phase, net: nn.Module, members: Sequence[int], graph: bool, fused: bool) -> torch.optim.Optimizer:
     lr = [phase.of_member("lr", m) for m in members]
     decay = [phase.of_member("weight_decay", m) for m in members]
-    own = {"momentum": phase.momentum} if phase.optimizer == "sgd" else {}
+    own: dict[str, Any] = {"momentum": phase.momentum} if phase.optimizer == "sgd" else {}
     if hasattr(net, "K"):
-        kind = {"sgd": optim.SGD, "adam": optim.Adam, "adamw": optim.AdamW}[phase.optimizer]
+        kind: Any = {"sgd": optim.SGD, "adam": optim.Adam, "adamw": optim.AdamW}[phase.optimizer]
         return kind(net, lr=lr, weight_decay=decay, capturable=graph, **own)
     kind = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[phase.optimizer]
     device = next(net.parameters()).device
     rate = torch.tensor(lr[0], device=device) if graph else lr[0]
-    capturable = {"capturable": graph} if phase.optimizer != "sgd" else {}
+    capturable: dict[str, Any] = {"capturable": graph} if phase.optimizer != "sgd" else {}
     return kind(net.parameters(), lr=rate, weight_decay=decay[0], fused=fused, **capturable, **own)
 
 

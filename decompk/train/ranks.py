@@ -110,7 +110,7 @@ class Sum(torch.autograd.Function):
     """Σ over ranks, of values and of gradients."""
 
     @staticmethod
-    def forward(ctx, values: Tensor) -> Tensor:
+    def forward(ctx: Any, values: Tensor) -> Tensor:
         import torch.distributed as dist
 
         values = values.clone()
@@ -118,7 +118,7 @@ class Sum(torch.autograd.Function):
         return values
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> Tensor:
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
         return Sum.forward(ctx, grad)
 
 
@@ -127,6 +127,8 @@ class SyncedBatchNorm(nn.modules.batchnorm._BatchNorm):
 
     (N, c, …) → (N, c, …); a rank may have any number of samples, none too.
     """
+
+    num_batches_tracked: Tensor
 
     def _check_input_dim(self, x: Tensor) -> None:
         pass
@@ -185,7 +187,7 @@ class Replicas:
                     fully_shard(child, mesh=mesh)
             fully_shard(net, mesh=mesh)
 
-    def state(self) -> dict[str, torch.Tensor]:
+    def state(self) -> dict[str, Any]:
         """The whole network's state_dict; every rank must ask where it is sharded."""
         if self.how != "fsdp":
             return self._plain.state_dict()
@@ -193,7 +195,7 @@ class Replicas:
 
         return get_model_state_dict(self._plain, options=StateDictOptions(full_state_dict=True))
 
-    def load_state(self, state: dict[str, torch.Tensor]) -> None:
+    def load_state(self, state: dict[str, Any]) -> None:
         """What `state` gave, on every rank."""
         if self.how != "fsdp":
             self._plain.load_state_dict(state)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -150,14 +151,15 @@ def toml_value(text: str) -> Any:
 
 
 def _toml() -> Any:
-    try:
+    if sys.version_info >= (3, 11):
         import tomllib
-    except ImportError:  # Python 3.10
-        try:
-            import tomli as tomllib
-        except ImportError as error:
-            raise DecompkError("recipes are read with tomli on Python 3.10: pip install 'decompk[train]'.") from error
-    return tomllib
+
+        return tomllib
+    try:
+        import tomli
+    except ImportError as error:
+        raise DecompkError("recipes are read with tomli on Python 3.10: pip install 'decompk[train]'.") from error
+    return tomli
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -177,7 +179,7 @@ def _merge(values: dict[str, Any], over: Mapping[str, Any]) -> None:
             values[key] = dict(value) if isinstance(value, Mapping) else value
 
 
-def _build(kind: type, values: Mapping[str, Any], where: str) -> Any:
+def _build(kind: Any, values: Mapping[str, Any], where: str) -> Any:
     """A dataclass from plain values, every key and type checked."""
     types_of = typing.get_type_hints(kind)
     names = {name.rstrip("_"): name for name in types_of}

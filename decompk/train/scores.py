@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -42,7 +43,7 @@ def evaluate(
     order = test_order(len(data.test), batch)
     if ranks is not None and ranks.size > 1:
         order = [rows[share.start : share.stop] for rows in order if (share := ranks.share(len(rows)))]
-    sums = None
+    sums: Any = None
     try:
         for x, y in data.test.batches(order, device):
             with autocast(device, precision):

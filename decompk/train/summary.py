@@ -31,7 +31,7 @@ def has(result: dict[str, Any], phase: str) -> bool:
     return all(run.get(phase) and run[phase]["epoch"] for run in result["runs"])
 
 
-def curve(result: dict[str, Any], phase: str, key: str) -> np.ndarray | None:
+def curve(result: dict[str, Any], phase: str, key: str) -> np.ndarray | Any:
     """One list of every seed's Curve: (seeds, epochs, columns), float64; None where nothing was measured.
 
     A seed that stopped early keeps its last values, as a member does.
