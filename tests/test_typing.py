@@ -15,6 +15,7 @@ from decompk.models.resnet import ResNet
 from decompk.packed.fuse import Fused
 from decompk.report.decomposition import Report
 from decompk.report.table import Table
+from decompk.splitnet import Assignment, Gammas, Nodes, Split, learn, split, split_points
 
 Part = decompk.Crop | decompk.Indices
 
@@ -130,3 +131,14 @@ def test_models_theorems_and_training_say_what_they_return(tmp_path: Path) -> No
     assert_type(decompk.train.epoch_order(8, 4, 0, 0), list[Tensor])
     with pytest.raises(decompk.DecompkError):
         decompk.train.open_data("nowhere")
+
+
+def test_a_network_is_split_where_it_was_learned() -> None:
+    net = decompk.models.wrn_16_8(width=2)
+    groups, whole = assert_type(split_points("wrn_16_8", "Deep"), tuple[dict[str, int], tuple[str, ...]])
+    assignment = Assignment(Nodes(net, (3, 32, 32)), groups, whole)
+    batches = [(torch.randn(2, 3, 32, 32), torch.randint(100, (2,)))]
+    assert_type(learn(net, assignment, batches, nn.functional.cross_entropy, Gammas(weights=1e-2)), int)
+    result = assert_type(split(net, assignment), Split)
+    assert_type(result.dense, nn.Module)
+    assert isinstance(result.fast(), ZeroSkipping)

@@ -71,7 +71,7 @@ class Ratio:
 
     @staticmethod
     def of(values: Sequence[float]) -> Ratio:
-        low, median, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else 3 * values
+        low, median, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else 3 * [*values]
         return Ratio(median, low, high)
 
     @property
@@ -384,9 +384,10 @@ def draw_peers(run: Run, path: Path) -> None:
     for i, name in enumerate(names):
         at, ratios = [], []
         for row, race in enumerate(found):
+            ours: Any = _fastest(race, "ours")
             for entry in (e for e in race if e.contestant == name):
                 at.append(row + 0.5 * (i - (len(names) - 1) / 2) / max(1, len(names) - 1))
-                ratios.append(faster(_fastest(race, "ours"), entry))
+                ratios.append(faster(ours, entry))
         reach = [[r.median - r.low for r in ratios], [r.high - r.median for r in ratios]]
         style = {"color": COLORS[i % len(COLORS)], "marker": "os^Dv<>P"[i % 8]}
         axes.errorbar([r.median for r in ratios], at, xerr=reach, linestyle="", capsize=2, label=name, **style)

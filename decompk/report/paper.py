@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from decimal import ROUND_DOWN, Decimal
-from functools import cache
+from functools import cache, partial
 from importlib.resources import files
 from typing import Any
 
@@ -47,7 +47,7 @@ def paper_cells() -> list[dict[str, str | float]]:
     groups: dict[tuple[str, bool], list[tuple[dict[str, float], str]]] = defaultdict(list)
     for (table, _, figure, printed), value in zip(data["cells"], values, strict=True):
         groups[table, "params" in figure].append((value, printed))
-    best = {group: max(cells[0][0], key=lambda name, c=cells: _fit(name, c)) for group, cells in groups.items()}
+    best = {group: max(cells[0][0], key=partial(_fit, cells=cells)) for group, cells in groups.items()}
     return [
         {
             "table": table,
@@ -202,7 +202,9 @@ def judge(values: dict[str, float], printed: str, best: str, setting: str = "") 
 
 def _table21_rows(network: dict) -> list[tuple[str, str]]:
     """(output, kernel) of every layer with a kernel, as Table 2.1 writes them: H×W×C and t1×t2×c_in×c_out."""
-    rows, last_map = [], (1, 1, 1)
+    rows: list[tuple[str, str]] = []
+    last_map: Shape = (1, 1, 1)
+    kernel: Sequence[int]
     for layer in _walk(network):
         if layer.kind in ("conv", "linear"):
             if layer.kind == "conv":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -119,7 +120,8 @@ class Assignment(nn.Module):
     def sides(self, path: str) -> tuple[Tensor | None, Tensor]:
         """p (G, inputs), None where every group reads everything, and q (G, outputs) of a layer's weight."""
         found, count = self.nodes.sides(path), self.groups[path]
-        p = None if path in self.whole_inputs else self._of(found.inputs.of_each, count)
+        inputs: Any = found.inputs  # None of the image, which no group divides
+        p = None if path in self.whole_inputs else self._of(inputs.of_each, count)
         return p, self._of(found.outputs.nodes, count)
 
     def penalty(self, net: nn.Module, weights: float, disjoint: float, balance: float) -> Tensor:
@@ -127,7 +129,7 @@ class Assignment(nn.Module):
         total = torch.zeros(())
         for path in self.groups:
             p, q = self.sides(path)
-            weight = net.get_submodule(path).weight
+            weight = net.get_parameter(f"{path}.weight")
             if p is not None:
                 total = total + weights * group_weights(weight, p, q)
                 total = total + disjoint * overlap(p) + balance * imbalance(p)
@@ -154,7 +156,7 @@ class Assignment(nn.Module):
 
     def _even(self) -> np.ndarray:
         """`hard`, but of the nodes that share all their axes each group gets as many, or one more."""
-        owner, more = self.hard(), Counter()
+        owner, more = self.hard(), Counter[int]()
         for level, mine in self.sets():
             values = self.soft(level).cpu().numpy()[:, self._column[mine]]
             room = len(mine) // level + ((np.arange(level) - more[level]) % level < len(mine) % level)
@@ -177,7 +179,9 @@ class Assignment(nn.Module):
         owner = self._even() if even else self.hard()
         mine = owner >= 0
         found[mine, owner[mine]] = True
-        for level in self.levels if overlap is not None else ():
+        if overlap is None:
+            return found
+        for level in self.levels:
             at = np.setdiff1d(np.nonzero(self.level == level)[0], self.nodes.pinned)
             found[at, :level] |= (self.soft(level) > overlap).T.cpu().numpy()[self._column[at]]
         return found

@@ -128,7 +128,7 @@ def _strip(axes: Any, groups: np.ndarray, side: str) -> None:
     for start, end in zip(starts, [*starts[1:], len(groups)], strict=True):
         along, across = (start - 0.5, end - 0.5), (1, 1)
         points, transform = ((across, along), beside) if side == "rows" else ((along, across), above)
-        style = {"linewidth": STRIP, "solid_capstyle": "butt", "clip_on": False}
+        style: dict[str, Any] = {"linewidth": STRIP, "solid_capstyle": "butt", "clip_on": False}
         axes.add_artist(Line2D(*points, color=_color(int(groups[start])), transform=transform, **style))
     for start in starts[1:]:
         draw = axes.axhline if side == "rows" else axes.axvline

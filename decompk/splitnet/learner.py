@@ -71,7 +71,8 @@ class Learner:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """What state_dict gave, for a network and an assignment of the same shapes."""
-        for part, theirs in zip((self.net, self.assignment, self.optimizer, self.mover), state["parts"], strict=True):
+        parts: tuple[Any, ...] = (self.net, self.assignment, self.optimizer, self.mover)
+        for part, theirs in zip(parts, state["parts"], strict=True):
             part.load_state_dict(theirs)
         self.steps, self.settled = state["steps"]
 

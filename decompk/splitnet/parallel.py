@@ -40,6 +40,9 @@ class Parallel(nn.Module):
     read all of them, where the network goes on behind its last layer, or where something looks across its groups.
     """
 
+    bias: Tensor | None
+    _rows: Tensor
+
     def __init__(self, split: Split, ranks: Ranks):
         super().__init__()
         assignment = split.assignment
@@ -57,8 +60,10 @@ class Parallel(nn.Module):
         masks = {name: mask[part.sources[name]] for name, mask in split.masks.items()}
         self._dense, self._nets, self._sources = (split.dense,), (whole, part.net), part.sources  # no modules of ours
         self._head = _last_layer(whole, nodes)
-        last, head = whole.get_submodule(self._head), net.get_submodule(self._head)
-        held = _held_first(dealt, *(copies.node[side] for side in part.copies[self._head]), ranks)
+        last: Any = whole.get_submodule(self._head)
+        head: Any = net.get_submodule(self._head)
+        rows, columns = (copies.node[side] for side in part.copies[self._head])
+        held = _held_first(dealt, rows, columns, ranks)
         name, own = f"{self._head}.weight", torch.from_numpy(held).to(head.weight.device)
         masks[name] = masks.get(name, True) & own.view(*held.shape, *(1,) * (head.weight.dim() - 2))
         with torch.no_grad():
@@ -183,7 +188,7 @@ def _groups_of(split: Split, nodes: Nodes) -> tuple[np.ndarray, np.ndarray]:
 
 def _last_layer(net: nn.Module, nodes: Nodes) -> str:
     returned = [_returned(net, training) for training in (True, False)]
-    found = {node.target if isinstance(node, fx.Node) else None for node in returned}
+    found: set[Any] = {node.target if isinstance(node, fx.Node) else None for node in returned}
     if len(found) != 1 or not found <= set(nodes.layers):
         raise UnsupportedOperation(
             f"{type(net).__name__} does not return the output of one last layer, so its groups cannot be added up "
@@ -237,7 +242,7 @@ class _FromFirst(torch.autograd.Function):
     """The first process's tensors on all of them; gradients are added up there. `anchor` makes backward come."""
 
     @staticmethod
-    def forward(ctx, anchor: Tensor, ranks: Ranks, *values: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, anchor: Tensor, ranks: Ranks, *values: Tensor) -> tuple[Tensor, ...]:
         import torch.distributed as dist
 
         ctx.first, ctx.shapes = ranks.first, [v.shape for v in values]
@@ -246,7 +251,7 @@ class _FromFirst(torch.autograd.Function):
         return _unflattened(flat, ctx.shapes)
 
     @staticmethod
-    def backward(ctx, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         import torch.distributed as dist
 
         flat = torch.cat([g.reshape(-1) for g in grads])
@@ -263,5 +268,5 @@ class _Together(Sum):
     """Σ over processes. Each computes the loss of the sum, so its gradient is its own part's already."""
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> Tensor:
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
         return grad

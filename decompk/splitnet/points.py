@@ -31,7 +31,7 @@ NAMED: dict[str, dict[str, dict[str, int]]] = {
     "alexnet": {"2x5": dict.fromkeys(("conv4", "conv5", "fc6", "fc7", "fc8"), 2)},
     "resnet18x2": {},
 }
-NUMBERED = {
+NUMBERED: dict[str, dict[str, tuple[str, ...]]] = {
     "alexnet": {"fc6": ("fc6",), "fc7": ("fc7",), "fc8": ("fc8",)},
     "resnet18x2": {"conv4-1&2": _stage("layers.2"), "conv5-1&2": _stage("layers.3"), "fc": ("fc",)},
 }

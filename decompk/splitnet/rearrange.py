@@ -41,7 +41,8 @@ class Copies:
 
     def along(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """An axis that holds nodes `ids` → the copies that it holds then, and from which of its places each comes."""
-        place, seen = {}, Counter()
+        place: dict[tuple[int, int], int] = {}
+        seen: Counter[int] = Counter()
         for p, i in enumerate(ids.tolist()):  # twice the same: a concatenation of something with itself
             place[i, seen[i]] = p
             seen[i] += 1
@@ -67,7 +68,8 @@ def grouped(nodes: Nodes, groups: np.ndarray, once: np.ndarray | None = None, ke
     single[nodes.outer] = True
     single |= False if once is None else once
     keep = np.ones(nodes.count, dtype=bool) if keep is None else keep
-    node, member, at = [], [], [np.zeros(0, dtype=int)] * nodes.count
+    node: list[int] = []
+    member, at = [], [np.zeros(0, dtype=int)] * nodes.count
     for kind in np.unique(nodes.kinds):
         alike = np.nonzero(nodes.kinds == kind)[0]
         copies = [(i, row) for i in alike[keep[alike]] for row in ([groups[i]] if single[i] else _one_each(groups[i]))]
@@ -109,7 +111,8 @@ def rearranged(net: nn.Module, nodes: Nodes, copies: Copies) -> Rearranged:
     So the network computes what it did, as long as no node is left out that was not zero.
     """
     out = copy.deepcopy(net)
-    known, found, sources = tensors(out), {}, {}
+    known, found = tensors(out), {}
+    sources: dict[str, Any] = {}
     for path, sides in nodes.layers.items():
         name = f"{path}.weight"
         outputs, rows = copies.along(sides.outputs.nodes)
@@ -165,7 +168,7 @@ def _replace(net: nn.Module, name: str, value: Tensor) -> None:
     path, _, last = name.rpartition(".")
     module = net.get_submodule(path)
     if last in module._parameters:
-        module._parameters[last] = nn.Parameter(value, module._parameters[last].requires_grad)
+        module._parameters[last] = nn.Parameter(value, net.get_parameter(name).requires_grad)
     else:
         module._buffers[last] = value
     if isinstance(module, nn.modules.conv._ConvNd):

@@ -222,7 +222,7 @@ class _Run:
     def _new(self, seed: int) -> nn.Module:
         s, size = self.settings, self.data.input_size
         known = inspect.signature(models.spec(s.model).factory).parameters
-        own = {"input_size": size} if "input_size" in known else {}
+        own: dict[str, Any] = {"input_size": size} if "input_size" in known else {}
         own |= {"width": s.width} if s.width else {}
         torch.manual_seed(seed)
         return models.build(s.model, num_classes=len(self.data.classes), **own).to(self.ranks.device)
@@ -392,11 +392,14 @@ def deal(assignment: Assignment, seed: int) -> None:
         assignment.put(level, mine, rng.permutation(len(mine)) % level)
 
 
-def _sorted_weights(net: nn.Module, assignment: Assignment) -> dict[str, tuple[np.ndarray, ...]]:
+def _sorted_weights(
+    net: nn.Module, assignment: Assignment
+) -> dict[str, tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:
     """Of the last four layers of a split: magnitudes as they are and sorted by group, and the sorted groups."""
-    found, members = {}, assignment.members()
+    found: dict[str, Any] = {}
+    members = assignment.members()
     for path in list(assignment.groups)[-4:]:
-        sides, weight = assignment.nodes.sides(path), net.get_submodule(path).weight.detach()
+        sides, weight = assignment.nodes.sides(path), net.get_parameter(f"{path}.weight").detach()
         if sides.inputs is None:
             continue
         before = (weight.abs() if weight.dim() == 2 else weight.flatten(2).norm(dim=2)).cpu().numpy()

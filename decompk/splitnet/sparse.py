@@ -100,7 +100,8 @@ class Sparsifier:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """What state_dict gave, for a network of the same shapes."""
-        for part, theirs in zip((self.net, self.optimizer), state["parts"], strict=True):
+        parts: tuple[Any, ...] = (self.net, self.optimizer)
+        for part, theirs in zip(parts, state["parts"], strict=True):
             part.load_state_dict(theirs)
         self.filters.gone.copy_(state["gone"])
         self.steps = state["steps"]

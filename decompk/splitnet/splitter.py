@@ -94,7 +94,7 @@ def split(net: nn.Module, assignment: Assignment, overlap: float | None = None, 
     must_agree(net, moved.net, nodes)
     levels, masks = assignment.level[copies.node], {}
     for path, count in assignment.groups.items():
-        weight = moved.net.get_submodule(path).weight
+        weight = moved.net.get_parameter(f"{path}.weight")
         mask = torch.ones(weight.shape, dtype=torch.bool, device=weight.device)
         if path not in assignment.whole_inputs:
             rows, columns = moved.copies[path]

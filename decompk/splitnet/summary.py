@@ -45,7 +45,7 @@ def _row(name: str, mine: dict[int, dict[str, Any]], dense: dict[int, dict[str, 
     errors = [run["error"] for run in mine.values()]
     row: list[Any] = [name, statistics.mean(errors), statistics.stdev(errors) if len(errors) > 1 else None]
     for key, scale in (("split", 1), ("fuzzy", 100), ("settled", 1)):
-        values = [run.get(key) for run in mine.values()]
+        values: list[Any] = [run.get(key) for run in mine.values()]
         row.append(None if None in values else scale * statistics.mean(values))
     for key, unit in (("params", 1e3), ("flops", 1e6)):
         left = statistics.mean(run[key] for run in mine.values())
