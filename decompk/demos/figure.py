@@ -102,7 +102,7 @@ def _image(axes: Any, d: Decomposition, x: torch.Tensor) -> None:
     if len(d.crops[0].size) == 3:
         _slice(axes, d, x[0].numpy())
         return
-    owner = np.empty(x.shape[-1], dtype=int)
+    owner: np.ndarray = np.empty(x.shape[-1], dtype=int)
     for k, part in enumerate(d.crops):
         owner[part.positions[0]] = k
     picture = x.reshape(8, 8).numpy()

@@ -93,7 +93,8 @@ def draw_accuracy(result: dict[str, Any], path: Path) -> None:
 
 
 def _accuracy_panel(axes: Any, result: dict[str, Any], key: str, unit: str) -> None:
-    K, start = result["K"], np.zeros((len(result["runs"]), 1))
+    K = result["K"]
+    start: np.ndarray = np.zeros((len(result["runs"]), 1))
     if has(result, "members"):
         x, y = curve(result, "members", unit)[:, :, 0], curve(result, "members", key)
         start = x[:, -1:]
