@@ -12,8 +12,7 @@ from torch import Tensor, nn
 
 import decompk
 from decompk import models
-from decompk.splitnet import Assignment, Nodes, Split, split_points
-from decompk.splitnet import splitter as split
+from decompk.splitnet import Assignment, Nodes, Split, split, split_points
 from decompk.splitnet.run import deal
 
 SIZE, CLASSES = (3, 32, 32), 100

@@ -23,16 +23,12 @@ from decompk.splitnet import (
     ReducedGradient,
     Sparsifier,
     fitted,
+    learn,
     reduced_gradient,
     run,
+    split,
     split_points,
     without,
-)
-from decompk.splitnet import (
-    learner as learn,
-)
-from decompk.splitnet import (
-    splitter as split,
 )
 from decompk.splitnet.rearrange import grouped, must_agree, rearranged
 from decompk.splitnet.simplex import largest_step

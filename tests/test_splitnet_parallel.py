@@ -11,8 +11,7 @@ from torch import nn
 from decompk import models
 from decompk.cli import main
 from decompk.errors import DecompkError, UnsupportedOperation
-from decompk.splitnet import Assignment, Nodes, Parallel, split_points
-from decompk.splitnet import splitter as split
+from decompk.splitnet import Assignment, Nodes, Parallel, split, split_points
 from decompk.splitnet.run import deal
 from decompk.train.ranks import Ranks, start, stop
 
