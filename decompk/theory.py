@@ -79,15 +79,15 @@ def theorem_2_1(
     it shrinks with every window that reaches past a cut edge, and is empty where a stride does not divide the crop's
     start or an operation looks at the whole map. What is divided by features has no edges, and its field is all of it.
     """
-    graph, places = d.plan.graphs[False], _blocks(d)
+    graph, places = d.division.graphs[False], _blocks(d)
     crops = d.split(x)
     whole = _features(composed, graph, x, {}, _edits(d))
     checks, outputs, exact = [], [], True
     heads = next(node for node in graph.nodes if node.op == "output").all_input_nodes
-    apart = head == "concat" or bool(d.plan.assemblies[False])
+    apart = head == "concat" or bool(d.division.assemblies[False])
     states = {n: _hidden_states(composed, n, whole) for n in graph.nodes if _is_recurrent(n, composed)}
     for k, (member, crop) in enumerate(zip(subnets, crops, strict=True)):
-        own = _features(member, graph, crop, d.plan.member_args[False], {})
+        own = _features(member, graph, crop, d.division.member_args[False], {})
         fields = _fields(d, graph, k, own, whole)
         for node in graph.nodes:
             if node in states:
@@ -135,10 +135,10 @@ def _blocks(d: Decomposition) -> dict[str, Callable[[torch.Tensor, int], torch.T
     def along(axis: int, index: np.ndarray) -> Callable[[torch.Tensor, int], torch.Tensor]:
         return lambda value, k: value.index_select(axis, torch.from_numpy(index[k]).to(value.device))
 
-    plan = d.plan
-    found = {name: along(-1, index) for name, index in plan.features[False].items()}
-    found |= {name: along(1, index) for name, index in plan.channels[False].items() if index is not None}
-    return found | {name: lambda value, k: value for name in plan.assemblies[False]}
+    division = d.division
+    found = {name: along(-1, index) for name, index in division.features[False].items()}
+    found |= {name: along(1, index) for name, index in division.channels[False].items() if index is not None}
+    return found | {name: lambda value, k: value for name in division.assemblies[False]}
 
 
 def _edits(d: Decomposition) -> dict[str, Callable[[torch.Tensor], torch.Tensor]]:
@@ -147,8 +147,8 @@ def _edits(d: Decomposition) -> dict[str, Callable[[torch.Tensor], torch.Tensor]
     def reordered(order: np.ndarray) -> Callable[[torch.Tensor], torch.Tensor]:
         return lambda value: value.index_select(1, torch.from_numpy(order).to(value.device))
 
-    found = {name: reordered(order) for name, order in d.plan.reorders[False].items()}
-    return found | {name: partial(assemble, boxes=boxes) for name, boxes in d.plan.assemblies[False].items()}
+    found = {name: reordered(order) for name, order in d.division.reorders[False].items()}
+    return found | {name: partial(assemble, boxes=boxes) for name, boxes in d.division.assemblies[False].items()}
 
 
 def _is_recurrent(node: fx.Node, net: nn.Module) -> bool:
@@ -161,7 +161,9 @@ def _every_step(
     """(2.29) for one recurrent module: the hidden states of all time steps, at every depth and in both directions."""
     checks = []
     for name, states in own.items():
-        rows = d.plan.places[f"{node.target}.weight_hh_{name}"][k][1].reshape(-1)  # W's columns are the hidden state
+        rows = d.division.places[f"{node.target}.weight_hh_{name}"][k][1].reshape(
+            -1
+        )  # W's columns are the hidden state
         block = whole[name][..., torch.from_numpy(rows).to(states.device)]
         checks.append(LayerCheck(f"{node.name}.{name}", k, (), "", (block - states).abs().max().item()))
     return checks
@@ -196,11 +198,11 @@ def feature_maps(
     The member's map on its crop; its channels of the composed network's map on the whole of x; the field, a Span for
     every axis, or the sentence that says why there is none. Networks are run as theorem_2_1 runs them.
     """
-    graph, places = d.plan.graphs[False], _blocks(d)
+    graph, places = d.division.graphs[False], _blocks(d)
     whole = _features(composed, graph, x, {}, _edits(d))
     maps: dict[str, list] = {name: [] for name in names}
     for k, (member, crop) in enumerate(zip(subnets, d.split(x), strict=True)):
-        own = _features(member, graph, crop, d.plan.member_args[False], {})
+        own = _features(member, graph, crop, d.division.member_args[False], {})
         fields = _fields(d, graph, k, own, whole)
         for node in graph.nodes:
             if node.name in maps:
@@ -295,7 +297,7 @@ def _distance(a: torch.Tensor, b: torch.Tensor, norm: str, kept: int = 1) -> tor
 
 
 class _Features(fx.Interpreter):
-    """Runs the analysed graph on a network and keeps every value; applies the plan's edits on the way."""
+    """Runs the division's graph on a network and keeps every value; applies the division's edits on the way."""
 
     def __init__(self, net: nn.Module, graph: fx.Graph, arguments: dict, behind: dict):
         super().__init__(net, garbage_collect_values=False, graph=graph)
@@ -326,7 +328,7 @@ def _fields(d: Decomposition, graph: fx.Graph, k: int, own: dict, whole: dict) -
     for node in graph.nodes:
         if not isinstance(own.get(node), (torch.Tensor, tuple)) or node.op == "output":
             continue
-        if node.op == "placeholder" and node.name in d.plan.features[False]:
+        if node.op == "placeholder" and node.name in d.division.features[False]:
             fields[node] = ()
             continue
         if node.op == "placeholder":
@@ -355,7 +357,7 @@ def _meet(sources: list[_Field]) -> _Field:
 
 def _step(node: fx.Node, modules: dict, field: _Field, own: Any, whole: Any, d: Decomposition) -> _Field:
     """The field behind one operation. () means no space is left and the member's values are the composed network's."""
-    if node.name in d.plan.noted:
+    if node.name in d.division.noted:
         return f"'{node.name}' is not exact: see the decomposition's notes"
     if isinstance(field, str) or field == ():
         return field
@@ -366,13 +368,13 @@ def _step(node: fx.Node, modules: dict, field: _Field, own: Any, whole: Any, d: 
         if own.dim() == 2:
             return _first_fc(module_key(node), node.name, field, d)
         return field
-    if isinstance(module, nn.modules.conv._ConvNd) and node.target in d.plan.adapted:
+    if isinstance(module, nn.modules.conv._ConvNd) and node.target in d.division.adapted:
         return _first_fc(module_key(node), node.name, field, d)
     if isinstance(own, tuple):
         return field if name in ("chunk", "split") and _dim(node, own[0].dim()) == 1 else _past(node)
     if own.dim() == 2:
         flat = isinstance(module, nn.Flatten) or name in ("flatten", "view", "squeeze")
-        if flat and d.plan.channels[False].get(node.name) is not None:  # a map of one pixel, now without space
+        if flat and d.division.channels[False].get(node.name) is not None:  # a map of one pixel, now without space
             inside = all(s.offset.denominator == 1 and (s.low, s.high) == (0, s.size) for s in field)
             return () if inside else f"'{node.name}' reads positions outside the field"
         return field if flat or _elementwise(module, name) else _past(node)
@@ -479,7 +481,7 @@ def _arguments(node: fx.Node) -> tuple[tuple, dict]:
 def _first_fc(key: str, name: str, field: tuple[Span, ...], d: Decomposition) -> _Field:
     """The first FC layer reads its window: right if the whole map is, and lies where (2.13) placed the kernel."""
     whole_map = all(s.low == 0 and s.high == s.size and s.offset.denominator == 1 for s in field)
-    if not whole_map or not (key in d.plan.adapted or all(s.size == s.whole for s in field)):
+    if not whole_map or not (key in d.division.adapted or all(s.size == s.whole for s in field)):
         return f"'{name}' reads positions outside the field"
     return ()
 

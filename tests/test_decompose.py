@@ -55,7 +55,7 @@ def test_extract_gives_back_the_bits_that_compose_was_given(name):
     for member, back in zip(subnets, again, strict=True):
         assert tensors(member).keys() == tensors(back).keys()
         for key, value in tensors(member).items():
-            if key not in d.plan.summed:
+            if key not in d.division.summed:
                 assert torch.equal(value, tensors(back)[key]), key
     for key, value in tensors(d.compose(again)).items():
         assert torch.equal(value, tensors(composed)[key]), key
@@ -68,7 +68,7 @@ def test_composing_extracted_blocks_of_any_network_keeps_its_blocks_and_head_bia
     for key, value in tensors(once).items():
         kept = value != 0
         assert torch.equal(value[kept], tensors(net)[key][kept]), key
-    for bias in d.plan.summed:
+    for bias in d.division.summed:
         assert torch.equal(tensors(once)[bias], tensors(net)[bias])
 
 

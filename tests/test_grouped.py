@@ -54,7 +54,7 @@ def test_the_papers_networks_train_packed_as_alone_and_compose_to_their_sum(name
     assert all(torch.equal(value, again[key]) for key, value in packed.state_dict().items())
     x = torch.randn(2, *size, dtype=torch.float64)
     composed = packed.compose().eval()
-    if not d.plan.adapted:
+    if not d.division.adapted:
         with torch.no_grad():
             whole = composed(x)
             parts = sum(member.eval()(x) for member in members)
@@ -62,7 +62,7 @@ def test_the_papers_networks_train_packed_as_alone_and_compose_to_their_sum(name
     for member, back in zip(members, d.extract(composed), strict=True):
         found = back.state_dict()
         for key, value in member.state_dict().items():
-            assert key in d.plan.summed or torch.equal(value, found[key]), key
+            assert key in d.division.summed or torch.equal(value, found[key]), key
 
 
 def test_in_float64_packed_members_train_to_the_same_bits_as_alone():

@@ -144,7 +144,7 @@ def test_extract_undoes_compose_to_the_bit(name):
     members = d.subnets(seed=0)
     composed = d.compose(members, kind.head)
     again = d.extract(composed, *([kind.head] if kind.head == "mean" else []))
-    joined = set() if kind.head == "concat" else d.plan.summed
+    joined = set() if kind.head == "concat" else d.division.summed
     assert len(joined) == (kind.head != "concat")
     for member, back in zip(members, again, strict=True):
         for key in tensors(member).keys() - joined:
@@ -167,7 +167,7 @@ def test_the_composed_network_is_its_trained_members(name):
     assert composed(x).shape == d.model(x).shape
 
     with torch.no_grad():  # a planted violation: one weight between two members
-        weights = [t for n, t in tensors(composed).items() if t.dim() > 1 and n in d.plan.places]
+        weights = [t for n, t in tensors(composed).items() if t.dim() > 1 and n in d.division.places]
         weight = next((t for t in weights if (t == 0).any()), weights[0])
         weight[tuple((weight == weight.abs().min()).nonzero()[0])] += 0.5
         assert theory.theorem_2_1(d, members, composed, x, kind.head).violation > 1e-6

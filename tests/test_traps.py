@@ -46,7 +46,7 @@ def deviation(net, K, size=(3, 12, 12)):
     """|composed(x) − Σ members(x)| on full images."""
     d = decompose(net.double(), size, (1, K))
     members = [member.eval() for member in d.subnets(seed=0)]
-    assert not d.notes and not d.plan.adapted
+    assert not d.notes and not d.division.adapted
     x = torch.randn(2, *size, dtype=torch.float64)
     for member, part in zip(members, d.split(x), strict=True):
         member(part)
@@ -140,7 +140,7 @@ def test_outputs_that_every_member_holds_whole_and_gated_heads_are_noted():
 
 def test_a_pooling_that_follows_the_crop_is_listed_as_adapted():
     net = nn.Sequential(conv(3, 8), nn.MaxPool2d(16), Head(8))
-    assert decompose(net, (3, 16, 16)).plan.adapted == ["1"]
+    assert decompose(net, (3, 16, 16)).division.adapted == ["1"]
 
 
 def test_a_buffer_of_two_modules_stays_shared_and_filled():

@@ -230,12 +230,12 @@ def _why_not_members(net: nn.Module, d: Decomposition) -> str | None:
     """What in `net` is not the sum of the members of `d`; None if it is exactly that."""
     if d.notes or d.adapted:
         return (d.notes or d.adapted)[0].rstrip(".")
-    plan = d.plan
+    division = d.division
     known = tensors(net)
     for name, _ in net.named_parameters():
-        if name not in plan.places and name not in plan.summed:
+        if name not in division.places and name not in division.summed:
             return f"'{name}' is one for all members"
-    for name, places in plan.places.items():
+    for name, places in division.places.items():
         outside = torch.ones(known[name].shape, dtype=torch.bool, device=known[name].device)
         for place in places:
             outside[tuple(torch.from_numpy(i) for i in place)] = False
@@ -248,7 +248,7 @@ def _members(net: nn.Module, d: Decomposition, counts: dict[str, int]) -> Member
     packed = pack(d.extract(net))
     fast = Members(packed._inner, d.K, None, packed._input_dims, rehearse=False)
     fast.decomposition = d
-    for name in d.plan.summed:
+    for name in d.division.summed:
         head = fast._inner.get_submodule(name.rpartition(".")[0])
         if type(head) not in HEADS:
             raise PackError(f"'{name}' belongs to a {type(head).__name__}, whose bias cannot be one for all members.")

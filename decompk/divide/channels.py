@@ -3,7 +3,7 @@
 Every node is run twice on meta tensors: on the global shapes and on one member's. Next to the two results stands a
 *role*: the tensor is shared by all members (the image), divided among them along channel axes (`Split`), or a
 partial sum (a head's output, which composition adds up). Rules say what an operation does to roles (`rules.py`;
-layers with parameters here); what has no rule is refused by name. The result is a `Plan`: for every tensor of the
+layers with parameters here); what has no rule is refused by name. The result is a `Division`: for every tensor of the
 state dict, where each member's part of it lies in the global one.
 """
 
@@ -66,8 +66,8 @@ Place = tuple[tuple[np.ndarray, ...], ...]
 
 
 @dataclass(eq=False)
-class Plan:
-    """The division of one network: what decompose, extract, compose and the theorems read."""
+class Division:
+    """Whose channels of a network are whose: what decompose, extract, compose and the theorems read."""
 
     members: int
     places: dict[str, Place] = field(default_factory=dict)
@@ -85,13 +85,13 @@ class Plan:
     adapted: list[str] = field(default_factory=list)  # first FC layers whose window follows the crop
 
 
-def analyse(
+def divide_channels(
     model: nn.Module,
     input_size: tuple[int, ...],
     crops: Sequence[Part],
     head: str,
     graphs: dict[bool, fx.Graph] | None = None,
-) -> Plan:
+) -> Division:
     """Divide `model` among len(crops) members. Raises UnsupportedOperation or PartitionError; changes nothing.
 
     graphs: the model's, by training or not, where they were traced before.
@@ -119,7 +119,7 @@ class Followed:
     roots: Callable[[np.ndarray], np.ndarray]
 
 
-def analyse_whole(model: nn.Module, input_size: tuple[int, ...]) -> Followed:
+def follow_channels(model: nn.Module, input_size: tuple[int, ...]) -> Followed:
     """Follow the channels of `model` without dividing them. Raises UnsupportedOperation; changes nothing."""
     size = input_size[1:] or input_size
     followed = _Pass(model, input_size, (Crop(*(0,) * len(size), *size),), "sum")
@@ -198,16 +198,16 @@ class _Pass:
         self.turned: fx.Node | None = None  # what swaps axes of the image itself
         self.shuffles: list[tuple[bool, fx.Node, np.ndarray, int, np.ndarray]] = []
         self.pinned: list[np.ndarray] = []  # strands whose order an operation without parameters relies on
-        self.plan = Plan(self.K)
+        self.division = Division(self.K)
         self.parameters = dict(model.named_parameters(remove_duplicate=False))
         self.bare_rewrites: dict[str, list[str]] = {}  # nodes rewritten for a parameter that may yet prove shared
         self.tensor_names: dict[str, tuple[str, str | None]] = {}  # functional layer → names of weight and bias
 
-    def run(self, graphs: dict[bool, fx.Graph] | None = None) -> Plan:
+    def run(self, graphs: dict[bool, fx.Graph] | None = None) -> Division:
         refuse_hooks(self.model)
         self._refuse_tied_parameters()
         graphs = graphs or {mode: trace(self.model, mode) for mode in (True, False)}
-        self.plan.graphs = graphs
+        self.division.graphs = graphs
         self.extent = self.input_size[-len(self.crops[0].size) :]
         self.vectors = len(self.extent) == 1 and (
             len(self.input_size) == 1 or any(_reads_features(self.modules, g) for g in graphs.values())
@@ -227,8 +227,8 @@ class _Pass:
             )
         self.values: dict[bool, dict[fx.Node, Any]] = {}
         for self.mode, graph in graphs.items():
-            self.plan.member_args[self.mode] = {}
-            self.plan.assemblies[self.mode] = {}
+            self.division.member_args[self.mode] = {}
+            self.division.assemblies[self.mode] = {}
             self.env: dict[fx.Node, Any] = {}
             for node in graph.nodes:
                 self.node = node
@@ -242,7 +242,7 @@ class _Pass:
                     self._check(node.meta["holds"])
             self.values[self.mode] = self.env
         self._finish(self.values)
-        return self.plan
+        return self.division
 
     # ---- one node -------------------------------------------------------------------------------------------------
 
@@ -298,14 +298,14 @@ class _Pass:
 
     def adapted(self, name: str) -> None:
         """The layer's window follows the member's smaller map; a member no longer runs on the full image."""
-        if name not in self.plan.adapted:
-            self.plan.adapted.append(name)
+        if name not in self.division.adapted:
+            self.division.adapted.append(name)
 
     def note(self, what: str) -> None:
-        self.plan.noted.add(self.node.name)
+        self.division.noted.add(self.node.name)
         note = f"{where(self.node)}: {what}"
-        if note not in self.plan.notes:
-            self.plan.notes.append(note)
+        if note not in self.division.notes:
+            self.division.notes.append(note)
 
     def run_global(self, args: Any, kwargs: Any) -> Any:
         """The node's operation on the global shapes."""
@@ -314,7 +314,7 @@ class _Pass:
 
     def run_member(self, args: Any, kwargs: Any, member: tuple | None = None) -> Any:
         """The node's operation on a member's shapes; `member` overrides its arguments."""
-        operation = self._operation(self.plan.attributes.get(self.node.target, {}))
+        operation = self._operation(self.division.attributes.get(self.node.target, {}))
         args_, kwargs_ = member or (in_member(args), in_member(kwargs))
         try:
             with torch.no_grad():
@@ -339,7 +339,7 @@ class _Pass:
 
     def rewrite(self, args: tuple, kwargs: dict) -> tuple[Any, Any]:
         """The member's node takes these arguments instead (nodes and plain numbers); returns their values."""
-        self.plan.member_args[self.mode][self.node.name] = (args, kwargs)
+        self.division.member_args[self.mode][self.node.name] = (args, kwargs)
         for source in self.node.all_input_nodes:
             role = getattr(self.env[source], "role", None)
             if isinstance(role, Split) and role.bare is not None:
@@ -432,7 +432,7 @@ class _Pass:
                 settled.append(replace(t, role=replace(t.role, bare=None)))
             elif name not in self.parameters:
                 for node in self.bare_rewrites.pop(name, []):
-                    self.plan.member_args[self.mode].pop(node, None)
+                    self.division.member_args[self.mode].pop(node, None)
                 settled.append(T(t.full, t.full, SHARED))
             elif not divided:
                 self.refuse(
@@ -625,7 +625,9 @@ class _Pass:
 
     def _dividing(self) -> str:
         """The numbers that divide the widths of all layers but the last."""
-        targets = {n.target for g in self.plan.graphs.values() for n in g.nodes if n.op == "call_module"} - self.heads
+        targets = {
+            n.target for g in self.division.graphs.values() for n in g.nodes if n.op == "call_module"
+        } - self.heads
         layers = [self.modules[target] for target in targets]
         widths = [_sides(layer)[1] for layer in layers if isinstance(layer, LAYERS)]
         common = math.gcd(*widths, *(layer.hidden_size for layer in layers if isinstance(layer, nn.RNNBase)))
@@ -653,7 +655,7 @@ class _Pass:
                 self.strands.tie(known.inputs, leaf.inputs)
         owner = target if target not in self.tensor_names else target.rpartition(".")[0]
         if isinstance(self.modules[owner], LAYERS):  # a functional may take the weight of a layer's module
-            self.plan.attributes[owner] = attributes
+            self.division.attributes[owner] = attributes
         full = on_meta(module)(x.full, *globally(extra))
         try:
             part = narrow(module, attributes, _member_shapes(module, leaf, attributes))(x.part, *in_member(extra))
@@ -664,7 +666,7 @@ class _Pass:
         if leaf.kind == "conv":
             scale = self.scaled(x, windows(module, x.full.dim() - 2) if leaf.window is None else None, full, part)
         if head and self.assembles:
-            self.plan.assemblies[self.mode][self.node.name] = self._boxes(full, part, scale)
+            self.division.assemblies[self.mode][self.node.name] = self._boxes(full, part, scale)
             role = SHARED  # as the image is: each member holds all channels of its own crop
         return self.wrap(full, part, role, scale)
 
@@ -709,7 +711,7 @@ class _Pass:
         if leaf is None:
             hidden = [[self.strands.new(H) for _ in range(directions)] for _ in range(module.num_layers)]
             leaf = self.leaves[target] = Leaf("recurrent", attributes, role.ids, hidden=hidden)
-            self.plan.attributes[target] = attributes
+            self.division.attributes[target] = attributes
         self.strands.tie(leaf.inputs, role.ids)
         shapes = {}
         for name, tensor in module.named_parameters():
@@ -787,7 +789,7 @@ class _Pass:
             attributes = {"num_parameters": own}
         else:
             attributes = {"num_features": own}
-        leaf.attributes = self.plan.attributes[target] = attributes
+        leaf.attributes = self.division.attributes[target] = attributes
         known = self.leaves.setdefault(target, leaf)
         if known is not leaf:
             self.strands.tie(known.inputs, leaf.inputs)
@@ -801,7 +803,7 @@ class _Pass:
         found = windows(module, x.full.dim() - 2)
         if covers(found, x):  # a last pooling over the whole map follows the member's smaller map
             extent = tuple(x.part.shape[2:])
-            self.plan.attributes[target] = {"kernel_size": extent, "stride": extent}
+            self.division.attributes[target] = {"kernel_size": extent, "stride": extent}
             self.adapted(target)
         return self.spatial(type(module).__name__, args, kwargs, found)
 
@@ -815,7 +817,7 @@ class _Pass:
         role, _ = self.join(name, [x], first.dim())
         return self.wrap(full, part, role, self.scaled(x, found, first, own))
 
-    # ---- the plan -------------------------------------------------------------------------------------------------
+    # ---- the division ---------------------------------------------------------------------------------------------
 
     def _finish(self, values: dict[bool, dict[fx.Node, Any]]) -> None:
         owner = self.strands.owners(self.K)
@@ -831,23 +833,23 @@ class _Pass:
         for name, (axis, ids) in self.bare.items():
             dims = range(self.tensor(name).dim())
             places = [np.ix_(*(index if a == axis else np.zeros(1, np.int64) for a in dims)) for index in own(ids)]
-            self.plan.places[name] = tuple(places)
+            self.division.places[name] = tuple(places)
         for mode, env in values.items():
-            self.plan.channels[mode], self.plan.features[mode] = {}, {}
+            self.division.channels[mode], self.division.features[mode] = {}, {}
             for node, value in env.items():
                 if not isinstance(value, T) or not isinstance(value.role, Split) or len(value.role.axes) != 1:
                     continue
                 role, (axis,) = value.role, value.role.axes
                 found = None if role.window else np.stack(own(role.ids))
                 if axis == 1:
-                    self.plan.channels[mode][node.name] = found
+                    self.division.channels[mode][node.name] = found
                 if axis == value.full.dim() - 1 and found is not None:
-                    self.plan.features[mode][node.name] = found
-            self.plan.reorders[mode] = {}
+                    self.division.features[mode][node.name] = found
+            self.division.reorders[mode] = {}
         for mode, node, source, cut, out_ids in self.shuffles:
             order = self._order(owner, source, cut, out_ids)
             if (order != np.arange(len(order))).any():
-                self.plan.reorders[mode][node.name] = order
+                self.division.reorders[mode][node.name] = order
 
     def _order(self, owner: np.ndarray, ids: np.ndarray, cut: int, out_ids: np.ndarray) -> np.ndarray:
         """The composed network's channel order behind a shuffle that every member does on its own channels."""
@@ -861,7 +863,7 @@ class _Pass:
         return order
 
     def _place_leaf(self, target: str, leaf: Leaf, own: Callable[[np.ndarray], list[np.ndarray]]) -> None:
-        module, places = self.modules[target], self.plan.places
+        module, places = self.modules[target], self.division.places
         if leaf.kind == "norm":
             for name, _ in _vectors(module):
                 places[f"{target}.{name}"] = tuple((index,) for index in own(leaf.inputs))
@@ -892,10 +894,10 @@ class _Pass:
             blocks = [_with_space(block, spot) for block, spot in zip(blocks, spots, strict=True)]
         places[weight] = tuple(blocks)
         if leaf.outputs is None:
-            self.plan.head_weights.add(weight)
+            self.division.head_weights.add(weight)
         if module.bias is not None:
             if leaf.outputs is None:
-                self.plan.summed.add(bias)
+                self.division.summed.add(bias)
             else:
                 places[bias] = tuple((r,) for r in rows)
 

@@ -1,4 +1,4 @@
-"""Members → global network (2.11)–(2.14), and back: the two directions read the same plan."""
+"""Members → global network (2.11)–(2.14), and back: the two directions read the same division."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ..errors import DecompkError, PackError
-from .channels import Plan
+from .channels import Division
 
 HEADS = ("sum", "mean", "concat")
 
@@ -41,32 +41,32 @@ def take_state(net: nn.Module, members: Sequence[nn.Module]) -> None:
         parameter.requires_grad_(name in trained)
 
 
-def compose(plan: Plan, shell: nn.Module, members: Sequence[nn.Module], head: str) -> nn.Module:
+def compose(division: Division, shell: nn.Module, members: Sequence[nn.Module], head: str) -> nn.Module:
     """Fill `shell` (the global network on the meta device) with the members' tensors.
 
     Layers become block-diagonal; every value between two members is zero. The last layer is joined along its input:
     its biases add up ("sum", 2.14), or weights and biases are averaged ("mean", 2.22); "concat" keeps every member's
     outputs apart, K·C of them. Modes and what trains are the members', see take_state.
     """
-    K = plan.members
+    K = division.members
     per_member = [tensors(member) for member in members]
     values: dict[str, torch.Tensor] = {}
     with torch.no_grad():
         for name, empty in tensors(shell).items():
             parts = [found[name] for found in per_member]
-            if name in plan.places:
-                scale = 1 / K if head == "mean" and name in plan.head_weights else 1
+            if name in division.places:
+                scale = 1 / K if head == "mean" and name in division.head_weights else 1
                 shape = list(empty.shape)
-                apart = output_axis(shell, name) if head == "concat" and name in plan.head_weights else None
+                apart = output_axis(shell, name) if head == "concat" and name in division.head_weights else None
                 if apart is not None:
                     shape[apart] *= K
                 whole = parts[0].new_zeros(shape)
-                for k, (place, part) in enumerate(zip(plan.places[name], parts, strict=True)):
+                for k, (place, part) in enumerate(zip(division.places[name], parts, strict=True)):
                     index = [torch.from_numpy(i) for i in place]
                     if apart is not None:
                         index[apart] = index[apart] + k * empty.shape[apart]
                     whole[tuple(index)] = part if scale == 1 else part * scale
-            elif name in plan.summed:
+            elif name in division.summed:
                 whole = torch.cat(parts) if head == "concat" else _sum(parts)
                 if head == "mean":
                     whole = whole / K
@@ -76,7 +76,7 @@ def compose(plan: Plan, shell: nn.Module, members: Sequence[nn.Module], head: st
     put(shell, values)
     take_state(shell, members)
     if head == "concat":
-        widen(plan, shell)
+        widen(division, shell)
     return shell
 
 
@@ -85,22 +85,24 @@ def output_axis(net: nn.Module, weight: str) -> int:
     return 1 if getattr(net.get_submodule(weight.rpartition(".")[0]), "transposed", False) else 0
 
 
-def widen(plan: Plan, net: nn.Module) -> None:
+def widen(division: Division, net: nn.Module) -> None:
     """Let the last layers say that they have the outputs of all members beside each other."""
-    for name in plan.head_weights:
+    for name in division.head_weights:
         layer = net.get_submodule(name.rpartition(".")[0])
         for attribute in ("out_channels", "out_features"):
             if hasattr(layer, attribute):
-                setattr(layer, attribute, getattr(layer, attribute) * plan.members)
+                setattr(layer, attribute, getattr(layer, attribute) * division.members)
 
 
-def apart_shell(plan: Plan, shell: nn.Module) -> nn.Module:
+def apart_shell(division: Division, shell: nn.Module) -> nn.Module:
     """`shell`, on the meta device, with last layers as compose(head="concat") makes them."""
     values = {}
     for name, tensor in tensors(shell).items():
-        if name in plan.head_weights or name in plan.summed:
-            axis = output_axis(shell, name) if name in plan.head_weights else 0
-            values[name] = tensor.new_empty([n * plan.members if a == axis else n for a, n in enumerate(tensor.shape)])
+        if name in division.head_weights or name in division.summed:
+            axis = output_axis(shell, name) if name in division.head_weights else 0
+            values[name] = tensor.new_empty(
+                [n * division.members if a == axis else n for a, n in enumerate(tensor.shape)]
+            )
     put(shell, values)
     return shell
 
@@ -119,7 +121,7 @@ def assemble(x: torch.Tensor, boxes: Sequence[Sequence[tuple[int, int]]]) -> tor
 
 
 def extract(
-    plan: Plan, shells: dict[int, nn.Module], model: nn.Module, head: str, apart: bool = False
+    division: Division, shells: dict[int, nn.Module], model: nn.Module, head: str, apart: bool = False
 ) -> list[nn.Module]:
     """Fill one shell per member (by its number) with the diagonal blocks of `model`: the inverse of compose.
 
@@ -129,20 +131,20 @@ def extract(
     up, comes back as 1/K each; the last member takes what rounding left over,
     so that the sum is the bias to the bit.
     """
-    K = plan.members
+    K = division.members
     whole = tensors(model)
     with torch.no_grad():
         for k, shell in shells.items():
             values: dict[str, torch.Tensor] = {}
             for name in tensors(shell):
                 value = whole[name].detach()
-                if apart and (name in plan.head_weights or name in plan.summed):
-                    value = value.chunk(K, output_axis(model, name) if name in plan.head_weights else 0)[k]
-                if name in plan.places:
-                    part = value[tuple(torch.from_numpy(i) for i in plan.places[name][k])]
-                    if head == "mean" and name in plan.head_weights:
+                if apart and (name in division.head_weights or name in division.summed):
+                    value = value.chunk(K, output_axis(model, name) if name in division.head_weights else 0)[k]
+                if name in division.places:
+                    part = value[tuple(torch.from_numpy(i) for i in division.places[name][k])]
+                    if head == "mean" and name in division.head_weights:
                         part = part * K
-                elif name in plan.summed and head == "sum":
+                elif name in division.summed and head == "sum":
                     part = value / K if k < K - 1 else value - _sum([value / K] * (K - 1)) if K > 1 else value
                 else:
                     part = value

@@ -19,7 +19,7 @@ from ..fx.wrapper import Buffer, Rewritten, edited
 from ..packed.pack import Packed, pack
 from ..report.decomposition import Report, report
 from ..threads import one_at_a_time
-from .channels import Plan, analyse
+from .channels import Division, divide_channels
 from .compose import apart_shell, assemble, check_head, check_members, compose, extract, put, tensors
 from .sizes import Found, check_form, find_size, refuse_size, same_members
 
@@ -88,7 +88,7 @@ class Decomposition:
     smaller map (first FC layers, poolings over all of it); with any, members run on their crops only.
     """
 
-    plan: Plan
+    division: Division
     notes: list[str]
     adapted: list[str]
     input_size: tuple[int, ...] | Any  # None while the crops wait
@@ -109,17 +109,17 @@ class Decomposition:
         self._head, self._cut = head, cut
         self._source = found.source if found else ""
         self._form = found.form if found else input_size
-        self._divide(input_size, crops, found.plan if found else analyse(model, input_size, crops, head))
+        self._divide(input_size, crops, found.division if found else divide_channels(model, input_size, crops, head))
         if cut is not None:
             self.input_size = self._crops = None
         self._split_outputs = head == "concat"
-        self._assembles = any(self.plan.assemblies.values())
-        if not self.plan.places:
+        self._assembles = any(self.division.assemblies.values())
+        if not self.division.places:
             raise PartitionError(f"{type(model).__name__} has no layer whose channels could be divided.")
 
-    def _divide(self, input_size: tuple[int, ...], crops: tuple[Part, ...], plan: Plan) -> None:
-        self.plan = plan
-        self.notes, self.adapted = plan.notes, plan.adapted
+    def _divide(self, input_size: tuple[int, ...], crops: tuple[Part, ...], division: Division) -> None:
+        self.division = division
+        self.notes, self.adapted = division.notes, division.adapted
         self.input_size, self._crops = input_size, crops
 
     @property
@@ -142,13 +142,13 @@ class Decomposition:
             check_form(self._form, size, name)
             assert self._cut is not None
             crops = self._cut(size[1:])
-            plan = analyse(self.model, size, crops, self._head, self.plan.graphs)
-            if not same_members(self.plan, plan):
+            division = divide_channels(self.model, size, crops, self._head, self.division.graphs)
+            if not same_members(self.division, division):
                 raise PartitionError(
                     f"for samples of {by(size)} the members of {name} would be others than they are: give decompose or "
                     f"grouped_subnets input_size={size}."
                 )
-            self._divide(size, crops, plan)
+            self._divide(size, crops, division)
         return self.crops
 
     def lift_crops(self) -> None:
@@ -182,20 +182,20 @@ class Decomposition:
     def member_shell(self) -> nn.Module:
         """One sub-network on the meta device: the model's classes and names, with narrower leaves."""
         net = on_meta(self.model)
-        for target, attributes in self.plan.attributes.items():
+        for target, attributes in self.division.attributes.items():
             leaf = net.get_submodule(target)
             for name, value in attributes.items():
                 setattr(leaf, name, value)
         values = {}
         for name, tensor in tensors(net).items():
-            if name in self.plan.places:
-                place = self.plan.places[name][0]
+            if name in self.division.places:
+                place = self.division.places[name][0]
                 shape = torch.broadcast_shapes(*(i.shape for i in place)) + tensor.shape[len(place) :]
                 values[name] = tensor.new_empty(shape)
         put(net, values)
         if self.input_size is not None and vars(net).get("input_size") == self.input_size:  # what a model declares
             net.input_size = self.member_size  # type: ignore[assignment]  # torch's stub knows no plain attributes
-        return self._rewritten(net, self.plan.member_args)
+        return self._rewritten(net, self.division.member_args)
 
     @property
     def member_size(self) -> tuple[int, ...]:
@@ -208,7 +208,7 @@ class Decomposition:
         behind = behind or {}
         if not any(arguments.values()) and not any(behind.values()):
             return net
-        graphs = self.plan.graphs
+        graphs = self.division.graphs
         edits = {mode: edited(g, arguments.get(mode, {}), behind.get(mode, {})) for mode, g in graphs.items()}
         return Rewritten(net, edits)
 
@@ -233,12 +233,14 @@ class Decomposition:
             return members
 
     def _fresh(self, k: int) -> nn.Module:
-        (member,) = extract(self.plan, {k: self.member_shell()}, self.model, "sum")
+        (member,) = extract(self.division, {k: self.member_shell()}, self.model, "sum")
         known = tensors(self.model)
         redrawn = set()
         for path, module in member.named_modules():
             own = {f"{path}.{name}" if path else name for name, _ in module.named_parameters(recurse=False)}
-            divided = not own or own & (self.plan.places.keys() | self.plan.summed)  # else forward never reaches it
+            divided = not own or own & (
+                self.division.places.keys() | self.division.summed
+            )  # else forward never reaches it
             if divided and callable(getattr(module, "reset_parameters", None)):
                 module.reset_parameters()
                 redrawn |= own
@@ -265,9 +267,9 @@ class Decomposition:
             raise DecompkError("only a network decomposed with head='concat' can be extracted so; use 'sum' or 'mean'.")
         apart = self._assembles and isinstance(model, Rewritten)
         shell = on_meta(self.model)
-        check_members(apart_shell(self.plan, shell) if apart else shell, [model], 1, "network")
+        check_members(apart_shell(self.division, shell) if apart else shell, [model], 1, "network")
         shells = {k: self.member_shell() for k in range(self.K)}
-        return extract(self.plan, shells, model, "concat" if self._assembles else head, apart)
+        return extract(self.division, shells, model, "concat" if self._assembles else head, apart)
 
     def compose(self, subnets: Sequence[nn.Module] | Packed, head: str = "sum") -> nn.Module:
         """The global network of K sub-networks (2.11)–(2.14), or of a packed module: block-diagonal, zero in between.
@@ -293,12 +295,12 @@ class Decomposition:
         net = on_meta(self.model)
         behind: dict[bool, dict[str, tuple[Callable, tuple]]] = {}
         buffers: dict[str, Any] = {}
-        for mode, reorders in self.plan.reorders.items():
+        for mode, reorders in self.division.reorders.items():
             names = {node: f"_order_{'train' if mode else 'eval'}_{node}" for node in reorders}
             buffers |= {names[node]: order for node, order in reorders.items()}
             behind[mode] = {node: (torch.index_select, (1, Buffer(name))) for node, name in names.items()}
-            behind[mode] |= {node: (assemble, (boxes,)) for node, boxes in self.plan.assemblies[mode].items()}
-        net = compose(self.plan, net, subnets, "sum" if self._split_outputs and not self._assembles else head)
+            behind[mode] |= {node: (assemble, (boxes,)) for node, boxes in self.division.assemblies[mode].items()}
+        net = compose(self.division, net, subnets, "sum" if self._split_outputs and not self._assembles else head)
         device = next(subnets[0].parameters()).device
         for name, order in buffers.items():
             net.register_buffer(name, torch.from_numpy(order).to(device), persistent=False)

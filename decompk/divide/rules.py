@@ -201,9 +201,9 @@ def view(p: Any, name: str, args: Any, kwargs: Any) -> Any:
         full, part = p.run_both(args, kwargs)
         return p.wrap(full, part, p.join(name, [x], x.full.dim())[0], x.scale if full.shape == x.full.shape else ())
     full = p.run_global(args, kwargs)
-    plan = _Regrouping(p, x, full)
-    part = plan.member_result(name, args, kwargs)
-    return plan.result(part)
+    regrouping = _Regrouping(p, x, full)
+    part = regrouping.member_result(name, args, kwargs)
+    return regrouping.result(part)
 
 
 class _Regrouping:

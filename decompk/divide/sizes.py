@@ -15,7 +15,7 @@ from torch.fx.node import map_aggregate, map_arg
 from ..crops import Part, by
 from ..errors import DecompkError, MisfitError, PartitionError, brief
 from ..fx.graph import MetaInterpreter, on_meta, shape_of, trace, where
-from .channels import Plan, analyse
+from .channels import Division, divide_channels
 from .values import operation_name
 
 # By number of free axes, in the order in which they are tried: the sides of squares and cubes, the lengths of signals.
@@ -38,7 +38,7 @@ class Found:
 
     size: Size
     crops: tuple[Part, ...]
-    plan: Plan
+    division: Division
     source: str
     form: Form
     waits: bool = False
@@ -49,7 +49,7 @@ def find_size(model: nn.Module, cut: Callable[[Size], tuple[Part, ...]], head: s
 
     The model's own declaration comes first. Otherwise the one common size at which the network, and its members on
     their crops, can run; where several can and the members would be the same, the first batch decides. Raises
-    PartitionError where nothing tells the size, and what `analyse` raises.
+    PartitionError where nothing tells the size, and what `divide_channels` raises.
     """
     search = _Search(model, cut, head)
     for size, source in _declared(model, search.forms[0]):
@@ -90,7 +90,7 @@ def refuse_size(model: nn.Module, size: Size) -> None:
         )
 
 
-def same_members(a: Plan, b: Plan) -> bool:
+def same_members(a: Division, b: Division) -> bool:
     """Whether two divisions of one network, at different sizes, make the same members."""
     fixed = [(p.summed, p.head_weights, p.attributes, p.adapted, _named(p.member_args)) for p in (a, b)]
     return fixed[0] == fixed[1] and _equal(a.places, b.places) and _equal(a.reorders, b.reorders)
@@ -184,8 +184,8 @@ class _Search:
 
     def found(self, size: Size, source: str, form: Form | None = None, waits: bool = False) -> Found:
         crops = self.cut(size[1:] or size)
-        plan = analyse(self.model, size, crops, self.head, self.graphs)
-        return Found(size, crops, plan, source, form or size, waits)
+        division = divide_channels(self.model, size, crops, self.head, self.graphs)
+        return Found(size, crops, division, source, form or size, waits)
 
     def fitting(self, form: Form) -> Found | None:
         """The one size of this form that fits, or that of the first batch; None where none fits."""
@@ -208,16 +208,16 @@ class _Search:
                     raise
                 refused[str(error)] = error
                 continue
-            if not found.plan.adapted:
-                same = [f for f in fits.values() if f is not found and not f.plan.adapted]
-                if same and same_members(same[0].plan, found.plan):
+            if not found.division.adapted:
+                same = [f for f in fits.values() if f is not found and not f.division.adapted]
+                if same and same_members(same[0].division, found.division):
                     return self.waiting(same[0])
         if not fits and refused:
             raise next(iter(refused.values()))
         first, *further = [*fits.values()] or [None]
         if first is None or not further:
             return first
-        if all(same_members(first.plan, other.plan) for other in further):
+        if all(same_members(first.division, other.division) for other in further):
             return self.waiting(first)
         names = [by(_filled(form, side)) for side in sorted(fits)]
         raise PartitionError(
@@ -227,7 +227,7 @@ class _Search:
 
     @staticmethod
     def waiting(found: Found) -> Found:
-        return Found(found.size, found.crops, found.plan, "as its first batch has", found.form, waits=True)
+        return Found(found.size, found.crops, found.division, "as its first batch has", found.form, waits=True)
 
     def others(self, form: Form) -> list[int]:
         """All sides that fit around one that bisection finds: what a flatten holds grows with the side."""

@@ -82,7 +82,7 @@ def operation_name(node: fx.Node) -> str:
 
 
 def module_key(node: fx.Node) -> str:
-    """What a layer is known by in a plan: its module's path, or its weight's name where a functional is called."""
+    """What a layer is known by in a division: its module's path, or its weight's name where a functional is called."""
     if node.op == "call_module":
         return str(node.target)
     weight = node.args[1] if len(node.args) > 1 else node.kwargs.get("weight")

@@ -9,7 +9,7 @@ from functools import cached_property
 import numpy as np
 from torch import nn
 
-from ..divide.channels import analyse_whole
+from ..divide.channels import follow_channels
 from ..errors import DecompkError
 
 
@@ -47,7 +47,7 @@ class Nodes:
 
     def __init__(self, net: nn.Module, input_size: Sequence[int]):
         self.input_size = tuple(input_size)
-        found = analyse_whole(net, self.input_size)
+        found = follow_channels(net, self.input_size)
         sides = [ids for inputs, outputs, _ in found.layers.values() for ids in (inputs, outputs) if ids is not None]
         known = np.unique(found.roots(np.concatenate([*sides, *found.vectors.values(), found.outer, found.pinned])))
 

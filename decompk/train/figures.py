@@ -212,13 +212,13 @@ def _activations(d: Decomposition) -> dict[str, str]:
         known = type(module).__name__ in ELEMENTWISE_MODULES or isinstance(module, nn.modules.batchnorm._BatchNorm)
         return known or operation_name(node) in ELEMENTWISE_FUNCTIONS
 
-    for node in d.plan.graphs[False].nodes:
+    for node in d.division.graphs[False].nodes:
         module = modules.get(node.target) if node.op == "call_module" else None
         if isinstance(module, nn.Conv2d) or operation_name(node) == "conv2d":
             name = str(node.target) if module is not None else node.name
             while len(node.users) == 1 and (after := next(iter(node.users))).all_input_nodes == [node] and alone(after):
                 node = after
-            if d.plan.channels[False].get(node.name) is not None:
+            if d.division.channels[False].get(node.name) is not None:
                 found[node.name] = name
     return found
 
