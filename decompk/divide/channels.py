@@ -1,8 +1,8 @@
 """Which member owns which channels of the global network: one pass over its torch.fx graph.
 
-Every node is run twice on meta tensors: on the global shapes and on one member's. Next to the two results stands a
-*role*: the tensor is shared by all members (the image), divided among them along channel axes (`Split`), or a
-partial sum (a head's output, which composition adds up). Rules say what an operation does to roles (`rules.py`;
+Every node is run twice on meta tensors: on the global shapes and on one member's. Next to the two results stands whose
+channels they hold: the tensor is shared by all members (the image), divided among them along channel axes, or a
+partial sum (a head's output, which composition adds up). Rules say what an operation does to that (`rules.py`;
 layers with parameters here); what has no rule is refused by name. The result is a `Division`: for every tensor of the
 state dict, where each member's part of it lies in the global one.
 """
@@ -29,16 +29,16 @@ from ..ops.recurrent import GATES
 from .rules import ELEMENTWISE_FUNCTIONS, ELEMENTWISE_MODULES, FUNCTION_RULES, MODULE_RULES, covers
 from .strands import Strands
 from .values import (
-    FACTS,
     FUNCTIONAL_LAYERS,
     LINEAR,
     PARTIAL,
+    SHAPE_QUERIES,
     SHARED,
     Both,
-    Role,
-    Split,
-    T,
-    Window,
+    Divided,
+    MapExtent,
+    Ownership,
+    TensorPair,
     globally,
     in_member,
     module_key,
@@ -55,14 +55,14 @@ class Leaf:
     attributes: dict[str, Any] = field(default_factory=dict)
     inputs: np.ndarray | None = None  # None: the layer reads the image
     outputs: np.ndarray | None = None  # None: a head, all outputs
-    window: Window | None = None
+    flat: MapExtent | None = None
     groups: int = 1
     member_groups: int = 1
     hidden: list[list[np.ndarray]] = field(default_factory=list)  # of a recurrent layer: by depth and direction
 
 
-# One tensor of the state dict: per member, one index array for each of its leading axes (they broadcast).
-Place = tuple[tuple[np.ndarray, ...], ...]
+# Where a member's part of a tensor lies: one index array for each of its leading axes; they broadcast.
+Place = tuple[np.ndarray, ...]
 
 
 @dataclass(eq=False)
@@ -70,7 +70,7 @@ class Division:
     """Whose channels of a network are whose: what decompose, extract, compose and the theorems read."""
 
     members: int
-    places: dict[str, Place] = field(default_factory=dict)
+    places: dict[str, tuple[Place, ...]] = field(default_factory=dict)  # tensor of the state dict → one a member
     summed: set[str] = field(default_factory=set)  # head biases: composition adds them
     head_weights: set[str] = field(default_factory=set)
     attributes: dict[str, dict[str, Any]] = field(default_factory=dict)  # module → attribute → member's value
@@ -82,7 +82,9 @@ class Division:
     features: dict[bool, dict[str, np.ndarray]] = field(default_factory=dict)  # node → (K, f) of the last axis
     notes: list[str] = field(default_factory=list)  # why composed(x) is not exactly the sum of the members
     noted: set[str] = field(default_factory=set)  # the nodes that the notes are about
-    adapted: list[str] = field(default_factory=list)  # first FC layers whose window follows the crop
+    adapted: list[str] = field(
+        default_factory=list
+    )  # layers that follow the smaller map of a crop, such as first FC layers
 
 
 def divide_channels(
@@ -152,19 +154,19 @@ def follow_channels(model: nn.Module, input_size: tuple[int, ...]) -> Followed:
             if outputs is None:  # a last layer
                 outputs = followed.strands.new(_sides(module)[1])
                 outer.append(outputs)
-            flat = leaf.window is not None and leaf.kind == "linear"
-            layers[target] = leaf.inputs, outputs, math.prod(leaf.window.full) if flat else 1
+            flat = leaf.flat is not None and leaf.kind == "linear"
+            layers[target] = leaf.inputs, outputs, math.prod(leaf.flat.full) if flat else 1
             if module.bias is not None:
                 vectors[f"{target}.bias"] = outputs
     none = np.zeros(0, np.int64)
     ends, kept = np.concatenate([none, *outer]), np.concatenate([none, *pinned])
     values: dict[bool, dict[str, tuple[int, np.ndarray, int]]] = {}
     for mode, env in followed.values.items():
-        roles = {node.name: value.role for node, value in env.items() if isinstance(value, T)}
+        ownerships = {node.name: value.ownership for node, value in env.items() if isinstance(value, TensorPair)}
         values[mode] = {
-            name: (role.axes[0], role.ids, math.prod(role.window.full) if role.window else 1)
-            for name, role in roles.items()
-            if isinstance(role, Split) and len(role.axes) == 1
+            name: (ownership.axes[0], ownership.ids, math.prod(ownership.flat.full) if ownership.flat else 1)
+            for name, ownership in ownerships.items()
+            if isinstance(ownership, Divided) and len(ownership.axes) == 1
         }
     return Followed(layers, vectors, ends, kept, values, followed.strands.roots)
 
@@ -251,8 +253,8 @@ class _Pass:
             full = torch.empty((2, *self.input_size), device="meta", dtype=dtype_of(self.model))
             part = full.new_empty((2, *self.input_size[: -len(self.extent)], *self.crops[0].size))
             if self.vectors:
-                return self.wrap(full, part, Split(self.features, (full.dim() - 1,)))
-            return T(full, part, SHARED, (Fraction(1),) * len(self.extent))
+                return self.wrap(full, part, Divided(self.features, (full.dim() - 1,)))
+            return TensorPair(full, part, SHARED, (Fraction(1),) * len(self.extent))
         args, kwargs = map_arg((node.args, node.kwargs), lambda n: self.env[n])
         if node.op == "output":
             return self._output(args[0])
@@ -268,10 +270,12 @@ class _Pass:
         rule = FUNCTION_RULES.get(name)
         if rule is None:
             self.refuse(f"'{name}' has no rule")
-        if name not in (ELEMENTWISE_FUNCTIONS | FUNCTIONAL_LAYERS | FACTS):
+        if name not in (ELEMENTWISE_FUNCTIONS | FUNCTIONAL_LAYERS | SHAPE_QUERIES):
             for t in tensors_in((args, kwargs)):
-                if isinstance(t.role, Split) and not t.role.axes:
-                    self.refuse(f"it rearranges parameter '{t.role.bare}', which does not have one value per channel")
+                if isinstance(t.ownership, Divided) and not t.ownership.axes:
+                    self.refuse(
+                        f"it rearranges parameter '{t.ownership.bare}', which does not have one value per channel"
+                    )
         return rule(self, name, args, kwargs)
 
     def _check(self, holds: bool) -> None:
@@ -297,7 +301,7 @@ class _Pass:
         raise UnsupportedOperation(f"{where(self.node)}: {what}, so its channels cannot be divided; {remedy}.")
 
     def adapted(self, name: str) -> None:
-        """The layer's window follows the member's smaller map; a member no longer runs on the full image."""
+        """The layer follows the member's smaller map; a member no longer runs on the full image."""
         if name not in self.division.adapted:
             self.division.adapted.append(name)
 
@@ -331,7 +335,7 @@ class _Pass:
             return narrow(self.modules[node.target], attributes or {}, {})
         return partial(_call_method, node.target) if node.op == "call_method" else node.target
 
-    def _does_not_fit(self, x: T, error: Exception) -> MisfitError:
+    def _does_not_fit(self, x: TensorPair, error: Exception) -> MisfitError:
         return MisfitError(
             f"{where(self.node)}: a member's {by(x.part.shape[1:])} does not fit here ({brief(error)}); "
             "choose other crops (a larger crop_size lets them overlap) or another number of partitions."
@@ -341,9 +345,9 @@ class _Pass:
         """The member's node takes these arguments instead (nodes and plain numbers); returns their values."""
         self.division.member_args[self.mode][self.node.name] = (args, kwargs)
         for source in self.node.all_input_nodes:
-            role = getattr(self.env[source], "role", None)
-            if isinstance(role, Split) and role.bare is not None:
-                self.bare_rewrites.setdefault(role.bare, []).append(self.node.name)
+            ownership = getattr(self.env[source], "ownership", None)
+            if isinstance(ownership, Divided) and ownership.bare is not None:
+                self.bare_rewrites.setdefault(ownership.bare, []).append(self.node.name)
         return in_member(map_arg((args, kwargs), lambda n: self.env[n]))
 
     @staticmethod
@@ -351,14 +355,16 @@ class _Pass:
         """One element of a tuple of tensors."""
         return args[0][globally(args[1])]
 
-    def wrap(self, full: Any, part: Any, role: Role | Split, scale: tuple = (), moved: Window | None = None) -> Any:
+    def wrap(
+        self, full: Any, part: Any, ownership: Ownership, scale: tuple = (), moved: MapExtent | None = None
+    ) -> Any:
         """The two results as one value; every divided tensor adds its demand for an even division."""
         if isinstance(full, torch.Tensor):
-            if isinstance(role, Split) and role.bare is None:
-                self._demand(role, full, part)
-            return T(full, part, role, scale, moved)
+            if isinstance(ownership, Divided) and ownership.bare is None:
+                self._demand(ownership, full, part)
+            return TensorPair(full, part, ownership, scale, moved)
         if isinstance(full, (tuple, list)) and not isinstance(full, torch.Size):
-            return type(full)(self.wrap(f, p, role, scale) for f, p in zip(full, part, strict=True))
+            return type(full)(self.wrap(f, p, ownership, scale) for f, p in zip(full, part, strict=True))
         return full if full == part else Both(full, part)
 
     def outside(self, args: Any, kwargs: Any) -> Any:
@@ -367,14 +373,14 @@ class _Pass:
             self.refuse("it makes a tensor whose shape differs between the global network and a member")
         return self.wrap(full, part, SHARED)
 
-    def _demand(self, role: Split, full: torch.Tensor, part: torch.Tensor) -> None:
-        cut = self.cut(role, full, part)
+    def _demand(self, ownership: Divided, full: torch.Tensor, part: torch.Tensor) -> None:
+        cut = self.cut(ownership, full, part)
         node = self.node
-        if cut == len(role.axes) - 1:
-            for row in role.ids.reshape(-1, role.ids.shape[-1]):
+        if cut == len(ownership.axes) - 1:
+            for row in ownership.ids.reshape(-1, ownership.ids.shape[-1]):
                 self.strands.require(row, partial(where, node))
         else:
-            rows = np.moveaxis(role.ids, cut, -1)
+            rows = np.moveaxis(ownership.ids, cut, -1)
             K = self.K
 
             def even(owner: np.ndarray) -> bool:
@@ -383,20 +389,20 @@ class _Pass:
 
             self.checks.append((node, even))
 
-    def cut(self, role: Split, full: torch.Tensor, part: torch.Tensor) -> int:
-        """Which of the role's axes is the one that is K times shorter in a member."""
-        extent = role.window
+    def cut(self, ownership: Divided, full: torch.Tensor, part: torch.Tensor) -> int:
+        """Which of the divided axes is the one that is K times shorter in a member."""
+        extent = ownership.flat
         shorter = []
-        for i, axis in enumerate(role.axes):
+        for i, axis in enumerate(ownership.axes):
             whole, own = full.shape[axis], part.shape[axis]
             if extent is not None:
                 whole, own = whole // math.prod(extent.full), own // math.prod(extent.part)
             if whole != own:
                 shorter.append((i, whole, own))
         if self.K == 1:
-            return len(role.axes) - 1
+            return len(ownership.axes) - 1
         if len(shorter) != 1 or shorter[0][1] != shorter[0][2] * self.K:
-            sizes = by([full.shape[a] for a in role.axes])
+            sizes = by([full.shape[a] for a in ownership.axes])
             raise PartitionError(
                 f"{where(self.node)}: {sizes} channels cannot be divided into {self.K} equal parts; "
                 "choose a number of partitions that divides them."
@@ -412,28 +418,28 @@ class _Pass:
         full = torch.empty_like(value, device="meta")
         long = [axis for axis, size in enumerate(value.shape) if size > 1]
         if len(long) != 1 or value.shape[long[0]] % self.K:
-            undivided = Split(np.zeros(0, dtype=np.int64), (), bare=target)
-            return T(full, full, undivided if target in self.parameters else SHARED)
+            undivided = Divided(np.zeros(0, dtype=np.int64), (), bare=target)
+            return TensorPair(full, full, undivided if target in self.parameters else SHARED)
         _, ids = self.bare.get(target) or (long[0], self.strands.new(value.shape[long[0]]))
-        return T(full, _shrunk(full, long[0], self.K), Split(ids, (long[0],), bare=target))
+        return TensorPair(full, _shrunk(full, long[0], self.K), Divided(ids, (long[0],), bare=target))
 
-    def settle(self, tensors: list[T]) -> list[T]:
+    def settle(self, tensors: list[TensorPair]) -> list[TensorPair]:
         """Bare parameters and buffers take the side of the activation they meet."""
-        divided = any(isinstance(t.role, Split) and t.role.bare is None for t in tensors)
+        divided = any(isinstance(t.ownership, Divided) and t.ownership.bare is None for t in tensors)
         settled = []
         for t in tensors:
-            name = t.role.bare if isinstance(t.role, Split) else None
+            name = t.ownership.bare if isinstance(t.ownership, Divided) else None
             if name is None:
                 settled.append(t)
                 continue
-            if divided and t.role.axes:
+            if divided and t.ownership.axes:
                 axis = next(a for a, s in enumerate(self.tensor(name).shape) if s > 1)
-                self.strands.tie(self.bare.setdefault(name, (axis, t.role.ids))[1], t.role.ids)
-                settled.append(replace(t, role=replace(t.role, bare=None)))
+                self.strands.tie(self.bare.setdefault(name, (axis, t.ownership.ids))[1], t.ownership.ids)
+                settled.append(replace(t, ownership=replace(t.ownership, bare=None)))
             elif name not in self.parameters:
                 for node in self.bare_rewrites.pop(name, []):
                     self.division.member_args[self.mode].pop(node, None)
-                settled.append(T(t.full, t.full, SHARED))
+                settled.append(TensorPair(t.full, t.full, SHARED))
             elif not divided:
                 self.refuse(
                     f"parameter '{name}' acts on what all members share, and composition has one place for K of it"
@@ -452,17 +458,17 @@ class _Pass:
 
     def _output(self, value: Any) -> Any:
         for t in tensors_in(value):
-            if isinstance(t.role, Split) and self.head != "concat":
+            if isinstance(t.ownership, Divided) and self.head != "concat":
                 self.refuse(
                     "the network returns divided channels, not the output of a last layer",
                     'ask for decompose(..., head="concat")',
                 )
-            if t.role is SHARED and not self.assembles:
+            if t.ownership is SHARED and not self.assembles:
                 self.note("the network returns what every member holds whole: the composed network returns it once")
-            if isinstance(t.role, Split) and (len(t.role.axes) != 1 or t.role.window):
+            if isinstance(t.ownership, Divided) and (len(t.ownership.axes) != 1 or t.ownership.flat):
                 self.refuse("the network's output mixes channels with other axes")
-            if isinstance(t.role, Split) and self.vectors and len(t.role.ids) == len(self.features):
-                self.strands.tie(t.role.ids, self.features)  # output k is the reconstruction of input k
+            if isinstance(t.ownership, Divided) and self.vectors and len(t.ownership.ids) == len(self.features):
+                self.strands.tie(t.ownership.ids, self.features)  # output k is the reconstruction of input k
         return value
 
     def _refuse_tied_parameters(self) -> None:
@@ -478,57 +484,57 @@ class _Pass:
 
     # ---- combining tensors ----------------------------------------------------------------------------------------
 
-    def join(self, name: str, tensors: list[T], out_dims: int) -> tuple[Role | Split, tuple]:
-        """The role of an elementwise combination with broadcasting."""
+    def join(self, name: str, tensors: list[TensorPair], out_dims: int) -> tuple[Ownership, tuple]:
+        """The ownership of an elementwise combination with broadcasting."""
         scale = next((t.scale for t in tensors if t.scale), ())
-        if len(tensors) == 1:  # one operand keeps its role, and a parameter is still undecided
-            role = tensors[0].role
-            if role is PARTIAL and name not in LINEAR:
+        if len(tensors) == 1:  # one operand keeps its ownership, and a parameter is still undecided
+            ownership = tensors[0].ownership
+            if ownership is PARTIAL and name not in LINEAR:
                 self.note(f"'{name}' acts on the sum of the members' outputs; the composed network has {name}(Σ)")
-            return role, scale
+            return ownership, scale
         tensors = self.settle(tensors)
-        splits = [t for t in tensors if isinstance(t.role, Split)]
+        splits = [t for t in tensors if isinstance(t.ownership, Divided)]
         if not splits:
-            if any(t.role is PARTIAL for t in tensors):
-                if any(t.role is not PARTIAL for t in tensors) or name not in ("add", "sub"):
+            if any(t.ownership is PARTIAL for t in tensors):
+                if any(t.ownership is not PARTIAL for t in tensors) or name not in ("add", "sub"):
                     self.note(f"'{name}' acts on partial sums; the composed network applies it to Σ")
                 return PARTIAL, scale
             return SHARED, scale
-        if any(t.role is PARTIAL for t in tensors):
+        if any(t.ownership is PARTIAL for t in tensors):
             self.refuse("it combines divided channels with a head's output")
         first = splits[0]
-        axes = tuple(a - first.full.dim() + out_dims for a in first.role.axes)
+        axes = tuple(a - first.full.dim() + out_dims for a in first.ownership.axes)
         for t in tensors:
-            if isinstance(t.role, Split):
-                moved = tuple(a - t.full.dim() + out_dims for a in t.role.axes)
-                if moved != axes or t.role.ids.shape != first.role.ids.shape:
+            if isinstance(t.ownership, Divided):
+                moved = tuple(a - t.full.dim() + out_dims for a in t.ownership.axes)
+                if moved != axes or t.ownership.ids.shape != first.ownership.ids.shape:
                     self.refuse("it combines channels on different axes")
-                self.strands.tie(first.role.ids, t.role.ids)
+                self.strands.tie(first.ownership.ids, t.ownership.ids)
             else:
                 shape = (1,) * (out_dims - t.full.dim()) + tuple(t.full.shape)
                 if any(shape[a] != 1 for a in axes):
                     self.refuse("it combines divided channels with channels that every member holds whole")
-        return Split(first.role.ids, axes, first.role.window), scale
+        return Divided(first.ownership.ids, axes, first.ownership.flat), scale
 
     def elementwise(self, name: str, args: Any, kwargs: Any) -> Any:
         tensors = tensors_in((args, kwargs))
         if len(tensors) > 1:
             settled = iter(self.settle(tensors))
-            args, kwargs = map_aggregate((args, kwargs), lambda v: next(settled) if isinstance(v, T) else v)
+            args, kwargs = map_aggregate((args, kwargs), lambda v: next(settled) if isinstance(v, TensorPair) else v)
             tensors = tensors_in((args, kwargs))
-        if len(tensors) == 1 and tensors[0].role is PARTIAL:
+        if len(tensors) == 1 and tensors[0].ownership is PARTIAL:
             scaled = name == "mul" or (name == "div" and args[0] is tensors[0])
             zero = name in ("add", "sub") and args[0] == 0  # sum([a, b]) begins with 0 + a
             name = "contiguous" if scaled or zero else name + " a number" if name in ("add", "sub") else name
         numbers: list[Both] = []
         map_aggregate((args, kwargs), lambda v: numbers.append(v) if isinstance(v, Both) else None)
-        if numbers and any(t.role is not SHARED for t in tensors):
+        if numbers and any(t.ownership is not SHARED for t in tensors):
             self.note(f"'{name}' uses a size that differs in a member: composed(x) may not be the sum")
         full, part = self.run_both(args, kwargs)
         dims = full.dim() if isinstance(full, torch.Tensor) else tensors[0].full.dim()
-        role, scale = self.join(name, tensors, dims)
+        ownership, scale = self.join(name, tensors, dims)
         moved = next((t.moved for t in tensors if t.moved and t.full.shape == getattr(full, "shape", None)), None)
-        return self.wrap(full, part, role, scale, moved)
+        return self.wrap(full, part, ownership, scale, moved)
 
     # ---- layers ---------------------------------------------------------------------------------------------------
 
@@ -587,9 +593,9 @@ class _Pass:
             self.note(f"{type(module).__name__} computes with its whole weight, so composed(x) may not be the sum")
         leaf = Leaf("conv" if conv else "linear", groups=groups)
         head = target in self.heads
-        if x.role is PARTIAL:
+        if x.ownership is PARTIAL:
             self.refuse("it reads the output of a last layer", 'where no layer is a last one, use head="concat"')
-        if x.role is SHARED:
+        if x.ownership is SHARED:
             if head:
                 self.refuse("it is the first and the last layer at once, and no channels lie between")
             if groups > 1:
@@ -600,15 +606,15 @@ class _Pass:
                     "flatten the images yourself and decompose for vectors, input_size=(features,)",
                 )
         else:
-            role = self._activation(x)
-            if role.axes != (axis,) or (conv and role.window):
+            ownership = self._activation(x)
+            if ownership.axes != (axis,) or (conv and ownership.flat):
                 self.refuse("it does not read the divided axis as its channels")
-            leaf.inputs, leaf.window = role.ids, role.window
+            leaf.inputs, leaf.flat = ownership.ids, ownership.flat
             attributes[into] = x.part.shape[axis]
             if conv and covers(windows(module, x.full.dim() - 2), x):  # a fully connected layer in disguise
                 full, part = tuple(x.full.shape[2:]), tuple(x.part.shape[2:])
-                leaf.window = Window(tuple(range(len(full))), full, part, x.scale)
-                attributes["kernel_size"] = leaf.window.part
+                leaf.flat = MapExtent(tuple(range(len(full))), full, part, x.scale)
+                attributes["kernel_size"] = leaf.flat.part
         if head and groups > 1:
             self.refuse("the last layer is a grouped convolution, whose members' outputs cannot add up")
         if not head:
@@ -635,7 +641,7 @@ class _Pass:
         return f" (all widths: {', '.join(numbers)})" if numbers else " (no number divides all widths)"
 
     def _finish_layer(
-        self, target: str, module: nn.Module, leaf: Leaf, attributes: dict, x: T, axis: int, extra: tuple
+        self, target: str, module: nn.Module, leaf: Leaf, attributes: dict, x: TensorPair, axis: int, extra: tuple
     ) -> Any:
         head = target in self.heads
         _, outputs = _sides(module)
@@ -661,14 +667,14 @@ class _Pass:
             part = narrow(module, attributes, _member_shapes(module, leaf, attributes))(x.part, *in_member(extra))
         except MISFITS as error:
             raise self._does_not_fit(x, error) from error
-        role = PARTIAL if head else Split(known.outputs, (axis,))
+        ownership = PARTIAL if head else Divided(known.outputs, (axis,))
         scale = x.scale
         if leaf.kind == "conv":
-            scale = self.scaled(x, windows(module, x.full.dim() - 2) if leaf.window is None else None, full, part)
+            scale = self.scaled(x, windows(module, x.full.dim() - 2) if leaf.flat is None else None, full, part)
         if head and self.assembles:
             self.division.assemblies[self.mode][self.node.name] = self._boxes(full, part, scale)
-            role = SHARED  # as the image is: each member holds all channels of its own crop
-        return self.wrap(full, part, role, scale)
+            ownership = SHARED  # as the image is: each member holds all channels of its own crop
+        return self.wrap(full, part, ownership, scale)
 
     def _boxes(self, full: torch.Tensor, part: torch.Tensor, scale: tuple) -> tuple:
         """Where in a last layer's output each member's lies: (start, stop) for each axis, by member."""
@@ -695,10 +701,10 @@ class _Pass:
             self.refuse("its hidden state is projected", "leave proj_size out")
         if any(value is not None for value in (*args[1:], *kwargs.values())):
             self.refuse("it is given its first states", "leave them out: they begin at zero")
-        if not isinstance(x, T) or x.full.dim() != 3:
+        if not isinstance(x, TensorPair) or x.full.dim() != 3:
             self.refuse("it does not read a padded batch of sequences")
-        role = self._activation(x)
-        if role.axes != (2,) or role.window:
+        ownership = self._activation(x)
+        if ownership.axes != (2,) or ownership.flat:
             self.refuse("it does not read the divided axis as its features")
         if H % self.K:
             raise PartitionError(
@@ -710,9 +716,9 @@ class _Pass:
         leaf = self.leaves.get(target)
         if leaf is None:
             hidden = [[self.strands.new(H) for _ in range(directions)] for _ in range(module.num_layers)]
-            leaf = self.leaves[target] = Leaf("recurrent", attributes, role.ids, hidden=hidden)
+            leaf = self.leaves[target] = Leaf("recurrent", attributes, ownership.ids, hidden=hidden)
             self.division.attributes[target] = attributes
-        self.strands.tie(leaf.inputs, role.ids)
+        self.strands.tie(leaf.inputs, ownership.ids)
         shapes = {}
         for name, tensor in module.named_parameters():
             rows, *columns = tensor.shape
@@ -720,8 +726,8 @@ class _Pass:
             shapes[name] = (rows // self.K, *(into or c // self.K for c in columns))
         full = shape_of(on_meta(module), x.full)
         part = shape_of(narrow(module, attributes, shapes), x.part)
-        outputs = Split(np.concatenate(leaf.hidden[-1]), (2,))
-        states = Split(np.stack([ids for layer in leaf.hidden for ids in layer]), (0, 2))
+        outputs = Divided(np.concatenate(leaf.hidden[-1]), (2,))
+        states = Divided(np.stack([ids for layer in leaf.hidden for ids in layer]), (0, 2))
         return self.wrap(full[0], part[0], outputs), self.wrap(full[1], part[1], states)
 
     def _groups_whole(self, leaf: Leaf, owner: np.ndarray) -> bool:
@@ -739,7 +745,7 @@ class _Pass:
         return True
 
     @staticmethod
-    def scaled(x: T, found: tuple | None, full: torch.Tensor, part: torch.Tensor) -> tuple:
+    def scaled(x: TensorPair, found: tuple | None, full: torch.Tensor, part: torch.Tensor) -> tuple:
         """Input pixels per position behind a spatial operation; None where windows do not tell."""
         scale = x.scale or (None,) * (x.full.dim() - 2)
         if found is not None:
@@ -750,10 +756,10 @@ class _Pass:
             steps = [g if g == m else None for g, m in zip(globals_, members, strict=True)]
         return tuple(None if s is None or t is None else s * t for s, t in zip(scale, steps, strict=True))
 
-    def _activation(self, x: T) -> Split:
-        if not isinstance(x.role, Split) or x.role.bare is not None:
+    def _activation(self, x: TensorPair) -> Divided:
+        if not isinstance(x.ownership, Divided) or x.ownership.bare is not None:
             self.refuse("it acts on the image itself or on a head's output, where its parameters have no one owner")
-        return x.role
+        return x.ownership
 
     def _known_tensors(self, module: nn.Module, known: set[str]) -> None:
         for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
@@ -763,12 +769,12 @@ class _Pass:
     def norm(self, target: str, module: nn.Module, args: tuple, kwargs: dict) -> Any:
         """One parameter per channel: normalisations and PReLU keep the channels of their input."""
         x = args[0]
-        role = self._activation(x)
-        if len(role.axes) != 1 or role.window:
+        ownership = self._activation(x)
+        if len(ownership.axes) != 1 or ownership.flat:
             self.refuse("its channels are not one axis")
-        whole, own = x.full.shape[role.axes[0]], x.part.shape[role.axes[0]]
+        whole, own = x.full.shape[ownership.axes[0]], x.part.shape[ownership.axes[0]]
         self._known_tensors(module, {"weight", "bias", "running_mean", "running_var"})
-        leaf = Leaf("norm", inputs=role.ids, outputs=role.ids)
+        leaf = Leaf("norm", inputs=ownership.ids, outputs=ownership.ids)
         if isinstance(module, nn.GroupNorm):
             if module.num_groups % self.K:
                 raise PartitionError(
@@ -796,7 +802,7 @@ class _Pass:
         shapes = {name: (own,) for name, _ in _vectors(module)}
         full = shape_of(on_meta(module), x.full)
         part = shape_of(narrow(module, attributes, shapes), x.part)
-        return self.wrap(full, part, role, x.scale, x.moved)
+        return self.wrap(full, part, ownership, x.scale, x.moved)
 
     def pool(self, target: str, module: nn.Module, args: tuple, kwargs: dict) -> Any:
         x = args[0]
@@ -809,13 +815,13 @@ class _Pass:
 
     def spatial(self, name: str, args: tuple, kwargs: dict, found: tuple | None, member: tuple | None = None) -> Any:
         x = args[0]
-        if isinstance(x.role, Split) and x.role.axes != (1,):
+        if isinstance(x.ownership, Divided) and x.ownership.axes != (1,):
             self.refuse("it pools or resizes an axis that holds channels")
         full, part = self.run_both(args, kwargs, member)
         first = full[0] if isinstance(full, tuple) else full
         own = part[0] if isinstance(part, tuple) else part
-        role, _ = self.join(name, [x], first.dim())
-        return self.wrap(full, part, role, self.scaled(x, found, first, own))
+        ownership, _ = self.join(name, [x], first.dim())
+        return self.wrap(full, part, ownership, self.scaled(x, found, first, own))
 
     # ---- the division ---------------------------------------------------------------------------------------------
 
@@ -837,10 +843,14 @@ class _Pass:
         for mode, env in values.items():
             self.division.channels[mode], self.division.features[mode] = {}, {}
             for node, value in env.items():
-                if not isinstance(value, T) or not isinstance(value.role, Split) or len(value.role.axes) != 1:
+                if (
+                    not isinstance(value, TensorPair)
+                    or not isinstance(value.ownership, Divided)
+                    or len(value.ownership.axes) != 1
+                ):
                     continue
-                role, (axis,) = value.role, value.role.axes
-                found = None if role.window else np.stack(own(role.ids))
+                ownership, (axis,) = value.ownership, value.ownership.axes
+                found = None if ownership.flat else np.stack(own(ownership.ids))
                 if axis == 1:
                     self.division.channels[mode][node.name] = found
                 if axis == value.full.dim() - 1 and found is not None:
@@ -875,14 +885,14 @@ class _Pass:
         conv = leaf.kind == "conv"
         inputs, outputs = _sides(module)
         columns = [np.arange(inputs)] * self.K if leaf.inputs is None else own(leaf.inputs)
-        spots = [self._spots(leaf.window, crop) for crop in self.crops]
-        if leaf.window is not None and leaf.window.full != leaf.window.part:
+        spots = [self._spots(leaf.flat, crop) for crop in self.crops]
+        if leaf.flat is not None and leaf.flat.full != leaf.flat.part:
             self.adapted(target)
-        if leaf.window is not None and not conv:
-            extent = math.prod(leaf.window.full)
-            flat = [np.ravel_multi_index(np.ix_(*s), leaf.window.full).reshape(-1) for s in spots]
-            if leaf.window.order is not None:
-                whole, own_order = leaf.window.order
+        if leaf.flat is not None and not conv:
+            extent = math.prod(leaf.flat.full)
+            flat = [np.ravel_multi_index(np.ix_(*s), leaf.flat.full).reshape(-1) for s in spots]
+            if leaf.flat.order is not None:
+                whole, own_order = leaf.flat.order
                 flat = [np.argsort(whole)[f[own_order]] for f in flat]
             columns = [(c[:, None] * extent + f).reshape(-1) for c, f in zip(columns, flat, strict=True)]
         rows = [np.arange(outputs)] * self.K if leaf.outputs is None else own(leaf.outputs)
@@ -890,7 +900,7 @@ class _Pass:
             blocks = [_block(c, r, outputs, leaf) for r, c in zip(rows, columns, strict=True)]
         else:
             blocks = [_block(r, c, inputs, leaf) for r, c in zip(rows, columns, strict=True)]
-        if conv and leaf.window is not None:
+        if conv and leaf.flat is not None:
             blocks = [_with_space(block, spot) for block, spot in zip(blocks, spots, strict=True)]
         places[weight] = tuple(blocks)
         if leaf.outputs is None:
@@ -901,17 +911,17 @@ class _Pass:
             else:
                 places[bias] = tuple((r,) for r in rows)
 
-    def _spots(self, window: Window | None, crop: Crop) -> list[np.ndarray]:
+    def _spots(self, flat: MapExtent | None, crop: Crop) -> list[np.ndarray]:
         """(2.13): per spatial axis, the global positions that the crop's activations occupy."""
         spots = []
-        if window is None:
+        if flat is None:
             return spots
-        if self.turned is not None and window.full != window.part:
+        if self.turned is not None and flat.full != flat.part:
             raise UnsupportedOperation(
                 f"{where(self.turned)}: it swaps axes of the image, whose crops cannot be followed to the first fully "
                 "connected layer; give the network images that are turned already."
             )
-        for axis, full, part, scale in zip(window.axes, window.full, window.part, window.scale, strict=True):
+        for axis, full, part, scale in zip(flat.axes, flat.full, flat.part, flat.scale, strict=True):
             pixels = scale if scale is not None else Fraction(self.input_size[1 + axis], full)
             start = min(math.ceil(Fraction(crop.start[axis]) / pixels), full - part) if full != part else 0
             spots.append(start + np.arange(part))
@@ -920,9 +930,9 @@ class _Pass:
 
 def _recurrent_places(
     target: str, module: nn.RNNBase, leaf: Leaf, own: Callable[[np.ndarray], list[np.ndarray]]
-) -> dict[str, Place]:
+) -> dict[str, tuple[Place, ...]]:
     """Where each member's part of U (weight_ih), W (weight_hh) and their biases lies, gate after gate."""
-    places: dict[str, Place] = {}
+    places: dict[str, tuple[Place, ...]] = {}
     first = module.hidden_size * np.arange(GATES[module.mode])[:, None]  # row of each gate
     for depth, layer in enumerate(leaf.hidden):
         inputs = own(np.concatenate(leaf.hidden[depth - 1]) if depth else leaf.inputs)
@@ -1008,7 +1018,7 @@ def heads(model: nn.Module, graph: fx.Graph) -> set[str]:
                 found.add(source.target)
             elif name in FUNCTIONAL_LAYERS:
                 found.add(module_key(source))
-            elif name not in FACTS or source.args[1:] in (
+            elif name not in SHAPE_QUERIES or source.args[1:] in (
                 ("data",),
                 ("T",),
                 ("mT",),

@@ -17,13 +17,13 @@ from ..crops import by
 from ..errors import PartitionError
 from ..fx.graph import where, windows
 from .values import (
-    FACTS,
     FUNCTIONAL_LAYERS,
     PARTIAL,
+    SHAPE_QUERIES,
     SHARED,
-    Split,
-    T,
-    Window,
+    Divided,
+    MapExtent,
+    TensorPair,
     globally,
     in_member,
     tensors_in,
@@ -61,9 +61,9 @@ def elementwise(p: Any, name: str, args: Any, kwargs: Any) -> Any:
     return p.elementwise(name, args, kwargs)
 
 
-@rule(*FACTS)
-def facts(p: Any, name: str, args: Any, kwargs: Any) -> Any:
-    """Sizes and other facts of a tensor: plain Python values, which may differ in a member."""
+@rule(*SHAPE_QUERIES)
+def shape_query(p: Any, name: str, args: Any, kwargs: Any) -> Any:
+    """Sizes and the like: plain Python values, which may differ in a member."""
     return p.outside(args, kwargs)
 
 
@@ -88,7 +88,7 @@ def pool(p: Any, name: str, args: Any, kwargs: Any) -> Any:
     return p.spatial(name, args, kwargs, found if found == own else None, member)
 
 
-def covers(found: tuple | None, x: T) -> bool:
+def covers(found: tuple | None, x: TensorPair) -> bool:
     """The pooling sees the whole global map at once, while a member's map is smaller."""
     full, part = x.full.shape[2:], x.part.shape[2:]
     return (
@@ -112,17 +112,17 @@ def pad(p: Any, name: str, args: Any, kwargs: Any) -> Any:
     """Padding of spatial axes; zeros added to the channels (a shortcut of ResNets) are new channels."""
     x, amounts = args[0], list(args[1] if len(args) > 1 else kwargs["pad"])
     sides = {x.full.dim() - 1 - i: (amounts[2 * i], amounts[2 * i + 1]) for i in range(len(amounts) // 2)}
-    if not isinstance(x.role, Split):
+    if not isinstance(x.ownership, Divided):
         full, part = p.run_both(args, kwargs)
         return p.wrap(full, part, p.join(name, [x], full.dim())[0], x.scale)
-    ids = x.role.ids
+    ids = x.ownership.ids
     member = None
-    for i, axis in enumerate(x.role.axes):
+    for i, axis in enumerate(x.ownership.axes):
         before, after = globally(sides.get(axis, (0, 0)))
         if (before, after) == (0, 0):
             continue
-        _no_window(p, x)
-        if len(x.role.axes) > 1 or min(before, after) < 0 or before % p.K or after % p.K:
+        refuse_flattened(p, x)
+        if len(x.ownership.axes) > 1 or min(before, after) < 0 or before % p.K or after % p.K:
             raise PartitionError(
                 f"{where(p.node)}: {before} + {after} channels of padding cannot be divided into {p.K} equal parts."
             )
@@ -134,7 +134,7 @@ def pad(p: Any, name: str, args: Any, kwargs: Any) -> Any:
             (p.node.args[0], own, *p.node.args[2:]), {k: v for k, v in p.node.kwargs.items() if k != "pad"}
         )
     full, part = p.run_both(args, kwargs, member)
-    return p.wrap(full, part, replace(x.role, ids=ids), x.scale)
+    return p.wrap(full, part, replace(x.ownership, ids=ids), x.scale)
 
 
 # ---- reductions: fine over space, a mixture over channels -----------------------------------------------------------
@@ -148,22 +148,22 @@ def reduction(p: Any, name: str, args: Any, kwargs: Any) -> Any:
         return p.elementwise(name, args, kwargs)
     x = operands[0]
     full, part = p.run_both(args, kwargs)
-    if not isinstance(x.role, Split):
+    if not isinstance(x.ownership, Divided):
         return p.wrap(full, part, p.join(name, [x], x.full.dim())[0])
     at = 2 if name == "norm" else 1
     given = kwargs.get("dim", args[at] if len(args) > at else None)
     if given is None:
         p.refuse(f"'{name}' combines all channels")
     dims = {d % x.full.dim() for d in ([given] if isinstance(given, int) else given)}
-    if dims & set(x.role.axes):
+    if dims & set(x.ownership.axes):
         p.refuse(f"'{name}' mixes the channels of different members")
     first = full[0] if isinstance(full, tuple) else full
     if first.dim() == x.full.dim():
         scale = tuple(None if axis + 2 in dims else s for axis, s in enumerate(x.scale))
-        return p.wrap(full, part, x.role, scale)
-    axes = tuple(a - sum(d < a for d in dims) for a in x.role.axes)
+        return p.wrap(full, part, x.ownership, scale)
+    axes = tuple(a - sum(d < a for d in dims) for a in x.ownership.axes)
     moved = _as_laid(x, {0, *dims}) if 0 not in dims and x.moved is None else None
-    return p.wrap(full, part, replace(x.role, axes=axes), moved=moved)
+    return p.wrap(full, part, replace(x.ownership, axes=axes), moved=moved)
 
 
 @rule("glu")
@@ -173,21 +173,21 @@ def glu(p: Any, name: str, args: Any, kwargs: Any) -> Any:
     return _gated(p, x, dim, *p.run_both(args, kwargs))
 
 
-def _no_window(p: Any, x: T) -> None:
+def refuse_flattened(p: Any, x: TensorPair) -> None:
     """Operations that take channels apart know them one position each, not behind a flatten."""
-    if x.role.window is not None:
+    if x.ownership.flat is not None:
         p.refuse("it takes a flattened map apart", "do so before the flatten")
-    if x.role.bare is not None:
-        p.refuse(f"it takes parameter '{x.role.bare}' apart", "give every part a parameter of its own")
+    if x.ownership.bare is not None:
+        p.refuse(f"it takes parameter '{x.ownership.bare}' apart", "give every part a parameter of its own")
 
 
-def _gated(p: Any, x: T, dim: int, full: torch.Tensor, part: torch.Tensor) -> Any:
-    if not isinstance(x.role, Split) or x.role.axes != (dim,):
+def _gated(p: Any, x: TensorPair, dim: int, full: torch.Tensor, part: torch.Tensor) -> Any:
+    if not isinstance(x.ownership, Divided) or x.ownership.axes != (dim,):
         return p.wrap(full, part, p.join("glu", [x], full.dim())[0], x.scale)
-    _no_window(p, x)
-    value, gate = np.split(x.role.ids, 2)
+    refuse_flattened(p, x)
+    value, gate = np.split(x.ownership.ids, 2)
     p.strands.tie(value, gate)
-    return p.wrap(full, part, replace(x.role, ids=value), x.scale)
+    return p.wrap(full, part, replace(x.ownership, ids=value), x.scale)
 
 
 # ---- moving data ----------------------------------------------------------------------------------------------------
@@ -197,7 +197,7 @@ def _gated(p: Any, x: T, dim: int, full: torch.Tensor, part: torch.Tensor) -> An
 def view(p: Any, name: str, args: Any, kwargs: Any) -> Any:
     """Any reshape, by matching runs of axes with equal products; literal sizes are rewritten for the member."""
     x = args[0]
-    if not isinstance(x.role, Split):
+    if not isinstance(x.ownership, Divided):
         full, part = p.run_both(args, kwargs)
         return p.wrap(full, part, p.join(name, [x], x.full.dim())[0], x.scale if full.shape == x.full.shape else ())
     full = p.run_global(args, kwargs)
@@ -209,10 +209,10 @@ def view(p: Any, name: str, args: Any, kwargs: Any) -> Any:
 class _Regrouping:
     """A reshape of one divided tensor: which axes become which, and what becomes of the strands."""
 
-    def __init__(self, p: Any, x: T, full: torch.Tensor):
+    def __init__(self, p: Any, x: TensorPair, full: torch.Tensor):
         self.p, self.x, self.full = p, x, full
         self.groups = _matched(tuple(x.full.shape), tuple(full.shape))
-        self.cut_axis = x.role.axes[p.cut(x.role, x.full, x.part)] if x.role.axes else None
+        self.cut_axis = x.ownership.axes[p.cut(x.ownership, x.full, x.part)] if x.ownership.axes else None
 
     def member_result(self, name: str, args: Any, kwargs: Any) -> torch.Tensor:
         """The member's tensor: by its own code where that fits, else with literal sizes rewritten."""
@@ -249,7 +249,7 @@ class _Regrouping:
         return True
 
     def _channels(self, axes: list[int]) -> list[int]:
-        return [a for a in axes if a in self.x.role.axes]
+        return [a for a in axes if a in self.x.ownership.axes]
 
     def _expected(self) -> list[int | None]:
         """A member's size per output axis, None where only running it can tell (unflattened space)."""
@@ -271,10 +271,10 @@ class _Regrouping:
         return sizes
 
     def result(self, part: torch.Tensor) -> Any:
-        p, x, role = self.p, self.x, self.x.role
+        p, x, ownership = self.p, self.x, self.x.ownership
         shape: list[int] = []
         axes: list[int] = []
-        window, merged_cut = role.window, None
+        flat, merged_cut = ownership.flat, None
         for inside, outside in self.groups:
             channels = self._channels(inside)
             if not channels:
@@ -286,33 +286,33 @@ class _Regrouping:
                 behind = [a for a in range(channels[-1] + 1, x.full.dim()) if x.full.shape[a] > 1]
                 if rest != behind or len(x.scale) not in (0, x.full.dim() - 2):
                     p.refuse("it interleaves channels with another axis")
-                if len(outside) != 1 or len(channels) != 1 or len(role.axes) != 1 or window is not None:
+                if len(outside) != 1 or len(channels) != 1 or len(ownership.axes) != 1 or flat is not None:
                     p.refuse("it merges part of the channels with space")
-                window = self._window(rest)
-            elif window is not None and len(outside) > 1:
-                if window.order is not None or tuple(self.full.shape[a] for a in outside[1:]) != window.full:
+                flat = self._flattened(rest)
+            elif flat is not None and len(outside) > 1:
+                if flat.order is not None or tuple(self.full.shape[a] for a in outside[1:]) != flat.full:
                     p.refuse("it reshapes flattened channels differently than they were flattened")
-                return p.wrap(self.full, part, Split(role.ids, (outside[0],)), window.scale)
+                return p.wrap(self.full, part, Divided(ownership.ids, (outside[0],)), flat.scale)
             if len(channels) > 1 and self.cut_axis in channels[:-1] and len(outside) == 1:
-                merged_cut = role.axes.index(self.cut_axis)
+                merged_cut = ownership.axes.index(self.cut_axis)
             elif len(channels) > 1 and len(outside) > 1:
                 p.refuse("it regroups channels that are already grouped")
             axes += outside
-            shape += [self.full.shape[a] for a in outside] if window is None else [len(role.ids)]
-        if not axes and role.axes:
+            shape += [self.full.shape[a] for a in outside] if flat is None else [len(ownership.ids)]
+        if not axes and ownership.axes:
             p.refuse("its channels disappear in a reshape")
         if merged_cut is not None:
             if len(axes) != 1:
                 p.refuse("it shuffles channels within groups that stay apart")
-            ids = p.strands.new(role.ids.size)
-            p.shuffles.append((p.mode, p.node, role.ids, merged_cut, ids))
+            ids = p.strands.new(ownership.ids.size)
+            p.shuffles.append((p.mode, p.node, ownership.ids, merged_cut, ids))
         else:
-            ids = role.ids.reshape(shape)
-        same = self.full.dim() - len(axes) == x.full.dim() - len(role.axes) and x.moved is None
-        moved = None if same or window else _moved(x, self.full, part, tuple(axes), torch.reshape)
-        return p.wrap(self.full, part, Split(ids, tuple(axes), window, role.bare), x.scale if same else (), moved)
+            ids = ownership.ids.reshape(shape)
+        same = self.full.dim() - len(axes) == x.full.dim() - len(ownership.axes) and x.moved is None
+        moved = None if same or flat else _moved(x, self.full, part, tuple(axes), torch.reshape)
+        return p.wrap(self.full, part, Divided(ids, tuple(axes), flat, ownership.bare), x.scale if same else (), moved)
 
-    def _window(self, space: list[int]) -> Window | None:
+    def _flattened(self, space: list[int]) -> MapExtent | None:
         if self.x.moved is not None:
             return self.x.moved
         full = tuple(self.x.full.shape[a] for a in space)
@@ -325,10 +325,12 @@ class _Regrouping:
             self.p.refuse(
                 "it flattens a map whose axes were merged or moved", "flatten it as the last layer returned it"
             )
-        return Window(tuple(a - 2 for a in space), full, part, scale)
+        return MapExtent(tuple(a - 2 for a in space), full, part, scale)
 
 
-def _moved(x: T, full: torch.Tensor, part: torch.Tensor, axes: tuple[int, ...], move: Callable) -> Window | None:
+def _moved(
+    x: TensorPair, full: torch.Tensor, part: torch.Tensor, axes: tuple[int, ...], move: Callable
+) -> MapExtent | None:
     """The map that x holds or once was, with where its positions lie behind move(x, shape); None if that is unknown.
 
     axes: those of the channels behind it.
@@ -340,22 +342,22 @@ def _moved(x: T, full: torch.Tensor, part: torch.Tensor, axes: tuple[int, ...], 
     for before, after, order in zip((x.full, x.part), (full, part), known.order, strict=True):
         if after.shape[:1] != before.shape[:1]:  # the batch moved
             return None
-        spatial = [1 if a == 0 or a in x.role.axes else n for a, n in enumerate(before.shape)]
+        spatial = [1 if a == 0 or a in x.ownership.axes else n for a, n in enumerate(before.shape)]
         moved = move(torch.from_numpy(order).reshape(spatial).expand(before.shape), after.shape)
         first = tuple(0 if a == 0 or a in axes else slice(None) for a in range(moved.dim()))
         orders.append(moved[first].reshape(-1).numpy())
     return replace(known, order=tuple(orders))
 
 
-def _as_laid(x: T, without: Collection[int] = ()) -> Window | None:
+def _as_laid(x: TensorPair, without: Collection[int] = ()) -> MapExtent | None:
     """The map that x holds, without some of its axes; None if it is not known how its positions lie."""
-    spatial = [a for a in range(1, x.full.dim()) if a not in x.role.axes]
-    if not x.role.axes or x.role.window or len(x.scale) != len(spatial):
+    spatial = [a for a in range(1, x.full.dim()) if a not in x.ownership.axes]
+    if not x.ownership.axes or x.ownership.flat or len(x.scale) != len(spatial):
         return None
     kept = [i for i, a in enumerate(spatial) if a not in without]
     full, part = (tuple(side.shape[spatial[i]] for i in kept) for side in (x.full, x.part))
     orders = tuple(np.arange(math.prod(sizes)) for sizes in (full, part))
-    return Window(tuple(kept), full, part, tuple(x.scale[i] for i in kept), orders)
+    return MapExtent(tuple(kept), full, part, tuple(x.scale[i] for i in kept), orders)
 
 
 def _matched(before: tuple[int, ...], after: tuple[int, ...]) -> list[tuple[list[int], list[int]]]:
@@ -390,17 +392,17 @@ def permute(p: Any, name: str, args: Any, kwargs: Any) -> Any:
     full, part = p.run_both(args, kwargs)
     labels = torch.empty(tuple(range(1, x.full.dim() + 1)), device="meta")
     order = [size - 1 for size in _method(labels, p.node, globally(args), globally(kwargs)).shape]
-    if not isinstance(x.role, Split):
-        if x.role is SHARED and x.scale and order != sorted(order):
+    if not isinstance(x.ownership, Divided):
+        if x.ownership is SHARED and x.scale and order != sorted(order):
             p.turned = p.node
         return p.wrap(full, part, p.join(name, [x], x.full.dim())[0])
-    turned = sorted(range(len(x.role.axes)), key=lambda i: order.index(x.role.axes[i]))
-    axes = tuple(order.index(x.role.axes[i]) for i in turned)
-    rest = [a for a in order if a not in (0, *x.role.axes)]
+    turned = sorted(range(len(x.ownership.axes)), key=lambda i: order.index(x.ownership.axes[i]))
+    axes = tuple(order.index(x.ownership.axes[i]) for i in turned)
+    rest = [a for a in order if a not in (0, *x.ownership.axes)]
     same = rest == sorted(rest) and x.moved is None
     moved = None if same else _moved(x, full, part, axes, lambda index, shape: index.permute(order))
-    role = replace(x.role, ids=np.transpose(x.role.ids, turned), axes=axes)
-    return p.wrap(full, part, role, x.scale if same else (), moved)
+    ownership = replace(x.ownership, ids=np.transpose(x.ownership.ids, turned), axes=axes)
+    return p.wrap(full, part, ownership, x.scale if same else (), moved)
 
 
 def _method(x: torch.Tensor, node: Any, args: Any, kwargs: Any) -> torch.Tensor:
@@ -414,11 +416,11 @@ def pieces(p: Any, name: str, args: Any, kwargs: Any) -> Any:
     x = args[0]
     at = 1 if name == "unbind" else 2
     dim = (args[at] if len(args) > at else kwargs.get("dim", 0)) % x.full.dim()
-    if not isinstance(x.role, Split) or dim not in x.role.axes:
+    if not isinstance(x.ownership, Divided) or dim not in x.ownership.axes:
         return _apart(p, x, dim, *p.run_both(args, kwargs), None, keep=name != "unbind")
-    _no_window(p, x)
-    axis = x.role.axes.index(dim)
-    cut = p.cut(x.role, x.full, x.part) == axis
+    refuse_flattened(p, x)
+    axis = x.ownership.axes.index(dim)
+    cut = p.cut(x.ownership, x.full, x.part) == axis
     member = None
     if name == "split" and cut:
         sizes = args[1] if len(args) > 1 else kwargs.get("split_size", kwargs.get("split_size_or_sections"))
@@ -449,13 +451,13 @@ def _divided(p: Any, sizes: Any) -> Any:
     return [s // p.K for s in literal] if isinstance(sizes, (tuple, list)) else literal[0] // p.K
 
 
-def _apart(p: Any, x: T, dim: int, full: tuple, part: tuple, axis: int | None, keep: bool) -> tuple:
+def _apart(p: Any, x: TensorPair, dim: int, full: tuple, part: tuple, axis: int | None, keep: bool) -> tuple:
     """Pieces of x along `dim`; `axis` is the position of that dim among its channel axes, if it is one."""
     found, start = [], 0
     for f, q in zip(full, part, strict=True):
-        role: Any = x.role
-        if isinstance(role, Split):
-            ids, axes = role.ids, role.axes
+        ownership: Any = x.ownership
+        if isinstance(ownership, Divided):
+            ids, axes = ownership.ids, ownership.axes
             if axis is not None:
                 stop = start + (f.shape[dim] if keep else 1)
                 ids = ids[(slice(None),) * axis + (slice(start, stop) if keep else start,)]
@@ -463,28 +465,28 @@ def _apart(p: Any, x: T, dim: int, full: tuple, part: tuple, axis: int | None, k
                 axes = axes if keep else axes[:axis] + axes[axis + 1 :]
             if not keep:
                 axes = tuple(a - (a > dim) for a in axes)
-            role = replace(role, ids=ids, axes=axes)
-        scale = x.scale if keep or isinstance(x.role, Split) and axis is not None else ()
-        found.append(p.wrap(f, q, role, scale))
+            ownership = replace(ownership, ids=ids, axes=axes)
+        scale = x.scale if keep or isinstance(x.ownership, Divided) and axis is not None else ()
+        found.append(p.wrap(f, q, ownership, scale))
     return tuple(found)
 
 
 @rule("getitem", "select", "narrow")
 def getitem(p: Any, name: str, args: Any, kwargs: Any) -> Any:
     x = args[0]
-    if not isinstance(x, T):
+    if not isinstance(x, TensorPair):
         return p.pick(args, kwargs)
     if name != "getitem":
         p.refuse(f"'{name}' is not understood", "write it as a slice")
-    if not isinstance(x.role, Split):
+    if not isinstance(x.ownership, Divided):
         full, part = p.run_both(args, kwargs)
         return p.wrap(full, part, p.join(name, [x], x.full.dim())[0], _sliced_scale(x, args[1], full))
     index = args[1] if isinstance(args[1], tuple) else (args[1],)
-    if any(isinstance(i, (T, torch.Tensor, list)) for i in index):
+    if any(isinstance(i, (TensorPair, torch.Tensor, list)) for i in index):
         p.refuse("it picks channels by an index tensor")
     index = _without_ellipsis(index, x.full.dim())
-    ids, axes, member_index, rewritten = x.role.ids, [], [], False
-    source, target, channel_axis, cut = 0, 0, 0, p.cut(x.role, x.full, x.part)
+    ids, axes, member_index, rewritten = x.ownership.ids, [], [], False
+    source, target, channel_axis, cut = 0, 0, 0, p.cut(x.ownership, x.full, x.part)
     for item in (*index, *[slice(None)] * (x.full.dim() - sum(i is not None for i in index))):
         own = in_member(item) if not isinstance(item, slice) else slice(*in_member((item.start, item.stop, item.step)))
         whole = globally(item) if not isinstance(item, slice) else slice(*globally((item.start, item.stop, item.step)))
@@ -492,10 +494,10 @@ def getitem(p: Any, name: str, args: Any, kwargs: Any) -> Any:
             member_index.append(None)
             target += 1
             continue
-        if source in x.role.axes:
-            position = x.role.axes.index(source)
+        if source in x.ownership.axes:
+            position = x.ownership.axes.index(source)
             if whole != slice(None):
-                _no_window(p, x)
+                refuse_flattened(p, x)
             if position == cut and whole != slice(None):
                 if not isinstance(whole, slice):
                     p.refuse("it picks a single channel")
@@ -513,7 +515,7 @@ def getitem(p: Any, name: str, args: Any, kwargs: Any) -> Any:
     if rewritten:
         member = p.rewrite((p.node.args[0], _node_index(p.node.args[1], member_index, x.full.dim())), {})
     full, part = p.run_both(args, kwargs, member)
-    return p.wrap(full, part, replace(x.role, ids=ids, axes=tuple(axes)), _sliced_scale(x, args[1], full))
+    return p.wrap(full, part, replace(x.ownership, ids=ids, axes=tuple(axes)), _sliced_scale(x, args[1], full))
 
 
 def _without_ellipsis(index: tuple, dims: int) -> tuple:
@@ -524,7 +526,7 @@ def _without_ellipsis(index: tuple, dims: int) -> tuple:
     return index[:at] + (slice(None),) * fill + index[at + 1 :]
 
 
-def _member_slice(p: Any, x: T, axis: int, whole: slice, own: slice, literal: slice) -> tuple[slice, bool]:
+def _member_slice(p: Any, x: TensorPair, axis: int, whole: slice, own: slice, literal: slice) -> tuple[slice, bool]:
     """The member's slice of a divided axis; literal bounds are divided by K, computed ones are already its own."""
     size, own_size = x.full.shape[axis], x.part.shape[axis]
     start, stop, step = whole.indices(size)
@@ -551,7 +553,7 @@ def _node_index(original: Any, own: list, dims: int) -> tuple:
     return tuple(kept)
 
 
-def _sliced_scale(x: T, index: Any, full: torch.Tensor) -> tuple:
+def _sliced_scale(x: TensorPair, index: Any, full: torch.Tensor) -> tuple:
     if full.dim() != x.full.dim() or not x.scale or not isinstance(index, tuple) or Ellipsis in index:
         return x.scale if full.shape == x.full.shape else ()
     scale = list(x.scale)
@@ -570,27 +572,29 @@ def cat(p: Any, name: str, args: Any, kwargs: Any) -> Any:
     dim = args[1] if len(args) > 1 else kwargs.get("dim", 0)
     full, part = p.run_both(args, kwargs)
     dim %= full.dim()
-    splits = [t for t in operands if isinstance(t.role, Split)]
+    splits = [t for t in operands if isinstance(t.ownership, Divided)]
     if not splits:
-        if any(t.role is PARTIAL for t in operands) and any(t.role is SHARED for t in operands):
+        if any(t.ownership is PARTIAL for t in operands) and any(t.ownership is SHARED for t in operands):
             p.note("joins partial sums with tensors that every member holds whole")
-        return p.wrap(full, part, PARTIAL if any(t.role is PARTIAL for t in operands) else SHARED, operands[0].scale)
+        return p.wrap(
+            full, part, PARTIAL if any(t.ownership is PARTIAL for t in operands) else SHARED, operands[0].scale
+        )
     operands = p.settle(operands)
-    if any(not isinstance(t.role, Split) for t in operands):
+    if any(not isinstance(t.ownership, Divided) for t in operands):
         p.refuse("it joins divided channels with channels that every member holds whole")
-    first = operands[0].role
+    first = operands[0].ownership
     if name == "stack":
-        role, scale = p.join(name, operands, operands[0].full.dim())
-        axes = tuple(a + (dim <= a) for a in role.axes)
-        return p.wrap(full, part, replace(role, axes=axes), scale)
+        ownership, scale = p.join(name, operands, operands[0].full.dim())
+        axes = tuple(a + (dim <= a) for a in ownership.axes)
+        return p.wrap(full, part, replace(ownership, axes=axes), scale)
     if dim not in first.axes:
-        role, scale = p.join(name, operands, full.dim())
-        return p.wrap(full, part, role, tuple(None if a + 2 == dim else s for a, s in enumerate(scale)))
-    if any(t.role.axes != first.axes or t.role.window for t in operands):
-        if any(t.role.window is None or t.role.axes != first.axes for t in operands):
+        ownership, scale = p.join(name, operands, full.dim())
+        return p.wrap(full, part, ownership, tuple(None if a + 2 == dim else s for a, s in enumerate(scale)))
+    if any(t.ownership.axes != first.axes or t.ownership.flat for t in operands):
+        if any(t.ownership.flat is None or t.ownership.axes != first.axes for t in operands):
             p.refuse("it joins channels on different axes")
         p.refuse("it joins flattened maps", "join them before the flatten")
-    ids = np.concatenate([t.role.ids for t in operands], axis=first.axes.index(dim))
+    ids = np.concatenate([t.ownership.ids for t in operands], axis=first.axes.index(dim))
     return p.wrap(full, part, replace(first, ids=ids), operands[0].scale)
 
 
@@ -598,26 +602,26 @@ def cat(p: Any, name: str, args: Any, kwargs: Any) -> Any:
 def expand(p: Any, name: str, args: Any, kwargs: Any) -> Any:
     x = args[0]
     full, part = p.run_both(args, kwargs)
-    if not isinstance(x.role, Split):
-        if full.shape == part.shape or isinstance(x.role, type(SHARED)) and full.shape[1:2] == part.shape[1:2]:
-            return p.wrap(full, part, x.role)
+    if not isinstance(x.ownership, Divided):
+        if full.shape[1:2] == part.shape[1:2]:
+            return p.wrap(full, part, x.ownership)
         return p.refuse("it spreads an undivided tensor over divided channels")
-    axes = tuple(a + full.dim() - x.full.dim() for a in x.role.axes)
-    if any(full.shape[a] != x.full.shape[b] for a, b in zip(axes, x.role.axes, strict=True)):
+    axes = tuple(a + full.dim() - x.full.dim() for a in x.ownership.axes)
+    if any(full.shape[a] != x.full.shape[b] for a, b in zip(axes, x.ownership.axes, strict=True)):
         p.refuse("it repeats channels")
-    if any(part.shape[a] != x.part.shape[b] for a, b in zip(axes, x.role.axes, strict=True)):
+    if any(part.shape[a] != x.part.shape[b] for a, b in zip(axes, x.ownership.axes, strict=True)):
         p.refuse("it expands channels to a fixed number", "write -1 for the channel axis")
-    return p.wrap(full, part, replace(x.role, axes=axes))
+    return p.wrap(full, part, replace(x.ownership, axes=axes))
 
 
 @rule("local_response_norm")
 def local_response_norm(p: Any, name: str, args: Any, kwargs: Any) -> Any:
     """Over channels next to each other: they may belong to one member alone, and stay in their order."""
     x = args[0]
-    if isinstance(x.role, Split):
+    if isinstance(x.ownership, Divided):
         if p.K > 1:
             p.refuse(f"'{name}' mixes the channels of different members")
-        p.pinned.append(x.role.ids)
+        p.pinned.append(x.ownership.ids)
     return p.elementwise(name, args, kwargs)
 
 
@@ -628,21 +632,21 @@ def channel_shuffle(p: Any, name: str, args: Any, kwargs: Any) -> Any:
     return _shuffled(p, x, groups, *p.run_both(args, kwargs))
 
 
-def _shuffled(p: Any, x: T, groups: int, full: torch.Tensor, part: torch.Tensor) -> Any:
-    if not isinstance(x.role, Split):
-        return p.wrap(full, part, x.role, x.scale)
-    _no_window(p, x)
+def _shuffled(p: Any, x: TensorPair, groups: int, full: torch.Tensor, part: torch.Tensor) -> Any:
+    if not isinstance(x.ownership, Divided):
+        return p.wrap(full, part, x.ownership, x.scale)
+    refuse_flattened(p, x)
     if (x.full.shape[1] // groups) % p.K:
         raise PartitionError(
             f"{where(p.node)}: {groups} groups of {x.full.shape[1] // groups} channels cannot each be divided into "
             f"{p.K} equal parts; choose a number of partitions that divides them."
         )
-    rows = x.role.ids.reshape(groups, -1)
+    rows = x.ownership.ids.reshape(groups, -1)
     for row in rows:
         p.strands.require(row, lambda node=p.node: where(node))
     ids = p.strands.new(rows.size)
     p.shuffles.append((p.mode, p.node, rows.T, 0, ids))
-    return p.wrap(full, part, Split(ids, (1,)), x.scale)
+    return p.wrap(full, part, Divided(ids, (1,)), x.scale)
 
 
 @rule("pixel_shuffle", "pixel_unshuffle")
@@ -650,13 +654,13 @@ def pixel_shuffle(p: Any, name: str, args: Any, kwargs: Any) -> Any:
     """Channels to space and back: blocks of r² channels must have one owner."""
     x = args[0]
     full, part = p.run_both(args, kwargs)
-    if not isinstance(x.role, Split):
-        return p.wrap(full, part, x.role)
-    _no_window(p, x)
+    if not isinstance(x.ownership, Divided):
+        return p.wrap(full, part, x.ownership)
+    refuse_flattened(p, x)
     ids = p.strands.new(full.shape[1])
-    few, many = sorted([ids, x.role.ids], key=len)
+    few, many = sorted([ids, x.ownership.ids], key=len)
     p.checks.append((p.node, lambda owner: bool((owner[many].reshape(len(few), -1) == owner[few][:, None]).all())))
-    return p.wrap(full, part, Split(ids, (1,)), p.scaled(x, None, full, part))
+    return p.wrap(full, part, Divided(ids, (1,)), p.scaled(x, None, full, part))
 
 
 # ---- modules --------------------------------------------------------------------------------------------------------
@@ -681,7 +685,7 @@ def _softmax(p: Any, target: str, module: nn.Module, args: Any, kwargs: Any) -> 
     if isinstance(module, nn.Softmax2d) or dim is None:
         dim = 1
     x = args[0]
-    if isinstance(x.role, Split) and dim % x.full.dim() in x.role.axes:
+    if isinstance(x.ownership, Divided) and dim % x.full.dim() in x.ownership.axes:
         p.refuse(f"{type(module).__name__} mixes the channels of different members")
     return p.elementwise(type(module).__name__, args, kwargs)
 

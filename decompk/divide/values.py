@@ -12,7 +12,9 @@ from torch import fx
 from torch.fx.node import map_aggregate
 
 
-class Role:
+class Ownership:
+    """Whose channels a tensor holds: SHARED, PARTIAL or Divided, as DTensor's Replicate, Partial and Shard."""
+
     def __init__(self, name: str):
         self.name = name
 
@@ -20,16 +22,17 @@ class Role:
         return self.name
 
 
-SHARED = Role("shared")  # every member holds all channels, of its own crop
-PARTIAL = Role("partial")  # every member holds all channels of a summand of the global tensor
+SHARED = Ownership("shared")  # every member holds all channels, of its own crop
+PARTIAL = Ownership("partial")  # every member holds all channels of a summand of the global tensor
 
 
 @dataclass(frozen=True, eq=False)
-class Window:
-    """The spatial extent that a flatten put behind every channel, globally and in a member; None is unknown scale.
+class MapExtent:
+    """The spatial axes of a map that is laid out otherwise now: flattened behind every channel, merged or swapped.
 
-    axes: which of the input's axes these are; those of one position leave no trace in a flatten. order: where the axes
-    were merged or swapped before the flatten, for each position, globally and in a member, which one it was before.
+    axes: which of the input's axes these are; those of one position leave no trace in a flatten. full, part: their
+    sizes globally and in a member. scale: input pixels per position, None where that is unknown. order: where the axes
+    were merged or swapped, for each position, globally and in a member, which one it was before.
     """
 
     axes: tuple[int, ...]
@@ -40,27 +43,28 @@ class Window:
 
 
 @dataclass(frozen=True, eq=False)
-class Split:
-    """Channels divided among members: `ids` has one strand per position of the tensor's `axes`, jointly."""
+class Divided(Ownership):
+    """Channels divided among members: `ids` has one strand (see strands.py) per position of `axes`, jointly."""
 
     ids: np.ndarray
     axes: tuple[int, ...]
-    window: Window | None = None
+    flat: MapExtent | None = None  # what a flatten put behind every channel
     bare: str | None = None  # the parameter or buffer it comes from, until it meets an activation
 
 
 @dataclass(frozen=True, eq=False)
-class T:
-    """A tensor of the graph: its global and its member's shape (meta tensors), its role, input pixels per position.
+class TensorPair:
+    """A tensor of the graph: its global and its member's shape (meta tensors), and whose channels it holds.
 
-    moved: the map that it was, where its spatial axes were merged or swapped.
+    scale: input pixels per position of each spatial axis. moved: the map that it was, where its spatial axes were
+    merged or swapped.
     """
 
     full: torch.Tensor
     part: torch.Tensor
-    role: Role | Split
+    ownership: Ownership
     scale: tuple[Fraction | None, ...] = ()
-    moved: Window | None = None
+    moved: MapExtent | None = None
 
 
 @dataclass(frozen=True)
@@ -103,8 +107,8 @@ LINEAR = {
     "avg_pool2d", "avg_pool3d", "adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d", "AvgPool1d",
     "AvgPool2d", "AvgPool3d", "AdaptiveAvgPool1d", "AdaptiveAvgPool2d", "AdaptiveAvgPool3d",
 }  # fmt: skip
-# Questions about a tensor whose answers are plain Python values.
-FACTS = {
+# What asks a tensor only for its shape, dtype or device: the answer holds none of its values.
+SHAPE_QUERIES = {
     "size", "dim", "ndimension", "numel", "getattr", "is_floating_point", "stride", "new_empty", "new_zeros",
     "new_ones",
     "new_full", "len",
@@ -115,14 +119,14 @@ FUNCTIONAL_LAYERS = {
 
 
 def globally(value: Any) -> Any:
-    return map_aggregate(value, lambda v: v.full if isinstance(v, (T, Both)) else v)
+    return map_aggregate(value, lambda v: v.full if isinstance(v, (TensorPair, Both)) else v)
 
 
 def in_member(value: Any) -> Any:
-    return map_aggregate(value, lambda v: v.part if isinstance(v, (T, Both)) else v)
+    return map_aggregate(value, lambda v: v.part if isinstance(v, (TensorPair, Both)) else v)
 
 
-def tensors_in(value: Any) -> list[T]:
-    found: list[T] = []
-    map_aggregate(value, lambda v: found.append(v) if isinstance(v, T) else None)
+def tensors_in(value: Any) -> list[TensorPair]:
+    found: list[TensorPair] = []
+    map_aggregate(value, lambda v: found.append(v) if isinstance(v, TensorPair) else None)
     return found
