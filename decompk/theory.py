@@ -20,8 +20,7 @@ from torch.nn import functional as F
 
 from .divide.compose import assemble
 from .divide.decompose import Decomposition
-from .divide.rules import ELEMENTWISE_FUNCTIONS, ELEMENTWISE_MODULES
-from .divide.values import module_key, operation_name
+from .divide.operations import ELEMENTWISE_FUNCTIONS, ELEMENTWISE_MODULES, module_key, operation_name
 from .errors import DecompkError
 from .fx.graph import Window, in_mode, windows
 

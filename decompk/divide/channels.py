@@ -26,25 +26,21 @@ from ..errors import MISFITS, DecompkError, MisfitError, PartitionError, Unsuppo
 from ..fx.graph import MetaInterpreter, dtype_of, on_meta, shape_of, trace, where, windows
 from ..fx.hooks import refuse_hooks
 from ..ops.recurrent import GATES
-from .rules import ELEMENTWISE_FUNCTIONS, ELEMENTWISE_MODULES, FUNCTION_RULES, MODULE_RULES, covers
-from .strands import Strands
-from .values import (
+from .division import Division, Place
+from .ends import LAYERS, _reads_features, heads
+from .operations import (
+    ELEMENTWISE_FUNCTIONS,
+    ELEMENTWISE_MODULES,
     FUNCTIONAL_LAYERS,
     LINEAR,
-    PARTIAL,
     SHAPE_QUERIES,
-    SHARED,
-    Both,
-    Divided,
-    MapExtent,
-    Ownership,
-    TensorPair,
-    globally,
-    in_member,
-    module_key,
     operation_name,
-    tensors_in,
 )
+from .rules.layers import MODULE_RULES
+from .rules.registry import FUNCTION_RULES
+from .rules.spatial import covers
+from .strands import Strands
+from .values import PARTIAL, SHARED, Both, Divided, MapExtent, Ownership, TensorPair, globally, in_member, tensors_in
 
 
 @dataclass(eq=False)
@@ -61,32 +57,6 @@ class Leaf:
     hidden: list[list[np.ndarray]] = field(default_factory=list)  # of a recurrent layer: by depth and direction
 
 
-# Where a member's part of a tensor lies: one index array for each of its leading axes; they broadcast.
-Place = tuple[np.ndarray, ...]
-
-
-@dataclass(eq=False)
-class Division:
-    """Whose channels of a network are whose: what decompose, extract, compose and the theorems read."""
-
-    members: int
-    places: dict[str, tuple[Place, ...]] = field(default_factory=dict)  # tensor of the state dict → one a member
-    summed: set[str] = field(default_factory=set)  # head biases: composition adds them
-    head_weights: set[str] = field(default_factory=set)
-    attributes: dict[str, dict[str, Any]] = field(default_factory=dict)  # module → attribute → member's value
-    member_args: dict[bool, dict[str, tuple]] = field(default_factory=dict)  # mode → node → (args, kwargs)
-    reorders: dict[bool, dict[str, np.ndarray]] = field(default_factory=dict)  # mode → node → channel order
-    assemblies: dict[bool, dict[str, tuple]] = field(default_factory=dict)  # mode → head's node → a box of each member
-    graphs: dict[bool, fx.Graph] = field(default_factory=dict)
-    channels: dict[bool, dict[str, np.ndarray | None]] = field(default_factory=dict)  # node → (K, c) of axis 1
-    features: dict[bool, dict[str, np.ndarray]] = field(default_factory=dict)  # node → (K, f) of the last axis
-    notes: list[str] = field(default_factory=list)  # why composed(x) is not exactly the sum of the members
-    noted: set[str] = field(default_factory=set)  # the nodes that the notes are about
-    adapted: list[str] = field(
-        default_factory=list
-    )  # layers that follow the smaller map of a crop, such as first FC layers
-
-
 def divide_channels(
     model: nn.Module,
     input_size: tuple[int, ...],
@@ -101,77 +71,6 @@ def divide_channels(
     return _Pass(model, input_size, crops, head).run(graphs)
 
 
-@dataclass(frozen=True, eq=False)
-class Followed:
-    """Whose channels every tensor of an undivided network holds, as strands.
-
-    layers: convolution or linear layer → (inputs, None for the image; outputs; columns a channel of a linear layer has
-    behind a flatten). vectors: name of a tensor with one value, or one kernel, a channel → strands. outer: those of
-    what the network reads as features and of what it returns. pinned: those of channels that something mixes by their
-    numbers: grouped convolutions and norms, recurrent layers, local response norms. values: by training or not, name of
-    a graph's node → the one axis of its value that holds channels, their strands, and elements a channel has on it.
-    roots: strands → one of those that are the same.
-    """
-
-    layers: dict[str, tuple[np.ndarray | None, np.ndarray, int]]
-    vectors: dict[str, np.ndarray]
-    outer: np.ndarray
-    pinned: np.ndarray
-    values: dict[bool, dict[str, tuple[int, np.ndarray, int]]]
-    roots: Callable[[np.ndarray], np.ndarray]
-
-
-def follow_channels(model: nn.Module, input_size: tuple[int, ...]) -> Followed:
-    """Follow the channels of `model` without dividing them. Raises UnsupportedOperation; changes nothing."""
-    size = input_size[1:] or input_size
-    followed = _Pass(model, input_size, (Crop(*(0,) * len(size), *size),), "sum")
-    followed.run()
-    if followed.shuffles:
-        raise UnsupportedOperation(
-            f"{where(followed.shuffles[0][1])}: it shuffles channels, whose order would then have to stay as it is."
-        )
-    if followed.tensor_names:
-        raise UnsupportedOperation(
-            f"'{next(iter(followed.tensor_names))}' is used by a function, not by a layer that holds it: give it one."
-        )
-    layers, vectors = {}, {name: ids for name, (_, ids) in followed.bare.items()}
-    outer = [followed.features] if followed.vectors else []
-    pinned = followed.pinned
-    for target, leaf in followed.leaves.items():
-        module = followed.modules[target]
-        if leaf.kind == "norm":
-            vectors |= {f"{target}.{name}": leaf.inputs for name, _ in _vectors(module)}
-            pinned += [leaf.inputs] if leaf.groups > 1 else []
-        elif leaf.kind == "recurrent":
-            pinned += [leaf.inputs, *(ids for depth in leaf.hidden for ids in depth)]
-        elif leaf.groups > 1 and leaf.groups == len(leaf.inputs) == len(leaf.outputs):  # a kernel for each channel
-            names = ["weight"] if module.bias is None else ["weight", "bias"]
-            vectors |= {f"{target}.{name}": leaf.inputs for name in names}
-        elif leaf.groups > 1:
-            pinned += [leaf.inputs, leaf.outputs]
-        else:
-            outputs = leaf.outputs
-            if outputs is None:  # a last layer
-                outputs = followed.strands.new(_sides(module)[1])
-                outer.append(outputs)
-            flat = leaf.flat is not None and leaf.kind == "linear"
-            layers[target] = leaf.inputs, outputs, math.prod(leaf.flat.full) if flat else 1
-            if module.bias is not None:
-                vectors[f"{target}.bias"] = outputs
-    none = np.zeros(0, np.int64)
-    ends, kept = np.concatenate([none, *outer]), np.concatenate([none, *pinned])
-    values: dict[bool, dict[str, tuple[int, np.ndarray, int]]] = {}
-    for mode, env in followed.values.items():
-        ownerships = {node.name: value.ownership for node, value in env.items() if isinstance(value, TensorPair)}
-        values[mode] = {
-            name: (ownership.axes[0], ownership.ids, math.prod(ownership.flat.full) if ownership.flat else 1)
-            for name, ownership in ownerships.items()
-            if isinstance(ownership, Divided) and len(ownership.axes) == 1
-        }
-    return Followed(layers, vectors, ends, kept, values, followed.strands.roots)
-
-
-LAYERS = (nn.modules.conv._ConvNd, nn.Linear)
 SIDES = {True: ("in_channels", "out_channels"), False: ("in_features", "out_features")}  # convolution or linear
 _PLAIN_FORWARDS = {
     kind.forward
@@ -997,52 +896,6 @@ def narrow(module: nn.Module, attributes: dict[str, Any], shapes: dict[str, tupl
                 empty = tensor.new_empty(shapes[name])
                 store[name] = nn.Parameter(empty, tensor.requires_grad) if store is copy._parameters else empty
     return copy
-
-
-def heads(model: nn.Module, graph: fx.Graph) -> set[str]:
-    """The layers whose output reaches the network's output through no other layer: the last layers (2.14)."""
-    modules = dict(model.named_modules(remove_duplicate=False))
-    found: set[str] = set()
-    seen: set[fx.Node] = set()
-    pending = [node for node in graph.nodes if node.op == "output"]
-    while pending:
-        node = pending.pop()
-        for source in node.all_input_nodes:
-            if source in seen:
-                continue
-            seen.add(source)
-            name = operation_name(source)
-            if source.op == "call_module" and isinstance(modules[source.target], nn.RNNBase):
-                continue
-            if source.op == "call_module" and isinstance(modules[source.target], LAYERS):
-                found.add(source.target)
-            elif name in FUNCTIONAL_LAYERS:
-                found.add(module_key(source))
-            elif name not in SHAPE_QUERIES or source.args[1:] in (
-                ("data",),
-                ("T",),
-                ("mT",),
-            ):  # a size leads back to a tensor without carrying its values
-                pending.append(source)
-    return found
-
-
-def _reads_features(modules: dict[str, nn.Module], graph: fx.Graph) -> bool:
-    """Whether the first layers with parameters read the last axis as features: linear and recurrent ones."""
-    pending = [node for node in graph.nodes if node.op == "placeholder"]
-    seen: set[fx.Node] = set()
-    while pending:
-        node = pending.pop()
-        for user in node.users:
-            if user in seen:
-                continue
-            seen.add(user)
-            module = modules.get(user.target) if user.op == "call_module" else None
-            if isinstance(module, nn.RNNBase | nn.Linear):
-                return True
-            if module is None or not any(True for _ in module.parameters()):
-                pending.append(user)
-    return False
 
 
 def _call_method(name: str, owner: Any, *args: Any, **kwargs: Any) -> Any:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ..errors import DecompkError, PackError
-from .channels import Division
+from .division import Division
 
 HEADS = ("sum", "mean", "concat")
 

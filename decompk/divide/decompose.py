@@ -19,8 +19,9 @@ from ..fx.wrapper import Buffer, Rewritten, edited
 from ..packed.pack import Packed, pack
 from ..report.decomposition import Report, report
 from ..threads import one_at_a_time
-from .channels import Division, divide_channels
+from .channels import divide_channels
 from .compose import apart_shell, assemble, check_head, check_members, compose, extract, put, tensors
+from .division import Division
 from .sizes import Found, check_form, find_size, refuse_size, same_members
 
 

@@ -15,8 +15,9 @@ from torch.fx.node import map_aggregate, map_arg
 from ..crops import Part, by
 from ..errors import DecompkError, MisfitError, PartitionError, brief
 from ..fx.graph import MetaInterpreter, on_meta, shape_of, trace, where
-from .channels import Division, divide_channels
-from .values import operation_name
+from .channels import divide_channels
+from .division import Division
+from .operations import operation_name
 
 # By number of free axes, in the order in which they are tried: the sides of squares and cubes, the lengths of signals.
 COMMON = {

@@ -9,7 +9,7 @@ from functools import cached_property
 import numpy as np
 from torch import nn
 
-from ..divide.channels import follow_channels
+from ..divide.follow import follow_channels
 from ..errors import DecompkError
 
 

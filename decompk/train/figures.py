@@ -15,8 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from ..crops import by
 from ..divide.decompose import Decomposition
-from ..divide.rules import ELEMENTWISE_FUNCTIONS, ELEMENTWISE_MODULES
-from ..divide.values import operation_name
+from ..divide.operations import ELEMENTWISE_FUNCTIONS, ELEMENTWISE_MODULES, operation_name
 from ..errors import DecompkError
 from ..report.figure import GREEN, RED, SKY, new_figure
 from ..theory import feature_maps
