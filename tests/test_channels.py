@@ -1,5 +1,8 @@
 """What the channel pass refuses, and how it says so."""
 
+import ast
+from pathlib import Path
+
 import pytest
 import torch
 from nets import Branching, Call, Head, NormAct, conv
@@ -9,6 +12,10 @@ from zoo import torchvision
 
 import decompk
 from decompk import PartitionError, UnsupportedOperation, decompose
+from decompk.crops import Crop
+from decompk.divide import rules
+from decompk.divide.channel_pass import ChannelPass
+from decompk.divide.channels import Walk
 from decompk.errors import DecompkError
 from decompk.fx.graph import on_meta, shape_of
 
@@ -316,3 +323,16 @@ def test_what_a_module_is_called_with_is_its_own_affair():
             return self.last(self.leaf(image, x=None))
 
     assert decompose(Calls(), (4, 8, 8), head="concat").K == 4
+
+
+def test_rules_touch_of_the_pass_only_what_its_protocol_declares():
+    declared = {name for name in (*vars(ChannelPass), *ChannelPass.__annotations__) if not name.startswith("_")}
+    touched = set()
+    for path in Path(rules.__file__).parent.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Attribute) and ast.unparse(node.value) in ("p", "self.p"):
+                touched.add(node.attr)
+    assert touched == declared
+    walk = Walk(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), (4,), (Crop(0, 4),), "sum")
+    walk.run()
+    assert all(hasattr(walk, name) for name in declared)

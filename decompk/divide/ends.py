@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from torch import fx, nn
 
+from .divided_layer import CONV_OR_LINEAR
 from .operations import FUNCTIONAL_LAYERS, SHAPE_QUERIES, module_key, operation_name
-
-LAYERS = (nn.modules.conv._ConvNd, nn.Linear)
 
 
 def heads(model: nn.Module, graph: fx.Graph) -> set[str]:
@@ -24,20 +23,16 @@ def heads(model: nn.Module, graph: fx.Graph) -> set[str]:
             name = operation_name(source)
             if source.op == "call_module" and isinstance(modules[source.target], nn.RNNBase):
                 continue
-            if source.op == "call_module" and isinstance(modules[source.target], LAYERS):
+            if source.op == "call_module" and isinstance(modules[source.target], CONV_OR_LINEAR):
                 found.add(source.target)
             elif name in FUNCTIONAL_LAYERS:
                 found.add(module_key(source))
-            elif name not in SHAPE_QUERIES or source.args[1:] in (
-                ("data",),
-                ("T",),
-                ("mT",),
-            ):  # a size leads back to a tensor without carrying its values
+            elif name not in SHAPE_QUERIES or source.args[1:] in (("data",), ("T",), ("mT",)):  # a size has no values
                 pending.append(source)
     return found
 
 
-def _reads_features(modules: dict[str, nn.Module], graph: fx.Graph) -> bool:
+def reads_features(modules: dict[str, nn.Module], graph: fx.Graph) -> bool:
     """Whether the first layers with parameters read the last axis as features: linear and recurrent ones."""
     pending = [node for node in graph.nodes if node.op == "placeholder"]
     seen: set[fx.Node] = set()

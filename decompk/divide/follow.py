@@ -12,7 +12,8 @@ from torch import nn
 from ..crops import Crop
 from ..errors import UnsupportedOperation
 from ..fx.graph import where
-from .channels import _Pass, _sides, _vectors
+from .channels import Walk
+from .divided_layer import ChannelwiseLayer, RecurrentLayer, WeightedLayer, channel_vectors, sides
 from .values import Divided, TensorPair
 
 
@@ -39,48 +40,47 @@ class Followed:
 def follow_channels(model: nn.Module, input_size: tuple[int, ...]) -> Followed:
     """Follow the channels of `model` without dividing them. Raises UnsupportedOperation; changes nothing."""
     size = input_size[1:] or input_size
-    followed = _Pass(model, input_size, (Crop(*(0,) * len(size), *size),), "sum")
-    followed.run()
-    if followed.shuffles:
+    walk = Walk(model, input_size, (Crop(*(0,) * len(size), *size),), "sum")
+    walk.run()
+    if walk.shuffles:
         raise UnsupportedOperation(
-            f"{where(followed.shuffles[0][1])}: it shuffles channels, whose order would then have to stay as it is."
+            f"{where(walk.shuffles[0][1])}: it shuffles channels, whose order would then have to stay as it is."
         )
-    if followed.tensor_names:
-        raise UnsupportedOperation(
-            f"'{next(iter(followed.tensor_names))}' is used by a function, not by a layer that holds it: give it one."
-        )
-    layers, vectors = {}, {name: ids for name, (_, ids) in followed.bare.items()}
-    outer = [followed.features] if followed.vectors else []
-    pinned = followed.pinned
-    for target, leaf in followed.leaves.items():
-        module = followed.modules[target]
-        if leaf.kind == "norm":
-            vectors |= {f"{target}.{name}": leaf.inputs for name, _ in _vectors(module)}
-            pinned += [leaf.inputs] if leaf.groups > 1 else []
-        elif leaf.kind == "recurrent":
-            pinned += [leaf.inputs, *(ids for depth in leaf.hidden for ids in depth)]
-        elif leaf.groups > 1 and leaf.groups == len(leaf.inputs) == len(leaf.outputs):  # a kernel for each channel
-            names = ["weight"] if module.bias is None else ["weight", "bias"]
-            vectors |= {f"{target}.{name}": leaf.inputs for name in names}
-        elif leaf.groups > 1:
-            pinned += [leaf.inputs, leaf.outputs]
+    for layer in walk.layers.values():
+        if isinstance(layer, WeightedLayer) and layer.weight == layer.path:
+            raise UnsupportedOperation(
+                f"'{layer.path}' is used by a function, not by a layer that holds it: give it one."
+            )
+    layers, vectors = {}, {name: ids for name, (_, ids) in walk.bare.items()}
+    outer = [walk.features] if walk.vectors else []
+    pinned = walk.pinned
+    for path, layer in walk.layers.items():
+        if isinstance(layer, ChannelwiseLayer):
+            vectors |= {f"{path}.{name}": layer.inputs for name in channel_vectors(layer.module)}
+            pinned += [layer.inputs] if layer.groups > 1 else []
+        elif isinstance(layer, RecurrentLayer):
+            pinned += [layer.inputs, *(ids for depth in layer.hidden for ids in depth)]
+        elif layer.groups > 1 and layer.groups == len(layer.inputs) == len(layer.outputs):  # a kernel for each channel
+            vectors |= {name: layer.inputs for name in (layer.weight, layer.bias) if name is not None}
+        elif layer.groups > 1:
+            pinned += [layer.inputs, layer.outputs]
         else:
-            outputs = leaf.outputs
+            outputs = layer.outputs
             if outputs is None:  # a last layer
-                outputs = followed.strands.new(_sides(module)[1])
+                outputs = walk.strands.new(sides(layer.module)[1])
                 outer.append(outputs)
-            flat = leaf.flat is not None and leaf.kind == "linear"
-            layers[target] = leaf.inputs, outputs, math.prod(leaf.flat.full) if flat else 1
-            if module.bias is not None:
-                vectors[f"{target}.bias"] = outputs
+            flat = layer.flat is not None and not layer.is_conv
+            layers[path] = layer.inputs, outputs, math.prod(layer.flat.full) if flat else 1
+            if layer.bias is not None:
+                vectors[layer.bias] = outputs
     none = np.zeros(0, np.int64)
     ends, kept = np.concatenate([none, *outer]), np.concatenate([none, *pinned])
     values: dict[bool, dict[str, tuple[int, np.ndarray, int]]] = {}
-    for mode, env in followed.values.items():
-        ownerships = {node.name: value.ownership for node, value in env.items() if isinstance(value, TensorPair)}
+    for mode, env in walk.values.items():
+        held = {node.name: value.ownership for node, value in env.items() if isinstance(value, TensorPair)}
         values[mode] = {
-            name: (ownership.axes[0], ownership.ids, math.prod(ownership.flat.full) if ownership.flat else 1)
-            for name, ownership in ownerships.items()
-            if isinstance(ownership, Divided) and len(ownership.axes) == 1
+            name: (divided.axes[0], divided.ids, math.prod(divided.flat.full) if divided.flat else 1)
+            for name, divided in held.items()
+            if isinstance(divided, Divided) and len(divided.axes) == 1
         }
-    return Followed(layers, vectors, ends, kept, values, followed.strands.roots)
+    return Followed(layers, vectors, ends, kept, values, walk.strands.roots)

@@ -1,4 +1,4 @@
-"""Operations that combine channels or tensors: elementwise ones, reductions, gates, cat."""
+"""Operations that join or combine channels: reductions, gates, cat, expand."""
 
 from __future__ import annotations
 
@@ -8,38 +8,23 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..operations import ELEMENTWISE_FUNCTIONS, FUNCTIONAL_LAYERS, SHAPE_QUERIES
+from ..channel_pass import ChannelPass
 from ..values import PARTIAL, SHARED, Divided, TensorPair, tensors_in
+from .elementwise import elementwise, join
 from .registry import rule
-from .reshape import _as_laid, refuse_flattened
-
-
-@rule(*ELEMENTWISE_FUNCTIONS)
-def elementwise(p: Any, name: str, args: Any, kwargs: Any) -> Any:
-    return p.elementwise(name, args, kwargs)
-
-
-@rule(*SHAPE_QUERIES)
-def shape_query(p: Any, name: str, args: Any, kwargs: Any) -> Any:
-    """Sizes and the like: plain Python values, which may differ in a member."""
-    return p.outside(args, kwargs)
-
-
-@rule(*FUNCTIONAL_LAYERS)
-def functional_layer(p: Any, name: str, args: Any, kwargs: Any) -> Any:
-    return p.functional_layer(name, args, kwargs)
+from .reshape import as_laid, refuse_flattened
 
 
 @rule("mean", "sum", "amax", "amin", "max", "min", "std", "var", "norm", "prod", "logsumexp", "softmax", "log_softmax",
       "softmin", "normalize", "cumsum", "argmax", "var_mean", "std_mean")  # fmt: skip
-def reduction(p: Any, name: str, args: Any, kwargs: Any) -> Any:
+def reduction(p: ChannelPass, name: str, args: tuple, kwargs: dict) -> Any:
     operands = tensors_in((args, kwargs))
     if len(operands) > 1:
-        return p.elementwise(name, args, kwargs)
+        return elementwise(p, name, args, kwargs)
     x = operands[0]
     full, part = p.run_both(args, kwargs)
     if not isinstance(x.ownership, Divided):
-        return p.wrap(full, part, p.join(name, [x], x.full.dim())[0])
+        return p.wrap(full, part, join(p, name, [x], x.full.dim())[0])
     at = 2 if name == "norm" else 1
     given = kwargs.get("dim", args[at] if len(args) > at else None)
     if given is None:
@@ -52,20 +37,20 @@ def reduction(p: Any, name: str, args: Any, kwargs: Any) -> Any:
         scale = tuple(None if axis + 2 in dims else s for axis, s in enumerate(x.scale))
         return p.wrap(full, part, x.ownership, scale)
     axes = tuple(a - sum(d < a for d in dims) for a in x.ownership.axes)
-    moved = _as_laid(x, {0, *dims}) if 0 not in dims and x.moved is None else None
+    moved = as_laid(x, {0, *dims}) if 0 not in dims and x.moved is None else None
     return p.wrap(full, part, replace(x.ownership, axes=axes), moved=moved)
 
 
 @rule("glu")
-def glu(p: Any, name: str, args: Any, kwargs: Any) -> Any:
+def glu(p: ChannelPass, name: str, args: tuple, kwargs: dict) -> Any:
     x = args[0]
     dim = (args[1] if len(args) > 1 else kwargs.get("dim", -1)) % x.full.dim()
-    return _gated(p, x, dim, *p.run_both(args, kwargs))
+    return gated(p, x, dim, *p.run_both(args, kwargs))
 
 
-def _gated(p: Any, x: TensorPair, dim: int, full: torch.Tensor, part: torch.Tensor) -> Any:
+def gated(p: ChannelPass, x: TensorPair, dim: int, full: torch.Tensor, part: torch.Tensor) -> Any:
     if not isinstance(x.ownership, Divided) or x.ownership.axes != (dim,):
-        return p.wrap(full, part, p.join("glu", [x], full.dim())[0], x.scale)
+        return p.wrap(full, part, join(p, "glu", [x], full.dim())[0], x.scale)
     refuse_flattened(p, x)
     value, gate = np.split(x.ownership.ids, 2)
     p.strands.tie(value, gate)
@@ -73,13 +58,13 @@ def _gated(p: Any, x: TensorPair, dim: int, full: torch.Tensor, part: torch.Tens
 
 
 @rule("cat", "stack")
-def cat(p: Any, name: str, args: Any, kwargs: Any) -> Any:
+def cat(p: ChannelPass, name: str, args: tuple, kwargs: dict) -> Any:
     operands = list(args[0] if args else kwargs["tensors"])
     dim = args[1] if len(args) > 1 else kwargs.get("dim", 0)
     full, part = p.run_both(args, kwargs)
     dim %= full.dim()
-    splits = [t for t in operands if isinstance(t.ownership, Divided)]
-    if not splits:
+    divided = [t for t in operands if isinstance(t.ownership, Divided)]
+    if not divided:
         if any(t.ownership is PARTIAL for t in operands) and any(t.ownership is SHARED for t in operands):
             p.note("joins partial sums with tensors that every member holds whole")
         return p.wrap(
@@ -90,11 +75,11 @@ def cat(p: Any, name: str, args: Any, kwargs: Any) -> Any:
         p.refuse("it joins divided channels with channels that every member holds whole")
     first = operands[0].ownership
     if name == "stack":
-        ownership, scale = p.join(name, operands, operands[0].full.dim())
+        ownership, scale = join(p, name, operands, operands[0].full.dim())
         axes = tuple(a + (dim <= a) for a in ownership.axes)
         return p.wrap(full, part, replace(ownership, axes=axes), scale)
     if dim not in first.axes:
-        ownership, scale = p.join(name, operands, full.dim())
+        ownership, scale = join(p, name, operands, full.dim())
         return p.wrap(full, part, ownership, tuple(None if a + 2 == dim else s for a, s in enumerate(scale)))
     if any(t.ownership.axes != first.axes or t.ownership.flat for t in operands):
         if any(t.ownership.flat is None or t.ownership.axes != first.axes for t in operands):
@@ -105,7 +90,7 @@ def cat(p: Any, name: str, args: Any, kwargs: Any) -> Any:
 
 
 @rule("expand", "expand_as", "repeat", "tile", "broadcast_to")
-def expand(p: Any, name: str, args: Any, kwargs: Any) -> Any:
+def expand(p: ChannelPass, name: str, args: tuple, kwargs: dict) -> Any:
     x = args[0]
     full, part = p.run_both(args, kwargs)
     if not isinstance(x.ownership, Divided):
@@ -121,11 +106,11 @@ def expand(p: Any, name: str, args: Any, kwargs: Any) -> Any:
 
 
 @rule("local_response_norm")
-def local_response_norm(p: Any, name: str, args: Any, kwargs: Any) -> Any:
+def local_response_norm(p: ChannelPass, name: str, args: tuple, kwargs: dict) -> Any:
     """Over channels next to each other: they may belong to one member alone, and stay in their order."""
     x = args[0]
     if isinstance(x.ownership, Divided):
         if p.K > 1:
             p.refuse(f"'{name}' mixes the channels of different members")
-        p.pinned.append(x.ownership.ids)
-    return p.elementwise(name, args, kwargs)
+        p.pin(x.ownership.ids)
+    return elementwise(p, name, args, kwargs)

@@ -12,13 +12,15 @@ from torch.fx.node import map_arg
 from ...crops import by
 from ...errors import PartitionError
 from ...fx.graph import where
+from ..channel_pass import ChannelPass
 from ..values import Divided, TensorPair, globally, in_member
+from .elementwise import join
 from .registry import rule
 from .reshape import refuse_flattened
 
 
 @rule("chunk", "split", "unbind")
-def pieces(p: Any, name: str, args: Any, kwargs: Any) -> Any:
+def pieces(p: ChannelPass, name: str, args: tuple, kwargs: dict) -> Any:
     x = args[0]
     at = 1 if name == "unbind" else 2
     dim = (args[at] if len(args) > at else kwargs.get("dim", 0)) % x.full.dim()
@@ -26,7 +28,7 @@ def pieces(p: Any, name: str, args: Any, kwargs: Any) -> Any:
         return _apart(p, x, dim, *p.run_both(args, kwargs), None, keep=name != "unbind")
     refuse_flattened(p, x)
     axis = x.ownership.axes.index(dim)
-    cut = p.cut(x.ownership, x.full, x.part) == axis
+    cut = p.cut(x) == axis
     member = None
     if name == "split" and cut:
         sizes = args[1] if len(args) > 1 else kwargs.get("split_size", kwargs.get("split_size_or_sections"))
@@ -44,7 +46,7 @@ def pieces(p: Any, name: str, args: Any, kwargs: Any) -> Any:
     return _apart(p, x, dim, full, part, axis, keep=name != "unbind")
 
 
-def _divided(p: Any, sizes: Any) -> Any:
+def _divided(p: ChannelPass, sizes: Any) -> Any:
     """Literal split sizes of a member, or None where its own code already computes them."""
     literal = [s for s in (sizes if isinstance(sizes, (tuple, list)) else [sizes]) if isinstance(s, int)]
     if not literal or p.K == 1:
@@ -57,11 +59,11 @@ def _divided(p: Any, sizes: Any) -> Any:
     return [s // p.K for s in literal] if isinstance(sizes, (tuple, list)) else literal[0] // p.K
 
 
-def _apart(p: Any, x: TensorPair, dim: int, full: tuple, part: tuple, axis: int | None, keep: bool) -> tuple:
+def _apart(p: ChannelPass, x: TensorPair, dim: int, full: tuple, part: tuple, axis: int | None, keep: bool) -> tuple:
     """Pieces of x along `dim`; `axis` is the position of that dim among its channel axes, if it is one."""
     found, start = [], 0
     for f, q in zip(full, part, strict=True):
-        ownership: Any = x.ownership
+        ownership: ChannelPass = x.ownership
         if isinstance(ownership, Divided):
             ids, axes = ownership.ids, ownership.axes
             if axis is not None:
@@ -78,21 +80,21 @@ def _apart(p: Any, x: TensorPair, dim: int, full: tuple, part: tuple, axis: int 
 
 
 @rule("getitem", "select", "narrow")
-def getitem(p: Any, name: str, args: Any, kwargs: Any) -> Any:
+def getitem(p: ChannelPass, name: str, args: tuple, kwargs: dict) -> Any:
     x = args[0]
     if not isinstance(x, TensorPair):
-        return p.pick(args, kwargs)
+        return x[globally(args[1])]  # one of several results
     if name != "getitem":
         p.refuse(f"'{name}' is not understood", "write it as a slice")
     if not isinstance(x.ownership, Divided):
         full, part = p.run_both(args, kwargs)
-        return p.wrap(full, part, p.join(name, [x], x.full.dim())[0], _sliced_scale(x, args[1], full))
+        return p.wrap(full, part, join(p, name, [x], x.full.dim())[0], _sliced_scale(x, args[1], full))
     index = args[1] if isinstance(args[1], tuple) else (args[1],)
     if any(isinstance(i, (TensorPair, torch.Tensor, list)) for i in index):
         p.refuse("it picks channels by an index tensor")
     index = _without_ellipsis(index, x.full.dim())
     ids, axes, member_index, rewritten = x.ownership.ids, [], [], False
-    source, target, channel_axis, cut = 0, 0, 0, p.cut(x.ownership, x.full, x.part)
+    source, target, channel_axis, cut = 0, 0, 0, p.cut(x)
     for item in (*index, *[slice(None)] * (x.full.dim() - sum(i is not None for i in index))):
         own = in_member(item) if not isinstance(item, slice) else slice(*in_member((item.start, item.stop, item.step)))
         whole = globally(item) if not isinstance(item, slice) else slice(*globally((item.start, item.stop, item.step)))
@@ -132,7 +134,9 @@ def _without_ellipsis(index: tuple, dims: int) -> tuple:
     return index[:at] + (slice(None),) * fill + index[at + 1 :]
 
 
-def _member_slice(p: Any, x: TensorPair, axis: int, whole: slice, own: slice, literal: slice) -> tuple[slice, bool]:
+def _member_slice(
+    p: ChannelPass, x: TensorPair, axis: int, whole: slice, own: slice, literal: slice
+) -> tuple[slice, bool]:
     """The member's slice of a divided axis; literal bounds are divided by K, computed ones are already its own."""
     size, own_size = x.full.shape[axis], x.part.shape[axis]
     start, stop, step = whole.indices(size)

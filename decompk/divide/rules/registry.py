@@ -1,15 +1,30 @@
-"""Where rules are registered, by the name of the operation."""
+"""Where the rules are: of an operation by its name, of a layer by its class or a base of it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
-FUNCTION_RULES: dict[str, Callable] = {}
+from torch import nn
+
+from ..channel_pass import ChannelPass
+
+# (pass, name of the operation or path of the layer, args, kwargs) → the value of the node
+Rule = Callable[[ChannelPass, str, tuple, dict], Any]
+
+RULES: dict[str | type[nn.Module], Rule] = {}
 
 
-def rule(*names: str) -> Callable:
-    def register(function: Callable) -> Callable:
-        FUNCTION_RULES.update(dict.fromkeys(names, function))
+def rule(*keys: str | type[nn.Module]) -> Callable[[Rule], Rule]:
+    """Register a rule for operations of these names or layers of these classes."""
+
+    def register(function: Rule) -> Rule:
+        RULES.update(dict.fromkeys(keys, function))
         return function
 
     return register
+
+
+def layer_rule(module: nn.Module) -> Rule | None:
+    """The rule for the nearest of the module's classes that has one."""
+    return next((RULES[kind] for kind in type(module).__mro__ if kind in RULES), None)

@@ -12,11 +12,13 @@ import torch
 
 from ...crops import by
 from ...errors import PartitionError
+from ..channel_pass import ChannelPass
 from ..values import SHARED, Divided, MapExtent, TensorPair, globally
+from .elementwise import join
 from .registry import rule
 
 
-def refuse_flattened(p: Any, x: TensorPair) -> None:
+def refuse_flattened(p: ChannelPass, x: TensorPair) -> None:
     """Operations that take channels apart know them one position each, not behind a flatten."""
     if x.ownership.flat is not None:
         p.refuse("it takes a flattened map apart", "do so before the flatten")
@@ -25,12 +27,12 @@ def refuse_flattened(p: Any, x: TensorPair) -> None:
 
 
 @rule("view", "flatten", "unflatten", "squeeze", "unsqueeze")
-def view(p: Any, name: str, args: Any, kwargs: Any) -> Any:
+def view(p: ChannelPass, name: str, args: tuple, kwargs: dict) -> Any:
     """Any reshape, by matching runs of axes with equal products; literal sizes are rewritten for the member."""
     x = args[0]
     if not isinstance(x.ownership, Divided):
         full, part = p.run_both(args, kwargs)
-        return p.wrap(full, part, p.join(name, [x], x.full.dim())[0], x.scale if full.shape == x.full.shape else ())
+        return p.wrap(full, part, join(p, name, [x], x.full.dim())[0], x.scale if full.shape == x.full.shape else ())
     full = p.run_global(args, kwargs)
     regrouping = _Regrouping(p, x, full)
     part = regrouping.member_result(name, args, kwargs)
@@ -40,12 +42,12 @@ def view(p: Any, name: str, args: Any, kwargs: Any) -> Any:
 class _Regrouping:
     """A reshape of one divided tensor: which axes become which, and what becomes of the strands."""
 
-    def __init__(self, p: Any, x: TensorPair, full: torch.Tensor):
+    def __init__(self, p: ChannelPass, x: TensorPair, full: torch.Tensor):
         self.p, self.x, self.full = p, x, full
         self.groups = _matched(tuple(x.full.shape), tuple(full.shape))
-        self.cut_axis = x.ownership.axes[p.cut(x.ownership, x.full, x.part)] if x.ownership.axes else None
+        self.cut_axis = x.ownership.axes[p.cut(x)] if x.ownership.axes else None
 
-    def member_result(self, name: str, args: Any, kwargs: Any) -> torch.Tensor:
+    def member_result(self, name: str, args: tuple, kwargs: dict) -> torch.Tensor:
         """The member's tensor: by its own code where that fits, else with literal sizes rewritten."""
         p, expected = self.p, self._expected()
         try:
@@ -135,8 +137,7 @@ class _Regrouping:
         if merged_cut is not None:
             if len(axes) != 1:
                 p.refuse("it shuffles channels within groups that stay apart")
-            ids = p.strands.new(ownership.ids.size)
-            p.shuffles.append((p.mode, p.node, ownership.ids, merged_cut, ids))
+            ids = p.shuffle(ownership.ids, merged_cut)
         else:
             ids = ownership.ids.reshape(shape)
         same = self.full.dim() - len(axes) == x.full.dim() - len(ownership.axes) and x.moved is None
@@ -166,7 +167,7 @@ def _moved(
 
     axes: those of the channels behind it.
     """
-    known = x.moved or _as_laid(x)
+    known = x.moved or as_laid(x)
     if known is None:
         return None
     orders = []
@@ -180,7 +181,7 @@ def _moved(
     return replace(known, order=tuple(orders))
 
 
-def _as_laid(x: TensorPair, without: Collection[int] = ()) -> MapExtent | None:
+def as_laid(x: TensorPair, without: Collection[int] = ()) -> MapExtent | None:
     """The map that x holds, without some of its axes; None if it is not known how its positions lie."""
     spatial = [a for a in range(1, x.full.dim()) if a not in x.ownership.axes]
     if not x.ownership.axes or x.ownership.flat or len(x.scale) != len(spatial):
@@ -218,15 +219,15 @@ def _sizes(args: tuple) -> tuple:
 
 
 @rule("permute", "transpose", "movedim")
-def permute(p: Any, name: str, args: Any, kwargs: Any) -> Any:
+def permute(p: ChannelPass, name: str, args: tuple, kwargs: dict) -> Any:
     x = args[0]
     full, part = p.run_both(args, kwargs)
     labels = torch.empty(tuple(range(1, x.full.dim() + 1)), device="meta")
     order = [size - 1 for size in _method(labels, p.node, globally(args), globally(kwargs)).shape]
     if not isinstance(x.ownership, Divided):
         if x.ownership is SHARED and x.scale and order != sorted(order):
-            p.turned = p.node
-        return p.wrap(full, part, p.join(name, [x], x.full.dim())[0])
+            p.turn_image()
+        return p.wrap(full, part, join(p, name, [x], x.full.dim())[0])
     turned = sorted(range(len(x.ownership.axes)), key=lambda i: order.index(x.ownership.axes[i]))
     axes = tuple(order.index(x.ownership.axes[i]) for i in turned)
     rest = [a for a in order if a not in (0, *x.ownership.axes)]
@@ -236,7 +237,7 @@ def permute(p: Any, name: str, args: Any, kwargs: Any) -> Any:
     return p.wrap(full, part, ownership, x.scale if same else (), moved)
 
 
-def _method(x: torch.Tensor, node: Any, args: Any, kwargs: Any) -> torch.Tensor:
+def _method(x: torch.Tensor, node: Any, args: tuple, kwargs: dict) -> torch.Tensor:
     if node.op == "call_method":
         return getattr(x, node.target)(*args[1:], **kwargs)
     return node.target(x, *args[1:], **kwargs)
