@@ -1,4 +1,4 @@
-"""The division of one network."""
+"""The division of one network among its members, as plain data."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ Place = tuple[np.ndarray, ...]
 
 @dataclass(eq=False)
 class Division:
-    """Whose channels of a network are whose: what decompose, extract, compose and the theorems read."""
+    """Whose channels of a network are whose: what decompose, extract, compose and the theorems read.
+
+    mode: True in training, whose graph may be another.
+    """
 
     members: int
     places: dict[str, tuple[Place, ...]] = field(default_factory=dict)  # tensor of the state dict → one a member
@@ -24,11 +27,9 @@ class Division:
     member_args: dict[bool, dict[str, tuple]] = field(default_factory=dict)  # mode → node → (args, kwargs)
     reorders: dict[bool, dict[str, np.ndarray]] = field(default_factory=dict)  # mode → node → channel order
     assemblies: dict[bool, dict[str, tuple]] = field(default_factory=dict)  # mode → head's node → a box of each member
-    graphs: dict[bool, fx.Graph] = field(default_factory=dict)
-    channels: dict[bool, dict[str, np.ndarray | None]] = field(default_factory=dict)  # node → (K, c) of axis 1
-    features: dict[bool, dict[str, np.ndarray]] = field(default_factory=dict)  # node → (K, f) of the last axis
+    graphs: dict[bool, fx.Graph] = field(default_factory=dict)  # by mode
+    channels: dict[bool, dict[str, np.ndarray | None]] = field(default_factory=dict)  # mode → node → (K, c) of axis 1
+    features: dict[bool, dict[str, np.ndarray]] = field(default_factory=dict)  # mode → node → (K, f) of the last axis
     notes: list[str] = field(default_factory=list)  # why composed(x) is not exactly the sum of the members
     noted: set[str] = field(default_factory=set)  # the nodes that the notes are about
-    adapted: list[str] = field(
-        default_factory=list
-    )  # layers that follow the smaller map of a crop, such as first FC layers
+    adapted: list[str] = field(default_factory=list)  # layers that follow a crop's smaller map, as first FC layers

@@ -29,8 +29,6 @@ _ALIASES = {
     "concatenate": "cat", "swapaxes": "transpose", "max_pool2d_with_indices": "max_pool2d", "upsample": "interpolate",
     "split_with_sizes": "split", "tensor_split": "chunk", "reshape": "view",
 }  # fmt: skip
-
-
 # What commutes with the sum over members, so that a head may still be followed by it.
 LINEAR = {
     "add", "sub", "neg", "contiguous", "clone", "detach", "to", "float", "double", "half", "mean", "sum", "view",
@@ -39,34 +37,24 @@ LINEAR = {
     "avg_pool2d", "avg_pool3d", "adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d", "AvgPool1d",
     "AvgPool2d", "AvgPool3d", "AdaptiveAvgPool1d", "AdaptiveAvgPool2d", "AdaptiveAvgPool3d",
 }  # fmt: skip
-
-
 # What asks a tensor only for its shape, dtype or device: the answer holds none of its values.
 SHAPE_QUERIES = {
     "size", "dim", "ndimension", "numel", "getattr", "is_floating_point", "stride", "new_empty", "new_zeros",
-    "new_ones",
-    "new_full", "len",
+    "new_ones", "new_full", "len",
 }  # fmt: skip
-
-
 FUNCTIONAL_LAYERS = {
     "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "linear",
 }  # fmt: skip
-
-
 ELEMENTWISE_FUNCTIONS = {
     "relu", "relu6", "gelu", "silu", "mish", "elu", "selu", "celu", "leaky_relu", "hardswish", "hardsigmoid",
-    "hardtanh",
-    "sigmoid", "tanh", "softplus", "softsign", "logsigmoid", "threshold", "hardshrink", "softshrink", "tanhshrink",
-    "dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout", "feature_dropout",
-    "stochastic_depth", "drop_path", "clamp", "clamp_min", "clamp_max", "neg", "abs", "sqrt", "rsqrt", "square", "exp",
-    "log", "log1p", "erf", "sign", "reciprocal", "pow", "nan_to_num", "contiguous", "clone", "detach", "to", "float",
-    "double", "half", "bfloat16", "type", "zeros_like", "ones_like", "empty_like", "rand_like", "bernoulli",
-    "requires_grad", "add", "sub", "rsub", "mul", "div", "maximum", "minimum", "where", "lerp", "addcmul", "type_as",
-    "gt", "ge", "lt", "le", "eq", "ne", "floor", "round", "fill", "zero", "copy",
+    "hardtanh", "sigmoid", "tanh", "softplus", "softsign", "logsigmoid", "threshold", "hardshrink", "softshrink",
+    "tanhshrink", "dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout",
+    "feature_dropout", "stochastic_depth", "drop_path", "clamp", "clamp_min", "clamp_max", "neg", "abs", "sqrt",
+    "rsqrt", "square", "exp", "log", "log1p", "erf", "sign", "reciprocal", "pow", "nan_to_num", "contiguous", "clone",
+    "detach", "to", "float", "double", "half", "bfloat16", "type", "zeros_like", "ones_like", "empty_like", "rand_like",
+    "bernoulli", "requires_grad", "add", "sub", "rsub", "mul", "div", "maximum", "minimum", "where", "lerp", "addcmul",
+    "type_as", "gt", "ge", "lt", "le", "eq", "ne", "floor", "round", "fill", "zero", "copy",
 }  # fmt: skip
-
-
 ELEMENTWISE_MODULES = {
     "Identity", "ReLU", "ReLU6", "GELU", "SiLU", "Mish", "ELU", "SELU", "CELU", "LeakyReLU", "RReLU", "Hardswish",
     "Hardsigmoid", "Hardtanh", "Hardshrink", "Softshrink", "Tanhshrink", "Sigmoid", "LogSigmoid", "Tanh", "Softplus",
