@@ -120,7 +120,7 @@ def job(case: Case, batch: int, setting: Setting) -> Job:
             module.p = 0.0
     images, labels = torch.randn(batch, *d.input_size), torch.randint(10, (batch,))
     size = 2 if setting.dtype == torch.bfloat16 else 4
-    one = training_work(d.member_shell(), d.member_size, batch, size)
+    one = training_work(d.member_skeleton(), d.member_size, batch, size)
     return Job(
         setting,
         d.model.to(setting.device).train(),

@@ -43,7 +43,7 @@ def run(options: dict, K: int, batch: int, setting: Setting) -> Race:
     size = (STEPS, K * 8)
     d = decompk.decompose(models.Recurrent(size[1], CLASSES, K * MEMBER, **options), size, K)
     x, y = torch.randn(batch, *size), torch.randint(CLASSES, (batch,))
-    one, whole = (training_work(*of, batch, 4) for of in ((d.member_shell(), d.member_size), (d.model, size)))
+    one, whole = (training_work(*of, batch, 4) for of in ((d.member_skeleton(), d.member_size), (d.model, size)))
     members: list[nn.Module] = [member.to(setting.device) for member in d.subnets(seed=0)]
     work = Work(K * one.bytes, K * one.flops)
     step = Job(setting, d.model, members, d.crops, x.to(setting.device), y.to(setting.device), work, whole)

@@ -239,7 +239,7 @@ def test_torchvision_networks_decompose_or_are_refused_by_name(name):
             decompose(net, (3, 224, 224), 4)
         return
     d = decompose(net, (3, 96, 96), 4, crop_size=64)
-    member = d.member_shell()
+    member = d.member_skeleton()
     whole = sum(p.numel() for p in net.parameters())
     assert sum(p.numel() for p in member.parameters()) < whole / 3
     assert [*member.state_dict()] == [*net.state_dict()]

@@ -57,7 +57,7 @@ def decomposition(name, K=4, pixels=64, crop=None, member=None, notes=(), **opti
         crops=crops,
         K=K,
         notes=list(notes),
-        member_shell=lambda: member,
+        member_skeleton=lambda: member,
     )
 
 
@@ -170,7 +170,7 @@ def test_an_adapted_first_fc_keeps_its_crops_kernel_in_the_composed_network():
 def test_the_divided_last_layer_of_an_auto_encoder_is_held_to_the_ratio_of_any_other():
     net, member = (nn.Sequential(nn.Linear(n, n // 2), nn.ReLU(), nn.Linear(n // 2, n)) for n in (16, 4))
     sizes = {"input_size": (1, 16), "member_size": (1, 4), "crops": make_crops((16,), 4)}
-    sides = report(SimpleNamespace(model=net, K=4, notes=[], member_shell=lambda: member, **sizes)).layers["2"]
+    sides = report(SimpleNamespace(model=net, K=4, notes=[], member_skeleton=lambda: member, **sizes)).layers["2"]
     assert sides["ratio"]["macs"] == sides["paper"]["macs"] == 1 / 16
 
 

@@ -124,7 +124,7 @@ def norms(case: Case, batch: int = BATCH) -> list[Norm]:
 def _member(case: Case) -> tuple[nn.Module, list[LayerCost]]:
     """One member, without data, and what its layers cost in training."""
     with torch.device("meta"):
-        member = case.decomposition().member_shell()
+        member = case.decomposition().member_skeleton()
     return member, walk.layers(member, (decompk.models.spec(case.model).input_size[0], case.crop, case.crop), True)
 
 

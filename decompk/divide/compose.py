@@ -41,8 +41,8 @@ def take_state(net: nn.Module, members: Sequence[nn.Module]) -> None:
         parameter.requires_grad_(name in trained)
 
 
-def compose(division: Division, shell: nn.Module, members: Sequence[nn.Module], head: str) -> nn.Module:
-    """Fill `shell` (the global network on the meta device) with the members' tensors.
+def compose(division: Division, skeleton: nn.Module, members: Sequence[nn.Module], head: str) -> nn.Module:
+    """Fill `skeleton` (the global network on the meta device) with the members' tensors.
 
     Layers become block-diagonal; every value between two members is zero. The last layer is joined along its input:
     its biases add up ("sum", 2.14), or weights and biases are averaged ("mean", 2.22); "concat" keeps every member's
@@ -52,12 +52,12 @@ def compose(division: Division, shell: nn.Module, members: Sequence[nn.Module], 
     per_member = [tensors(member) for member in members]
     values: dict[str, torch.Tensor] = {}
     with torch.no_grad():
-        for name, empty in tensors(shell).items():
+        for name, empty in tensors(skeleton).items():
             parts = [found[name] for found in per_member]
             if name in division.places:
                 scale = 1 / K if head == "mean" and name in division.head_weights else 1
                 shape = list(empty.shape)
-                apart = output_axis(shell, name) if head == "concat" and name in division.head_weights else None
+                apart = output_axis(skeleton, name) if head == "concat" and name in division.head_weights else None
                 if apart is not None:
                     shape[apart] *= K
                 whole = parts[0].new_zeros(shape)
@@ -73,11 +73,11 @@ def compose(division: Division, shell: nn.Module, members: Sequence[nn.Module], 
             else:
                 whole = parts[0].clone()
             values[name] = whole
-    put(shell, values)
-    take_state(shell, members)
+    put(skeleton, values)
+    take_state(skeleton, members)
     if head == "concat":
-        widen(division, shell)
-    return shell
+        widen(division, skeleton)
+    return skeleton
 
 
 def output_axis(net: nn.Module, weight: str) -> int:
@@ -94,17 +94,17 @@ def widen(division: Division, net: nn.Module) -> None:
                 setattr(layer, attribute, getattr(layer, attribute) * division.members)
 
 
-def apart_shell(division: Division, shell: nn.Module) -> nn.Module:
-    """`shell`, on the meta device, with last layers as compose(head="concat") makes them."""
+def apart_skeleton(division: Division, skeleton: nn.Module) -> nn.Module:
+    """`skeleton`, on the meta device, with last layers as compose(head="concat") makes them."""
     values = {}
-    for name, tensor in tensors(shell).items():
+    for name, tensor in tensors(skeleton).items():
         if name in division.head_weights or name in division.summed:
-            axis = output_axis(shell, name) if name in division.head_weights else 0
+            axis = output_axis(skeleton, name) if name in division.head_weights else 0
             values[name] = tensor.new_empty(
                 [n * division.members if a == axis else n for a, n in enumerate(tensor.shape)]
             )
-    put(shell, values)
-    return shell
+    put(skeleton, values)
+    return skeleton
 
 
 def assemble(x: torch.Tensor, boxes: Sequence[Sequence[tuple[int, int]]]) -> torch.Tensor:
@@ -121,22 +121,20 @@ def assemble(x: torch.Tensor, boxes: Sequence[Sequence[tuple[int, int]]]) -> tor
 
 
 def extract(
-    division: Division, shells: dict[int, nn.Module], model: nn.Module, head: str, apart: bool = False
+    division: Division, skeletons: dict[int, nn.Module], model: nn.Module, head: str, apart: bool = False
 ) -> list[nn.Module]:
-    """Fill one shell per member (by its number) with the diagonal blocks of `model`: the inverse of compose.
+    """Fill one skeleton per member (by its number) with the diagonal blocks of `model`: the inverse of compose.
 
-    apart: the members' outputs lie side by side in `model`, as compose(head="concat") puts them.
-
-    head="mean" undoes (2.22), to the bit where K is a power of two. A head's bias, which composition adds
-    up, comes back as 1/K each; the last member takes what rounding left over,
-    so that the sum is the bias to the bit.
+    apart: the members' outputs lie side by side in `model`, as compose(head="concat") puts them. head="mean" undoes
+    (2.22), to the bit where K is a power of two. A head's bias, which composition adds up, comes back as 1/K each; the
+    last member takes what rounding left over, so that the sum is the bias to the bit.
     """
     K = division.members
     whole = tensors(model)
     with torch.no_grad():
-        for k, shell in shells.items():
+        for k, skeleton in skeletons.items():
             values: dict[str, torch.Tensor] = {}
-            for name in tensors(shell):
+            for name in tensors(skeleton):
                 value = whole[name].detach()
                 if apart and (name in division.head_weights or name in division.summed):
                     value = value.chunk(K, output_axis(model, name) if name in division.head_weights else 0)[k]
@@ -149,9 +147,9 @@ def extract(
                 else:
                     part = value
                 values[name] = part.clone(memory_format=torch.contiguous_format)
-            put(shell, values)
-            take_state(shell, [model])
-    return list(shells.values())
+            put(skeleton, values)
+            take_state(skeleton, [model])
+    return list(skeletons.values())
 
 
 def _sum(parts: list[torch.Tensor]) -> torch.Tensor:
@@ -171,8 +169,8 @@ def check_head(head: str, split_outputs: bool) -> None:
         )
 
 
-def check_members(shell: nn.Module, members: Sequence[nn.Module], count: int, what: str = "sub-network") -> None:
-    """Raise PackError unless there are `count` networks with the tensors of `shell`; names the first that differs."""
+def check_members(skeleton: nn.Module, members: Sequence[nn.Module], count: int, what: str = "sub-network") -> None:
+    """Raise PackError unless there are `count` networks with the tensors of `skeleton`; name the first that differs."""
     if len(members) != count:
         raise PackError(f"{len(members)} {what}s were given where {count} are needed.")
     first = tensors(members[0])
@@ -183,7 +181,7 @@ def check_members(shell: nn.Module, members: Sequence[nn.Module], count: int, wh
                     f"'{name}' is {tensor.dtype} on {tensor.device} in {what} {k} and {first[name].dtype} on "
                     f"{first[name].device} in {what} 0; bring them to one dtype and device."
                 )
-    expected = {name: tuple(t.shape) for name, t in tensors(shell).items()}
+    expected = {name: tuple(t.shape) for name, t in tensors(skeleton).items()}
     for k, member in enumerate(members):
         found = {name: tuple(t.shape) for name, t in tensors(member).items()}
         for name in [*expected, *(name for name, _ in member.named_parameters())]:

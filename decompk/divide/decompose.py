@@ -20,7 +20,7 @@ from ..packed.pack import Packed, pack
 from ..report.decomposition import Report, report
 from ..threads import one_at_a_time
 from .channels import divide_channels
-from .compose import apart_shell, assemble, check_head, check_members, compose, extract, put, tensors
+from .compose import apart_skeleton, assemble, check_head, check_members, compose, extract, put, tensors
 from .division import Division
 from .sizes import Found, check_form, find_size, refuse_size, same_members
 
@@ -180,7 +180,7 @@ class Decomposition:
             raise PartitionError(f"an input of shape {tuple(x.shape)} is not a batch of {self.input_size} samples.")
         return [crop.cut(x) for crop in crops]
 
-    def member_shell(self) -> nn.Module:
+    def member_skeleton(self) -> nn.Module:
         """One sub-network on the meta device: the model's classes and names, with narrower leaves."""
         net = on_meta(self.model)
         for target, attributes in self.division.attributes.items():
@@ -234,7 +234,7 @@ class Decomposition:
             return members
 
     def _fresh(self, k: int) -> nn.Module:
-        (member,) = extract(self.division, {k: self.member_shell()}, self.model, "sum")
+        (member,) = extract(self.division, {k: self.member_skeleton()}, self.model, "sum")
         known = tensors(self.model)
         redrawn = set()
         for path, module in member.named_modules():
@@ -267,10 +267,10 @@ class Decomposition:
         if head == "concat" and not self._split_outputs:
             raise DecompkError("only a network decomposed with head='concat' can be extracted so; use 'sum' or 'mean'.")
         apart = self._assembles and isinstance(model, Rewritten)
-        shell = on_meta(self.model)
-        check_members(apart_shell(self.division, shell) if apart else shell, [model], 1, "network")
-        shells = {k: self.member_shell() for k in range(self.K)}
-        return extract(self.division, shells, model, "concat" if self._assembles else head, apart)
+        skeleton = on_meta(self.model)
+        check_members(apart_skeleton(self.division, skeleton) if apart else skeleton, [model], 1, "network")
+        skeletons = {k: self.member_skeleton() for k in range(self.K)}
+        return extract(self.division, skeletons, model, "concat" if self._assembles else head, apart)
 
     def compose(self, subnets: Sequence[nn.Module] | Packed, head: str = "sum") -> nn.Module:
         """The global network of K sub-networks (2.11)–(2.14), or of a packed module: block-diagonal, zero in between.
@@ -290,7 +290,7 @@ class Decomposition:
         if self._split_outputs and head == "sum":
             head = "concat"
         check_head(head, self._split_outputs)
-        check_members(self.member_shell(), subnets, self.K)
+        check_members(self.member_skeleton(), subnets, self.K)
         if self._assembles:
             self._laid()
         net = on_meta(self.model)

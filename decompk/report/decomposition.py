@@ -215,14 +215,14 @@ class Report:
 def report(decomposition: Any, element_size: int = 4, batch: int = 1) -> Report:
     """The cost of a decompk decomposition.
 
-    `decomposition` has `model`, `input_size` and `member_size` of one sample, `crops`, `K`, `notes` and member_shell(),
-    which returns one member. Layers are matched by name. `element_size` (bytes of a number) and `batch` (samples) shape
-    the bytes alone. Raises UnsupportedOperation where torch.fx cannot follow the model.
+    `decomposition` has `model`, `input_size` and `member_size` of one sample, `crops`, `K`, `notes` and
+    member_skeleton(), which returns one member. Layers are matched by name. `element_size` (bytes of a number) and
+    `batch` (samples) shape the bytes alone. Raises UnsupportedOperation where torch.fx cannot follow the model.
     """
     crop = decomposition.crops[0].size
     spatial = decomposition.input_size[-len(crop) :]
     whole = {layer.name: layer for layer in layers(decomposition.model, decomposition.input_size)}
-    member = {layer.name: layer for layer in layers(decomposition.member_shell(), decomposition.member_size)}
+    member = {layer.name: layer for layer in layers(decomposition.member_skeleton(), decomposition.member_size)}
     names = [*whole, *(name for name in member if name not in whole)]
     title = f"{type(decomposition.model).__name__} at {by(spatial)} in {decomposition.K} members at {by(crop)}"
     pairs = tuple(Pair(name, whole.get(name), member.get(name)) for name in names)
