@@ -11,7 +11,7 @@ from torch.nn.utils import prune, spectral_norm, weight_norm
 
 import decompk
 from decompk import errors, pack
-from decompk.divide.zero_skipping import HeadConv2d, HeadLinear, WindowedLinear
+from decompk.divide.zero_skipping import CroppedLinear, HeadConv2d, HeadLinear
 from decompk.packed.twin import deep_copy
 from decompk.packed.twins import TWINS
 
@@ -42,7 +42,7 @@ class ReadsNames(nn.Module):
 
 
 def test_a_twin_has_no_name_that_a_users_layer_may_have():
-    for twin in (*TWINS.values(), HeadConv2d, HeadLinear, WindowedLinear):
+    for twin in (*TWINS.values(), HeadConv2d, HeadLinear, CroppedLinear):
         torch_names = {name for kind in twin.__mro__ if kind.__module__.startswith("torch") for name in vars(kind)}
         added = {name for kind in twin.__mro__ for name in vars(kind)} - torch_names - {"bias"}
         assert not [name for name in added if not name.startswith(("__", "_twin_"))]

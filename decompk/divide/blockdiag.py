@@ -29,19 +29,19 @@ from .compose import tensors
 from .decompose import Decomposition
 from .zero_skipping import (
     BLOCK_LAYERS,
-    HEADS,
     LEAST,
+    SUMMED_HEADS,
     Blocks,
-    WindowedLinear,
+    CroppedLinear,
     as_one_member,
     count_components,
-    filled,
     find_blocks,
-    hold,
-    hold_each,
-    hold_once,
+    hold_zeros,
     keeps_zeros,
-    let_go,
+    nonzero_channels,
+    release_zeros,
+    stack_bias,
+    sum_bias,
 )
 
 SIZES = (224, 32, 64, 299, 28, 8)  # pixels tried where the caller gives no input size
@@ -75,7 +75,7 @@ def block_diagonal(net: nn.Module, input_size: Sequence[int] | None = None) -> Z
 
     A network that is uniformly block-diagonal throughout, as a composed one is, becomes K packed members that share the
     full input and whose heads are added. It holds *copies* of the parameters, each with a leading dimension K, and of a
-    first fully connected layer only the columns that some spatial window fills. Otherwise every Conv2d and Linear with
+    first fully connected layer only the columns that some crop of the map fills. Otherwise every Conv2d and Linear with
     exact zero blocks, perhaps after a permutation of its channels, becomes a zero-skipping layer and all else stays;
     the result then *shares* every parameter and buffer with `net`. A dense network comes back as it is.
     Zeros between channels (of a convolution: whole kernels) that are not skipped are kept by a mask on the weight.
@@ -171,12 +171,12 @@ class Members(ZeroSkipping, Packed):
     def unpack(self) -> list[nn.Module]:
         """The K members as ordinary modules; the biases of heads are in the first."""
         inner = copy.deepcopy(self._inner)
-        let_go(inner)
+        release_zeros(inner)
         for module in inner.modules():
-            if isinstance(module, WindowedLinear):
+            if isinstance(module, CroppedLinear):
                 module._twin_widen()
-            elif type(module) in HEADS.values():
-                hold_each(module)
+            elif type(module) in SUMMED_HEADS.values():
+                stack_bias(module)
         return Packed(inner, self._K, None, self._input_dims).unpack()
 
     def _dense(self) -> nn.Module:
@@ -250,19 +250,19 @@ def _members(net: nn.Module, d: Decomposition, counts: dict[str, int]) -> Member
     fast.decomposition = d
     for name in d.division.summed:
         head = fast._inner.get_submodule(name.rpartition(".")[0])
-        if type(head) not in HEADS:
+        if type(head) not in SUMMED_HEADS:
             raise PackError(f"'{name}' belongs to a {type(head).__name__}, whose bias cannot be one for all members.")
-        hold_once(head)
+        sum_bias(head)
     decisions = []
     for path in counts:
         dense: Any = net.get_submodule(path)
         twin, whole = fast._inner.get_submodule(path), dense.weight.numel()
         share = twin.weight.numel() / whole
         what = f"a block of each of {d.K} members" if share < 1 else "every member needs all of it"
-        if type(twin) is PackedLinear and WindowedLinear._twin_narrow(twin):
+        if type(twin) is PackedLinear and CroppedLinear._twin_narrow(twin):
             share = twin.weight.numel() / whole
             what += f", {twin.weight.shape[2]} of {twin.in_features} columns"
-        if hold(twin, filled(twin.weight, 3)):
+        if hold_zeros(twin, nonzero_channels(twin.weight, 3)):
             what += ", its zeros kept by a mask"
         decisions.append(Decision(path, "members", share, what))
     fast.decisions = _with_losses(fast._inner, decisions, 3)
@@ -282,7 +282,7 @@ class Layerwise(ZeroSkipping, Shell):
 
     def _dense(self) -> nn.Module:
         dense: Any = _sharing(self._inner)
-        let_go(dense)
+        release_zeros(dense)
         for module in dense.modules():
             if type(module) in BLOCK_LAYERS.values():
                 module.release()
@@ -301,12 +301,12 @@ def layer_by_layer(net: nn.Module, why: str = "not asked for", masks: Mapping[st
         if not isinstance(module, (nn.Linear, nn.modules.conv._ConvNd)):
             continue
         weight = (masks or {}).get(f"{path}.weight", module.weight.detach())
-        holds = filled(weight) if masks is None else None
+        nonzero = nonzero_channels(weight) if masks is None else None
         blocks, reason = _skippable(module, weight)
         form = "blocks" if blocks else "dense"
         if blocks:
-            BLOCK_LAYERS[type(module)].adopt(module, blocks, holds)
-        elif holds is not None and hold(module, holds):
+            BLOCK_LAYERS[type(module)].adopt(module, blocks, nonzero)
+        elif nonzero is not None and hold_zeros(module, nonzero):
             form, reason = "masked", f"{reason}; its zeros are kept by a mask"
         decisions.append(Decision(path, form, blocks.kept if blocks else 1.0, reason))
     fast.decisions = tuple(decisions) if masks is not None else _with_losses(fast._inner, decisions, 2)

@@ -1,4 +1,4 @@
-"""Layers that skip what is zero: blocks of a dense weight, a head's bias held once, columns outside a window."""
+"""Layers that skip what is zero: blocks of a dense weight, a head's bias held once, columns outside a crop."""
 
 from __future__ import annotations
 
@@ -74,32 +74,32 @@ def find_blocks(weight: Tensor) -> Blocks | None:
     stand gives any, one after the permutation that brings channels together that share a weight; and where outputs fall
     into sets that read the same inputs, sets of any size, filled up to the largest, if that is cheaper by a fifth.
     """
-    holds = filled(weight)
-    if bool(holds.all()):
+    nonzero = nonzero_channels(weight)
+    if bool(nonzero.all()):
         return None
-    straight = _best_mask(holds)
-    labels = components(holds)
+    straight = _best_mask(nonzero)
+    labels = components(nonzero)
     parts = [torch.sort(side, stable=True).indices for side in labels]
     sorted_already = all(bool((order == torch.arange(len(order))).all()) for order in parts)
-    moved = None if sorted_already else _best_mask(holds[parts[0]][:, parts[1]])
-    dense = tuple(holds.shape)
+    moved = None if sorted_already else _best_mask(nonzero[parts[0]][:, parts[1]])
+    dense = tuple(nonzero.shape)
     found = straight and Blocks(straight, dense)
-    if moved and (straight is None or _price(moved, holds) < _price(straight, holds) / 1.5):
+    if moved and (straight is None or _price(moved, nonzero) < _price(straight, nonzero) / 1.5):
         found = Blocks(moved, dense, tuple(parts[0].tolist()), tuple(parts[1].tolist()))
-    uneven = _uneven(holds)
+    uneven = _uneven(nonzero)
     best = _cost(found) if found else 1.0
     return uneven if uneven and _cost(uneven) < best / 1.2 else found
 
 
-def _uneven(filled: Tensor) -> Blocks | None:
+def _uneven(nonzero: Tensor) -> Blocks | None:
     """A block on the diagonal for each set of outputs that read the same inputs, as large as the largest of them."""
-    _, sets = np.unique(np.packbits(filled.numpy(), axis=1), axis=0, return_inverse=True)
+    _, sets = np.unique(np.packbits(nonzero.numpy(), axis=1), axis=0, return_inverse=True)
     K = int(sets.max()) + 1
-    if not 1 < K <= min(64, len(filled) // LEAST):
+    if not 1 < K <= min(64, len(nonzero) // LEAST):
         return None
     rows = [np.nonzero(sets.reshape(-1) == k)[0].tolist() for k in range(K)]
     rows.sort()
-    columns = [filled[of[0]].nonzero().flatten().tolist() for of in rows]
+    columns = [nonzero[of[0]].nonzero().flatten().tolist() for of in rows]
     R, C = max(map(len, rows)), max(map(len, columns))
     if min(R, C) < LEAST or not all(columns):
         return None
@@ -108,12 +108,12 @@ def _uneven(filled: Tensor) -> Blocks | None:
     )
     mask = tuple(tuple(r == s for s in range(K)) for r in range(K))
     sizes = tuple((len(a), len(b)) for a, b in zip(rows, columns, strict=True))
-    return Blocks(mask, tuple(filled.shape), tuple(outputs), tuple(inputs), sizes)
+    return Blocks(mask, tuple(nonzero.shape), tuple(outputs), tuple(inputs), sizes)
 
 
-def components(filled: Tensor) -> tuple[Tensor, Tensor]:
+def components(nonzero: Tensor) -> tuple[Tensor, Tensor]:
     """The connected component of every output (O) and input (C), numbered as they come; filled (O, C) are the edges."""
-    rows, columns = (torch.full((n,), -1) for n in filled.shape)
+    rows, columns = (torch.full((n,), -1) for n in nonzero.shape)
     found = 0
     for o in range(len(rows)):
         if rows[o] >= 0:
@@ -122,9 +122,9 @@ def components(filled: Tensor) -> tuple[Tensor, Tensor]:
         front[o] = True
         while bool(front.any()):
             rows[front] = found
-            met = filled[front].any(0) & (columns < 0)
+            met = nonzero[front].any(0) & (columns < 0)
             columns[met] = found
-            front = filled[:, met].any(1) & (rows < 0)
+            front = nonzero[:, met].any(1) & (rows < 0)
         found += 1
     columns[columns < 0] = found  # inputs that nothing reads
     return rows, columns
@@ -132,23 +132,23 @@ def components(filled: Tensor) -> tuple[Tensor, Tensor]:
 
 def count_components(weight: Tensor) -> int:
     """Into how many parts without a weight between them the outputs of weight (O, C, …) fall."""
-    return int(components(filled(weight))[0].max()) + 1
+    return int(components(nonzero_channels(weight))[0].max()) + 1
 
 
-def filled(weight: Tensor, dims: int = 2) -> Tensor:
+def nonzero_channels(weight: Tensor, dims: int = 2) -> Tensor:
     """(O, C) on the CPU: where weight (O, C, …) holds anything but zeros; of a stack (K, O, C, …) with three `dims`."""
     return (weight.detach() != 0).reshape(*weight.shape[:dims], -1).any(dims).cpu()
 
 
-def _best_mask(filled: Tensor) -> Mask | None:
+def _best_mask(nonzero: Tensor) -> Mask | None:
     """The cheapest cut into equal blocks that leaves any of them out."""
     choices = []
-    for R in _shares(filled.shape[0]):
-        for S in _shares(filled.shape[1]):
-            blocks = filled.view(R, filled.shape[0] // R, S, filled.shape[1] // S).any(3).any(1)
+    for R in _shares(nonzero.shape[0]):
+        for S in _shares(nonzero.shape[1]):
+            blocks = nonzero.view(R, nonzero.shape[0] // R, S, nonzero.shape[1] // S).any(3).any(1)
             if not bool(blocks.all()):
                 mask = tuple(tuple(row) for row in blocks.tolist())
-                choices.append((_price(mask, filled), R * S, mask))
+                choices.append((_price(mask, nonzero), R * S, mask))
     return min(choices)[2] if choices else None
 
 
@@ -156,8 +156,8 @@ def _shares(channels: int) -> Iterator[int]:
     return (n for n in range(1, min(channels // LEAST, 64) + 1) if channels % n == 0)
 
 
-def _price(mask: Mask, filled: Tensor) -> float:
-    return _cost(Blocks(mask, tuple(filled.shape)))
+def _price(mask: Mask, nonzero: Tensor) -> float:
+    return _cost(Blocks(mask, tuple(nonzero.shape)))
 
 
 def _cost(blocks: Blocks) -> float:
@@ -173,11 +173,11 @@ class _BlockLayer:
     _mask: str  # as the operator takes it without reading it again
 
     @classmethod
-    def adopt(cls, leaf: nn.Module, blocks: Blocks, holds: Tensor | None = None) -> None:
-        """Turn a leaf into its zero-skipping form, in place; where `holds` (O, C) is False, its zeros stay."""
+    def adopt(cls, leaf: nn.Module, blocks: Blocks, nonzero: Tensor | None = None) -> None:
+        """Turn a leaf into its zero-skipping form, in place; where `nonzero` (O, C) is False, its zeros stay."""
         leaf.blocks, leaf._mask = blocks, mask_text(blocks.mask)
         inputs, outputs, back, real = _orders(blocks)
-        real = _inside(blocks, holds) if real is None and holds is not None else real
+        real = _inside(blocks, nonzero) if real is None and nonzero is not None else real
         for name, value in (("_inputs", inputs), ("_outputs", outputs), ("_back", back), ("_real", real)):
             leaf.register_buffer(name, value if value is None else value.to(leaf.weight.device), persistent=False)
         leaf.__class__ = cls
@@ -217,14 +217,14 @@ def _orders(blocks: Blocks) -> tuple[Tensor | None, Tensor | None, Tensor | None
     return inputs, outputs, back, rows[:, None] & columns
 
 
-def _inside(blocks: Blocks, holds: Tensor) -> Tensor | None:
+def _inside(blocks: Blocks, nonzero: Tensor) -> Tensor | None:
     """holds (O, C) in the order of the blocks, if blocks that are kept have zeros of their own."""
-    holds = holds if blocks.outputs is None else holds[list(blocks.outputs)]
-    holds = holds if blocks.inputs is None else holds[:, list(blocks.inputs)]
+    nonzero = nonzero if blocks.outputs is None else nonzero[list(blocks.outputs)]
+    nonzero = nonzero if blocks.inputs is None else nonzero[:, list(blocks.inputs)]
     kept = torch.tensor(blocks.mask)
     for dim in (0, 1):
-        kept = kept.repeat_interleave(holds.shape[dim] // kept.shape[dim], dim)
-    return None if bool(holds[kept].all()) else holds
+        kept = kept.repeat_interleave(nonzero.shape[dim] // kept.shape[dim], dim)
+    return None if bool(nonzero[kept].all()) else nonzero
 
 
 class BlockConv2d(_BlockLayer, nn.Conv2d):
@@ -262,51 +262,51 @@ class _Held:
     @property
     def weight(self) -> Tensor:
         weight = self._parameters["weight"]
-        return weight * self._holds if torch.is_grad_enabled() else weight
+        return weight * self._nonzero if torch.is_grad_enabled() else weight
 
     def _load_from_state_dict(self, *args, **kwargs) -> None:
         super()._load_from_state_dict(*args, **kwargs)
         with torch.no_grad():
-            self._parameters["weight"].mul_(self._holds)
+            self._parameters["weight"].mul_(self._nonzero)
 
-    def let_go(self) -> None:
+    def release_zeros(self) -> None:
         """The way back, in place."""
-        del self._buffers["_holds"]
-        self._non_persistent_buffers_set.discard("_holds")
+        del self._buffers["_nonzero"]
+        self._non_persistent_buffers_set.discard("_nonzero")
         self.__class__ = type(self).__mro__[2]
 
 
 HELD: dict[type[nn.Module], type[_Held]] = {}  # a layer → the same with zeros that stay
 
 
-def hold(layer: nn.Module, holds: Tensor) -> bool:
-    """Keep a layer's weight zero where `holds`, over its leading dimensions, is False; whether its class allows that.
+def hold_zeros(layer: nn.Module, nonzero: Tensor) -> bool:
+    """Keep a layer's weight zero where `nonzero`, over its leading dimensions, is False; whether its class allows that.
 
     Zeros by chance, as in a few of a linear layer's weights, and weights that hold nothing else are left alone.
     """
     weight = layer._parameters.get("weight")
-    parts = holds if holds.dim() == 3 else [holds]
-    if type(layer) not in HELD or weight is None or not bool(holds.any()) or not any(map(_is_structured, parts)):
+    parts = nonzero if nonzero.dim() == 3 else [nonzero]
+    if type(layer) not in HELD or weight is None or not bool(nonzero.any()) or not any(map(_is_structured, parts)):
         return False
-    mask = holds.view(*holds.shape, *(1,) * (weight.dim() - holds.dim())).to(weight.device)
-    layer.register_buffer("_holds", mask, persistent=False)
+    mask = nonzero.view(*nonzero.shape, *(1,) * (weight.dim() - nonzero.dim())).to(weight.device)
+    layer.register_buffer("_nonzero", mask, persistent=False)
     layer.__class__ = HELD[type(layer)]
     return True
 
 
-def _is_structured(holds: Tensor) -> bool:
+def _is_structured(nonzero: Tensor) -> bool:
     """Whether the zeros of (O, C) are there on purpose: some in a hundred, or such that divide or fill blocks."""
-    zeros = int((~holds).sum())
-    return zeros > CHANCE * holds.numel() or (
-        zeros > 0 and (int(components(holds)[0].max()) > 0 or _best_mask(holds) is not None)
+    zeros = int((~nonzero).sum())
+    return zeros > CHANCE * nonzero.numel() or (
+        zeros > 0 and (int(components(nonzero)[0].max()) > 0 or _best_mask(nonzero) is not None)
     )
 
 
-def let_go(net: nn.Module) -> None:
+def release_zeros(net: nn.Module) -> None:
     """Turn all layers of `net` that hold their zeros into what they were, in place."""
     for module in net.modules():
         if isinstance(module, _Held):
-            module.let_go()
+            module.release_zeros()
 
 
 def keeps_zeros(layer: nn.Module) -> bool:
@@ -350,39 +350,39 @@ def as_one_member(net: nn.Module) -> Iterator[list[dict[str, Tensor]]]:
                 members[k][dotted(path, name)] = part
     try:
         for module, kind in twins:
-            module.__class__ = _OneWindow if issubclass(kind, WindowedLinear) else module._twin_class
+            module.__class__ = _OneCropped if issubclass(kind, CroppedLinear) else module._twin_class
         yield members
     finally:
         for module, kind in twins:
             module.__class__ = kind
 
 
-HEADS = {PackedLinear: HeadLinear, PackedConv2d: HeadConv2d}
+SUMMED_HEADS = {PackedLinear: HeadLinear, PackedConv2d: HeadConv2d}
 
 
-def hold_once(head: nn.Module) -> None:
-    """Turn a packed head, a key of HEADS, into one whose bias is the sum of its members', in place."""
+def sum_bias(head: nn.Module) -> None:
+    """Turn a packed head, a key of SUMMED_HEADS, into one whose bias is the sum of its members', in place."""
     total = head.bias.detach().sum(0)
     head._parameters["bias"] = nn.Parameter(total, head.bias.requires_grad)
-    head.__class__ = HEADS[type(head)]
+    head.__class__ = SUMMED_HEADS[type(head)]
 
 
-def hold_each(head: nn.Module) -> None:
+def stack_bias(head: nn.Module) -> None:
     """The way back: the bias as (K, O), zero but in member 0, in place."""
     stacked = nn.Parameter(head.bias.detach(), head._parameters["bias"].requires_grad)
     head._parameters["bias"] = stacked
-    head.__class__ = {once: plain for plain, once in HEADS.items()}[type(head)]
+    head.__class__ = {once: plain for plain, once in SUMMED_HEADS.items()}[type(head)]
 
 
-class _OneWindow(nn.Linear):
-    """One member of WindowedLinear."""
+class _OneCropped(nn.Linear):
+    """One member of CroppedLinear."""
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x[..., self._twin_columns], self.weight, self.bias)
 
 
-class WindowedLinear(PackedLinear):
-    """A first fully connected layer of K members of which each reads a window of the map: x (K·N, I) → (K·N, O).
+class CroppedLinear(PackedLinear):
+    """A first fully connected layer of K members of which each reads its crop of the map: x (K·N, I) → (K·N, O).
 
     weight (K, O, n) holds the n columns of each member that are not zero, `_twin_columns` (K, n) says which.
     """
@@ -429,7 +429,7 @@ class WindowedLinear(PackedLinear):
 
 for _kind in (
     *(nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
-    *(PackedLinear, HeadLinear, WindowedLinear, conv.PackedConv1d, PackedConv2d, HeadConv2d, conv.PackedConv3d),
+    *(PackedLinear, HeadLinear, CroppedLinear, conv.PackedConv1d, PackedConv2d, HeadConv2d, conv.PackedConv3d),
     *(conv.PackedConvTranspose1d, conv.PackedConvTranspose2d, conv.PackedConvTranspose3d),
 ):  # by name in this module, so that they can be pickled
     HELD[_kind] = globals()[f"Held{_kind.__name__}"] = type(
