@@ -44,8 +44,8 @@ from .zero_skipping import (
     sum_bias,
 )
 
-SIZES = (224, 32, 64, 299, 28, 8)  # pixels tried where the caller gives no input size
-GAIN = 1.2  # a layer is worth swapping from here on: less is lost in smaller products
+_SIZES = (224, 32, 64, 299, 28, 8)  # pixels tried where the caller gives no input size
+_GAIN = 1.2  # a layer is worth swapping from here on: less is lost in smaller products
 
 
 @dataclass(frozen=True)
@@ -216,7 +216,7 @@ def _decomposed(net: nn.Module, K: int, input_size: Sequence[int] | None) -> Dec
     first: Any = next(m for m in net.modules() if isinstance(m, (nn.Linear, nn.modules.conv._ConvNd)))
     axes = {nn.Conv1d: 1, nn.Conv3d: 3}.get(type(first), 2)
     channels = first.in_channels if hasattr(first, "in_channels") else first.in_features
-    guesses = [(channels, *[pixels] * axes) for pixels in SIZES]
+    guesses = [(channels, *[pixels] * axes) for pixels in _SIZES]
     skeleton, why = on_meta(net), ""
     for size in guesses if input_size is None else [tuple(input_size)]:
         try:
@@ -331,7 +331,7 @@ def _skippable(module: nn.Module, weight: Tensor) -> tuple[Blocks | None, str]:
     blocks = find_blocks(weight)
     if blocks is None:
         return None, f"its zeros fill no block of {LEAST} channels or more"
-    if 1 / blocks.kept < GAIN:
+    if 1 / blocks.kept < _GAIN:
         return None, f"its blocks of zeros are {1 - blocks.kept:.0%} of it, too few to gain from"
     return blocks, str(blocks)
 

@@ -65,7 +65,7 @@ class Walk:
     """
 
     def __init__(self, model: nn.Module, input_size: tuple[int, ...], crops: Sequence[Part], head: str):
-        self._model, self.input_size, self.crops, self.head = model, input_size, crops, head
+        self._model, self._input_size, self._crops, self._head = model, input_size, crops, head
         self.K = len(crops)
         self.modules = dict(model.named_modules(remove_duplicate=False))
         self.strands = Strands()
@@ -86,20 +86,20 @@ class Walk:
         self._refuse_tied_parameters()
         graphs = graphs or {mode: trace(self._model, mode) for mode in (True, False)}
         self.division.graphs = graphs
-        self._extent = self.input_size[-len(self.crops[0].size) :]
+        self._extent = self._input_size[-len(self._crops[0].size) :]
         self.vectors = len(self._extent) == 1 and (
-            len(self.input_size) == 1 or any(reads_features(self.modules, g) for g in graphs.values())
+            len(self._input_size) == 1 or any(reads_features(self.modules, g) for g in graphs.values())
         )
-        self._assembles = self.head == "concat" and not self.vectors and self._returns_maps(graphs[False])
-        divides_outputs = self.head == "concat" and not self._assembles
+        self._assembles = self._head == "concat" and not self.vectors and self._returns_maps(graphs[False])
+        divides_outputs = self._head == "concat" and not self._assembles
         self.heads = set() if divides_outputs else set().union(*(heads(self._model, g) for g in graphs.values()))
         if self.vectors:
-            owner = owners(self.crops, self._extent, "every feature of an input vector needs one member")
+            owner = owners(self._crops, self._extent, "every feature of an input vector needs one member")
             self.features = self.strands.new(owner.size)
             self.strands.give(self.features, owner)
         elif self._assembles:
-            owners(self.crops, self._extent, "every part of an auto-encoder's output is one member's")
-        elif not all(isinstance(crop, Crop) for crop in self.crops):
+            owners(self._crops, self._extent, "every part of an auto-encoder's output is one member's")
+        elif not all(isinstance(crop, Crop) for crop in self._crops):
             raise PartitionError(
                 f"{type(self._model).__name__} reads neighbours, not single features: give crops, not index sets."
             )
@@ -125,8 +125,8 @@ class Walk:
 
     def _visit(self, node: fx.Node) -> Any:
         if node.op == "placeholder":
-            full = torch.empty((2, *self.input_size), device="meta", dtype=dtype_of(self._model))
-            part = full.new_empty((2, *self.input_size[: -len(self._extent)], *self.crops[0].size))
+            full = torch.empty((2, *self._input_size), device="meta", dtype=dtype_of(self._model))
+            part = full.new_empty((2, *self._input_size[: -len(self._extent)], *self._crops[0].size))
             if self.vectors:
                 return self.wrap(full, part, Divided(self.features, (full.dim() - 1,)))
             return TensorPair(full, part, SHARED, (Fraction(1),) * len(self._extent))
@@ -165,7 +165,7 @@ class Walk:
         """What the network's own code checks here must hold of whole samples and of a member's part."""
         value = self._env[self.node]
         if bool(globally(value)) != holds:
-            raise PartitionError(f"{where(self.node)}: the network itself refuses samples of {by(self.input_size)}.")
+            raise PartitionError(f"{where(self.node)}: the network itself refuses samples of {by(self._input_size)}.")
         if bool(in_member(value)) != holds:
             raise MisfitError(
                 f"{where(self.node)}: the network's own check refuses a member, whose channels and maps are smaller; "
@@ -174,11 +174,11 @@ class Walk:
 
     def _returns_maps(self, graph: fx.Graph) -> bool:
         """Whether what the network returns has the input's spatial axes."""
-        values = MetaInterpreter(self._model, graph, self.input_size).run_all()
+        values = MetaInterpreter(self._model, graph, self._input_size).run_all()
         output = next(value for node, value in values.items() if node.op == "output")
         found: list[torch.Tensor] = []
         map_aggregate(output, lambda value: found.append(value) if isinstance(value, torch.Tensor) else None)
-        return any(t.dim() == 1 + len(self.input_size) for t in found)
+        return any(t.dim() == 1 + len(self._input_size) for t in found)
 
     # ---- what a rule may ask ----------------------------------------------------------------------------------------
 
@@ -347,7 +347,7 @@ class Walk:
 
     def _output(self, value: Any) -> Any:
         for t in tensors_in(value):
-            if isinstance(t.ownership, Divided) and self.head != "concat":
+            if isinstance(t.ownership, Divided) and self._head != "concat":
                 self.refuse(
                     "the network returns divided channels, not the output of a last layer",
                     'ask for decompose(..., head="concat")',
@@ -364,7 +364,7 @@ class Walk:
         """Where in a last layer's output each member's lies: (start, stop) for each axis, by member."""
         boxes = []
         whole, own = tuple(full.shape[2:]), tuple(part.shape[2:])
-        for crop in self.crops:
+        for crop in self._crops:
             starts = [s and Fraction(start) / s for start, s in zip(crop.start, scale, strict=False)]
             sizes = [s and Fraction(size) / s for size, s in zip(crop.size, scale, strict=False)]
             wholes = [s and Fraction(size) / s for size, s in zip(self._extent, scale, strict=False)]
@@ -444,10 +444,10 @@ class Walk:
                 "connected layer; give the network images that are turned already."
             )
         positions = []
-        for crop in self.crops:
+        for crop in self._crops:
             spots = []
             for axis, full, part, scale in zip(flat.axes, flat.full, flat.part, flat.scale, strict=True):
-                pixels = scale if scale is not None else Fraction(self.input_size[1 + axis], full)
+                pixels = scale if scale is not None else Fraction(self._input_size[1 + axis], full)
                 start = min(math.ceil(Fraction(crop.start[axis]) / pixels), full - part) if full != part else 0
                 spots.append(start + np.arange(part))
             positions.append(spots)

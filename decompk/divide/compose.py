@@ -11,7 +11,7 @@ from torch import nn
 from ..errors import DecompkError, PackError
 from .division import Division
 
-HEADS = ("sum", "mean", "concat")
+_HEADS = ("sum", "mean", "concat")
 
 
 def tensors(module: nn.Module) -> dict[str, torch.Tensor]:
@@ -31,7 +31,7 @@ def put(module: nn.Module, values: dict[str, torch.Tensor]) -> None:
             store.update({name: new[id(old)] for name, old in store.items() if id(old) in new})
 
 
-def take_state(net: nn.Module, members: Sequence[nn.Module]) -> None:
+def _take_state(net: nn.Module, members: Sequence[nn.Module]) -> None:
     """Give `net` its members' modes: eval where all have it. A parameter trains where any member's does."""
     modules = [dict(member.named_modules(remove_duplicate=False)) for member in members]
     for path, module in net.named_modules(remove_duplicate=False):
@@ -46,7 +46,7 @@ def compose(division: Division, skeleton: nn.Module, members: Sequence[nn.Module
 
     Layers become block-diagonal; every value between two members is zero. The last layer is joined along its input:
     its biases add up ("sum", 2.14), or weights and biases are averaged ("mean", 2.22); "concat" keeps every member's
-    outputs apart, K·C of them. Modes and what trains are the members', see take_state.
+    outputs apart, K·C of them. Modes and what trains are the members', see _take_state.
     """
     K = division.members
     per_member = [tensors(member) for member in members]
@@ -74,9 +74,9 @@ def compose(division: Division, skeleton: nn.Module, members: Sequence[nn.Module
                 whole = parts[0].clone()
             values[name] = whole
     put(skeleton, values)
-    take_state(skeleton, members)
+    _take_state(skeleton, members)
     if head == "concat":
-        widen(division, skeleton)
+        _widen(division, skeleton)
     return skeleton
 
 
@@ -85,7 +85,7 @@ def output_axis(net: nn.Module, weight: str) -> int:
     return 1 if getattr(net.get_submodule(weight.rpartition(".")[0]), "transposed", False) else 0
 
 
-def widen(division: Division, net: nn.Module) -> None:
+def _widen(division: Division, net: nn.Module) -> None:
     """Let the last layers say that they have the outputs of all members beside each other."""
     for name in division.head_weights:
         layer = net.get_submodule(name.rpartition(".")[0])
@@ -148,7 +148,7 @@ def extract(
                     part = value
                 values[name] = part.clone(memory_format=torch.contiguous_format)
             put(skeleton, values)
-            take_state(skeleton, [model])
+            _take_state(skeleton, [model])
     return list(skeletons.values())
 
 
@@ -161,7 +161,7 @@ def _sum(parts: list[torch.Tensor]) -> torch.Tensor:
 
 def check_head(head: str, split_outputs: bool) -> None:
     """Raise DecompkError for an unknown head, or one that does not fit how the network was decomposed."""
-    if head not in HEADS:
+    if head not in _HEADS:
         raise DecompkError(f"head={head!r} is unknown; choose 'sum', 'mean' (regression) or 'concat' (auto-encoder).")
     if split_outputs and head != "concat":
         raise DecompkError(

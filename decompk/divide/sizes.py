@@ -20,14 +20,14 @@ from .division import Division
 from .operations import operation_name
 
 # By number of free axes, in the order in which they are tried: the sides of squares and cubes, the lengths of signals.
-COMMON = {
+_COMMON = {
     1: (128, 1024, 32, 64, 256, 512, 100, 16, 200, 187, 250, 300, 400, 500, 600, 1000, 1500, 2000, 2048, 3000, 3600)
     + (4000, 4096, 5000, 8000, 8192, 10000, 16000, 16384),
     2: (224, 256, 32, 28, 64, 299, 384, 96, 112, 128, 160, 192, 227, 288, 448, 512),
     3: (32, 64, 16, 28, 112, 128, 20, 24, 48, 96),
 }
-LIMITS = {1: 2**16, 2: 512, 3: 128}  # how far further sides are looked for where no common one fits
-SAMPLES = 2
+_LIMITS = {1: 2**16, 2: 512, 3: 128}  # how far further sides are looked for where no common one fits
+_SAMPLES = 2
 
 Size = tuple[int, ...]
 Form = tuple[int | None, ...]  # of one sample: None is an axis of any size
@@ -69,7 +69,7 @@ def find_size(model: nn.Module, cut: Callable[[Size], tuple[Part, ...]], head: s
             "mend that, or give input_size=, the size of one sample."
         )
     raise refused or PartitionError(
-        f"{search.name} runs on no {_kind(search.forms[0])} that was tried, up to {LIMITS[_free(search.forms[0])]} a "
+        f"{search.name} runs on no {_kind(search.forms[0])} that was tried, up to {_LIMITS[_free(search.forms[0])]} a "
         "side: give input_size=, the size of one sample, such as (3, 224, 224)."
     )
 
@@ -192,7 +192,7 @@ class _Search:
         """The one size of this form that fits, or that of the first batch; None where none fits."""
         if None not in form:
             return None if self.misfit(form) else self.found(form, "all that its first layer reads")
-        found = self.among(form, COMMON[_free(form)], "the only common size that fits")
+        found = self.among(form, _COMMON[_free(form)], "the only common size that fits")
         return found or self.among(form, self.others(form), "the only size that fits")
 
     def among(self, form: Form, sides: Sequence[int], source: str) -> Found | None:
@@ -232,7 +232,7 @@ class _Search:
 
     def others(self, form: Form) -> list[int]:
         """All sides that fit around one that bisection finds: what a flatten holds grows with the side."""
-        low, high = 1, LIMITS[_free(form)]
+        low, high = 1, _LIMITS[_free(form)]
         while low <= high:
             middle = (low + high) // 2
             misfit = self.misfit(_filled(form, middle))
@@ -251,15 +251,15 @@ class _Search:
     def misfit(self, size: Size) -> int:
         """0 where the network runs on samples of this size in both modes, -1 where they are too small, 1 too large."""
         for graph in self.graphs.values():
-            trial = _Trial(self.skeleton, graph, size, SAMPLES)
+            trial = _Trial(self.skeleton, graph, size, _SAMPLES)
             try:
                 rows = trial.rows()
             except Exception as error:  # whatever the network's code raises
                 if not isinstance(error, NotImplementedError):  # which says that torch has no shapes without data
                     self.failures.add(f"{where(trial.node)}: {brief(error)}")
                 return trial.misfit()
-            if rows != {SAMPLES}:
-                return 1 if max(rows) > SAMPLES else -1
+            if rows != {_SAMPLES}:
+                return 1 if max(rows) > _SAMPLES else -1
         return 0
 
 
@@ -271,9 +271,9 @@ class _Trial(MetaInterpreter):
     def rows(self) -> set[int]:
         """How many samples the outputs have: others than went in where forward reshapes with a number of features."""
         values = self.run_all()
-        found = {SAMPLES}
+        found = {_SAMPLES}
         map_aggregate(values[self.node], lambda v: found.add(len(v)) if isinstance(v, torch.Tensor) and v.dim() else 0)
-        return found - {SAMPLES} or found
+        return found - {_SAMPLES} or found
 
     def run_node(self, node: fx.Node) -> Any:
         self.node = node

@@ -21,8 +21,8 @@ from ..packed.linear import PackedLinear
 from ..packed.twin import Twin, dotted
 
 LEAST = 8  # channels of a block: what tensor cores and vectors take whole
-CHANCE = 0.01  # of a dense weight's numbers may be zero: of random bfloat16 up to 0.004 are
-OVERHEAD = 8  # channels' worth of work that a block costs beside its own, in the choice of block sizes
+_CHANCE = 0.01  # of a dense weight's numbers may be zero: of random bfloat16 up to 0.004 are
+_OVERHEAD = 8  # channels' worth of work that a block costs beside its own, in the choice of block sizes
 
 
 @dataclass(frozen=True)
@@ -163,7 +163,7 @@ def _price(mask: Mask, nonzero: Tensor) -> float:
 def _cost(blocks: Blocks) -> float:
     """Work relative to the dense layer's, small blocks dearer."""
     rows, columns = blocks.sides
-    return blocks.kept * (1 + OVERHEAD / min(rows // len(blocks.mask), columns // len(blocks.mask[0])))
+    return blocks.kept * (1 + _OVERHEAD / min(rows // len(blocks.mask), columns // len(blocks.mask[0])))
 
 
 class _BlockLayer:
@@ -276,7 +276,7 @@ class _Held:
         self.__class__ = type(self).__mro__[2]
 
 
-HELD: dict[type[nn.Module], type[_Held]] = {}  # a layer → the same with zeros that stay
+_HELD: dict[type[nn.Module], type[_Held]] = {}  # a layer → the same with zeros that stay
 
 
 def hold_zeros(layer: nn.Module, nonzero: Tensor) -> bool:
@@ -286,18 +286,18 @@ def hold_zeros(layer: nn.Module, nonzero: Tensor) -> bool:
     """
     weight = layer._parameters.get("weight")
     parts = nonzero if nonzero.dim() == 3 else [nonzero]
-    if type(layer) not in HELD or weight is None or not bool(nonzero.any()) or not any(map(_is_structured, parts)):
+    if type(layer) not in _HELD or weight is None or not bool(nonzero.any()) or not any(map(_is_structured, parts)):
         return False
     mask = nonzero.view(*nonzero.shape, *(1,) * (weight.dim() - nonzero.dim())).to(weight.device)
     layer.register_buffer("_nonzero", mask, persistent=False)
-    layer.__class__ = HELD[type(layer)]
+    layer.__class__ = _HELD[type(layer)]
     return True
 
 
 def _is_structured(nonzero: Tensor) -> bool:
     """Whether the zeros of (O, C) are there on purpose: some in a hundred, or such that divide or fill blocks."""
     zeros = int((~nonzero).sum())
-    return zeros > CHANCE * nonzero.numel() or (
+    return zeros > _CHANCE * nonzero.numel() or (
         zeros > 0 and (int(components(nonzero)[0].max()) > 0 or _best_mask(nonzero) is not None)
     )
 
@@ -432,6 +432,6 @@ for _kind in (
     *(PackedLinear, HeadLinear, CroppedLinear, conv.PackedConv1d, PackedConv2d, HeadConv2d, conv.PackedConv3d),
     *(conv.PackedConvTranspose1d, conv.PackedConvTranspose2d, conv.PackedConvTranspose3d),
 ):  # by name in this module, so that they can be pickled
-    HELD[_kind] = globals()[f"Held{_kind.__name__}"] = type(
+    _HELD[_kind] = globals()[f"Held{_kind.__name__}"] = type(
         f"Held{_kind.__name__}", (_Held, _kind), {"__module__": __name__, "__doc__": _Held.__doc__}
     )
