@@ -478,7 +478,7 @@ def _arguments(node: fx.Node) -> tuple[tuple, dict]:
 
 
 def _first_fc(key: str, name: str, field: tuple[Span, ...], d: Decomposition) -> _Field:
-    """The first FC layer reads its window: right if the whole map is, and lies where (2.13) placed the kernel."""
+    """The first FC layer reads its crop of the map: right if all of it is, and lies where (2.13) placed the kernel."""
     whole_map = all(s.low == 0 and s.high == s.size and s.offset.denominator == 1 for s in field)
     if not whole_map or not (key in d.division.adapted or all(s.size == s.whole for s in field)):
         return f"'{name}' reads positions outside the field"

@@ -47,7 +47,7 @@ def weighted(p: ChannelPass, target: str, args: tuple, kwargs: dict) -> Any:
     module = p.modules[target]
     bias = None if module.bias is None else f"{target}.bias"
     layer = WeightedLayer(target, module, weight=f"{target}.weight", bias=bias)
-    return _divided(p, layer, args[0], (*args[1:], *kwargs.values()))
+    return _divide_weighted(p, layer, args[0], (*args[1:], *kwargs.values()))
 
 
 @rule(*FUNCTIONAL_LAYERS)
@@ -73,7 +73,7 @@ def functional(p: ChannelPass, name: str, args: tuple, kwargs: dict) -> Any:
             kind = getattr(nn, {"conv": "Conv", "conv_transpose": "ConvTranspose"}[name[:-2]] + name[-2:])
             channels = [weight.shape[0], weight.shape[1] * groups][:: 1 if "transpose" in name else -1]
             module = kind(*channels, tuple(weight.shape[2:]), bias=bias is not None, **options)
-    result = _divided(p, WeightedLayer(key, module, weight=key, bias=bias), given["input"], ())
+    result = _divide_weighted(p, WeightedLayer(key, module, weight=key, bias=bias), given["input"], ())
     if groups > 1:
         own = p.layers[key].member_groups
         if "groups" in node.kwargs:
@@ -83,7 +83,7 @@ def functional(p: ChannelPass, name: str, args: tuple, kwargs: dict) -> Any:
     return result
 
 
-def _divided(p: ChannelPass, layer: WeightedLayer, x: TensorPair, extra: tuple) -> Any:
+def _divide_weighted(p: ChannelPass, layer: WeightedLayer, x: TensorPair, extra: tuple) -> Any:
     """The first layer keeps its inputs, a head its outputs, all others 1/K of both (2.7)."""
     module, conv, head = layer.module, layer.is_conv, layer.path in p.heads
     (into, out), (inputs, outputs) = SIDES[conv], sides(module)
