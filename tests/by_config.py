@@ -1,6 +1,7 @@
 """The passes of whatever form a Config is for, on the views that kernels take."""
 
 from decompk.kernels import call, conv
+from decompk.kernels.conv.form import Choice
 
 
 def fprop(problem, config, x, weight, y, *around, **more):
@@ -12,7 +13,7 @@ def dgrad(problem, config, dy, weight, dx):
 
 
 def wgrad(problem, config, dy, x, dw, offsets=None):
-    return call.wgrad(conv.named(config.form), problem, config, dy, x, dw, offsets)
+    return call.wgrad(Choice(conv.named(config.form), config, 0.0, ""), problem, dy, x, dw, offsets)
 
 
 def why_not(problem, config, device):

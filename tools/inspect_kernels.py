@@ -39,6 +39,7 @@ from decompk.kernels import conv, tables
 from decompk.kernels import device as devices
 from decompk.kernels import norm as batch_norm
 from decompk.kernels.call import wgrad
+from decompk.kernels.conv.form import Choice
 from decompk.kernels.launch import Launch, recording
 from decompk.kernels.layout import strides_of
 from decompk.kernels.problem import Config, Epilogue, Offsets, Problem, Prologue
@@ -102,7 +103,7 @@ def launches(problem: Problem, config: Config, flags: str = "") -> list[Launch]:
         elif p.kind == "dgrad":
             form.dgrad(p, config, y, w, x)
         else:
-            wgrad(form, p, config, y, x, w, offsets)
+            wgrad(Choice(form, config, 0.0, ""), p, y, x, w, offsets)
     return found
 
 

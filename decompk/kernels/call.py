@@ -16,10 +16,11 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 
 from ..errors import DecompkError
+from . import cpu
 from .backend import forced
 from .conv.form import Choice, Form
 from .layout import aligned, channels_inside, check_alike, check_shapes, layout_of, nhwc, stream, strides_of
-from .problem import DTYPES, PLAIN, Config, Epilogue, Offsets, Problem, Prologue, dtype_name
+from .problem import DTYPES, PLAIN, Epilogue, Offsets, Problem, Prologue, dtype_name
 
 Pair = tuple[int, int]
 Geometry = tuple[Pair, Pair, Pair]  # stride, padding, dilation
@@ -60,6 +61,15 @@ def unwatched(*tensors: Tensor | None) -> bool:
         if type(t) not in _PLAIN or t.device.type not in _DEVICES:
             return False
     return True
+
+
+def runs_cpu(*tensors: Tensor | None) -> bool:
+    """Whether the C++ kernels for processors take these: float32, on the CPU, and nobody looks on."""
+    if forced.get() not in (None, "cpu") or not unwatched(*tensors) or cpu.why_not() is not None:
+        return False
+    if torch.is_autocast_enabled("cpu"):
+        return False
+    return all(t is None or (t.dtype is torch.float32 and t.device.type == "cpu") for t in tensors)
 
 
 def follows(*grads: Tensor | None) -> bool:
@@ -173,21 +183,15 @@ class Call:
         problem, (first, second) = self._seen_by(choice.form)
         view = dw.as_strided(*self._weight_view)
         dy, x = dy.as_strided(*first), x.as_strided(*second)
-        found = wgrad(choice.form, problem, choice.config, dy, x, view, self.offsets)
+        found = wgrad(choice, problem, dy, x, view, self.offsets)
         return dw if found is view else _kept(found, view, dw)
 
 
 def wgrad(
-    form: Form,
-    problem: Problem,
-    config: Config | None,
-    dy: Tensor,
-    x: Tensor,
-    dw: Tensor,
-    offsets: Offsets | None = None,
+    choice: Choice, problem: Problem, dy: Tensor, x: Tensor, dw: Tensor, offsets: Offsets | None = None
 ) -> Tensor:
     """`Form.wgrad` with its partial sums added up into dw (K, O, kh, kw, C)."""
-    parts = form.sums(config)
+    form, config, parts = choice.form, choice.config, choice.sums
     if not parts:
         return form.wgrad(problem, config, dy, x, dw, offsets)
     make = torch.zeros if config is not None and config.atomic else torch.empty

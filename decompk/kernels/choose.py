@@ -73,14 +73,13 @@ def _ranked(problem: Problem, device: Device, forms: Iterable[Form]) -> list[Cho
 
 
 def _by_extension(problem: Problem, device: torch.device, backend: str) -> Choice:
-    """The C++ kernel's best config; raises BackendError where it computes nothing of the kind."""
-    here, form = devices.of(device), conv.named("halo", backend)
-    if problem.dtype not in DTYPES:
-        reason = f"no kernel computes in {problem.dtype}"
-    elif found := _ranked(problem, here, [form]):
-        return found[0]
-    else:
-        reason = form.why_not(problem, form.configs(problem)[0], here)
+    """The best config of the C++ extension's forms; raises BackendError where they compute nothing of the kind."""
+    here, forms = devices.of(device), [form for form in conv.FORMS if form.backend == backend]
+    reason = f"no kernel computes in {problem.dtype}"
+    if problem.dtype in DTYPES:
+        if found := _ranked(problem, here, forms):
+            return found[0]
+        reason = next(filter(None, (form.why_not(problem, form.configs(problem)[0], here) for form in forms)))
     raise BackendError(f"backend '{backend}' cannot run this {problem.kind}: {reason}.")
 
 

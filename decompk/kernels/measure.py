@@ -5,9 +5,9 @@ from __future__ import annotations
 import functools
 import json
 import os
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,6 +16,7 @@ from ..threads import one_at_a_time
 from . import cache
 from .conv.form import Choice, Form
 from .problem import Problem, key_of
+from .timer import in_turns, wall_seconds
 
 ROUNDS, SECONDS = 7, 0.3  # how often each contestant runs at most, and how long a measurement may take
 HOPELESS = 1.5  # who is that much slower than the fastest after a round does not run again
@@ -101,21 +102,10 @@ def _keep(file: Path, key: str, times: dict[str, float]) -> None:
 
 def time_each(problem: Problem, forms: Sequence[Form]) -> dict[str, float]:
     """Median milliseconds of each form on random values, in turns, by its name."""
-    calls = contestants(problem, forms)
-    times: dict[str, list[float]] = {form: [] for form in calls}
-    for call in calls.values():  # not timed: threads, caches and torch's own kernels wake up
-        call()
-    end = time.perf_counter() + SECONDS
-    for _ in range(ROUNDS):
-        for form, call in list(calls.items()):
-            begin = time.perf_counter()
-            call()
-            times[form].append(1e3 * (time.perf_counter() - begin))
-        best = min(min(found) for found in times.values())
-        calls = {form: call for form, call in calls.items() if min(times[form]) < HOPELESS * best}
-        if len(calls) == 1 or time.perf_counter() > end:
-            break
-    return {form: sorted(found)[len(found) // 2] for form, found in times.items()}
+    cpu = torch.device("cpu")
+    calls = {name: partial(wall_seconds, call, cpu) for name, call in contestants(problem, forms).items()}
+    found = in_turns(calls, ROUNDS, seconds=SECONDS, warm=True, hopeless=HOPELESS)
+    return {name: 1e3 * sorted(seconds)[len(seconds) // 2] for name, seconds in found.items()}
 
 
 def contestants(problem: Problem, forms: Sequence[Form]) -> dict[str, Callable[[], object]]:
@@ -133,4 +123,4 @@ def contestants(problem: Problem, forms: Sequence[Form]) -> dict[str, Callable[[
     def run(form: Form) -> object:
         return getattr(form, p.kind)(p, None, *inputs, torch.empty_like(like)).contiguous()
 
-    return {form.name: torch.no_grad()(functools.partial(run, form)) for form in forms}
+    return {form.name: torch.no_grad()(partial(run, form)) for form in forms}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import gcd, prod
@@ -41,7 +42,7 @@ class Problem:
     aligned: bool = True
     deterministic: bool = False
 
-    @property
+    @functools.cached_property
     def out_size(self) -> tuple[int, int]:
         """(H', W')."""
         return tuple(
@@ -51,7 +52,7 @@ class Problem:
             )
         )
 
-    @property
+    @functools.cached_property
     def taps(self) -> int:
         return prod(self.kernel)
 
@@ -162,6 +163,7 @@ def power_of_two(n: int, least: int = 1) -> int:
     return max(least, 1 << (n - 1).bit_length())
 
 
+@functools.lru_cache
 def dtype_name(dtype: torch.dtype, tf32: bool = False) -> str:
     """The name of a torch dtype in Problem.dtype."""
     return "tf32" if tf32 and dtype == torch.float32 else str(dtype).removeprefix("torch.")

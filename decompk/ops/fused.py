@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -82,7 +84,7 @@ def _fused_call(
         wanted = "an image (N, C, H, W)" if crops else "(K, N, C, H, W)"
         raise DecompkError(f"x {sizes(x)} and weight {sizes(weight)} are not {wanted} and (K, O, C, kh, kw).")
     geometry = arguments(weight.shape[3:], *steps)
-    window = () if crops is None else window_of(crops, x, weight)
+    window = () if crops is None else window_of(crops, x.shape, len(weight))
     if watched():
         return _by_torch(x, weight, epilogue, prologue, window, moments, geometry)
     x = x.unsqueeze(0) if window else x
@@ -91,9 +93,7 @@ def _fused_call(
     gradient = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     if unwatched(*tensors) and not gradient:
         return fused_now(x, weight, epilogue, prologue, window, moments, geometry)
-    tell_flop_counter(register_flops)
-    x = channels_inside(x)
-    return torch.ops.decompk.fused_conv2d(
+    return _operator(
         *(x, weight, e.bias, e.scale, e.shift, e.residual, e.relu, p.scale, p.shift, p.relu),
         *(window, moments, *geometry),
     )
@@ -169,14 +169,48 @@ def _by_torch(
     return y, x.new_empty(0, dtype=_moments_dtype(x)) if found is None else found
 
 
-def window_of(crops: Sequence[Crop], image: Tensor, weight: Tensor) -> tuple[int, ...]:
-    """(height, width, top and left of each member), as the operator takes it."""
-    if len(crops) != weight.shape[0] or any(c.size != crops[0].size or len(c.size) != 2 for c in crops):
-        raise DecompkError(f"{len(crops)} crops do not fit {weight.shape[0]} members: give each one of equal size.")
+def window_of(crops: Sequence[Crop], image: torch.Size, members: int) -> tuple[int, ...]:
+    """(height, width, top and left of each member), as the operator takes it; image: (…, H, W)."""
+    written_down = torch.compiler.is_compiling() or watched()  # sizes are symbols there, which no cache can hold
+    return (_window.__wrapped__ if written_down else _window)(tuple(crops), image, members)
+
+
+@functools.lru_cache(maxsize=256)
+def _window(crops: tuple[Crop, ...], image: torch.Size, members: int) -> tuple[int, ...]:
+    if len(crops) != members or any(c.size != crops[0].size or len(c.size) != 2 for c in crops):
+        raise DecompkError(f"{len(crops)} crops do not fit {members} members: give each one of equal size.")
     for crop in crops:
-        if any(s + n > whole for s, n, whole in zip(crop.start, crop.size, image.shape[2:], strict=True)):
-            raise DecompkError(f"{crop} does not fit an image of {image.shape[2]}×{image.shape[3]} pixels.")
+        if any(s + n > whole for s, n, whole in zip(crop.start, crop.size, image[-2:], strict=True)):
+            raise DecompkError(f"{crop} does not fit an image of {image[-2]}×{image[-1]} pixels.")
     return *crops[0].size, *(start for crop in crops for start in crop.start)
+
+
+def fused_rows(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    geometry: Geometry,
+    window: tuple[int, ...],
+    affine: tuple[Tensor | None, Tensor | None],
+    residual: Tensor | None,
+    relu: bool,
+) -> Tensor:
+    """`fused_conv2d` of rows (K·N, C, H, W), or with a window of the image (N, C, H, W) → (K·N, O, H', W')."""
+    if not unwatched(x, weight, bias, *affine, residual):
+        x = x.unsqueeze(0) if window else x.unflatten(0, (len(weight), -1))
+        residual = None if residual is None else residual.unflatten(0, (len(weight), -1))
+        around = *affine, residual, relu, None, None, False, window, False
+        return _operator(x, weight, bias, *around, *geometry)[0].flatten(0, 1)
+    if not window:
+        return fused_now(x, weight, Epilogue(bias, *affine, residual, relu), None, (), False, geometry)[0]
+    residual = None if residual is None else residual.unflatten(0, (len(weight), -1))
+    epilogue = Epilogue(bias, *affine, residual, relu)
+    return fused_now(x.unsqueeze(0), weight, epilogue, None, window, False, geometry)[0].flatten(0, 1)
+
+
+def _operator(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    tell_flop_counter(register_flops)
+    return torch.ops.decompk.fused_conv2d(channels_inside(x), *arguments)
 
 
 # ---- the operators --------------------------------------------------------------------------------------------------

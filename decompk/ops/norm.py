@@ -12,8 +12,8 @@ from torch import Tensor
 
 from ..errors import DecompkError
 from ..kernels import cpu
-from ..kernels.backend import forced, noted, resumed, runs_triton
-from ..kernels.call import follows, settle, unwatched, watched
+from ..kernels.backend import noted, resumed, runs_triton
+from ..kernels.call import follows, settle, watched
 from ..kernels.layout import empty_like_layout, in_layout, layout_of, pieces_of, side_by_side
 
 _PIXELS = (1, 3, 4)  # of x (K, N, C, H, W), all of a member's channel
@@ -388,15 +388,6 @@ def _affine(centered: Tensor, rstd: Tensor, weight: Tensor | None, bias: Tensor 
 
 
 # ---- on a CPU -------------------------------------------------------------------------------------------------------
-
-
-def runs_cpu(*tensors: Tensor | None) -> bool:
-    """Whether the C++ kernels for processors take these: float32, on the CPU, and nobody looks on."""
-    if forced.get() not in (None, "cpu") or not unwatched(*tensors) or cpu.why_not() is not None:
-        return False
-    if torch.is_autocast_enabled("cpu"):
-        return False
-    return all(t is None or (t.dtype is torch.float32 and t.device.type == "cpu") for t in tensors)
 
 
 def batch_norm_rows(

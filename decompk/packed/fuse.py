@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -21,17 +22,17 @@ from ..fx.graph import in_mode
 from ..fx.unseen import undrawn
 from ..fx.wrapper import Rewritten, Shell
 from ..kernels.backend import asked_for
-from ..kernels.call import watched
+from ..kernels.call import Geometry, runs_cpu, watched
 from ..kernels.layout import output_shape
 from ..ops.conv import arguments
-from ..ops.norm import runs_cpu
+from ..ops.fused import fused_rows, window_of
 from ..threads import Tracer, one_at_a_time
 from .conv import PackedConv2d
 from .norm import PackedBatchNorm2d
 from .pack import Packed
 from .per_member import PerMember
 from .surgery import Changes
-from .twin import HOOKS, Twin
+from .twin import HOOKS, Twin, batch_rows
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -461,7 +462,7 @@ def _layer(
 ) -> Tensor:
     """`_run_layer`, laid out as its last twin is to be."""
     y = _run_layer(x, crops, conv, norm, *further)
-    return (conv if norm is None else norm)._twin_laid_out(y)
+    return y.contiguous() if (conv if norm is None else norm)._twin_contiguous else y
 
 
 def _run_layer(
@@ -480,23 +481,20 @@ def _run_layer(
     shift (K, O) of a norm by its running statistics. relu: a module, or the name of a function of torch.
     """
     known = _unchanged(conv, PackedConv2d) and _unchanged(norm, PackedBatchNorm2d) and _unchanged(relu, nn.ReLU)
-    joins = known and norm is not None and runs_cpu(x)  # the norm itself takes what follows it
+    joins = known and norm is not None and runs_cpu(x)  # the norm takes what follows it
     call = _call(x, crops, conv) if known and not joins else None
-    shape = None if call is None else _shape(call, crops)
-    if call is not None and shape is not None and (residual is None or _fits(residual, call[0], shape)):
-        added = None if residual is None else residual.unflatten(0, shape[:2])
+    if call is not None and (residual is None or _fits(residual, call)):
         gradient = torch.is_grad_enabled() and any(map(_needs_gradient, (x, conv.weight, conv.bias, residual)))
         if not gradient and (norm is None or affine is not None):
-            scale, shift = affine or (None, None)
-            options: dict[str, Any] = dict(scale=scale, shift=shift, residual=added, relu=relu is not None, crops=crops)
-            return ops.fused_conv2d(*call, **options).flatten(0, 1)
-        if norm is not None and _on_kernels(x) and _takes_moments(norm, shape):
-            return _by_moments(call, crops, norm, added, relu is not None).flatten(0, 1)
+            return fused_rows(*call, affine or (None, None), residual, relu is not None)
+        if norm is not None and _on_kernels(x) and _takes_moments(norm, call):
+            return _by_moments(call, crops, norm, residual, relu is not None)
 
     if crops is None:
         y = conv(x)
     elif call is not None and _on_kernels(x):
-        y = ops.conv2d_moments(*call, crops=crops, moments=False)[0].flatten(0, 1)
+        x, weight, bias, geometry, _ = call
+        y = ops.conv2d_moments(x, weight, bias, *geometry, crops=crops, moments=False)[0].flatten(0, 1)
     else:
         y = conv(torch.cat([crop.cut(x) for crop in crops]))
     if joins and (residual is None or (isinstance(residual, Tensor) and residual.shape == y.shape)):
@@ -536,32 +534,47 @@ def _needs_gradient(t: Tensor | None) -> bool:
     return t is not None and t.requires_grad
 
 
-def _call(x: Tensor, crops: Sequence[Crop] | None, conv: PackedConv2d) -> tuple | None:
-    """x (K, N, C, H, W) or the image, weight, bias, stride, padding and dilation; None where no operator takes them."""
-    if crops is None:
-        conv._twin_check(x)
-        x = x.unflatten(0, (conv._twin_K, x.shape[0] // conv._twin_K))
-    tensors = [x, conv.weight, conv.bias]
-    if x.device.type not in ("cpu", "cuda") or any(t is not None and t.dtype not in DTYPES for t in tensors):
+_Call = tuple[Tensor, Tensor, Tensor | None, Geometry, tuple[int, ...]]
+
+
+def _call(x: Tensor, crops: Sequence[Crop] | None, conv: PackedConv2d) -> _Call | None:
+    """x, rows (K·N, C, H, W) or the image, weight, bias, stride, padding and dilation, and the window of crops.
+
+    None where no operator takes them.
+    """
+    if crops is None and (x.dim() != 4 or x.shape[0] % (batch_rows.get() or conv._twin_K)):
+        conv._twin_check(x)  # raises
+    weight, bias = conv.weight, conv.bias
+    if x.device.type not in ("cpu", "cuda") or any(t is not None and t.dtype not in DTYPES for t in (x, weight, bias)):
         return None
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
-        tensors = [None if t is None else t.to(dtype) for t in tensors]
-    return *tensors, *arguments(conv.kernel_size, conv.stride, conv.padding, conv.dilation)
+        x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    geometry = conv.stride, conv.padding, conv.dilation
+    if isinstance(conv.padding, str):
+        geometry = arguments(conv.kernel_size, *geometry)
+    window = () if crops is None else window_of(crops, x.shape, len(weight))
+    return x, weight, bias, geometry, window
 
 
-def _shape(call: tuple, crops: Sequence[Crop] | None) -> tuple[int, ...]:
+def _shape(call: _Call) -> tuple[int, ...]:
     """(K, N, O, H', W') of what a call gives."""
-    x, weight, _, *geometry = call
-    size = crops[0].size if crops else x.shape[-2:]
-    return output_shape((weight.shape[0], x.shape[-4], x.shape[-3], *size), weight.shape, *geometry)
+    x, weight, _, geometry, window = call
+    K, N = len(weight), x.shape[0] if window else x.shape[0] // len(weight)
+    find = output_shape if torch.compiler.is_compiling() else _output_shape  # no cache holds symbols
+    return find((K, N, x.shape[1], *(window[:2] or x.shape[2:])), weight.shape, *geometry)
 
 
-def _fits(residual: Any, x: Tensor, shape: tuple[int, ...]) -> bool:
+_output_shape = functools.lru_cache(maxsize=1024)(output_shape)
+
+
+def _fits(residual: Any, call: _Call) -> bool:
     """Whether the operators add it: a tensor of the output's shape, dtype and device."""
+    x = call[0]
     if not isinstance(residual, Tensor) or (residual.dtype, residual.device) != (x.dtype, x.device):
         return False
-    return tuple(residual.shape) == (shape[0] * shape[1], *shape[2:])
+    K, N, *rest = _shape(call)
+    return tuple(residual.shape) == (K * N, *rest)
 
 
 def _affines(*norms: Any) -> list[tuple[Tensor, Tensor] | None]:
@@ -590,14 +603,15 @@ def _is_affine(norm: nn.Module) -> bool:
     return not gradient and norm.running_var.dtype in DTYPES
 
 
-def _takes_moments(norm: PackedBatchNorm2d, shape: tuple[int, ...]) -> bool:
+def _takes_moments(norm: PackedBatchNorm2d, call: _Call) -> bool:
     """Whether it normalises by its batch's statistics, in a way that the operator does, too."""
     if not norm.training and (norm.running_mean is not None or norm.running_var is not None):
         return False
     statistics = [t for t in _tracked(norm) if t is not None]
     if statistics and (norm.momentum is None or not all(t.is_contiguous() for t in statistics)):
         return False
-    return shape[1] * shape[3] * shape[4] > 1
+    _, N, _, H, W = _shape(call)
+    return N * H * W > 1
 
 
 def _tracked(norm: PackedBatchNorm2d) -> tuple[Tensor | None, Tensor | None]:
@@ -606,11 +620,15 @@ def _tracked(norm: PackedBatchNorm2d) -> tuple[Tensor | None, Tensor | None]:
 
 
 def _by_moments(
-    call: tuple, crops: Sequence[Crop] | None, norm: PackedBatchNorm2d, residual: Tensor | None, relu: bool
+    call: _Call, crops: Sequence[Crop] | None, norm: PackedBatchNorm2d, residual: Tensor | None, relu: bool
 ) -> Tensor:
     """A batch norm by its batch's statistics, which the convolution takes while it writes what they are of."""
-    y, moments = ops.conv2d_moments(*call, crops=crops)
+    x, weight, bias, geometry, _ = call
+    members = (len(weight), -1)
+    y, moments = ops.conv2d_moments(x if crops else x.unflatten(0, members), weight, bias, *geometry, crops=crops)
     if norm.training and norm.track_running_stats and norm.num_batches_tracked is not None:
         norm.num_batches_tracked.add_(1)
     momentum = 0.0 if norm.momentum is None else norm.momentum
-    return ops.batch_norm(y, norm.weight, norm.bias, *_tracked(norm), True, momentum, norm.eps, residual, relu, moments)
+    added = None if residual is None else residual.unflatten(0, members)
+    options = True, momentum, norm.eps, added, relu, moments
+    return ops.batch_norm(y, norm.weight, norm.bias, *_tracked(norm), *options).flatten(0, 1)

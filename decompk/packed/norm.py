@@ -8,9 +8,9 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..kernels.backend import asked_for, exact
-from ..kernels.call import watched
+from ..kernels.call import runs_cpu, watched
 from ..kernels.thresholds import norm_form
-from ..ops.norm import batch_norm_rows, runs_cpu
+from ..ops.norm import batch_norm_rows
 from .twin import Twin, channel_grouped, member_major
 
 

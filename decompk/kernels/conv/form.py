@@ -6,6 +6,7 @@ them. A new form is one file with a class, and one line in `kernels.conv.FORMS`.
 
 from __future__ import annotations
 
+import functools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -101,6 +102,11 @@ class Choice:
     @property
     def backend(self) -> str:
         return self.form.backend
+
+    @functools.cached_property
+    def sums(self) -> int:
+        """`Form.sums` of the config."""
+        return self.form.sums(self.config)
 
 
 # The model of a GPU until it is tuned: nothing of it is measured.

@@ -1,0 +1,165 @@
+"""What one convolution costs before its kernel: the files it enters, and what is kept of a call for the next one."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import decompk
+from decompk import ops
+from decompk.kernels import cpu
+from decompk.kernels.call import dgrad_call, fprop_call, settle, wgrad_call
+from decompk.kernels.device import interpreted
+from decompk.kernels.launch import recording
+from decompk.ops.conv import convolve_now
+from decompk.packed import fuse
+
+PACKAGE = str(Path(decompk.__file__).parent) + "/"
+LAUNCH = "kernels/launch.py"
+GEOMETRY = (1, 1), (1, 1), (1, 1)
+
+
+def files_entered(run):
+    """The files of decompk that have a function called while `run` runs; kernels are recorded, not launched."""
+    entered = set()
+
+    def seen(frame, event, argument):
+        if event == "call" and frame.f_code.co_filename.startswith(PACKAGE):
+            entered.add(frame.f_code.co_filename.removeprefix(PACKAGE))
+
+    with recording():
+        sys.setprofile(seen)
+        try:
+            run()
+        finally:
+            sys.setprofile(None)
+    return entered
+
+
+def ways():
+    """(backend, dtype) of a CPU's way and of Triton's."""
+    built = pytest.mark.skipif(cpu.why_not() is not None, reason="no C++ kernels")
+    runs = pytest.mark.skipif(not interpreted(), reason="runs kernels on the CPU")
+    return [
+        pytest.param("cpu", torch.float32, marks=built, id="cpu"),
+        pytest.param("triton", torch.float16, marks=runs, id="triton"),
+    ]
+
+
+def layers(kernel, stride, dtype):
+    members = [nn.Conv2d(16, 16, kernel, stride, kernel // 2).to(dtype) for _ in range(2)]
+    packed = decompk.pack([nn.Sequential(member, nn.BatchNorm2d(16).to(dtype), nn.ReLU()) for member in members])
+    x = torch.randn(4, 16, 6, 6, dtype=dtype).contiguous(memory_format=torch.channels_last)
+    return packed, packed._inner[0], x.requires_grad_()
+
+
+@pytest.mark.parametrize(("kernel", "stride"), [(3, 1), (1, 1), (3, 2)])
+@pytest.mark.parametrize(("backend", "dtype"), ways())
+def test_a_warm_packed_convolution_enters_four_files_and_its_launch(backend, dtype, kernel, stride):
+    _, layer, x = layers(kernel, stride, dtype)
+
+    def step():
+        layer(x).backward(torch.ones((), dtype=dtype).expand(4, 16, -(-6 // stride), -(-6 // stride)).clone())
+
+    with decompk.backend(backend):
+        files_entered(step)
+        entered = files_entered(step)
+    form = {file for file in entered if file.startswith("kernels/conv/")}
+    assert len(form) == 1
+    assert entered - form - {LAUNCH} == {"packed/conv.py", "ops/conv.py", "kernels/call.py"}
+
+
+@pytest.mark.skipif(not interpreted(), reason="runs kernels on the CPU")
+def test_a_warm_fused_convolution_enters_five_files_and_its_launch(monkeypatch):
+    packed, _, x = layers(3, 1, torch.float16)
+    fused, entered, layer = decompk.fuse(packed).eval(), [], fuse._layer
+    x = x.detach().unflatten(0, (2, 2))
+
+    def counted(*arguments):
+        results = []
+        entered.append(files_entered(lambda: results.append(layer(*arguments))))
+        return results[0]
+
+    with decompk.backend("triton"), torch.no_grad():
+        fused(x)
+        code = fused._program._code[False]
+        monkeypatch.setitem(code.__globals__, next(n for n, f in code.__globals__.items() if f is layer), counted)
+        fused(x)
+    (found,) = entered
+    form = {file for file in found if file.startswith("kernels/conv/")}
+    assert len(form) == 1
+    assert found - form - {LAUNCH} == {"packed/fuse.py", "ops/fused.py", "ops/conv.py", "kernels/call.py"}
+
+
+# ---- what is kept ---------------------------------------------------------------------------------------------------
+
+
+def operands(K=2, N=3, C=8, O=8, H=3, W=2, dtype=torch.float32):
+    x = torch.randn(K, N, H, W, C, dtype=dtype).movedim(-1, 2)
+    return x, torch.randn(K, O, 3, 3, C, dtype=dtype).movedim(-1, 2), torch.randn(K, O, dtype=dtype)
+
+
+def test_a_call_is_kept_by_shapes_strides_alignment_and_dtypes():
+    x, weight, bias = operands()
+    call = fprop_call(x, weight, bias, GEOMETRY)
+    assert fprop_call(*operands(), GEOMETRY) is call
+    grouped = torch.randn(3, 3, 2, 2, 8).permute(3, 0, 4, 1, 2)
+    shifted = torch.randn(x.numel() + 1)[1:].view(2, 3, 3, 2, 8).movedim(-1, 2)
+    others = [
+        (grouped, weight, bias, GEOMETRY),
+        (shifted, weight, bias, GEOMETRY),
+        (x.flatten(0, 1), weight, bias, GEOMETRY),
+        (*operands(N=4), GEOMETRY),
+        (*operands(dtype=torch.bfloat16), GEOMETRY),
+        (x, weight.contiguous(), bias, GEOMETRY),
+        (x, weight, None, GEOMETRY),
+        (x, weight, bias, ((2, 2), (1, 1), (1, 1))),
+    ]
+    calls = [fprop_call(*other) for other in others]
+    assert len({call, *calls}) == 1 + len(others)
+    assert [one.problem.layout for one in calls[:3]] == ["grouped", "member", "member"]
+    assert call.problem.aligned and not calls[1].problem.aligned
+
+
+def test_the_calls_of_gradients_are_kept_by_how_the_gradient_lies():
+    x, weight, bias = operands()
+    call, dy = fprop_call(x, weight, bias, GEOMETRY), operands()[0]
+    for kind, of in (("dgrad", dgrad_call), ("wgrad", wgrad_call)):
+        assert of(call, dy) is of(call, operands()[0]) and of(call, dy).problem == call.problem.of(kind)
+        spread = torch.ones(()).expand(2, 3, 8, 3, 2)
+        assert not of(call, spread).settled and of(call, settle(spread)).settled
+        assert not of(call, dy.contiguous()).settled and of(call, dy).settled
+
+
+@pytest.mark.parametrize(("backend", "dtype"), ways())
+def test_a_kept_call_computes_with_the_tensors_of_now(backend, dtype):
+    with decompk.backend(backend):
+        for _ in range(2):
+            x, weight, bias = (t.requires_grad_() for t in operands(dtype=dtype))
+            y = ops.grouped_conv2d(x, weight, bias, padding=1)
+            rows = convolve_rows(x, weight, bias)
+            assert torch.equal(rows.unflatten(0, (2, 3)), y)
+            for k in range(2):
+                alone = nn.functional.conv2d(x[k].double(), weight[k].double(), bias[k].double(), padding=1)
+                near = 0.02 if dtype == torch.float16 else 1e-4
+                torch.testing.assert_close(y[k].double(), alone, rtol=near, atol=near)
+            dy = torch.randn_like(y)
+            found = torch.autograd.grad(y, (x, weight, bias), dy)
+            again = torch.autograd.grad(rows, (x, weight, bias), dy.flatten(0, 1))
+            assert all(map(torch.equal, found, again))
+
+
+def convolve_rows(x, weight, bias):
+    return convolve_now(x.flatten(0, 1).contiguous(memory_format=torch.channels_last), weight, bias, GEOMETRY)
+
+
+def test_rows_that_lie_otherwise_are_copied_once_and_get_their_gradient():
+    x, weight, bias = operands()
+    rows = x.flatten(0, 1).contiguous().requires_grad_()
+    y = convolve_now(rows, weight, bias, GEOMETRY)
+    y.sum().backward()
+    expected = x.detach().requires_grad_()
+    ops.grouped_conv2d(expected, weight, bias, padding=1).sum().backward()
+    torch.testing.assert_close(rows.grad.unflatten(0, (2, 3)), expected.grad)
