@@ -45,7 +45,7 @@ def name_of(function: Callable) -> str:
     return getattr(function, "__name__", type(function).__name__)
 
 
-def brief(error: BaseException) -> str:
+def brief(error: BaseException | None) -> str:
     """The first line that `error` says, without its full stop."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return lines[0].rstrip(".")

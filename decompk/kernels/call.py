@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +26,7 @@ from .problem import DTYPES, PLAIN, Epilogue, Offsets, Problem, Prologue, dtype_
 Pair = tuple[int, int]
 Geometry = tuple[Pair, Pair, Pair]  # stride, padding, dilation
 View = tuple[tuple[int, ...], tuple[int, ...]]  # sizes and strides
-About = tuple[torch.Size, tuple[int, ...], bool, torch.dtype, torch.device]  # a tensor: see `about`
+About = tuple[tuple[int, ...], tuple[int, ...], bool, torch.dtype, torch.device]  # a tensor: see `about`
 
 _PLAIN = (Tensor, nn.Parameter)
 _DEVICES = ("cpu", "cuda")
@@ -119,8 +120,9 @@ class Call:
         self._weight_is_dense, self._weight_view = given.is_contiguous(), _view(dense)
         views = [nhwc(t) for t in activations]
         one_image = problem.streamed()
-        streams = views if one_image == problem else [stream(t, one_image.H, one_image.W) for t in views]
-        if any(t is None for t in streams):
+        found = views if one_image == problem else [stream(t, one_image.H, one_image.W) for t in views]
+        streams = [t for t in found if t is not None]
+        if len(streams) < len(found):
             streams, one_image = views, problem
         self.problem, self.whole = (
             replace(p, aligned=p.dtype in DTYPES and starts and aligned([*seen, dense]))
@@ -128,7 +130,7 @@ class Call:
         )
         self._streams, self._views = (list(map(_view, seen)) for seen in (streams, views))
 
-    def _seen_by(self, form: Form) -> tuple[Problem, list[View]]:
+    def _seen_by(self, form: Form[Any]) -> tuple[Problem, list[View]]:
         return (self.problem, self._streams) if form.streams else (self.whole, self._views)
 
     def weight(self, weight: Tensor) -> Tensor:
@@ -138,6 +140,7 @@ class Call:
         return weight.as_strided(*self._weight_view)
 
     def empty(self) -> Tensor:
+        """What the pass makes, not written yet."""
         return torch.empty_strided(self.shape, self.strides, dtype=self.dtype, device=self.device)
 
     def moments_pieces(self, choice: Choice) -> int:
@@ -252,7 +255,13 @@ def _dtype_name(x: Tensor) -> str:
     """Problem.dtype of x: products of float32 are "tf32" on a GPU where torch's own would be."""
     if x.dtype is not torch.float32 or (x.device.type == "cpu" and forced.get() != "triton"):
         return dtype_name(x.dtype)
-    return dtype_name(x.dtype, torch.backends.cudnn.conv.fp32_precision == "tf32")
+    return dtype_on_a_gpu(x.dtype)
+
+
+def dtype_on_a_gpu(dtype: torch.dtype) -> str:
+    """Problem.dtype there: torch's setting says whether float32 is multiplied as tf32."""
+    settings: Any = torch.backends.cudnn
+    return dtype_name(dtype, settings.conv.fp32_precision == "tf32")
 
 
 @functools.lru_cache(maxsize=4096)
@@ -304,10 +313,10 @@ class _Ends:
         self, kind: str, activations: tuple[Tensor, Tensor], result: Tensor | None, starts: bool, settled: bool
     ) -> Call:
         """result: None for the weight's gradient. starts: whether all that comes in starts at 16 bytes."""
-        (K, N, C, H, W), (_, O, _, *kernel) = self.members.shape, self.weight[0]
+        (K, N, C, H, W), (_, O, _, kh, kw) = self.members.shape, self.weight[0]
         layouts = {layout_of(t) for t in activations}
         layout = "crops" if self.window else layouts.pop() if len(layouts) == 1 else "strided"
-        problem = Problem(kind, self.dtype, K, N, C, O, H, W, tuple(kernel), *self.geometry, layout)
+        problem = Problem(kind, self.dtype, K, N, C, O, H, W, (kh, kw), *self.geometry, layout)
         offsets = None
         if self.window:
             starts_of = list(zip(self.window[2::2], self.window[3::2], strict=True))

@@ -6,6 +6,7 @@ import functools
 import math
 from collections.abc import Iterable
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -61,7 +62,7 @@ def candidates(problem: Problem, device: Device, backend: str | None = None) -> 
     return _ranked(problem, device, (f for f in forms if "cuda" in f.devices and f.missing() is None))
 
 
-def _ranked(problem: Problem, device: Device, forms: Iterable[Form]) -> list[Choice]:
+def _ranked(problem: Problem, device: Device, forms: Iterable[Form[Any]]) -> list[Choice]:
     """The legal choices among `forms`, predicted fastest first."""
     found = []
     for form in forms:

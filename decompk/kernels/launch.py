@@ -31,9 +31,11 @@ class Launch:
     warps: int
     stages: int
 
-    def specialisation(self) -> tuple[dict[str, str], dict[str, Any], dict[tuple[int, ...], list]]:
+    def specialisation(self) -> tuple[dict[str, str], dict[str, Any], dict[tuple[int, ...], list[Any]]]:
         """(signature, constants, attributes) as triton.compiler.ASTSource takes them: what the JIT would compile."""
-        signature, constants, attributes = {}, {}, {}
+        signature: dict[str, str] = {}
+        constants: dict[str, Any] = {}
+        attributes: dict[tuple[int, ...], list[Any]] = {}
         for i, parameter in enumerate(self.kernel.params):
             value = self.arguments[parameter.name]
             kind, divisible = _kind(value)
@@ -47,7 +49,7 @@ class Launch:
 
 
 @functools.cache
-def _descriptors() -> type:
+def _descriptors() -> Any:
     """Triton's tensor descriptor, loaded with the first kernel that is launched."""
     from triton.tools.tensor_descriptor import TensorDescriptor
 

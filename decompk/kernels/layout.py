@@ -121,10 +121,11 @@ def output_shape(
     return (x[0], x[1], weight[1], *spatial)
 
 
-def check_alike(operator: str, **operands: tuple[torch.dtype, torch.device] | None) -> None:
+def check_alike(
+    operator: str, x: tuple[torch.dtype, torch.device], **operands: tuple[torch.dtype, torch.device] | None
+) -> None:
     """Raise DecompkError where an operand, (dtype, device) or None, is not floating, or not of x's dtype and device."""
-    x = operands["x"]
-    for name, operand in operands.items():
+    for name, operand in {"x": x, **operands}.items():
         if operand is None:
             continue
         dtype, device = operand
@@ -138,9 +139,9 @@ def check_alike(operator: str, **operands: tuple[torch.dtype, torch.device] | No
             raise DecompkError(f"x is on {x[1]} and {name} on {device}: move one of them.")
 
 
-def kind_of(t: Tensor | None) -> tuple[torch.dtype, torch.device] | None:
+def kind_of(t: Tensor) -> tuple[torch.dtype, torch.device]:
     """What `check_alike` compares."""
-    return None if t is None else (t.dtype, t.device)
+    return t.dtype, t.device
 
 
 def check_shapes(

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -100,7 +101,7 @@ def _keep(file: Path, key: str, times: dict[str, float]) -> None:
         _not_kept[file, key] = times
 
 
-def time_each(problem: Problem, forms: Sequence[Form]) -> dict[str, float]:
+def time_each(problem: Problem, forms: Sequence[Form[Any]]) -> dict[str, float]:
     """Median milliseconds of each form on random values, in turns, by its name."""
     cpu = torch.device("cpu")
     calls = {name: partial(wall_seconds, call, cpu) for name, call in contestants(problem, forms).items()}
@@ -108,7 +109,7 @@ def time_each(problem: Problem, forms: Sequence[Form]) -> dict[str, float]:
     return {name: 1e3 * sorted(seconds)[len(seconds) // 2] for name, seconds in found.items()}
 
 
-def contestants(problem: Problem, forms: Sequence[Form]) -> dict[str, Callable[[], object]]:
+def contestants(problem: Problem, forms: Sequence[Form[Any]]) -> dict[str, Callable[[], object]]:
     """By name, one call of each form on random float32 values, results laid member-major as a network wants them."""
     p = problem
     generator = torch.Generator().manual_seed(0)
@@ -120,7 +121,7 @@ def contestants(problem: Problem, forms: Sequence[Form]) -> dict[str, Callable[[
     weight = random(p.K, p.O, *p.kernel, p.C)
     inputs, like = {"fprop": ((x, weight), dy), "dgrad": ((dy, weight), x), "wgrad": ((dy, x), weight)}[p.kind]
 
-    def run(form: Form) -> object:
+    def run(form: Form[Any]) -> object:
         return getattr(form, p.kind)(p, None, *inputs, torch.empty_like(like)).contiguous()
 
     return {form.name: torch.no_grad()(partial(run, form)) for form in forms}

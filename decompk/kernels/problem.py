@@ -45,12 +45,12 @@ class Problem:
     @functools.cached_property
     def out_size(self) -> tuple[int, int]:
         """(H', W')."""
-        return tuple(
-            (size + 2 * p - d * (k - 1) - 1) // s + 1
-            for size, k, s, p, d in zip(
-                (self.H, self.W), self.kernel, self.stride, self.padding, self.dilation, strict=True
-            )
-        )
+
+        def along(axis: int, size: int) -> int:
+            k, s, p, d = (pair[axis] for pair in (self.kernel, self.stride, self.padding, self.dilation))
+            return (size + 2 * p - d * (k - 1) - 1) // s + 1
+
+        return along(0, self.H), along(1, self.W)
 
     @functools.cached_property
     def taps(self) -> int:

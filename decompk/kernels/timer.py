@@ -6,7 +6,7 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Mapping
-from typing import TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 
@@ -44,7 +44,7 @@ def in_turns(
         for name in running:
             samples[name].append(contestants[name]())
         if hopeless < math.inf:
-            smallest = {name: min(found) for name, found in samples.items()}
+            smallest: dict[str, Any] = {name: min(cast(list[Any], found)) for name, found in samples.items()}
             limit = hopeless * min(smallest.values())
             turns = {name: turns[name] if smallest[name] < limit else 0 for name in names}
     return samples

@@ -550,7 +550,7 @@ def _call(x: Tensor, crops: Sequence[Crop] | None, conv: PackedConv2d) -> _Call 
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-    geometry = conv.stride, conv.padding, conv.dilation
+    geometry: Any = conv.stride, conv.padding, conv.dilation
     if isinstance(conv.padding, str):
         geometry = arguments(conv.kernel_size, *geometry)
     window = () if crops is None else window_of(crops, x.shape, len(weight))
@@ -630,5 +630,7 @@ def _by_moments(
         norm.num_batches_tracked.add_(1)
     momentum = 0.0 if norm.momentum is None else norm.momentum
     added = None if residual is None else residual.unflatten(0, members)
-    options = True, momentum, norm.eps, added, relu, moments
-    return ops.batch_norm(y, norm.weight, norm.bias, *_tracked(norm), *options).flatten(0, 1)
+    statistics = _tracked(norm)
+    return ops.batch_norm(
+        y, norm.weight, norm.bias, *statistics, True, momentum, norm.eps, added, relu, moments
+    ).flatten(0, 1)

@@ -16,10 +16,10 @@ from ..errors import DecompkError
 from ..fx.graph import in_mode
 from ..kernels import device as devices
 from ..kernels.backend import asked_for
-from ..kernels.call import fprop_call
+from ..kernels.call import dtype_on_a_gpu, fprop_call
 from ..kernels.choose import candidates, choose
 from ..kernels.conv.form import Choice
-from ..kernels.problem import DTYPES, PASSES, Problem, dtype_name, key_of
+from ..kernels.problem import DTYPES, PASSES, Problem, key_of
 from ..threads import one_at_a_time
 from .table import Column, Table
 
@@ -109,10 +109,8 @@ def convolutions(net: nn.Module, x: Tensor | None = None) -> list[tuple[str, Pro
             if func in (torch.ops.decompk.grouped_conv2d.default, torch.ops.decompk.fused_conv2d.default):
                 x, weight = args[:2]
                 window = tuple(args[10]) if func is torch.ops.decompk.fused_conv2d.default else ()
-                tf32 = torch.backends.cudnn.conv.fp32_precision == "tf32"  # on the GPU whose choices are shown
-                dtype = dtype_name(x.dtype, tf32)
                 geometry: Any = tuple(map(tuple, args[-3:]))
-                call = fprop_call(x, weight, None, geometry, window, dtype=dtype)
+                call = fprop_call(x, weight, None, geometry, window, dtype=dtype_on_a_gpu(x.dtype))
                 found.append((current[0], call.problem))
             return out
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from ...errors import BackendError
 from .band import Band
 from .direct import Direct
@@ -14,7 +16,7 @@ from .pointer import Pointer
 from .tile import Tile
 from .winograd import Winograd
 
-FORMS: tuple[Form, ...] = (
+FORMS: tuple[Form[Any], ...] = (
     Direct(),
     Winograd(),
     Loop(),
@@ -28,7 +30,7 @@ FORMS: tuple[Form, ...] = (
 )
 
 
-def named(name: str, backend: str | None = None) -> Form:
+def named(name: str, backend: str | None = None) -> Form[Any]:
     """The form of that name, of `backend` where one is given; raises BackendError where there is none."""
     for form in FORMS:
         if form.name == name and backend in (None, form.backend):

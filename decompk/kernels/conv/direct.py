@@ -22,7 +22,7 @@ class Direct:
 
     name = "direct"
     backend = "cpu"
-    devices = ("cpu",)
+    devices: tuple[str, ...] = ("cpu",)
     configurable = False
     streams = False
     functions = "fprop", "dgrad", "wgrad"  # of the C++ library

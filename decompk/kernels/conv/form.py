@@ -11,7 +11,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, TypeVar
 
 from torch import Tensor
 
@@ -20,6 +20,8 @@ from .. import device as devices
 from ..device import Device
 from ..launch import GRID_LIMIT
 from ..problem import PLAIN, Config, Epilogue, Offsets, Problem, Prologue
+
+C = TypeVar("C")
 
 
 @dataclass(frozen=True)
@@ -31,8 +33,8 @@ class Prediction:
     cost: OpCost | None = None
 
 
-class Form(Protocol):
-    """One way to compute K convolutions. All passes of one, or some: `why_not` says which."""
+class Form(Protocol[C]):
+    """One way to compute K convolutions, all passes or some: `why_not` says which. C: Config, or None."""
 
     name: str
     backend: str  # which `decompk.backend` it belongs to
@@ -43,25 +45,25 @@ class Form(Protocol):
     def missing(self) -> str | None:
         """Why it is not installed, built or buildable here; None if it is there."""
 
-    def why_not(self, problem: Problem, config: Config | None, device: Device) -> str | None:
+    def why_not(self, problem: Problem, config: C, device: Device) -> str | None:
         """Why it may not run `problem` with `config`; None if it may. Asked by heuristic, tuner, tables and tests."""
 
-    def configs(self, problem: Problem) -> Sequence[Config | None]:
+    def configs(self, problem: Problem) -> Sequence[C]:
         """Candidates from shapes alone, best guess first; [None] without Configs."""
 
-    def predict(self, problem: Problem, config: Config | None, device: Device) -> Prediction:
+    def predict(self, problem: Problem, config: C, device: Device) -> Prediction:
         """What a legal (problem, config) takes on a GPU; infinite where it is not worth trying."""
 
-    def moments_pieces(self, problem: Problem, config: Config | None) -> int:
+    def moments_pieces(self, problem: Problem, config: C) -> int:
         """S of Epilogue.moments."""
 
-    def sums(self, config: Config | None) -> int:
+    def sums(self, config: C) -> int:
         """How many float32 partial sums (S, K, O, kh, kw, C) wgrad writes; 0 where it writes dw itself."""
 
     def fprop(
         self,
         problem: Problem,
-        config: Config | None,
+        config: C,
         x: Tensor,
         weight: Tensor,
         y: Tensor,
@@ -74,13 +76,13 @@ class Form(Protocol):
         With `offsets`, of crops, x is the shared image (1, N, H_image, W_image, C).
         """
 
-    def dgrad(self, problem: Problem, config: Config | None, dy: Tensor, weight: Tensor, dx: Tensor) -> Tensor:
+    def dgrad(self, problem: Problem, config: C, dy: Tensor, weight: Tensor, dx: Tensor) -> Tensor:
         """dx from dy (K, N, H', W', O) and weight: dx itself, or another tensor of its shape."""
 
     def wgrad(
         self,
         problem: Problem,
-        config: Config | None,
+        config: C,
         dy: Tensor,
         x: Tensor,
         out: Tensor,
@@ -93,7 +95,7 @@ class Form(Protocol):
 class Choice:
     """Who runs a Problem: a form with its Config; `ms` is predicted or measured."""
 
-    form: Form
+    form: Form[Any]
     config: Config | None
     ms: float
     reason: str
@@ -129,7 +131,7 @@ class KernelForm(ABC):
 
     name: str
     backend = "triton"
-    devices: ClassVar[tuple[str, ...]] = ("cuda",)
+    devices: tuple[str, ...] = ("cuda",)
     configurable = True
     streams = True
     thread_bytes: ClassVar[dict[int, int]] = {}

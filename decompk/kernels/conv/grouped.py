@@ -9,7 +9,7 @@ from ..problem import Problem
 from ..torch_limits import mixes_groups
 from .form import LAUNCH_MS
 from .loop import Loop, convolution, gradients
-from .torch_form import TorchForm
+from .torch_form import Geometry, TorchForm
 
 GROUPED_SLOWDOWN = 3.0  # of cuDNN's: a tile project's public figure, 19.7 against 6.6 µs
 
@@ -19,21 +19,25 @@ class Grouped(TorchForm):
 
     name = "grouped"
 
-    def convolve(self, x, weight, bias, geometry, differentiable=False) -> Tensor:
+    def convolve(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, differentiable: bool = False
+    ) -> Tensor:
         if mixes_groups(x, len(x), *weight.shape[1:3]):
             return Loop().convolve(x, weight, bias, geometry, differentiable)
         bias = None if bias is None else bias.flatten()
         y = convolution(side_by_side(x), weight.flatten(0, 1), bias, geometry, len(x), differentiable)
         return y.unflatten(1, weight.shape[:2]).movedim(1, 0)
 
-    def backward(self, dy, x, weight, geometry, wanted) -> tuple[Tensor | None, Tensor | None]:
+    def backward(
+        self, dy: Tensor, x: Tensor, weight: Tensor, geometry: Geometry, wanted: tuple[bool, bool]
+    ) -> tuple[Tensor | None, Tensor | None]:
         K = len(x)
         if mixes_groups(x, K, *weight.shape[1:3]):
             return Loop().backward(dy, x, weight, geometry, wanted)
         dx, dw = gradients(side_by_side(dy), side_by_side(x), weight.flatten(0, 1), geometry, K, wanted)
         return (
-            dx.unflatten(1, (K, x.shape[2])).movedim(1, 0) if wanted[0] else None,
-            dw.view(weight.shape) if wanted[1] else None,
+            None if dx is None else dx.unflatten(1, (K, x.shape[2])).movedim(1, 0),
+            None if dw is None else dw.view(weight.shape),
         )
 
     def predicted(self, problem: Problem, moved: float, computed: float) -> tuple[float, str]:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .. import device as devices
 from .. import extension
-from ..problem import PLAIN, Config, Epilogue, Problem, Prologue, cdiv, power_of_two
+from ..problem import PLAIN, Config, Epilogue, Offsets, Problem, Prologue, cdiv, power_of_two
 from .form import KernelForm
 
 ROWS, LANES = 4, 16  # output pixels of a warp: rows, and columns times images
@@ -140,7 +140,7 @@ class Halo(KernelForm):
         y: Tensor,
         epilogue: Epilogue = PLAIN,
         prologue: Prologue | None = None,
-        offsets: None = None,
+        offsets: Offsets | None = None,
     ) -> Tensor:
         _run(x, weight, y, problem.stride[0], problem.padding, config, epilogue, prologue)
         return y
@@ -153,7 +153,7 @@ class Halo(KernelForm):
         return dx
 
     def wgrad(
-        self, problem: Problem, config: Config, dy: Tensor, x: Tensor, out: Tensor, offsets: None = None
+        self, problem: Problem, config: Config, dy: Tensor, x: Tensor, out: Tensor, offsets: Offsets | None = None
     ) -> Tensor:
         """Not of this form: `why_not` says so."""
         raise NotImplementedError("the halo kernel computes no weight gradient")

@@ -16,13 +16,17 @@ class Loop(TorchForm):
 
     name = "loop"
 
-    def convolve(self, x, weight, bias, geometry, differentiable=False) -> Tensor:
+    def convolve(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, differentiable: bool = False
+    ) -> Tensor:
         members = zip(x, weight, [None] * len(x) if bias is None else bias, strict=True)
         return torch.cat([convolution(*member, geometry, 1, differentiable) for member in members]).unflatten(
             0, x.shape[:2]
         )
 
-    def backward(self, dy, x, weight, geometry, wanted) -> tuple[Tensor | None, Tensor | None]:
+    def backward(
+        self, dy: Tensor, x: Tensor, weight: Tensor, geometry: Geometry, wanted: tuple[bool, bool]
+    ) -> tuple[Tensor | None, Tensor | None]:
         members = [gradients(*member, geometry, 1, wanted) for member in zip(dy, x, weight, strict=True)]
         dx, dw = zip(*members, strict=True)
         return (torch.cat(dx).view(x.shape) if wanted[0] else None), (torch.stack(dw) if wanted[1] else None)

@@ -8,7 +8,7 @@ from torch import Tensor
 from ..device import Device
 from ..problem import Problem
 from .form import LAUNCH_MS
-from .torch_form import CUDNN_SLOWDOWN, Pair, TorchForm
+from .torch_form import CUDNN_SLOWDOWN, Geometry, Pair, TorchForm
 
 
 class Matmul(TorchForm):
@@ -20,13 +20,17 @@ class Matmul(TorchForm):
         plain = problem.kernel == (1, 1) and problem.padding == (0, 0)
         return None if plain else "it is not 1×1 without padding"
 
-    def convolve(self, x, weight, bias, geometry, differentiable=False) -> Tensor:
+    def convolve(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, differentiable: bool = False
+    ) -> Tensor:
         rows, shape = _rows(x, geometry[0])
         weight = weight.flatten(2).mT
         y = torch.bmm(rows, weight) if bias is None else torch.baddbmm(bias.unsqueeze(1), rows, weight)
         return y.view(*shape, -1).movedim(-1, 2)
 
-    def backward(self, dy, x, weight, geometry, wanted) -> tuple[Tensor | None, Tensor | None]:
+    def backward(
+        self, dy: Tensor, x: Tensor, weight: Tensor, geometry: Geometry, wanted: tuple[bool, bool]
+    ) -> tuple[Tensor | None, Tensor | None]:
         stride = geometry[0]
         flat = dy.movedim(2, -1).reshape(len(x), -1, dy.shape[2])
         dx = dw = None

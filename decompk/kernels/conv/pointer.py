@@ -106,7 +106,17 @@ class Pointer(KernelForm):
         self._run(problem, config, dy, weight, dx, PLAIN, None, None)
         return dx
 
-    def _run(self, problem, config, x, weight, y, epilogue, prologue, offsets) -> None:
+    def _run(
+        self,
+        problem: Problem,
+        config: Config,
+        x: Tensor,
+        weight: Tensor,
+        y: Tensor,
+        epilogue: Epilogue,
+        prologue: Prologue | None,
+        offsets: Offsets | None,
+    ) -> None:
         fixed, grid = _convolution(problem, config)
         launch(
             _device_code().conv_pointer,

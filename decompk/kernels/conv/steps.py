@@ -21,7 +21,7 @@ def before(x: Tensor, prologue: Prologue | None) -> Tensor:
 def folded(weight: Tensor, epilogue: Epilogue) -> tuple[Tensor, Epilogue]:
     """weight (K, O, …) and bias with the epilogue's scale and shift in them, and what is left of the epilogue."""
     e = epilogue
-    if e.scale is None:
+    if e.scale is None or e.shift is None:
         return weight, e
     bias = (e.shift if e.bias is None else e.shift + e.bias * e.scale).to(weight.dtype)
     scale = e.scale.view(*e.scale.shape, *(1,) * (weight.dim() - 2))

@@ -38,7 +38,7 @@ from typing import Any
 from torch import Tensor
 
 from ..launch import around, descriptor, launch
-from ..problem import PLAIN, Config, Epilogue, Problem, Prologue, cdiv, power_of_two
+from ..problem import PLAIN, Config, Epilogue, Offsets, Problem, Prologue, cdiv, power_of_two
 from .form import KernelForm
 from .operands import geometry, split
 
@@ -78,9 +78,9 @@ class Tile(KernelForm):
         exact = problem.dtype == "float32"
         deepest = 2 if exact and max(problem.stride) > 1 else 4
         if exact:  # without tensor cores the operands of a product live in registers, too
-            sizes, wide, narrow = (32,), 32, 16
+            sizes, wide, narrow = [32], 32, 16
         else:
-            sizes, wide, narrow = (128, 64), *((64, 32) if problem.kind == "wgrad" else (128, 64))
+            sizes, (wide, narrow) = [128, 64], ((64, 32) if problem.kind == "wgrad" else (128, 64))
         found = []
         for warps, pixels in itertools.product((4, 8), sizes):
             tile = _best_tile(problem, pixels)
@@ -142,7 +142,7 @@ class Tile(KernelForm):
         y: Tensor,
         epilogue: Epilogue = PLAIN,
         prologue: Prologue | None = None,
-        offsets: None = None,
+        offsets: Offsets | None = None,
     ) -> Tensor:
         fixed, grid = _convolution(problem, config)
         into, out = (*config.tile, config.block_in), (*config.tile, config.block_out)
@@ -163,7 +163,17 @@ class Tile(KernelForm):
         self._run(problem, config, grid, fixed, inputs, weight, outputs, around(PLAIN, None))
         return dx
 
-    def _run(self, problem, config, grid, fixed, inputs, weight, outputs, arguments: dict[str, Any]) -> None:
+    def _run(
+        self,
+        problem: Problem,
+        config: Config,
+        grid: tuple[int],
+        fixed: dict[str, Any],
+        inputs: tuple[Any, ...],
+        weight: Tensor,
+        outputs: tuple[Any, ...],
+        arguments: dict[str, Any],
+    ) -> None:
         K, O, C, taps = problem.K, problem.O, problem.C, problem.taps
         strides = (O * taps * C, taps * C, C, 1)
         # Taps are numbered row · kw + column; in blocks of one tap's output × input channels.
@@ -172,7 +182,7 @@ class Tile(KernelForm):
         launch(_device_code().conv_tile, grid, config.warps, config.stages, W=W, **names, **arguments, **fixed)
 
     def wgrad(
-        self, problem: Problem, config: Config, dy: Tensor, x: Tensor, out: Tensor, offsets: None = None
+        self, problem: Problem, config: Config, dy: Tensor, x: Tensor, out: Tensor, offsets: Offsets | None = None
     ) -> Tensor:
         fixed, grid = _correlation(problem, config)
         inputs = _parities(x, problem, (*config.tile, config.block_in), fixed["MERGED"])
@@ -192,7 +202,7 @@ def _convolution(problem: Problem, config: Config) -> tuple[dict[str, Any], tupl
     size, image = problem.out_size, (problem.H, problem.W)
     if problem.kind == "dgrad":
         sides, blocks, merges = sides[::-1], blocks[::-1], merges[::-1]
-        size, image = tuple(map(cdiv, (problem.H, problem.W), problem.stride)), (0, 0)
+        size, image = _grid(problem)[1:], (0, 0)
     tiles = tuple(map(cdiv, (problem.N, *size), config.tile))
     free = cdiv(sides[1], blocks[1])
     fixed = {
@@ -234,7 +244,7 @@ def _grid(problem: Problem) -> tuple[int, int, int]:
     """Images, rows and columns of the pixels that tiles cut: those of y, or in dgrad of one parity of x."""
     if problem.kind != "dgrad":
         return problem.N, *problem.out_size
-    return problem.N, *map(cdiv, (problem.H, problem.W), problem.stride)
+    return problem.N, cdiv(problem.H, problem.stride[0]), cdiv(problem.W, problem.stride[1])
 
 
 def _tiles(problem: Problem, config: Config) -> int:

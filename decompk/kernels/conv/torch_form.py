@@ -5,7 +5,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import replace
 from itertools import chain
-from typing import ClassVar
 
 from torch import Tensor
 
@@ -27,7 +26,7 @@ class TorchForm(ABC):
 
     name: str
     backend = "torch"
-    devices: ClassVar[tuple[str, ...]] = ("cpu", "cuda")
+    devices: tuple[str, ...] = ("cpu", "cuda")
     configurable = False
     streams = False
 
@@ -85,15 +84,17 @@ class TorchForm(ABC):
 
     def dgrad(self, problem: Problem, config: None, dy: Tensor, weight: Tensor, dx: Tensor) -> Tensor:
         x = dx.movedim(-1, 2)  # its values are not read
-        return self.backward(dy.movedim(-1, 2), x, weight.movedim(-1, 2), _geometry(problem), (True, False))[0].movedim(
-            2, -1
-        )
+        found, _ = self.backward(dy.movedim(-1, 2), x, weight.movedim(-1, 2), _geometry(problem), (True, False))
+        assert found is not None
+        return found.movedim(2, -1)
 
     def wgrad(
         self, problem: Problem, config: None, dy: Tensor, x: Tensor, out: Tensor, offsets: Offsets | None = None
     ) -> Tensor:
         x, weight = _members(problem, x, offsets), out.movedim(-1, 2)  # the weight's values are not read
-        return self.backward(dy.movedim(-1, 2), x, weight, _geometry(problem), (False, True))[1].movedim(2, -1)
+        _, found = self.backward(dy.movedim(-1, 2), x, weight, _geometry(problem), (False, True))
+        assert found is not None
+        return found.movedim(2, -1)
 
     def around(
         self,
