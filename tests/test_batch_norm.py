@@ -214,10 +214,10 @@ def test_a_member_full_of_nan_changes_no_bit_of_its_neighbours():
     shape = (3, 2, 4, 5, 7)
     p = problem(shape, torch.float32)
     options = dict(residual=True, relu=True)
-    clean = by_kernels(p, torch.float32, "grouped", **options)
+    clean = by_kernels(p, torch.float32, "channel-grouped", **options)
     for name in ("x", "residual", "dy"):
         p[name][1] = torch.nan
-    shown = by_kernels(p, torch.float32, "grouped", **options)
+    shown = by_kernels(p, torch.float32, "channel-grouped", **options)
     for name, result in shown.items():
         assert result[1].isnan().any()
         assert torch.equal(result[[0, 2]], clean[name][[0, 2]]), name

@@ -119,7 +119,7 @@ def test_a_call_is_kept_by_shapes_strides_alignment_and_dtypes():
     ]
     calls = [fprop_call(*other) for other in others]
     assert len({call, *calls}) == 1 + len(others)
-    assert [one.problem.layout for one in calls[:3]] == ["grouped", "member", "member"]
+    assert [one.problem.layout for one in calls[:3]] == ["channel-grouped", "member", "member"]
     assert call.problem.aligned and not calls[1].problem.aligned
 
 

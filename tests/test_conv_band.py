@@ -379,7 +379,7 @@ BASE = Config("band", (64, 2, 4), 32, 16)
     ("change", "config", "reason"),
     [
         ({}, replace(BASE, form="tile"), "a config of the tile form"),
-        (dict(layout="grouped"), BASE, "grouped activations"),
+        (dict(layout="channel-grouped"), BASE, "channel-grouped activations"),
         (dict(layout="strided"), BASE, "strided activations"),
         ({}, replace(BASE, block_in=24), "powers of two"),
         ({}, replace(BASE, block_in=8), "powers of two"),

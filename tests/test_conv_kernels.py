@@ -56,8 +56,8 @@ def cases():
     both = {
         "many tiles": problem(2, 2, 16, 16, 5, 7),
         "odd blocks, stride 2": problem(3, 2, 24, 40, 5, 6, stride=(2, 2)),
-        "channel groups, mixed strides": problem(3, 2, 8, 24, 5, 6, (5, 3), (2, 1), (3, 0), (1, 2), "grouped"),
-        "channel groups beyond the block": problem(5, 1, 40, 24, 4, 5, layout="grouped"),
+        "channel groups, mixed strides": problem(3, 2, 8, 24, 5, 6, (5, 3), (2, 1), (3, 0), (1, 2), "channel-grouped"),
+        "channel groups beyond the block": problem(5, 1, 40, 24, 4, 5, layout="channel-grouped"),
         "dilated and strided": problem(2, 2, 16, 24, 6, 5, (3, 5), (2, 2), (2, 4), (2, 2)),
         "one pixel": problem(2, 2, 16, 16, 1, 1, stride=(2, 2)),
         "pointwise, stride 2": problem(2, 2, 16, 16, 5, 5, k1, (2, 2), (0, 0)),

@@ -66,7 +66,7 @@ def counted(emulation):
 
 
 def strides(layout, shape):
-    """Strides of (K, N, H, W, C): "member", "grouped", or "gaps", rows of 3 pixels more and pixels of 5 values more."""
+    """Strides of (K, N, H, W, C): "member", "channel-grouped", or "gaps": rows 3 pixels and pixels 5 values longer."""
     K, N, H, W, C = shape
     if layout == "gaps":
         pixel, row = C + 5, (W + 3) * (C + 5)
@@ -123,16 +123,16 @@ CASES = {
     "one pixel": (problem(2, 1, 8, 8, 1, 1), (2, 4, 8), "member"),
     "wide rows, many tiles": (problem(2, 2, 8, 16, 9, 37), (1, 8, 16), "member"),
     "four images a warp": (problem(2, 9, 16, 16, 5, 4, dtype="float16"), (8, 4, 4), "member"),
-    "four images a warp, stride 2": (problem(1, 6, 16, 8, 9, 7, 2), (4, 8, 4), "grouped"),
+    "four images a warp, stride 2": (problem(1, 6, 16, 8, 9, 7, 2), (4, 8, 4), "channel-grouped"),
     "three channels, five members": (problem(5, 2, 3, 12, 7, 6), (2, 8, 8), "member"),
     "four channels, stride 2": (problem(3, 2, 4, 4, 11, 18, 2, dtype="float16"), (1, 8, 16), "member"),
-    "four channels, grouped": (problem(4, 1, 4, 8, 6, 6), (2, 8, 8), "grouped"),
-    "12 → 24, no padding": (problem(3, 2, 12, 24, 10, 9, 1, 0), (2, 8, 8), "grouped"),
+    "four channels, grouped": (problem(4, 1, 4, 8, 6, 6), (2, 8, 8), "channel-grouped"),
+    "12 → 24, no padding": (problem(3, 2, 12, 24, 10, 9, 1, 0), (2, 8, 8), "channel-grouped"),
     "24 → 12, stride 2, no padding": (problem(2, 3, 24, 12, 10, 9, 2, 0, "float16"), (4, 4, 4), "gaps"),
-    "16 → 32, padding of one axis": (problem(2, 2, 16, 32, 6, 17, 1, (1, 0)), (1, 16, 16), "grouped"),
+    "16 → 32, padding of one axis": (problem(2, 2, 16, 32, 6, 17, 1, (1, 0)), (1, 16, 16), "channel-grouped"),
     "32 → 16, padding 2": (problem(2, 1, 32, 16, 5, 7, 1, (0, 2)), (2, 4, 16), "member"),
     "32 → 32": (problem(2, 3, 32, 32, 7, 7), (4, 8, 8), "gaps"),
-    "40 → 48": (problem(2, 1, 40, 48, 8, 9), (1, 8, 16), "grouped"),
+    "40 → 48": (problem(2, 1, 40, 48, 8, 9), (1, 8, 16), "channel-grouped"),
     "48 → 40, stride 2": (problem(1, 2, 48, 40, 9, 11, 2, dtype="float16"), (1, 4, 16), "member"),
     "64 → 32": (problem(1, 2, 64, 32, 5, 5), (2, 4, 16), "member"),
     "32 → 64, stride 2": (problem(1, 1, 32, 64, 9, 18, 2), (1, 8, 16), "member"),
@@ -186,7 +186,7 @@ ALONE = [{"bias"}, {"moments"}, {"affine", "relu"}, {"residual"}, {"relu"}, {"pr
     ("p", "tile", "layout"),
     [
         (problem(2, 3, 8, 7, 9, 7), (2, 8, 8), "member"),  # odd channels
-        (problem(2, 5, 16, 16, 5, 5, 2, dtype="float16"), (8, 4, 4), "grouped"),
+        (problem(2, 5, 16, 16, 5, 5, 2, dtype="float16"), (8, 4, 4), "channel-grouped"),
         (problem(1, 1, 64, 64, 9, 18), (1, 8, 16), "member"),
         (problem(2, 1, 12, 24, 9, 18, 2), (1, 8, 16), "gaps"),
     ],
@@ -262,7 +262,7 @@ def test_moments_are_exact_far_from_zero_and_repeat_bit_for_bit():
 
 def test_a_nan_reaches_its_own_members_neighbourhood_and_nothing_else_and_relu_keeps_it():
     p = problem(3, 2, 12, 16, 7, 9)
-    for layout in ("member", "grouped"):
+    for layout in ("member", "channel-grouped"):
         x, weight, config = poisoned(layout, (3, 2, 7, 9, 12), torch.bfloat16), weights(p), config_of(p, (1, 8, 16))
         scale, shift = torch.ones(3, 12), torch.zeros(3, 12)
         results = []
@@ -481,7 +481,7 @@ def test_a_damaged_extension_is_not_loaded_and_is_built_again(tmp_path, monkeypa
     assert extension.why_not("cuda") == "the extension is damaged: run python tools/build_ext.py"
 
 
-@pytest.mark.parametrize("layout", ["member", "grouped"])
+@pytest.mark.parametrize("layout", ["member", "channel-grouped"])
 def test_the_operator_runs_on_it_where_it_is_asked_for(layout):
     shape, geometry = (3, 2, 12, 9, 7), ((1, 1), (1, 1))
     x = torch.empty_strided(shape, layout_strides(layout, shape), dtype=torch.bfloat16).normal_().requires_grad_()

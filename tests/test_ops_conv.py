@@ -42,7 +42,7 @@ def assert_close(found, wanted, tolerance=2e-5):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("layout", ["member", "grouped"])
+@pytest.mark.parametrize("layout", ["member", "channel-grouped"])
 def test_the_operators_keep_torchs_contract(dtype, layout):
     x, weight, bias = case(layout=layout, dtype=dtype)
     geometry = [2, 1], [1, 1], [1, 1]
@@ -60,9 +60,9 @@ def test_the_operators_keep_torchs_contract(dtype, layout):
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
-@pytest.mark.parametrize("layout", ["member", "grouped", "NCHW", "sliced", "expanded"])
+@pytest.mark.parametrize("layout", ["member", "channel-grouped", "NCHW", "sliced", "expanded"])
 def test_every_layout_gives_what_each_member_gives_alone(backend, layout):
-    x, weight, bias = case(2, 2, 8, 16, 5, 4, layout="grouped" if layout == "grouped" else "member")
+    x, weight, bias = case(2, 2, 8, 16, 5, 4, layout="channel-grouped" if layout == "channel-grouped" else "member")
     if layout == "NCHW":
         x = x.detach().contiguous().requires_grad_()
     elif layout == "sliced":
@@ -73,7 +73,7 @@ def test_every_layout_gives_what_each_member_gives_alone(backend, layout):
     gradients = torch.autograd.grad(wanted.square().sum(), (x, weight, bias))
     with decompk.backend(backend):
         y = ops.grouped_conv2d(x, weight, bias, 1, 1)
-        assert layout_of(y) == ("grouped" if layout == "grouped" else "member")
+        assert layout_of(y) == ("channel-grouped" if layout == "channel-grouped" else "member")
         assert_close(y, wanted)
         for found, right in zip(torch.autograd.grad(y.square().sum(), (x, weight, bias)), gradients, strict=True):
             assert_close(found, right)
@@ -304,7 +304,7 @@ def test_dispatch_answers_every_problem_with_something_legal():
         for K in (1, 3, 256)
         for C, O in ((1, 3), (3, 16), (4, 4), (24, 40), (512, 2048))
         for H, k, s in ((1, 1, 1), (7, 3, 2), (33, 7, 2), (18, 1, 1))
-        for layout in ("member", "grouped", "strided", "crops")
+        for layout in ("member", "channel-grouped", "strided", "crops")
     ]
     for here in device.KNOWN.values():
         for problem in grid[:: 1 if here.capability == 90 else 7]:

@@ -68,7 +68,7 @@ def test_the_layers_are_those_of_the_members():
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32", "tf32"])
-@pytest.mark.parametrize("layout", ["member", "grouped", "strided", "crops"])
+@pytest.mark.parametrize("layout", ["member", "channel-grouped", "strided", "crops"])
 def test_a_trial_knows_what_the_operator_asks_dispatch_for(dtype, layout, monkeypatch):
     asked = asked_by_operators(monkeypatch)
     for kernel, padding in (((1, 1), (0, 0)), ((3, 3), (1, 1))):

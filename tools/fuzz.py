@@ -43,7 +43,9 @@ PLAIN = dict(layout="member", hard=None, where="x", dy="random", wanted="none", 
 KEPT = ("op", "backend", "dtype", "seed")
 CHOICES = dict(backend=("default", *BACKENDS), dtype=("float32", "float64", *HALVES))
 CHOICES |= dict(hard=(None, *dict.fromkeys(HARD)))
-CHOICES |= dict(layout=("member", "first", "grouped", "gaps"), dy=("random", "expanded"), wanted=("all", "x", "none"))
+CHOICES |= dict(
+    layout=("member", "first", "channel-grouped", "gaps"), dy=("random", "expanded"), wanted=("all", "x", "none")
+)
 TYPES = {float: (float, int, type(None))}  # of a momentum
 
 
@@ -77,7 +79,7 @@ def draw(seed: int, names: list[str], backends: list[str], hard: bool = False) -
     dtypes = {"cpu": ("float32",), "emulation": HALVES, "triton": ("float32", "float16")}.get(backend, op.dtypes)
     p = PLAIN | op.draw(rng) | dict(op=name, seed=seed, backend=backend, dtype=rng.choice(dtypes))
     p |= dict(wanted=rng.choice(("all", "all", "all", "x", "none")), dy=rng.choice(("random", "random", "expanded")))
-    p |= dict(layout=rng.choice(("member", "member", "first", "grouped", "gaps")), where=rng.choice(op.hot))
+    p |= dict(layout=rng.choice(("member", "member", "first", "channel-grouped", "gaps")), where=rng.choice(op.hot))
     p |= dict(poison=rng.random() < 0.5)
     if hard or rng.random() < 0.4:
         fit = HARD if p["dtype"] not in HALVES else [h for h in HARD if h not in (*SCALES, "mean1000")]

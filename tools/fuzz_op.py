@@ -45,7 +45,7 @@ class Op:
 
 
 def laid(x: Tensor, layout: str) -> Tensor:
-    """x (K, N, C, H, W) in another layout: "member", "grouped", "first" (channels first) or "gaps" (between values)."""
+    """x (K, N, C, H, W) laid as "member", "channel-grouped", "first" (channels first) or "gaps" (between values)."""
     if layout == "first":
         return x.contiguous()
     if layout == "gaps":

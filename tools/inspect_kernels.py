@@ -80,7 +80,7 @@ def launches(problem: Problem, config: Config, flags: str = "") -> list[Launch]:
     """
     p = problem
     dtype = DTYPES.get(p.dtype) or getattr(torch, p.dtype)
-    layout = "grouped" if p.layout == "grouped" else "member"
+    layout = "channel-grouped" if p.layout == "channel-grouped" else "member"
 
     def activation(channels: int, height: int, width: int) -> torch.Tensor:
         shape = (p.K, p.N, channels, height, width)

@@ -89,7 +89,7 @@ class Trial:
         return torch.randn(shape, device=self.device).to(self.dtype)
 
     def _activation(self, shape: tuple[int, ...]) -> Tensor:
-        if self.problem.layout == "grouped":
+        if self.problem.layout == "channel-grouped":
             K, N, C, H, W = shape
             return self._random((N, H, W, K, C)).permute(3, 0, 4, 1, 2)
         between = 16 if self.problem.layout == "strided" else 0

@@ -348,7 +348,7 @@ def _five(t: Tensor, K: int) -> Tensor:
 
 
 def _empty_like(x: Tensor, shape: Sequence[int]) -> Tensor:
-    layout = "grouped" if layout_of(x) == "grouped" else "member"
+    layout = "channel-grouped" if layout_of(x) == "channel-grouped" else "member"
     return torch.empty_strided(shape, strides_of(layout, shape), dtype=x.dtype, device="meta")
 
 

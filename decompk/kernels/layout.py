@@ -11,11 +11,11 @@ from torch._subclasses.fake_tensor import FakeTensor
 from ..errors import DecompkError
 
 # Dimensions of (K, N, C, H, W) from the outermost in memory to the innermost.
-ORDERS = {"member": (0, 1, 3, 4, 2), "grouped": (1, 3, 4, 0, 2)}
+ORDERS = {"member": (0, 1, 3, 4, 2), "channel-grouped": (1, 3, 4, 0, 2)}
 
 
 def strides_of(layout: str, shape: Sequence[int]) -> tuple[int, ...]:
-    """Strides of a dense (K, N, C, H, W) tensor in `layout`, "member" or "grouped"."""
+    """Strides of a dense (K, N, C, H, W) tensor in `layout`, "member" or "channel-grouped"."""
     strides, step = [0] * 5, 1
     for dim in reversed(ORDERS[layout]):
         strides[dim] = step
@@ -24,7 +24,7 @@ def strides_of(layout: str, shape: Sequence[int]) -> tuple[int, ...]:
 
 
 def layout_of(x: Tensor) -> str:
-    """ "member", "grouped", or "strided" for any other strides; dimensions of size 1 may have any stride."""
+    """ "member", "channel-grouped", or "strided" for any other strides; dimensions of size 1 may have any stride."""
     for layout in ORDERS:
         expected = strides_of(layout, x.shape)
         if all(size == 1 or a == b for size, a, b in zip(x.shape, x.stride(), expected, strict=True)):
@@ -33,7 +33,7 @@ def layout_of(x: Tensor) -> str:
 
 
 def in_layout(t: Tensor, layout: str) -> Tensor:
-    """t (K, N, C, H, W) itself where it lies in `layout`, "member" or "grouped", else a copy."""
+    """t (K, N, C, H, W) itself where it lies in `layout`, "member" or "channel-grouped", else a copy."""
     if layout_of(t) == layout:
         return t
     if t.numel() == 0:
@@ -51,7 +51,7 @@ def channels_inside(x: Tensor) -> Tensor:
 
 def empty_like_layout(x: Tensor, shape: Sequence[int], dtype: torch.dtype | None = None) -> Tensor:
     """An uninitialised tensor of `shape`, channel-grouped where x is, else member-major."""
-    layout = "grouped" if layout_of(x) == "grouped" else "member"
+    layout = "channel-grouped" if layout_of(x) == "channel-grouped" else "member"
     return torch.empty_strided(shape, strides_of(layout, shape), dtype=dtype or x.dtype, device=x.device)
 
 

@@ -449,7 +449,7 @@ def _over_channels(kernel: Any, count: int, pieces: int, channels: int, **argume
 def variants() -> Iterator[tuple[str, Launch]]:
     """(label, launch) of what networks run: every flag for one C, the usual ones for more, and for one in float32."""
     every = [("member", 16)]
-    usual = [("member", C) for C in (3, 4, 40, 64, 2048)] + [("grouped", 4)]
+    usual = [("member", C) for C in (3, 4, 40, 64, 2048)] + [("channel-grouped", 4)]
     for dtype in (torch.bfloat16, torch.float32):
         for layout, C in every + usual if dtype == torch.bfloat16 else [("member", 4)]:
             shape = (4, 32, C, 16, 16)

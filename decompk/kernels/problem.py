@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 PASSES = ("fprop", "dgrad", "wgrad")
-LAYOUTS = ("member", "grouped", "strided", "crops")
+LAYOUTS = ("member", "channel-grouped", "strided", "crops")
 DTYPES = {"float16": 2, "bfloat16": 2, "float32": 4, "tf32": 4}  # bytes; tf32 is float32 on tensor cores
 
 
@@ -19,11 +19,11 @@ DTYPES = {"float16": 2, "bfloat16": 2, "float32": 4, "tf32": 4}  # bytes; tf32 i
 class Problem:
     """One pass of K convolutions (N, C, H, W) → (N, O, H', W').
 
-    `layout` is that of the activations: "member" (all of a member's images in a row, NHWC), "grouped" (members side by
-    side in the channels of one NHWC image), "crops" (members read windows of one shared NHWC image; H, W are the
-    crop's), "strided" (anything else whose channels are contiguous). `aligned`: every base address and stride but the
-    channels' is a multiple of 16 bytes, as tensor descriptors need. `deterministic`: sums must not depend on the order
-    in which programs run.
+    `layout` is that of the activations: "member" (all of a member's images in a row, NHWC), "channel-grouped" (members
+    side by side in the channels of one NHWC image), "crops" (members read windows of one shared NHWC image; H, W are
+    the crop's), "strided" (anything else whose channels are contiguous). `aligned`: every base address, and every
+    stride but the channels', is a multiple of 16 bytes, as tensor descriptors need. `deterministic`: sums must not
+    depend on the order in which programs run.
     """
 
     kind: str

@@ -41,6 +41,6 @@ class Grouped(TorchForm):
         )
 
     def predicted(self, problem: Problem, moved: float, computed: float) -> tuple[float, str]:
-        lies_so = problem.layout == "grouped"
+        lies_so = problem.layout == "channel-grouped"
         ms = LAUNCH_MS + GROUPED_SLOWDOWN * max(moved, computed) + (0 if lies_so else 2 * moved)
         return ms, "one grouped call" + ("" if lies_so else ", copied to channel groups and back")
