@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 
 import decompk
-from decompk.kernels import choose as dispatch
 from decompk.kernels import norm as kernels
 from decompk.kernels.device import interpreted
 from decompk.kernels.layout import ORDERS, pieces_of, streams, strides_of
+from decompk.ops import norm as norm_op
 from decompk.ops.norm import batch_norm
 
 DEVICE = "cuda" if torch.cuda.is_available() and not interpreted() else "cpu"
@@ -244,7 +244,7 @@ def form(request, monkeypatch):
     """The operators on plain torch, and on the kernels in the interpreter."""
     if request.param == "triton" and DEVICE == "cpu" and not interpreted():
         pytest.skip("needs a GPU or TRITON_INTERPRET=1")
-    monkeypatch.setattr(dispatch, "runs_triton", lambda x: request.param == "triton" and x.dtype != torch.float64)
+    monkeypatch.setattr(norm_op, "runs_triton", lambda x: request.param == "triton" and x.dtype != torch.float64)
     return request.param
 
 

@@ -13,6 +13,7 @@ sys.path[:0] = [str(Path(__file__).parents[1] / "tools")]
 import fuzz
 
 from decompk.kernels import cpu
+from decompk.kernels.conv.direct import Direct
 
 needs_kernels = pytest.mark.skipif(cpu.why_not() is not None, reason=f"no C++ kernels: {cpu.why_not()}")
 
@@ -38,14 +39,14 @@ def mixed(y, x):
 @needs_kernels
 @pytest.mark.parametrize("broken, smallest", [(scaled, {"K": 2, "W": 3}), (mixed, {"K": 2})])
 def test_a_broken_kernel_is_found_shrunk_and_repeated(broken, smallest, monkeypatch, capsys):
-    forward = cpu.forward
+    fprop = Direct.fprop
 
-    def wrong(form, x, *rest):
-        y = forward(form, x, *rest)
+    def wrong(form, problem, config, x, *rest):
+        y = fprop(form, problem, config, x, *rest)
         broken(y, x)
         return y
 
-    monkeypatch.setattr(cpu, "forward", wrong)
+    monkeypatch.setattr(Direct, "fprop", wrong)
     counts, failing = fuzz.search(range(60), seconds=60, names=["grouped_conv2d"], hard=broken is mixed)
     assert counts["failing"] and failing
     small = failing[0]

@@ -64,7 +64,7 @@ def test_every_contestant_of_a_layer_has_a_record_and_none_twice(desk):
 
 @needs_interpreter
 def test_what_is_wrong_is_not_timed_and_what_fails_is_a_record(desk, monkeypatch):
-    monkeypatch.setattr(timing.Trial, "by_op", lambda self: self.out.fill_(1))
+    monkeypatch.setattr(timing.Trial, "by_op", lambda self: self.call.empty().fill_(1))
     monkeypatch.setattr(layer_bench, "rivals", lambda trial: {"cudnn_grouped": (lambda: 1 / 0, torch.stack)})
     monkeypatch.setattr(layer_bench, "kernels", lambda problem, device: {})
     with desk.plan.backend():

@@ -66,7 +66,7 @@ def unwatched(*tensors: Tensor | None) -> bool:
 
 def runs_cpu(*tensors: Tensor | None) -> bool:
     """Whether the C++ kernels for processors take these: float32, on the CPU, and nobody looks on."""
-    if forced.get() not in (None, "cpu") or not unwatched(*tensors) or cpu.why_not() is not None:
+    if not unwatched(*tensors) or forced.get() not in (None, "cpu") or cpu.why_not() is not None:
         return False
     if torch.is_autocast_enabled("cpu"):
         return False
@@ -274,7 +274,7 @@ def _fprop_call(
     residual_aligned: bool,
     dtype: str,
 ) -> Call:
-    check_alike("grouped_conv2d", x=x[3:], weight=weight[3:], bias=bias and bias[1:])
+    check_alike("grouped_conv2d", x[3:], x=x[3:], weight=weight[3:], bias=bias and bias[1:])
     image, members = _activation(x, weight[0][0]), None
     if window:
         K, (h, w) = weight[0][0], window[:2]

@@ -122,10 +122,10 @@ def output_shape(
 
 
 def check_alike(
-    operator: str, x: tuple[torch.dtype, torch.device], **operands: tuple[torch.dtype, torch.device] | None
+    operator: str, x: tuple[torch.dtype, torch.device], /, **operands: tuple[torch.dtype, torch.device] | None
 ) -> None:
     """Raise DecompkError where an operand, (dtype, device) or None, is not floating, or not of x's dtype and device."""
-    for name, operand in {"x": x, **operands}.items():
+    for name, operand in operands.items():
         if operand is None:
             continue
         dtype, device = operand

@@ -314,7 +314,7 @@ def _check(x, weight, bias, mask, stride, padding, dilation) -> tuple[int, ...]:
 
 
 def _check_operands(name: str, x: Tensor, weight: Tensor, bias: Tensor | None, channels: int) -> None:
-    check_alike(name, x=kind_of(x), weight=kind_of(weight), bias=None if bias is None else kind_of(bias))
+    check_alike(name, kind_of(x), weight=kind_of(weight), bias=None if bias is None else kind_of(bias))
     if channels != weight.shape[1]:
         raise DecompkError(f"x has {channels} channels, and weight {sizes(weight)} takes {weight.shape[1]}.")
     if bias is not None and bias.shape != weight.shape[:1]:

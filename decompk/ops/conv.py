@@ -230,7 +230,8 @@ def check(x: Tensor, weight: Tensor, bias: Tensor | None, stride, padding, dilat
         raise DecompkError(
             f"grouped_conv2d takes x (K, N, C, H, W) and weight (K, O, C, kh, kw), not {sizes(x, weight)}."
         )
-    check_alike("grouped_conv2d", x=kind_of(x), weight=kind_of(weight), bias=None if bias is None else kind_of(bias))
+    kinds = [None if t is None else kind_of(t) for t in (x, weight, bias)]
+    check_alike("grouped_conv2d", kind_of(x), **dict(zip(("x", "weight", "bias"), kinds, strict=True)))
     return check_shapes(x.shape, weight.shape, None if bias is None else bias.shape, stride, padding, dilation)
 
 
