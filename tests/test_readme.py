@@ -145,3 +145,15 @@ def test_every_picture_and_folder_it_names_exists():
         assert (ROOT / path).exists(), path
     for path in re.findall(r"`((?:decompk|tools|bench|tests)/[\w./]*)`", README):
         assert (ROOT / path).exists(), path
+
+
+def test_its_layout_names_every_folder_of_the_package_and_nothing_that_is_not_there():
+    layout = README.partition("\n## Layout\n")[2]
+    named = re.findall(r"`([\w./]+)`", layout)
+    paths = [name for name in named if "/" in name]
+    assert not [path for path in paths if not any((folder / path).exists() for folder in (ROOT, ROOT / "decompk"))]
+    rows = re.findall(r"^\| `(\w+)/` \| .* \| `(\w+)/[\w/]+\.py` \|$", layout, re.M)
+    assert sorted(wing for wing, _ in rows) == sorted(
+        file.parent.name for file in (ROOT / "decompk").glob("*/__init__.py")
+    )
+    assert all(wing == first for wing, first in rows)
