@@ -157,3 +157,11 @@ def test_its_layout_names_every_folder_of_the_package_and_nothing_that_is_not_th
         file.parent.name for file in (ROOT / "decompk").glob("*/__init__.py")
     )
     assert all(wing == first for wing, first in rows)
+
+
+def test_its_words_are_words_of_the_code_or_of_what_it_prints():
+    table = README.partition("\n## Words\n")[2].partition("\n## ")[0]
+    words = re.findall(r"[\w -]+", ",".join(re.findall(r"^\| (.*?) \|", table, re.M)[2:]))
+    code = " ".join(file.read_text() for file in (ROOT / "decompk").rglob("*.py")).replace("_", " ")
+    said = [re.search(rf"\b{word.strip()}\b", code, re.I) for word in words]
+    assert len(words) > 25 and all(said)
