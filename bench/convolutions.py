@@ -68,7 +68,7 @@ class Operands:
 
 
 def ours(o: Operands) -> Contestant:
-    """decompk.ops.grouped_conv2d on member-major memory: dispatch chooses who runs."""
+    """decompk.ops.grouped_conv2d on member-major memory, by the form that is chosen."""
     p = o.layer.problem
     convolve = partial(ops.grouped_conv2d, stride=p.stride, padding=p.padding, dilation=p.dilation)
     x, weight, dy = (t.movedim(2, -1).contiguous().movedim(-1, 2) for t in (o.x, o.weight, o.dy))

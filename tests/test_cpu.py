@@ -19,9 +19,9 @@ import decompk
 from decompk import ops
 from decompk.errors import BackendError
 from decompk.kernels import cache as kept
-from decompk.kernels import choose as dispatch
 from decompk.kernels import conv, cpu
 from decompk.kernels import measure as measured
+from decompk.kernels.choose import choose
 from decompk.kernels.device import KNOWN
 from decompk.kernels.problem import PASSES, Problem, key_of
 from decompk.ops.norm import batch_norm_rows
@@ -274,21 +274,21 @@ def cache(tmp_path, monkeypatch):
     return tmp_path
 
 
-def choose():
-    return dispatch.choose(LAYER, torch.device("cpu"))
+def chosen():
+    return choose(LAYER, torch.device("cpu"))
 
 
 def test_a_choice_is_measured_once_kept_and_read_again(cache, monkeypatch):
-    first = choose()
+    first = chosen()
     known = json.loads(measured.path().read_text())[key_of(LAYER)]
     assert set(known) == {"direct", "winograd", "loop", "grouped"} and all(ms > 0 for ms in known.values())
     assert measured.path().parent == cache and first.reason.startswith("measured here")
     monkeypatch.setattr(measured, "time_each", None)  # would raise
-    again = choose()
+    again = chosen()
     assert again.form is first.form and again.ms == pytest.approx(first.ms, rel=0.01)
     measured.path().unlink()
     with pytest.raises(TypeError):
-        choose()
+        chosen()
 
 
 def test_the_fastest_wins_and_torchs_by_a_margin(cache):
@@ -296,7 +296,7 @@ def test_the_fastest_wins_and_torchs_by_a_margin(cache):
         measured.path().write_text(json.dumps({key_of(LAYER): ms}))
         os.utime(measured.path(), ns=(told.time, told.time))
         told.time += 10**9
-        return choose()
+        return chosen()
 
     told.time = 10**18
     assert told(direct=2.0, winograd=1.0, loop=0.98, grouped=3.0).form.name == "winograd"
@@ -318,7 +318,7 @@ DAMAGED = [
 def test_a_damaged_table_is_measured_again(cache, monkeypatch, content):
     monkeypatch.setattr(measured, "time_each", lambda problem, forms: {form.name: 1.0 for form in forms})
     measured.path().write_bytes(content if isinstance(content, bytes) else content.encode())
-    assert choose().ms == 1.0
+    assert chosen().ms == 1.0
     assert set(json.loads(measured.path().read_text())[KEY]) == {"direct", "winograd", "loop", "grouped"}
 
 
@@ -332,11 +332,11 @@ def test_what_is_no_file_in_the_tables_place_is_no_table(cache, monkeypatch):
     monkeypatch.setattr(measured, "time_each", lambda problem, forms: {form.name: 1.0 for form in forms})
     for make in (os.mkdir, os.mkfifo, lambda path: os.symlink("nowhere", path), lambda path: os.symlink(path, path)):
         make(measured.path())
-        assert choose().ms == 1.0 and KEY in json.loads(measured.path().read_text())
+        assert chosen().ms == 1.0 and KEY in json.loads(measured.path().read_text())
         measured.path().unlink()
     monkeypatch.setattr(kept, "LARGEST", 10**4)
     measured.path().write_text(json.dumps({KEY: {"direct": 2.0}}) + " " * 10**4)
-    assert choose().ms == 1.0 and measured.path().stat().st_size < 10**4
+    assert chosen().ms == 1.0 and measured.path().stat().st_size < 10**4
 
 
 def test_where_nothing_can_be_kept_the_process_measures_once(cache, monkeypatch):
@@ -346,10 +346,10 @@ def test_where_nothing_can_be_kept_the_process_measures_once(cache, monkeypatch)
     )
     (cache / "a file").touch()
     monkeypatch.setenv("DECOMPK_CACHE", str(cache / "a file"))
-    assert choose() == choose() and len(asked) == 1
+    assert chosen() == chosen() and len(asked) == 1
     monkeypatch.setenv("DECOMPK_CACHE", str(cache))
     (measured.path() / "kept").mkdir(parents=True)  # not a file, and not to be replaced by one
-    assert choose() == choose() and len(asked) == 2
+    assert chosen() == chosen() and len(asked) == 2
 
 
 def test_threads_that_write_at_once_lose_nothing(cache):
@@ -363,7 +363,7 @@ def test_threads_that_write_at_once_lose_nothing(cache):
 
 def test_nothing_is_measured_where_it_may_not_be(cache, monkeypatch):
     monkeypatch.setenv("DECOMPK_MEASURE", "0")
-    assert choose().form.name == "direct" and not list(cache.iterdir())
+    assert chosen().form.name == "direct" and not list(cache.iterdir())
     monkeypatch.setenv("DECOMPK_MEASURE", "1")
-    assert dispatch.choose(LAYER, torch.device("cpu"), measure=False).reason == "not measured"
+    assert choose(LAYER, torch.device("cpu"), measure=False).reason == "not measured"
     assert not list(cache.iterdir())

@@ -21,10 +21,10 @@ from timing import Trial
 import decompk
 from decompk import losses, ops
 from decompk.errors import BackendError
-from decompk.kernels import choose as dispatch
 from decompk.kernels import conv, extension, tables
 from decompk.kernels import device as devices
 from decompk.kernels.backend import backend
+from decompk.kernels.choose import candidates
 from decompk.kernels.conv.form import Choice
 from decompk.kernels.conv.halo import Halo
 from decompk.kernels.device import interpreted
@@ -296,7 +296,7 @@ def test_a_table_serves_no_extension_that_is_not_built(monkeypatch, tmp_path):
 
 def test_a_damaged_table_is_none(monkeypatch, tmp_path):
     here, one = devices.KNOWN[90], problem("fprop", "bfloat16", (2, 8, 16, 16, 18, 18), (3, 3), padding=(1, 1))
-    entry = tables.entry_of(next(c for c in dispatch.candidates(one, here) if c.config))
+    entry = tables.entry_of(next(c for c in candidates(one, here) if c.config))
     texts = [b"", b"{", b"null", b"5", b"[]", b'{"entries": 5}', b'{"entries": null}', b"\xff", b"[" * 200_000]
     for bad in (None, 5, "x", [], {}, {**entry, "backend": "x"}, {**entry, "config": 5}, {**entry, "config": {"a": 1}}):
         texts.append(json.dumps({"entries": {key_of(one): bad}}).encode())

@@ -16,8 +16,8 @@ from journal import sentence
 from timing import precision
 
 import decompk
-from decompk.kernels import choose as dispatch
 from decompk.kernels import extension
+from decompk.kernels.choose import choose
 from decompk.kernels.problem import Problem
 
 GPU, DEVICE = torch.cuda.is_available(), torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -51,7 +51,7 @@ def test_it_is_right(check):
 def test_deterministic_algorithms_choose_no_atomic_sums():
     torch.use_deterministic_algorithms(True)
     try:
-        choice = dispatch.choose(Problem("wgrad", "bfloat16", 4, 64, 16, 16, 35, 35, (3, 3), padding=(1, 1)), DEVICE)
+        choice = choose(Problem("wgrad", "bfloat16", 4, 64, 16, 16, 35, 35, (3, 3), padding=(1, 1)), DEVICE)
     finally:
         torch.use_deterministic_algorithms(False)
     assert choice.config is None or not choice.config.atomic

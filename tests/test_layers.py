@@ -71,10 +71,10 @@ CONVS = {
 }
 
 
-@pytest.mark.parametrize("form", ["loop", "grouped", "dispatched"])
+@pytest.mark.parametrize("form", ["loop", "grouped", "chosen"])
 @pytest.mark.parametrize("option", CONVS)
 def test_convolutions_train_alike_in_every_form(option, form, monkeypatch):
-    if form != "dispatched":
+    if form != "chosen":
         monkeypatch.setattr(conv, "conv_form", lambda *sizes: form)
     make, shape = CONVS[option]
     check(make, *shape)

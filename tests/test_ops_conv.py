@@ -10,8 +10,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import decompk
 from decompk import Crop, DecompkError, ops
-from decompk.kernels import choose as dispatch
 from decompk.kernels import conv, extension
+from decompk.kernels.choose import candidates
 from decompk.kernels.layout import layout_of, strides_of
 from decompk.kernels.problem import Problem
 from decompk.kernels.torch_limits import overruns, sees_nothing
@@ -276,7 +276,7 @@ def test_sizes_past_2_to_the_31_elements_keep_their_offsets():
 
     problem = Problem("fprop", "bfloat16", 4, 2**17, 64, 64, 16, 16, (3, 3), (1, 1), (1, 1))
     shape = (4, 2**17, 16, 16, 64)
-    for choice in dispatch.candidates(problem, device.KNOWN[90]):
+    for choice in candidates(problem, device.KNOWN[90]):
         if choice.config is None:
             continue
         with FakeTensorMode(), recording() as launches:
@@ -289,10 +289,10 @@ def test_sizes_past_2_to_the_31_elements_keep_their_offsets():
                 if isinstance(value, int) and value >= 2**31:
                     assert name in {"xk", "yk", "rk"}, name  # multiplied in 64 bits
     too_many = Problem("fprop", "bfloat16", 1, 2**23, 8, 8, 16, 16, (3, 3), (1, 1), (1, 1), aligned=False)
-    assert all(c.backend == "torch" or c.form.name == "band" for c in dispatch.candidates(too_many, device.KNOWN[90]))
+    assert all(c.backend == "torch" or c.form.name == "band" for c in candidates(too_many, device.KNOWN[90]))
 
 
-def test_dispatch_answers_every_problem_with_something_legal():
+def test_every_problem_is_answered_with_something_legal():
     from decompk.kernels import device
 
     grid = [
@@ -308,7 +308,7 @@ def test_dispatch_answers_every_problem_with_something_legal():
     ]
     for here in device.KNOWN.values():
         for problem in grid[:: 1 if here.capability == 90 else 7]:
-            found = dispatch.candidates(problem, here)
+            found = candidates(problem, here)
             assert found and found == sorted(found, key=lambda choice: choice.ms)
             assert all(c.form.why_not(problem, c.config, here) is None for c in found)
             if problem.kind != "dgrad" or problem.layout != "crops":

@@ -28,9 +28,9 @@ from layers import CASES, Layer, fitting_batch, layers, norms, problem
 from steps import Captured, Training
 
 import decompk
-from decompk.kernels import choose as dispatch
 from decompk.kernels import conv, tables
 from decompk.kernels import device as devices
+from decompk.kernels.choose import candidates
 from decompk.kernels.conv.form import Choice
 from decompk.kernels.device import interpreted
 from decompk.kernels.problem import PASSES, Config, key_of
@@ -179,9 +179,9 @@ def test_a_captured_step_is_replayed(monkeypatch):
 def test_the_tuner_keeps_the_fastest_that_is_right_and_does_not_try_twice(tmp_path, monkeypatch):
     one = problem("dgrad", "float32", (2, 2, 4, 4, 5, 5), (3, 3), padding=(1, 1))
     monkeypatch.setattr(tables, "TABLES", tmp_path)
-    candidates, variations = dispatch.candidates, tune.variations
+    variations = tune.variations
     forms = ("loop", "pointer", "tile")
-    monkeypatch.setattr(dispatch, "candidates", lambda *a: [c for c in candidates(*a) if c.form.name in forms])
+    monkeypatch.setattr(tune, "candidates", lambda *a: [c for c in candidates(*a) if c.form.name in forms])
     monkeypatch.setattr(tune, "variations", lambda config: variations(config)[:2])
     here, wanted = devices.of(CPU), {one: Layer(one.of("fprop"), 1, False, (5, 5))}
     log = journal.Journal(tmp_path / "log" / "tune.jsonl", tune.KEYS)

@@ -21,9 +21,9 @@ from torch import Tensor
 
 import decompk
 from decompk import ops
-from decompk.kernels import choose as dispatch
 from decompk.kernels import conv, extension, tables
 from decompk.kernels import device as devices
+from decompk.kernels.choose import candidates
 from decompk.kernels.conv.form import Choice
 from decompk.kernels.conv.steps import moments_of
 from decompk.kernels.layout import ORDERS, strides_of
@@ -122,7 +122,7 @@ class Checks:
         ]
 
     def marked(self) -> list[Check]:
-        """What has a public history of silent errors: 8 warps, which dispatch often chooses, and tf32."""
+        """What has a public history of silent errors: 8 warps, which are often chosen, and tf32."""
         first = (
             [problem(kind, "tf32", self.first, (3, 3), **PADDED) for kind in PASSES] if "tf32" in self.others else []
         )
@@ -130,7 +130,7 @@ class Checks:
         return eight + [self.config(one, config) for one in first for config in self.configs(one)[0]]
 
     def rest(self) -> list[Check]:
-        """What else there is in the first dtype: dispatch's choices for the papers' networks, then odd shapes."""
+        """What else there is in the first dtype: what is chosen for the papers' networks, then odd shapes."""
         found = [check for check in self.networks(self.dtype) if "8 warps" not in check.marks]
         found += [self.config(one, config) for one in self.odd(self.dtype) for config in self.configs(one)[0]]
         found += [self.moments(one) for one in self.odd(self.dtype, "fprop")]
@@ -182,12 +182,12 @@ class Checks:
         return first, rest
 
     def _networks(self, dtype: str, later: bool = False) -> list[Check]:
-        """What dispatch would choose among kernels for each layer of the papers' networks, on few images."""
+        """What would be chosen among kernels for each layer of the papers' networks, on few images."""
         found = {}
         for case in self.later if later else self.cases:
             for layer in layers(case, dtype, self.batch):
                 for asked in layer.passes():
-                    chosen = next((c for c in dispatch.candidates(asked, self.here) if c.config), None)
+                    chosen = next((c for c in candidates(asked, self.here) if c.config), None)
                     small = replace(layer.problem, N=min(SEVERAL, self.batch)).of(asked.kind)
                     one = Trial(small, "meta", layer.image).asked
                     if chosen and chosen.form.why_not(one, chosen.config, self.here) is None:

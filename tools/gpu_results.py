@@ -2,8 +2,8 @@
 
     python tools/gpu_results.py ARCHIVE
 
-Writes bench/results/<device>/gpu_suite.jsonl and gpu_suite.md, and adds the tuned entries to the table in
-decompk/kernels/configs where dispatch looks for that device's. What was said by failing processes stays in the archive.
+Writes bench/results/<device>/gpu_suite.jsonl and gpu_suite.md, and adds the tuned entries to that
+device's table in decompk/kernels/configs. What was said by failing processes stays in the archive.
 """
 
 from __future__ import annotations

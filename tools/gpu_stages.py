@@ -213,7 +213,7 @@ def compiled(desk: Desk, case: Case, way: str, key: dict[str, str]) -> None:
 
 
 def tune(desk: Desk) -> None:
-    """Winners go into tuned.json, which `tools/gpu_results.py` lays where dispatch looks."""
+    """Winners go into tuned.json, which `tools/gpu_results.py` lays down as the tuned table."""
     plan, here = desk.plan, devices.of(desk.plan.device)
     journal = Journal(desk.journal.path, ("key", "choice"), "tune")
     timer = plan.timer()

@@ -68,7 +68,7 @@ LAUNCHES = ("launch_ms", "graph_node_ms")
 
 
 def machine(lines: list[Line], most: int) -> Iterator[str]:
-    """Versions, and measured roofs beside what dispatch assumes."""
+    """Versions, and measured roofs beside what predictions assume."""
     versions: Line = {}
     for line in results(lines):
         if line.get("case") == "versions":
@@ -248,7 +248,7 @@ def moments(items: dict[tuple[str, str, str], dict[str, Line]]) -> Iterator[str]
 
 
 def predictions(lines: list[Line], most: int) -> Iterator[str]:
-    """By form, how far dispatch's predictions are off, and the single worst ones."""
+    """By form, how far predictions are off, and the single worst ones."""
     timed = [r for r in results(lines, "layers") if "ms" in r and isinstance(r.get("predicted_ms"), float)]
     forms: dict[str, list[float]] = {}
     for r in timed:

@@ -2,7 +2,7 @@
 
     python tools/inspect_kernels.py [--arch 80,90,100] [--only TEXT] [--out FILE]
 
-Shipped is what dispatch answers for the layers of tools/layers.py in bfloat16 (ResNet32's in float32, too), with no
+Shipped is what is chosen for the layers of tools/layers.py in bfloat16 (ResNet32's in float32, too), with no
 flags, those of inference and those of training; what the tuned tables hold; batch norms and block convolutions.
 Prints one row a kernel; exit code 1 where one spills, is over the shared memory limit, or lacks the tensor cores, the
 rounding of tf32 or (from sm_90) the tensor copies that its form promises.
@@ -34,12 +34,12 @@ import layers
 
 from decompk import errors
 from decompk.kernels import block as block_conv
-from decompk.kernels import choose as dispatch
 from decompk.kernels import conv, tables
 from decompk.kernels import device as devices
 from decompk.kernels import norm as batch_norm
 from decompk.kernels.call import wgrad
 from decompk.kernels.conv.form import Choice
+from decompk.kernels.choose import candidates
 from decompk.kernels.launch import Launch, recording
 from decompk.kernels.layout import strides_of
 from decompk.kernels.problem import Config, Epilogue, Offsets, Problem, Prologue
@@ -157,12 +157,12 @@ def shipped(arch: int, only: str = "") -> Iterator[Kernel]:
 
 
 def _choices(here: devices.Device, only: str) -> Iterator[tuple[str, Problem, Config]]:
-    """The Triton config that dispatch prefers for every layer and pass, and what the tuned table holds."""
+    """The Triton config that is preferred for every layer and pass, and what the tuned table holds."""
     for case in (case for case in layers.CASES if only in case.title):
         for dtype in ("bfloat16", "tf32", "float32") if case.model == "resnet32" else ("bfloat16",):
             for layer in layers.layers(case, dtype):
                 for problem in layer.passes():
-                    found = [c.config for c in dispatch.candidates(problem, here) if c.backend == "triton"][:1]
+                    found = [c.config for c in candidates(problem, here) if c.backend == "triton"][:1]
                     tuned = tables.lookup(problem, here)
                     for config in found + ([tuned.config] if tuned and tuned.backend == "triton" else []):
                         yield f"{problem.kind} {dtype} {layer.name}", problem, config

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from decompk import ops
 from decompk.cost import formulas
-from decompk.kernels import choose as dispatch
 from decompk.kernels import device as devices
+from decompk.kernels.choose import candidates, choose
 from decompk.kernels.conv.form import Choice
 from decompk.kernels.problem import Problem
 
@@ -46,12 +46,12 @@ def runner(how: Callable[..., Tensor], jobs: list[tuple[Tensor, ...]], kind: str
 
 @functools.cache
 def kernels(problem: Problem, device: torch.device) -> dict[str, Choice]:
-    """Of every form with configs the candidate that is predicted fastest, but for the one that dispatch chooses."""
+    """Of every form with configs the candidate that is predicted fastest, but for the one that is chosen."""
     found = {}
-    for choice in dispatch.candidates(problem, devices.of(device)):
+    for choice in candidates(problem, devices.of(device)):
         if choice.config:
             found.setdefault(choice.form.name, choice)
-    ours = dispatch.choose(problem, device)
+    ours = choose(problem, device)
     return {form: choice for form, choice in found.items() if choice.config != ours.config}
 
 
@@ -124,14 +124,14 @@ class Bench:
 
     def layer(self, layer: Layer, problem: Problem, key: dict[str, str]) -> None:
         trial = Trial(layer.problem.of(problem.kind), self.device, layer.image)
-        others, ours = kernels(problem, self.device), dispatch.choose(problem, self.device)
+        others, ours = kernels(problem, self.device), choose(problem, self.device)
         choices = {"ours": ours, **{f"kernel {form}": choice for form, choice in others.items()}}
         contestants = {name: (partial(trial.by_choice, choice), same) for name, choice in choices.items()}
         contestants |= {"ours": (trial.by_op, same), **rivals(trial)}
         if problem.kind == "fprop":
             contestants |= with_moments(trial, contestants["cudnn_grouped"])
         facts = {name: {"config": describe(one), "predicted_ms": one.ms} for name, one in choices.items()}
-        known = {one.form.name: one for one in dispatch.candidates(problem, devices.of(self.device)) if not one.config}
+        known = {one.form.name: one for one in candidates(problem, devices.of(self.device)) if not one.config}
         for form, name in (("loop", "cudnn_loop"), ("grouped", "cudnn_grouped_copied")):
             facts[name] = {"predicted_ms": known[form].ms} if form in known else {}
         common = {"count": layer.count, "batch": trial.problem.N, "dtype": problem.dtype}

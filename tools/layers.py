@@ -69,7 +69,7 @@ class Layer:
         return f"{p.C}→{p.O} {p.kernel[0]}×{p.kernel[1]}/{p.stride[0]} @{p.H}×{p.W}{crops}"
 
     def passes(self) -> list[Problem]:
-        """The Problems that operations ask dispatch for, one a pass."""
+        """The Problems for which operators ask who runs them, one a pass."""
         kinds = [kind for kind in PASSES if kind != "dgrad" or not self.first]
         return [Trial(self.problem.of(kind), "meta", self.image).asked for kind in kinds]
 

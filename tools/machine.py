@@ -36,7 +36,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def machine(desk: Desk) -> None:
-    """Versions, then measured roofs beside those that the model of dispatch assumes."""
+    """Versions, then measured roofs beside those that predictions assume."""
     desk.guarded(
         lambda: desk.journal.add(part="machine", case="versions", **versions(desk.plan)),
         part="machine",
@@ -136,7 +136,7 @@ def roofs(plan: Plan) -> Iterator[tuple[str, Callable[[], dict[str, float]]]]:
 
 
 def known_roofs(desk: Desk) -> dict[str, float]:
-    """The newest measured ones; what was not measured is what dispatch assumes."""
+    """The newest measured ones; what was not measured is what predictions assume."""
     here = devices.of(desk.plan.device)
     found = {"copy_gbps": here.memory_gbps}
     for dtype, share in (("bfloat16", 1.0), ("float16", 1.0), ("tf32", 0.5), ("float32", 0.06)):

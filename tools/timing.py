@@ -117,7 +117,7 @@ class Trial:
         self.call.empty().fill_(math.nan)
 
     def by_op(self) -> Tensor:
-        """As a network calls it: who runs is dispatch's choice."""
+        """As a network calls it: who runs is chosen."""
         p = self.problem
         geometry = (p.stride, p.padding, p.dilation)
         with torch.no_grad(), precision(p.dtype):

@@ -1,4 +1,4 @@
-"""Time every legal candidate for the layers of `layers.py` on this GPU, and keep the winners where dispatch looks.
+"""Time every legal candidate for the layers of `layers.py` on this GPU, and keep the winners in its tuned table.
 
     python tools/tune.py [--out FILE] [--minutes M] [--problems TEXT ...] [--again] [--log FILE]
 
@@ -28,9 +28,9 @@ from journal import Journal, sentence, write
 from layers import BATCH, CASES, Case, Layer, fitting_batch, layers
 from timing import Gate, Timer, Trial, describe, end_if_lost, free_memory
 
-from decompk.kernels import choose as dispatch
 from decompk.kernels import conv, tables
 from decompk.kernels import device as devices
+from decompk.kernels.choose import candidates
 from decompk.kernels.conv.form import Choice
 from decompk.kernels.device import Device
 from decompk.kernels.problem import Config, Problem, key_of
@@ -48,7 +48,7 @@ def variations(config: Config) -> list[Config]:
 
 
 class Table:
-    """The tuned table of a device, as dispatch reads it; written whole after every new entry."""
+    """The tuned table of a device, as `kernels.tables` reads it; written whole after every new entry."""
 
     def __init__(self, path: Path, device: Device):
         self.path = path
@@ -87,7 +87,7 @@ class Tuner:
         done = set() if again else set(self.table.entries)
         refined = {key for key in done if self.table.entries[key].get("refined")}
         plain = [p for p in problems if key_of(p) not in done]
-        self._sweep([(p, dispatch.candidates(p, devices.of(self.device))) for p in plain], refined=False)
+        self._sweep([(p, candidates(p, devices.of(self.device))) for p in plain], refined=False)
         rest = [p for p in problems if key_of(p) in self.table.entries.keys() - refined]
         self._sweep([(p, self._variations(p)) for p in rest], refined=True)
 
@@ -181,7 +181,7 @@ def problems(
 
 def parsed(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--out", type=Path, help="the table; by default where dispatch looks for this device's")
+    parser.add_argument("--out", type=Path, help="the table; by default that of this device")
     parser.add_argument("--minutes", type=float, default=1e9)
     parser.add_argument("--problems", nargs="*", default=[], metavar="TEXT", help="only these networks or keys")
     parser.add_argument("--again", action="store_true", help="tune what the table already holds, too")
