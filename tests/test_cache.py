@@ -20,8 +20,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from decompk.kernels import cache, cpu
-from decompk.kernels import measure as measured
+from decompk.kernels import cache, cpu, measure
 from decompk.report import info
 
 if sys.platform != "linux":
@@ -388,7 +387,7 @@ def test_without_room_anywhere_torchs_operators_run(place):
         cpu._opened.cache_clear()
         rows = {row[0]: row for row in info.info().rows}
         y = torch.nn.functional.conv2d(torch.ones(1, 1, 3, 3), torch.ones(1, 1, 3, 3))
-        measured._keep(measured.path(), "x" * 1000, {"direct": 1.0})
+        measure._keep(measure.path(), "x" * 1000, {"direct": 1.0})
         return cpu.why_not(), rows["backend cpu"], y.item(), list(place.glob("*.so"))
 
     why, row, y, left = in_another_process(limited)
@@ -476,14 +475,14 @@ def test_who_is_killed_while_writing_choices_loses_none(place):
 
     def keep():
         for number in range(before, 10**6):
-            measured._keep(file, f"problem {number}", {"direct": 1.0})
+            measure._keep(file, f"problem {number}", {"direct": 1.0})
 
     before = 0
     for _ in range(KILLS):
         killed(keep, 0.02 + random.random() / 20)
-        known = measured._table(file)
+        known = measure._table(file)
         assert len(known) >= before and set(known) == {f"problem {number}" for number in range(len(known))}
         before = len(known)
-    measured._keep(file, "last", {"direct": 1.0})
-    assert before and len(measured._table(file)) == before + 1
+    measure._keep(file, "last", {"direct": 1.0})
+    assert before and len(measure._table(file)) == before + 1
     assert set(place.iterdir()) == {file, file.with_suffix(".lock")}

@@ -19,8 +19,7 @@ import decompk
 from decompk import ops
 from decompk.errors import BackendError
 from decompk.kernels import cache as kept
-from decompk.kernels import conv, cpu
-from decompk.kernels import measure as measured
+from decompk.kernels import conv, cpu, measure
 from decompk.kernels.choose import choose
 from decompk.kernels.device import KNOWN
 from decompk.kernels.problem import PASSES, Problem, key_of
@@ -280,21 +279,21 @@ def chosen():
 
 def test_a_choice_is_measured_once_kept_and_read_again(cache, monkeypatch):
     first = chosen()
-    known = json.loads(measured.path().read_text())[key_of(LAYER)]
+    known = json.loads(measure.path().read_text())[key_of(LAYER)]
     assert set(known) == {"direct", "winograd", "loop", "grouped"} and all(ms > 0 for ms in known.values())
-    assert measured.path().parent == cache and first.reason.startswith("measured here")
-    monkeypatch.setattr(measured, "time_each", None)  # would raise
+    assert measure.path().parent == cache and first.reason.startswith("measured here")
+    monkeypatch.setattr(measure, "time_each", None)  # would raise
     again = chosen()
     assert again.form is first.form and again.ms == pytest.approx(first.ms, rel=0.01)
-    measured.path().unlink()
+    measure.path().unlink()
     with pytest.raises(TypeError):
         chosen()
 
 
 def test_the_fastest_wins_and_torchs_by_a_margin(cache):
     def told(**ms):
-        measured.path().write_text(json.dumps({key_of(LAYER): ms}))
-        os.utime(measured.path(), ns=(told.time, told.time))
+        measure.path().write_text(json.dumps({key_of(LAYER): ms}))
+        os.utime(measure.path(), ns=(told.time, told.time))
         told.time += 10**9
         return chosen()
 
@@ -316,49 +315,49 @@ DAMAGED = [
 
 @pytest.mark.parametrize("content", DAMAGED, ids=range(len(DAMAGED)))
 def test_a_damaged_table_is_measured_again(cache, monkeypatch, content):
-    monkeypatch.setattr(measured, "time_each", lambda problem, forms: {form.name: 1.0 for form in forms})
-    measured.path().write_bytes(content if isinstance(content, bytes) else content.encode())
+    monkeypatch.setattr(measure, "time_each", lambda problem, forms: {form.name: 1.0 for form in forms})
+    measure.path().write_bytes(content if isinstance(content, bytes) else content.encode())
     assert chosen().ms == 1.0
-    assert set(json.loads(measured.path().read_text())[KEY]) == {"direct", "winograd", "loop", "grouped"}
+    assert set(json.loads(measure.path().read_text())[KEY]) == {"direct", "winograd", "loop", "grouped"}
 
 
 def test_what_is_whole_in_a_damaged_table_stays(cache):
-    measured.path().write_text(json.dumps({"a": {"direct": 1.0}, "b": {"direct": "slow"}}))
-    measured._keep(measured.path(), "c", {"direct": 2.0})
-    assert json.loads(measured.path().read_text()) == {"a": {"direct": 1.0}, "c": {"direct": 2.0}}
+    measure.path().write_text(json.dumps({"a": {"direct": 1.0}, "b": {"direct": "slow"}}))
+    measure._keep(measure.path(), "c", {"direct": 2.0})
+    assert json.loads(measure.path().read_text()) == {"a": {"direct": 1.0}, "c": {"direct": 2.0}}
 
 
 def test_what_is_no_file_in_the_tables_place_is_no_table(cache, monkeypatch):
-    monkeypatch.setattr(measured, "time_each", lambda problem, forms: {form.name: 1.0 for form in forms})
+    monkeypatch.setattr(measure, "time_each", lambda problem, forms: {form.name: 1.0 for form in forms})
     for make in (os.mkdir, os.mkfifo, lambda path: os.symlink("nowhere", path), lambda path: os.symlink(path, path)):
-        make(measured.path())
-        assert chosen().ms == 1.0 and KEY in json.loads(measured.path().read_text())
-        measured.path().unlink()
+        make(measure.path())
+        assert chosen().ms == 1.0 and KEY in json.loads(measure.path().read_text())
+        measure.path().unlink()
     monkeypatch.setattr(kept, "LARGEST", 10**4)
-    measured.path().write_text(json.dumps({KEY: {"direct": 2.0}}) + " " * 10**4)
-    assert chosen().ms == 1.0 and measured.path().stat().st_size < 10**4
+    measure.path().write_text(json.dumps({KEY: {"direct": 2.0}}) + " " * 10**4)
+    assert chosen().ms == 1.0 and measure.path().stat().st_size < 10**4
 
 
 def test_where_nothing_can_be_kept_the_process_measures_once(cache, monkeypatch):
     asked = []
     monkeypatch.setattr(
-        measured, "time_each", lambda problem, forms: asked.append(1) or {form.name: 1.0 for form in forms}
+        measure, "time_each", lambda problem, forms: asked.append(1) or {form.name: 1.0 for form in forms}
     )
     (cache / "a file").touch()
     monkeypatch.setenv("DECOMPK_CACHE", str(cache / "a file"))
     assert chosen() == chosen() and len(asked) == 1
     monkeypatch.setenv("DECOMPK_CACHE", str(cache))
-    (measured.path() / "kept").mkdir(parents=True)  # not a file, and not to be replaced by one
+    (measure.path() / "kept").mkdir(parents=True)  # not a file, and not to be replaced by one
     assert chosen() == chosen() and len(asked) == 2
 
 
 def test_threads_that_write_at_once_lose_nothing(cache):
     def keep(number):
-        measured._keep(measured.path(), f"problem {number}", {"direct": 1.0})
+        measure._keep(measure.path(), f"problem {number}", {"direct": 1.0})
 
     with ThreadPoolExecutor(8) as threads:
         list(threads.map(keep, range(40)))
-    assert len(measured.entries(measured.path())) == 40
+    assert len(measure.entries(measure.path())) == 40
 
 
 def test_nothing_is_measured_where_it_may_not_be(cache, monkeypatch):

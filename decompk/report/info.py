@@ -8,8 +8,7 @@ import platform
 import torch
 
 from .. import __version__
-from ..kernels import cpu, extension
-from ..kernels import measure as measured
+from ..kernels import cpu, extension, measure
 from ..kernels.cache import shown
 from ..kernels.device import why_not_triton_on
 from .table import Column, Table
@@ -45,14 +44,14 @@ def _device() -> tuple[str, str, str]:
 def _cpu() -> list[tuple[str, str, str]]:
     reason = cpu.why_not()
     kept = "; freed memory stays with the process" if cpu.keeps_memory() else ""
-    known = len(measured.entries(measured.path()))
+    known = len(measure.entries(measure.path()))
     return [
         ("backend cpu", "absent" if reason else "available", reason or f"C++ for float32 on this processor{kept}"),
         ("kernels on this CPU", "absent" if reason else "built", "see above" if reason else cpu.where()),
         (
             "choices on this CPU",
             f"{known} measured",
-            f"{shown(measured.path())}: remove it to measure them again",
+            f"{shown(measure.path())}: remove it to measure them again",
         ),
     ]
 
