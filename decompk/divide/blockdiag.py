@@ -23,7 +23,7 @@ from ..kernels.backend import asked_for
 from ..packed.linear import PackedLinear
 from ..packed.pack import Packed, pack
 from ..packed.per_member import PerMember
-from ..packed.twin import HOOKS, dotted, split
+from ..packed.twin import HOOKS, dotted, member_rows
 from ..report.table import Column, Table, decimals
 from .compose import tensors
 from .decompose import Decomposition
@@ -141,7 +141,7 @@ class Members(ZeroSkipping, Packed):
     def _run(self, x: Tensor, cuts: bool) -> Any:
         if torch.compiler.is_compiling() or not self._runs_in_turn(x):
             return super()._run(x, cuts)
-        rows = [t.contiguous(memory_format=torch.channels_last) if t.dim() == 4 else t for t in split(x, self._K)]
+        rows = [t.contiguous(memory_format=torch.channels_last) if t.dim() == 4 else t for t in member_rows(x, self._K)]
         with as_one_member(self._inner) as members:
             outputs = [functional_call(self._inner, *call) for call in zip(members, rows, strict=True)]
         return tree_map(lambda *leaves: torch.cat(leaves) if isinstance(leaves[0], Tensor) else leaves[0], *outputs)

@@ -19,7 +19,7 @@ from ..fx.wrapper import Shell
 from ..kernels.call import watched
 from ..kernels.torch_limits import is_delicate
 from ..threads import Turn
-from .twin import Record, check_rows, deep_copy, split
+from .twin import Record, check_rows, deep_copy, member_rows
 
 Inputs = tuple[tuple, dict[str, Any]]
 _STORES = ("_parameters", "_buffers")
@@ -219,7 +219,7 @@ class PerMember(Shell):
             x = args[0]
             check_rows(x.shape[0], self._K, self._path, x.shape)
             record = self._batch.setdefault((x.dim(),), Record())
-            return x.shape[0], [((part,), {}) for part in self._split(x)], record
+            return x.shape[0], [((part,), {}) for part in self._member_rows(x)], record
         found = leaves((args, kwargs))
         tensors = [leaf for leaf in found if isinstance(leaf, Tensor) and leaf.dim()]
         if not tensors:
@@ -237,15 +237,15 @@ class PerMember(Shell):
         def cut(leaf: Any) -> Any:
             if isinstance(leaf, Tensor) and leaf.dim() and next(verdict):
                 check_rows(leaf.shape[0], self._K, self._path, leaf.shape)
-                return self._split(leaf)
+                return self._member_rows(leaf)
             return [leaf] * self._K
 
         check_rows(rows, self._K, self._path, first.shape)
         return rows, spread(cut, (args, kwargs), self._K), record
 
-    def _split(self, x: Tensor) -> Sequence[Tensor]:
+    def _member_rows(self, x: Tensor) -> Sequence[Tensor]:
         """Each member's rows; laid out as it would get them alone where its own convolutions might not survive ours."""
-        parts = split(x, self._K)
+        parts = member_rows(x, self._K)
         if not self._is_delicate or not x.is_floating_point():
             return parts
         return [part.clone(memory_format=torch.contiguous_format) for part in parts]
@@ -477,7 +477,7 @@ class RecurrentPerMember(PerMember):
             return [None] * self._K if leaf is None else leaf.split([leaf.shape[1] // self._K] * self._K, 1)
 
         states = spread(cut, hidden, self._K)
-        inputs = [((part, state), {}) for part, state in zip(split(x, self._K), states, strict=True)]
+        inputs = [((part, state), {}) for part, state in zip(member_rows(x, self._K), states, strict=True)]
         return x.shape[0], inputs, Record()
 
     def _join(self, rows: int, outputs: list, record: Record) -> Any:
@@ -495,7 +495,7 @@ class AttentionPerMember(PerMember):
         if kwargs["query"].dim() != 3:
             raise PackError(f"'{self._path}' takes a batch (samples, tokens, features) in a packed module.")
         rows, inputs, record = super()._cut((), kwargs)
-        masks = split(mask, self._K) if mask is not None and mask.dim() == 3 else [mask] * self._K
+        masks = member_rows(mask, self._K) if mask is not None and mask.dim() == 3 else [mask] * self._K
         return rows, [((), {**own, "attn_mask": part}) for (_, own), part in zip(inputs, masks, strict=True)], record
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..errors import PackError
 from ..kernels.thresholds import recurrent_form
 from ..ops.recurrent import prepared, recurrence
-from .twin import Twin, split
+from .twin import Twin, member_rows
 
 
 class _PackedRecurrent(Twin):
@@ -70,7 +70,7 @@ class _PackedRecurrent(Twin):
         states = zip(*(s.split(samples, 1) for s in hx), strict=True) if pair else hx.split(samples, 1)
         weights = zip(*(getattr(self, name).unbind(0) for name in self._flat_weights_names), strict=True)
         options = (self.bias, self.num_layers, self.dropout, self.training, self.bidirectional, True)
-        members = zip(split(x, self._twin_K), states, weights, strict=True)
+        members = zip(member_rows(x, self._twin_K), states, weights, strict=True)
         y, *last = zip(*(function(part, state, own, *options) for part, state, own in members), strict=True)
         last = tuple(torch.cat(parts, 1) for parts in last)
         return torch.cat(y), last if pair else last[0]

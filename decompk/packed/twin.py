@@ -141,10 +141,10 @@ class Twin:
     def _twin_each(self, function: Callable[..., Tensor], x: Tensor, *stacks: Any) -> Tensor:
         """Concatenate `function(x_k, *slices_k)` over members; a stack is a (K, …) tensor, a sequence of K, or None."""
         columns = [(None,) * self._twin_K if s is None else s.unbind(0) if isinstance(s, Tensor) else s for s in stacks]
-        return torch.cat([function(*row) for row in zip(split(x, self._twin_K), *columns, strict=True)])
+        return torch.cat([function(*row) for row in zip(member_rows(x, self._twin_K), *columns, strict=True)])
 
 
-def split(x: Tensor, K: int) -> tuple[Tensor, ...]:
+def member_rows(x: Tensor, K: int) -> tuple[Tensor, ...]:
     """(K·N, …) → K views (N, …). Its backward is a concatenation, which keeps channels_last."""
     return x.split([x.shape[0] // K] * K)
 
