@@ -83,8 +83,8 @@ class Fused(Packed):
         program = self._program
         if program is None or not program.applies():
             return super()._run(x, cuts)
-        windows = cuts and program.windows()
-        return program(self._cut(x) if cuts and not windows else x, self._crops if windows else None)
+        uncut = cuts and program.reads_image()
+        return program(self._cut(x) if cuts and not uncut else x, self._crops if uncut else None)
 
     def _change(self, changes: Changes) -> None:
         self._original._change(changes)
@@ -109,7 +109,7 @@ class _Program(Rewritten):
     """The fused graphs of `net`, for train and for eval mode."""
 
     _notes: dict[bool, dict[str, str]]
-    _windows: dict[bool, bool]
+    _reads_image: dict[bool, bool]
     _modal: bool
     _plain: dict[bool, list[tuple[nn.Module, dict[str, Any]]]]
 
@@ -124,7 +124,7 @@ class _Program(Rewritten):
             ) from error
         vars(self).update(
             _notes={mode: fusion.notes for mode, fusion in fusions.items()},
-            _windows={mode: fusion.windows for mode, fusion in fusions.items()},
+            _reads_image={mode: fusion.reads_image for mode, fusion in fusions.items()},
             _modal=self._source[True][0] != self._source[False][0],
             _plain={mode: [(m, _plain(m)) for m in fusion.entered] for mode, fusion in fusions.items()},
         )
@@ -143,8 +143,8 @@ class _Program(Rewritten):
             for m, plain in self._plain[mode]
         )
 
-    def windows(self) -> bool:
-        return self._windows[self._inner.training]
+    def reads_image(self) -> bool:
+        return self._reads_image[self._inner.training]
 
     def notes(self) -> dict[str, str]:
         return self._notes[self._inner.training]
@@ -283,8 +283,8 @@ class _Chain:
 class _Fusion:
     """The graph of `net` in one mode with its chains replaced by calls of `_layer`.
 
-    entered: modules whose code the graph stands for. notes: path of a twin → what became of it. windows: whether the
-    first layer takes the uncut image.
+    entered: modules whose code the graph stands for. notes: path of a twin → what became of it. reads_image: whether
+    the first layer takes the uncut image.
     """
 
     def __init__(self, net: nn.Module, training: bool, crops: Sequence[Crop] | None):
@@ -298,7 +298,7 @@ class _Fusion:
         self._taken: set[fx.Node] = set()
         self._image = next(node for node in self.graph.nodes if node.op == "placeholder") if crops is not None else None
         chains = [chain for node in self._modules for chain in self._chain(node)]
-        self.windows = any(chain.reads_image for chain in chains)
+        self.reads_image = any(chain.reads_image for chain in chains)
         self._replace(chains)
         self.graph.lint()
 
