@@ -91,7 +91,7 @@ def test_what_autograd_keeps_follows_its_rules_on_a_chain_counted_by_hand():
         nn.MaxPool2d(2), nn.Dropout(0.5), nn.Flatten(), nn.Linear(128, 5),
     )  # fmt: skip
     layers = {layer.name: layer for layer in walk.layers(net, (3, 8, 8), training=True)}
-    kept = {name: [(s.kind, s.elements) for s in layer.saved] for name, layer in layers.items()}
+    kept = {name: [(s.content, s.elements) for s in layer.saved] for name, layer in layers.items()}
     assert kept == {
         "0": [],  # the image, which is counted apart
         "1": [("sample", 4 * 64), ("vector", 4), ("vector", 4)],
@@ -111,7 +111,7 @@ def test_what_autograd_keeps_follows_its_rules_on_a_chain_counted_by_hand():
 
 def test_in_evaluation_dropout_and_the_statistics_are_not_kept():
     net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Dropout(0.5))
-    kept = [s.kind for layer in walk.layers(net, (3, 8, 8)) for s in layer.saved]
+    kept = [s.content for layer in walk.layers(net, (3, 8, 8)) for s in layer.saved]
     assert kept == ["sample"]
 
 

@@ -127,18 +127,18 @@ CONVENTIONS: dict[str, Callable[[Cost], int]] = {
 
 @dataclass(frozen=True)
 class Saved:
-    """One tensor that autograd keeps: its kind, its elements for one sample (for "vector" once a batch), its shape.
+    """One tensor that autograd keeps: what it holds, elements for one sample (of "vector" for a batch), shape.
 
-    `kind`: "sample", "vector", "index" or "mask"; see the fields saved_… of Cost. `shape` is (channels, *spatial) as
+    `content`: "sample", "vector", "index" or "mask"; see the fields saved_… of Cost. `shape` is (channels, *spatial) as
     it was made: a later view of the same memory does not change it.
     """
 
-    kind: str
+    content: str
     elements: int
     shape: Shape
 
 
-SAVED_KINDS = ("sample", "vector", "index", "mask")
+SAVED_CONTENTS = ("sample", "vector", "index", "mask")
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ..crops import by
 from ..errors import DecompkError, brief
 from ..fx.graph import MetaInterpreter, in_mode, on_meta, trace
-from .figures import SAVED_KINDS, LayerCost, Saved, Shape
+from .figures import SAVED_CONTENTS, LayerCost, Saved, Shape
 from .formulas import conv_macs, norm_flops, pool_flops
 
 # ---- operations -----------------------------------------------------------------------------------------------------
@@ -74,7 +74,7 @@ class _Memory:
 
     storage: torch.UntypedStorage  # held, or another tensor would get its identity
     shape: Shape
-    kind: str  # as of Saved; "image" is the network's input, "own" a parameter or buffer
+    content: str  # as of Saved; "image" is the network's input, "own" a parameter or buffer
     learned: bool  # a gradient flows to it
     saved: bool = False
 
@@ -104,40 +104,40 @@ class _Recorder(TorchDispatchMode):
                 self.work.saved.append(Saved("index", out.numel() // BATCH, tuple(out.shape[1:])))
         return out
 
-    def meet(self, tensor: torch.Tensor, kind: str, learned: bool = False) -> _Memory:
-        """What is known of a tensor's memory; `kind` and `learned` where it is new."""
+    def meet(self, tensor: torch.Tensor, content: str, learned: bool = False) -> _Memory:
+        """What is known of a tensor's memory; `content` and `learned` where it is new."""
         storage = tensor.untyped_storage()
-        return self.memory.setdefault(storage._cdata, _Memory(storage, tuple(tensor.shape), kind, learned))
+        return self.memory.setdefault(storage._cdata, _Memory(storage, tuple(tensor.shape), content, learned))
 
     def _learned(self, tensor: torch.Tensor) -> bool:
         return self.meet(tensor, "vector").learned
 
     def _follow(self, name: str, args: tuple, out: Any) -> bool:
-        """Note of what kind the results are; whether a gradient flows to them."""
+        """Note what the results hold; whether a gradient flows to them."""
         operands = [self.meet(t, "vector") for t in _tensors(args)]
         learned = any(m.learned for m in operands) and not name.startswith(("empty", "zeros", "ones", "full", "new"))
-        sampled = any(m.kind not in ("vector", "own") for m in operands)
+        sampled = any(m.content not in ("vector", "own") for m in operands)
         for i, tensor in enumerate(_tensors(out)):
-            kind = "sample" if sampled and not (i and "batch_norm" in name) else "vector"
-            known = self.meet(tensor, kind if tensor.is_floating_point() else "index")
+            content = "sample" if sampled and not (i and "batch_norm" in name) else "vector"
+            known = self.meet(tensor, content if tensor.is_floating_point() else "index")
             known.learned |= learned
             if name == "bernoulli_":
-                known.kind = "mask"
+                known.content = "mask"
         return learned
 
     def _save(self, tensor: torch.Tensor) -> None:
         known = self.meet(tensor, "vector")
-        size = 8 if known.kind == "index" else tensor.element_size()
+        size = 8 if known.content == "index" else tensor.element_size()
         elements = known.storage.nbytes() // size
-        if known.saved or known.kind == "own" or not elements:
+        if known.saved or known.content == "own" or not elements:
             return
         known.saved = True
-        if known.kind == "image":
+        if known.content == "image":
             self.work.image += elements // BATCH
-        elif known.kind == "vector":
+        elif known.content == "vector":
             self.work.saved.append(Saved("vector", elements, known.shape))
         else:
-            self.work.saved.append(Saved(known.kind, elements // BATCH, known.shape[1:]))
+            self.work.saved.append(Saved(known.content, elements // BATCH, known.shape[1:]))
 
     def _call(self, func: Any, args: tuple, kwargs: dict) -> Any:
         """func's result; the second time, from memory: torch infers shapes in Python, a hundred times slower."""
@@ -413,7 +413,7 @@ def _entry(name: str, node: fx.Node, walker: _Walker, final: bool, counted: set[
         backward_samples = outputs + saved + sum(map(walker.elements, differentiable))
         backward_weights = 2 * weights
     new = [tensor for key, tensor in known.own.items() if key not in counted]
-    saved = {kind: sum(s.elements for s in work.saved if s.kind == kind) for kind in SAVED_KINDS}
+    saved = {content: sum(s.elements for s in work.saved if s.content == content) for content in SAVED_CONTENTS}
     return LayerCost(
         macs=work.macs // samples,
         mac_outputs=work.mac_outputs // samples,

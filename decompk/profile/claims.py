@@ -128,7 +128,7 @@ def ratio_claims(
     sizes = {"index": 8, "mask": mask_size}
 
     def size(saved: Saved) -> int:
-        return (1 if saved.kind == "vector" else batch) * saved.elements * sizes.get(saved.kind, element_size)
+        return (1 if saved.content == "vector" else batch) * saved.elements * sizes.get(saved.content, element_size)
 
     def add(what: str, measured: float | None, parts: Sequence[Part], power: int, tolerance: float = EXACT) -> None:
         ratio = expected(parts, K, power)

@@ -137,7 +137,7 @@ def saved_parts(pairs: Iterable[Pair], K: int, field: Field, size: Callable[[Sav
             ratio = member.elements / whole.elements
             channels = member.shape[0] / whole.shape[0]
             if prod(whole.shape[1:]) == 1:
-                why = VECTORS if whole.kind == "vector" else POOLED
+                why = VECTORS if whole.content == "vector" else POOLED
                 parts.append(_vector(size(whole), ratio, why, K))
             elif channels == 1:
                 parts.append(_lawless(size(whole), ratio))
