@@ -1,8 +1,8 @@
 """The paper's powers of 1/K, and by name what keeps a real network from them.
 
-A member's figure over the global network's is (1/K)^p times factors. The powers are cost.ROLES'; the factors come from
-the shapes alone, so a wrong power is not absorbed by any of them. A total begins at the law of convolutions; each
-factor is what the total gains when one more of its causes is let in, and their product is the expected ratio.
+A member's figure over the global network's is (1/K)^p times factors. The powers are cost.figures.ROLES'; the factors
+come from the shapes alone, so a wrong power is not absorbed by any of them. A total begins at the law of convolutions;
+each factor is what the total gains when one more of its causes is let in, and their product is the expected ratio.
 """
 
 from __future__ import annotations

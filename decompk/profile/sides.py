@@ -49,7 +49,7 @@ class LayerSide:
 
 @dataclass(frozen=True)
 class Layer:
-    """One layer: `role` names its law (cost.ROLES), `sides` holds the networks that have it."""
+    """One layer: `role` names its law (cost.figures.ROLES), `sides` holds the networks that have it."""
 
     name: str
     kind: str
