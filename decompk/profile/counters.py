@@ -198,7 +198,7 @@ def fvcore_macs(net: nn.Module, x: Tensor) -> int | str:
 
 
 @dataclass(frozen=True)
-class Call:
+class LayerCall:
     """One call of a layer: the module, and its arguments, whose tensors lie on the meta device."""
 
     module: nn.Module
@@ -226,12 +226,12 @@ def _like(tensor: Tensor, device: torch.device | str) -> Tensor:
 
 
 @contextmanager
-def watched(net: nn.Module, layers: Iterable[LayerCost]) -> Iterator[dict[str, Call]]:
-    """While it runs, collects the calls of those layers with MACs that are modules: layer name → Call."""
+def layer_calls(net: nn.Module, layers: Iterable[LayerCost]) -> Iterator[dict[str, LayerCall]]:
+    """While it runs, collects the calls of those layers with MACs that are modules: layer name → LayerCall."""
     paths = {layer.name.partition("#")[0] for layer in layers if layer.macs}
     modules = dict(net.named_modules())
     counts: Counter[str] = Counter()
-    calls: dict[str, Call] = {}
+    calls: dict[str, LayerCall] = {}
     handles = []
 
     def without_data(leaf: Any) -> Any:
@@ -241,7 +241,7 @@ def watched(net: nn.Module, layers: Iterable[LayerCost]) -> Iterator[dict[str, C
         def note(module: nn.Module, args: tuple, kwargs: dict) -> None:
             counts[path] += 1
             name = path if counts[path] == 1 else f"{path}#{counts[path]}"
-            calls[name] = Call(module, tree_map(without_data, (args, kwargs)))
+            calls[name] = LayerCall(module, tree_map(without_data, (args, kwargs)))
 
         return note
 
@@ -254,7 +254,7 @@ def watched(net: nn.Module, layers: Iterable[LayerCost]) -> Iterator[dict[str, C
             handle.remove()
 
 
-def layer_flops(call: Call) -> tuple[int, int]:
+def layer_flops(call: LayerCall) -> tuple[int, int]:
     """(forward, backward) FLOPs of one layer alone, by torch's counter, without data.
 
     In a whole network that counter credits the backward pass of one module to its neighbours.

@@ -19,7 +19,7 @@ from ..packed.pack import pack
 from ..report.decomposition import Pair
 from ..report.progress import naming
 from .claims import Claim, figure_claims, fvcore_claim, layers_claim, packed_claims, ratio_claims, time_claim
-from .counters import Call, analysed, backward, fvcore_macs, layer_flops, measured, peak_memory, watched
+from .counters import LayerCall, analysed, backward, fvcore_macs, layer_calls, layer_flops, measured, peak_memory
 from .law import Field, role_of
 from .profile import Profile
 from .roofs import DTYPES, measure_roofs, name_of_device
@@ -163,14 +163,14 @@ def _counted(name: str, network: Network, batch: int) -> tuple[Side, list[Claim]
     return side, claims
 
 
-def _calls(network: Network) -> dict[str, Call]:
+def _calls(network: Network) -> dict[str, LayerCall]:
     """The calls of its layers with MACs in one training step; from then on, on a GPU, images are channels_last."""
     if network.pixels.is_cuda and network.job[0][1].dim() == 4:
         for net, x, _ in network.job:
             net.to(memory_format=torch.channels_last)
             x.data = x.data.contiguous(memory_format=torch.channels_last)
     net, x, _ = network.job[0]
-    with watched(net, network.layers) as calls:
+    with layer_calls(net, network.layers) as calls:
         backward(net(x))
     return calls
 

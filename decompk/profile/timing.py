@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..fx.pytree import leaves
 from ..kernels.timer import device_seconds, in_turns
-from .counters import Call, backward
+from .counters import LayerCall, backward
 
 LEAST_ROUNDS, MOST_ROUNDS = 3, 30
 LAYER_SECONDS = 0.01  # quick layers are repeated for as long
@@ -60,7 +60,7 @@ def _step(net: nn.Module, x: Tensor, optimizer: torch.optim.Optimizer, device: t
 
 
 def layer_times(
-    calls: Mapping[str, Call], device: torch.device, tell: Callable[[str], None]
+    calls: Mapping[str, LayerCall], device: torch.device, tell: Callable[[str], None]
 ) -> dict[str, tuple[float, float]]:
     """Median seconds (forward, backward) of every layer alone; layers that cost the same are measured once."""
     found: dict[str, tuple[float, float]] = {}
@@ -71,7 +71,7 @@ def layer_times(
     return {name: found[call.key] for name, call in calls.items()}
 
 
-def _alone(call: Call, device: torch.device) -> tuple[float, float]:
+def _alone(call: LayerCall, device: torch.device) -> tuple[float, float]:
     args, kwargs = call.fresh(device)
 
     def once() -> tuple[float, float]:
