@@ -22,7 +22,7 @@ from ..threads import one_at_a_time
 from .channels import divide_channels
 from .compose import apart_skeleton, assemble, check_head, check_members, compose, extract, put, tensors
 from .division import Division
-from .sizes import Found, check_form, find_size, refuse_size, same_members
+from .sizes import Found, check_shape, find_size, refuse_size, same_members
 
 
 def decompose(
@@ -109,7 +109,7 @@ class Decomposition:
         self.K = len(crops)
         self._head, self._cut = head, cut
         self._source = found.source if found else ""
-        self._form = found.form if found else input_size
+        self._sample_shape = found.shape if found else input_size
         self._divide(input_size, crops, found.division if found else divide_channels(model, input_size, crops, head))
         if cut is not None:
             self.input_size = self._crops = None
@@ -140,7 +140,7 @@ class Decomposition:
         """The crops; where they wait for the first batch, they are laid for its samples of `size` (C, *spatial)."""
         if self._crops is None:
             name, size = type(self.model).__name__, tuple(size)
-            check_form(self._form, size, name)
+            check_shape(self._sample_shape, size, name)
             assert self._cut is not None
             crops = self._cut(size[1:])
             division = divide_channels(self.model, size, crops, self._head, self.division.graphs)
@@ -331,7 +331,7 @@ def grouped_subnets(
     """
     decomposition = decompose(model, input_size, partitions, crop_size, margin, head)
     waits = decomposition.input_size is None
-    dims = 1 + len(decomposition._form)
+    dims = 1 + len(decomposition._sample_shape)
     packed = pack(decomposition.subnets(seed), crops=None if waits else decomposition.crops, input_dims=dims)
     packed.decomposition = decomposition
     if waits:

@@ -30,18 +30,18 @@ _LIMITS = {1: 2**16, 2: 512, 3: 128}  # how far further sides are looked for whe
 _SAMPLES = 2
 
 Size = tuple[int, ...]
-Form = tuple[int | None, ...]  # of one sample: None is an axis of any size
+SampleShape = tuple[int | None, ...]  # None is an axis of any size
 
 
 @dataclass(frozen=True)
 class Found:
-    """A size, its crops and the division at this size; `waits`: any size of `form` gives these members."""
+    """A size, its crops and the division at this size; `waits`: any size of this shape gives these members."""
 
     size: Size
     crops: tuple[Part, ...]
     division: Division
     source: str
-    form: Form
+    shape: SampleShape
     waits: bool = False
 
 
@@ -53,23 +53,24 @@ def find_size(model: nn.Module, cut: Callable[[Size], tuple[Part, ...]], head: s
     PartitionError where nothing tells the size, and what `divide_channels` raises.
     """
     search = _Search(model, cut, head)
-    for size, source in _declared(model, search.forms[0]):
+    first = search.shapes[0]
+    for size, source in _declared(model, first):
         if not search.misfit(size):
             return search.found(size, source)
     refused = None
-    for form in search.forms:
+    for shape in search.shapes:
         try:
-            if found := search.fitting(form):
+            if found := search.fitting(shape):
                 return found
         except PartitionError as error:
             refused = refused or error
     if refused is None and len(search.failures) == 1:
         raise PartitionError(
-            f"{search.name} itself runs on no {_kind(search.forms[0])} that was tried: {search.failures.pop()}; "
+            f"{search.name} itself runs on no {_kind(first)} that was tried: {search.failures.pop()}; "
             "mend that, or give input_size=, the size of one sample."
         )
     raise refused or PartitionError(
-        f"{search.name} runs on no {_kind(search.forms[0])} that was tried, up to {_LIMITS[_free(search.forms[0])]} a "
+        f"{search.name} runs on no {_kind(first)} that was tried, up to {_LIMITS[_free(first)]} a "
         "side: give input_size=, the size of one sample, such as (3, 224, 224)."
     )
 
@@ -81,9 +82,9 @@ def refuse_size(model: nn.Module, size: Size) -> None:
     except DecompkError:  # it is refused at any size
         return
     if search.misfit(size) and search.failures:
-        fits = [form for form in search.forms if len(form) == len(size)]
-        channels = bool(fits) and all(form[0] not in (None, size[0]) for form in fits)
-        example = " or ".join(str(_filled(form, size[-1] if size[-1] > 4 else 32)) for form in search.forms)
+        fits = [shape for shape in search.shapes if len(shape) == len(size)]
+        channels = bool(fits) and all(shape[0] not in (None, size[0]) for shape in fits)
+        example = " or ".join(str(_filled(shape, size[-1] if size[-1] > 4 else 32)) for shape in search.shapes)
         remedy = "" if fits and not channels else f"; one sample is (channels, *spatial), such as {example}"
         raise PartitionError(
             f"{search.name} itself does not run on samples of {size}: {search.failures.pop()}{remedy}; give an "
@@ -110,41 +111,41 @@ def _equal(a: Any, b: Any) -> bool:
     return np.array_equal(a, b)
 
 
-def check_form(form: Form, size: Size, name: str) -> None:
-    """Raise PartitionError where samples of `size` are not of the form that the network's first layer reads."""
-    if len(size) != len(form) or any(n is not None and n != m for n, m in zip(form, size, strict=True)):
-        wanted = ", ".join("any" if n is None else str(n) for n in form)
+def check_shape(shape: SampleShape, size: Size, name: str) -> None:
+    """Raise PartitionError where samples of `size` do not have the shape that the network's first layer reads."""
+    if len(size) != len(shape) or any(n is not None and n != m for n, m in zip(shape, size, strict=True)):
+        wanted = ", ".join("any" if n is None else str(n) for n in shape)
         raise PartitionError(f"{name} takes samples of ({wanted}), not of {size}; give it such a batch first.")
 
 
 # ---- what the model says --------------------------------------------------------------------------------------------
 
 
-def _declared(model: nn.Module, form: Form) -> Iterator[tuple[Size, str]]:
+def _declared(model: nn.Module, shape: SampleShape) -> Iterator[tuple[Size, str]]:
     """The sizes that a network declares, as this package's own, timm's and Hugging Face's do, and where."""
     name = type(model).__name__
     own = getattr(model, "input_size", None)
-    if _fits(own, form):
+    if _fits(own, shape):
         yield tuple(own), f"as {name} declares"
     for place in ("pretrained_cfg", "default_cfg"):
         given = getattr(model, place, None)
         size = given.get("input_size") if isinstance(given, dict) else getattr(given, "input_size", None)
-        if isinstance(size, Sequence) and _fits((form[0], *size[1:]), form):  # the channels may be others
-            yield (form[0], *size[1:]), f"as {name}.{place} declares"
+        if isinstance(size, Sequence) and _fits((shape[0], *size[1:]), shape):  # the channels may be others
+            yield (shape[0], *size[1:]), f"as {name}.{place} declares"
     sides = getattr(getattr(model, "config", None), "image_size", None)
-    size = (form[0], *(sides if isinstance(sides, Sequence) else (sides,) * (len(form) - 1)))
-    if len(form) > 1 and _fits(size, form):
+    size = (shape[0], *(sides if isinstance(sides, Sequence) else (sides,) * (len(shape) - 1)))
+    if len(shape) > 1 and _fits(size, shape):
         yield size, f"as {name}.config declares"
 
 
-def _fits(size: Any, form: Form) -> bool:
-    if not isinstance(size, tuple | list) or len(size) != len(form):
+def _fits(size: Any, shape: SampleShape) -> bool:
+    if not isinstance(size, tuple | list) or len(size) != len(shape):
         return False
     known = all(isinstance(n, int) and n > 0 for n in size)
-    return known and all(n is None or n == m for n, m in zip(form, size, strict=True))
+    return known and all(n is None or n == m for n, m in zip(shape, size, strict=True))
 
 
-def _forms(model: nn.Module, graph: fx.Graph) -> list[Form]:
+def _sample_shapes(model: nn.Module, graph: fx.Graph) -> list[SampleShape]:
     """What one sample may look like to the network's first layer with channels or features."""
     modules = dict(model.named_modules(remove_duplicate=False))
     for node in graph.nodes:
@@ -179,31 +180,31 @@ class _Search:
         self.model, self.cut, self.head = model, cut, head
         self.name = type(model).__name__
         self.graphs = {mode: trace(model, mode) for mode in (True, False)}
-        self.forms = _forms(model, self.graphs[False])
+        self.shapes = _sample_shapes(model, self.graphs[False])
         self.skeleton = on_meta(model)
         self.failures: set[str] = set()  # where and what the network raised on sizes that do not fit
 
-    def found(self, size: Size, source: str, form: Form | None = None, waits: bool = False) -> Found:
+    def found(self, size: Size, source: str, shape: SampleShape | None = None, waits: bool = False) -> Found:
         crops = self.cut(size[1:] or size)
         division = divide_channels(self.model, size, crops, self.head, self.graphs)
-        return Found(size, crops, division, source, form or size, waits)
+        return Found(size, crops, division, source, shape or size, waits)
 
-    def fitting(self, form: Form) -> Found | None:
-        """The one size of this form that fits, or that of the first batch; None where none fits."""
-        if None not in form:
-            return None if self.misfit(form) else self.found(form, "all that its first layer reads")
-        found = self.among(form, _COMMON[_free(form)], "the only common size that fits")
-        return found or self.among(form, self.others(form), "the only size that fits")
+    def fitting(self, shape: SampleShape) -> Found | None:
+        """The one size of this shape that fits, or that of the first batch; None where none fits."""
+        if None not in shape:
+            return None if self.misfit(shape) else self.found(shape, "all that its first layer reads")
+        found = self.among(shape, _COMMON[_free(shape)], "the only common size that fits")
+        return found or self.among(shape, self.others(shape), "the only size that fits")
 
-    def among(self, form: Form, sides: Sequence[int], source: str) -> Found | None:
+    def among(self, shape: SampleShape, sides: Sequence[int], source: str) -> Found | None:
         """`fitting` among these sides; the search ends when two of them, at which no layer adapts, give one answer."""
         fits: dict[int, Found] = {}
         refused: dict[str, PartitionError] = {}
         for side in sides:
-            if self.misfit(_filled(form, side)):
+            if self.misfit(_filled(shape, side)):
                 continue
             try:
-                fits[side] = found = self.found(_filled(form, side), source, form)
+                fits[side] = found = self.found(_filled(shape, side), source, shape)
             except PartitionError as error:
                 if str(error) in refused and not isinstance(error, MisfitError):  # not a matter of the size
                     raise
@@ -220,7 +221,7 @@ class _Search:
             return first
         if all(same_members(first.division, other.division) for other in further):
             return self.waiting(first)
-        names = [by(_filled(form, side)) for side in sorted(fits)]
+        names = [by(_filled(shape, side)) for side in sorted(fits)]
         raise PartitionError(
             f"{self.name} runs on samples of {', '.join(names[:-1])} and {names[-1]}, and its members would differ: "
             "give input_size=, the size of one sample."
@@ -228,23 +229,23 @@ class _Search:
 
     @staticmethod
     def waiting(found: Found) -> Found:
-        return Found(found.size, found.crops, found.division, "as its first batch has", found.form, waits=True)
+        return Found(found.size, found.crops, found.division, "as its first batch has", found.shape, waits=True)
 
-    def others(self, form: Form) -> list[int]:
+    def others(self, shape: SampleShape) -> list[int]:
         """All sides that fit around one that bisection finds: what a flatten holds grows with the side."""
-        low, high = 1, _LIMITS[_free(form)]
+        low, high = 1, _LIMITS[_free(shape)]
         while low <= high:
             middle = (low + high) // 2
-            misfit = self.misfit(_filled(form, middle))
+            misfit = self.misfit(_filled(shape, middle))
             if misfit == 0:
                 break
             low, high = (middle + 1, high) if misfit < 0 else (low, middle - 1)
         else:
             return []
         first = last = middle
-        while first > low and not self.misfit(_filled(form, first - 1)):
+        while first > low and not self.misfit(_filled(shape, first - 1)):
             first -= 1
-        while last < high and not self.misfit(_filled(form, last + 1)):
+        while last < high and not self.misfit(_filled(shape, last + 1)):
             last += 1
         return list(range(first, last + 1))
 
@@ -301,15 +302,15 @@ class _Trial(MetaInterpreter):
         return 1 if wanted is not None and got > wanted else -1
 
 
-def _free(form: Form) -> int:
-    return max(form.count(None), 1)
+def _free(shape: SampleShape) -> int:
+    return max(shape.count(None), 1)
 
 
-def _filled(form: Form, side: int) -> Size:
-    return tuple(side if n is None else n for n in form)
+def _filled(shape: SampleShape, side: int) -> Size:
+    return tuple(side if n is None else n for n in shape)
 
 
-def _kind(form: Form) -> str:
-    if form[0] is None:
-        return f"sequence of {form[-1]} features"
-    return {1: "vector", 2: "signal", 3: "square image", 4: "cubic volume"}[len(form)]
+def _kind(shape: SampleShape) -> str:
+    if shape[0] is None:
+        return f"sequence of {shape[-1]} features"
+    return {1: "vector", 2: "signal", 3: "square image", 4: "cubic volume"}[len(shape)]
