@@ -23,7 +23,7 @@ class Samples:
     names: tuple[str, ...] = ()
 
 
-def split(x: Tensor, y: Tensor, names: tuple[str, ...] = ()) -> Samples:
+def train_and_test(x: Tensor, y: Tensor, names: tuple[str, ...] = ()) -> Samples:
     """A fifth, drawn from seed 0, is held out."""
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
     test, train = order[: len(x) // 5], order[len(x) // 5 :]
@@ -34,14 +34,14 @@ def digits() -> Samples:
     """scikit-learn's 1,797 handwritten digits: (N, 8, 8), 0 to 1."""
     found = _sklearn().load_digits()
     x = torch.from_numpy(found.images).float() / 16
-    return split(x, torch.from_numpy(found.target), tuple(map(str, range(10))))
+    return train_and_test(x, torch.from_numpy(found.target), tuple(map(str, range(10))))
 
 
 def diabetes() -> Samples:
     """scikit-learn's 442 patients: ten standardised measurements, and how their disease went on, standardised."""
     found = _sklearn().load_diabetes()
     x, y = torch.from_numpy(found.data).float(), torch.from_numpy(found.target).float()[:, None]
-    return split(x / x.std(0), (y - y.mean()) / y.std())
+    return train_and_test(x / x.std(0), (y - y.mean()) / y.std())
 
 
 def _sklearn() -> Any:
@@ -73,7 +73,7 @@ def signals(count: int = 2500, length: int = 128, noise: float = 0.8) -> Samples
         torch.sin(8 * math.pi * time) * (time % 1 < 0.4),
     ]
     x = torch.stack(kinds)[label, torch.arange(count)] * uniform(0.7, 1.3)
-    return split((x + noise * torch.randn(x.shape, generator=g))[:, None], label, WAVES)
+    return train_and_test((x + noise * torch.randn(x.shape, generator=g))[:, None], label, WAVES)
 
 
 SHAPES = ("ball", "cube", "shell", "cylinder", "cross")
@@ -97,4 +97,4 @@ def volumes(count: int = 1200, size: int = 20, noise: float = 0.5) -> Samples:
         (thin >= 2) & (largest < 1.2 * radius),
     ]
     x = torch.stack(kinds)[label, torch.arange(count)].float()
-    return split((x + noise * torch.randn(x.shape, generator=g))[:, None], label, SHAPES)
+    return train_and_test((x + noise * torch.randn(x.shape, generator=g))[:, None], label, SHAPES)
