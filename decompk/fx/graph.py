@@ -73,7 +73,7 @@ class _Tracer(threads.Tracer):
         if node not in self.checks:
             answer = goes_on_with(frame.f_code, frame.f_lasti)
             if answer is None:
-                what = "a tensor's shape" if _is_fact(node) else "the values of a tensor"
+                what = "a tensor's shape" if _is_metadata(node) else "the values of a tensor"
                 raise UnsupportedOperation(
                     f"torch.fx cannot trace {type(self.root).__name__}: {_line(traceback.extract_stack(frame))} "
                     f"branches on {what}, which tracing does not know; let something given to __init__ decide, or pack "
@@ -109,18 +109,18 @@ class Attribute(_Answering, fx.proxy.Attribute):
     pass
 
 
-_FACTS = {"size", "dim", "ndimension", "numel", "is_floating_point", "is_complex", "stride", "get_device", "len"}
-_TENSORS = {"data", "T", "mT", "H", "mH", "real", "imag", "grad"}  # attributes that are no facts
+_METADATA = {"size", "dim", "ndimension", "numel", "is_floating_point", "is_complex", "stride", "get_device", "len"}
+_TENSORS = {"data", "T", "mT", "H", "mH", "real", "imag", "grad"}  # attributes that are no metadata
 
 
-def _is_fact(node: fx.Node) -> bool:
-    """Whether a value is made of shapes and other facts about tensors, not of what they hold."""
+def _is_metadata(node: fx.Node) -> bool:
+    """Whether a value is made of metadata of tensors, such as shapes, not of what they hold."""
     if node.op not in ("call_function", "call_method"):
         return False
     if node.target is getattr:
         return node.args[1] not in _TENSORS
     name = getattr(node.target, "__name__", node.target)
-    return name in _FACTS or (bool(node.all_input_nodes) and all(map(_is_fact, node.all_input_nodes)))
+    return name in _METADATA or (bool(node.all_input_nodes) and all(map(_is_metadata, node.all_input_nodes)))
 
 
 def _line(stack: traceback.StackSummary) -> str:
@@ -200,11 +200,11 @@ def trace(model: nn.Module, training: bool) -> fx.Graph:
             )
     for node, answer in tracer.checks.items():
         node.meta["holds"] = answer
-        if not _is_fact(node):  # only samples can tell
+        if not _is_metadata(node):  # only samples can tell
             _erase_unused(graph, node)
     _drop_fixed_arguments(graph)
     for node in graph.nodes:
-        _spell_alike(node)
+        _spell_one_way(node)
     return graph
 
 
@@ -262,7 +262,7 @@ def _erase_unused(graph: fx.Graph, node: fx.Node) -> None:
             _erase_unused(graph, source)
 
 
-def _spell_alike(node: fx.Node) -> None:
+def _spell_one_way(node: fx.Node) -> None:
     """One spelling of what torch accepts in many: the first operand and sizes positional, `dim` for numpy's `axis`."""
     if node.op not in ("call_function", "call_method", "call_module"):
         return
