@@ -76,7 +76,7 @@ def check_members(members: list[nn.Module]) -> dict[str, str]:
             raise PackError(f"members 0 and {k} differ: only one of them has a module '{only[0]}'.")
         registered = _registered(modules[0]) | _registered(modules[k])
         for path, module in modules[0].items():
-            _check_alike(k, path, module, modules[k][path])
+            _check_module(k, path, module, modules[k][path])
             for name, kind in _differences(module, modules[k][path], registered):
                 where = path if kind == "own" else _keeper(modules[0], path, name)
                 if where is None:
@@ -127,7 +127,7 @@ def _ties(modules: dict[str, nn.Module]) -> dict[str, str]:
     return names
 
 
-def _check_alike(k: int, path: str, a: nn.Module, b: nn.Module) -> None:
+def _check_module(k: int, path: str, a: nn.Module, b: nn.Module) -> None:
     """Raise PackError where module `a` of member 0 and `b` of member k differ in more than their values."""
     what = f"'{path}'" if path else "the network"
     kinds = [type(m).__bases__ if is_parametrized(m) else type(m) for m in (a, b)]
