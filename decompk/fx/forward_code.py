@@ -35,7 +35,7 @@ class ForwardCode:
 
     `own`: read from the module itself; `foreign`: from anything else; `called`: as a method; `stored`: assigned;
     `filled`: what they hold is changed in place, as of a dict or list.
-    `named`: strings in code that uses getattr. `kinds`: module classes in code that uses isinstance or type, and
+    `named`: strings in code that uses getattr. `classes`: module classes in code that uses isinstance or type, and
     `exact`: the latter. `batch_statistics`: it calls batch_norm itself.
     """
 
@@ -45,7 +45,7 @@ class ForwardCode:
     stored: set[str] = field(default_factory=set)
     filled: set[str] = field(default_factory=set)
     named: set[str] = field(default_factory=set)
-    kinds: set[type] = field(default_factory=set)
+    classes: set[type] = field(default_factory=set)
     exact: set[type] = field(default_factory=set)
     batch_statistics: bool = False
 
@@ -128,9 +128,9 @@ def read_forward(module: nn.Module, entry: str = "forward") -> ForwardCode:
                 changes.append(change)
             if not change.names and _is_container(function.__globals__.get(change.root)):
                 found.filled.add(change.root)
-        kinds = {value for value in values if isinstance(value, type) and issubclass(value, nn.Module)}
-        found.kinds.update(kinds if names & {"isinstance", "type", "__class__"} else ())
-        found.exact.update(kinds if names & {"type", "__class__"} else ())
+        classes = {value for value in values if isinstance(value, type) and issubclass(value, nn.Module)}
+        found.classes.update(classes if names & {"isinstance", "type", "__class__"} else ())
+        found.exact.update(classes if names & {"type", "__class__"} else ())
         batch_statistics |= any(value is one for value in values for one in _BATCH_STATISTICS)
         queue += [(f, False) for value in values for f in _functions(value) if not _inside_torch(f)]
         if names & {"super", entry}:

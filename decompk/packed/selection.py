@@ -131,7 +131,7 @@ def _noticed(module: nn.Module, below: dict[str, nn.Module], whole: Collection[s
     """What forward would notice of the stand-ins below, which are wrapped if in `whole` and else twins, if anything."""
     code = read_forward(module)
     for path, part in below.items():
-        if isinstance(part, tuple(code.kinds if path in whole else code.exact)):
+        if isinstance(part, tuple(code.classes if path in whole else code.exact)):
             return f"its forward asks what kind of module '{path}' is"
         if path in whole and type(part).forward is nn.Module.forward:
             return f"'{path}' holds tensors and has no forward"
