@@ -64,18 +64,17 @@ class Paper:  # a GPU that compiles and runs nothing
 
 
 driver.set_active(Paper())
-from decompk.ahead import compile_launches
-from decompk.config import Config, Problem
+from decompk.packed.ahead import compile_launches
+from decompk.kernels.problem import Config, Problem
 from decompk.kernels import conv
 from decompk.kernels.launch import recording
-import by_config
 
 problem = Problem("fprop", "bfloat16", 2, 4, 16, 16, 8, 8, (3, 3), (1, 1), (1, 1))
 meta = dict(device="meta", dtype=torch.bfloat16)
 x, w, y = (torch.empty(shape, **meta) for shape in ((2, 4, 8, 8, 16), (2, 16, 3, 3, 16), (2, 4, 8, 8, 16)))
 with recording() as launches:
     for block in (16, 32):
-        by_config.fprop(problem, Config("tile", (1, 8, 8), 16, block), x, w, y)
+        conv.named("tile").fprop(problem, Config("tile", (1, 8, 8), 16, block), x, w, y)
 print(compile_launches(launches, torch.device("cpu")))
 print(compile_launches(launches, torch.device("cpu")))
 one = launches[0]

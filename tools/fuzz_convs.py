@@ -79,7 +79,7 @@ def channel_groups(p: Problem, t: Tensors) -> Tensors:
     return {"y": y.unflatten(1, (p["K"], p["O"])).transpose(0, 1)}
 
 
-WINOGRAD = Choice(conv.named("winograd"), None, math.nan, "asked for")
+BY_WINOGRAD = Choice(conv.named("winograd"), None, math.nan, "asked for")
 
 
 class _Winograd(torch.autograd.Function):
@@ -88,14 +88,14 @@ class _Winograd(torch.autograd.Function):
         x = in_layout(x, "member")
         ctx.save_for_backward(x, weight)
         ctx.call = fprop_call(x, weight, bias, geometry)
-        return ctx.call.fprop(WINOGRAD, x, weight, Epilogue(bias))
+        return ctx.call.fprop(BY_WINOGRAD, x, weight, Epilogue(bias))
 
     @staticmethod
     def backward(ctx, dy):
         (x, weight), needs = ctx.saved_tensors, ctx.needs_input_grad
         dy = in_layout(dy, "member")
-        dx = dgrad_call(ctx.call, dy).dgrad(WINOGRAD, dy, weight) if needs[0] else None
-        dw = wgrad_call(ctx.call, dy).wgrad(WINOGRAD, dy, x) if needs[1] else None
+        dx = dgrad_call(ctx.call, dy).dgrad(BY_WINOGRAD, dy, weight) if needs[0] else None
+        dw = wgrad_call(ctx.call, dy).wgrad(BY_WINOGRAD, dy, x) if needs[1] else None
         return dx, dw, dy.sum((1, 3, 4)) if needs[2] else None, None
 
 

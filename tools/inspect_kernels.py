@@ -38,8 +38,8 @@ from decompk.kernels import conv, tables
 from decompk.kernels import device as devices
 from decompk.kernels import norm as batch_norm
 from decompk.kernels.call import wgrad
-from decompk.kernels.conv.form import Choice
 from decompk.kernels.choose import candidates
+from decompk.kernels.conv.form import Choice
 from decompk.kernels.launch import Launch, recording
 from decompk.kernels.layout import strides_of
 from decompk.kernels.problem import Config, Epilogue, Offsets, Problem, Prologue

@@ -113,8 +113,14 @@ class Trial:
         return Gate(reference, self.by_torch())
 
     def poison(self) -> None:
-        """NaN in the memory that the next allocation of the result's size gets."""
+        """NaN where the next result goes, and in the memory that is given out after it."""
+
+        def once() -> Tensor:
+            del self.call.empty
+            return self.call.empty().fill_(math.nan)
+
         self.call.empty().fill_(math.nan)
+        self.call.empty = once
 
     def by_op(self) -> Tensor:
         """As a network calls it: who runs is chosen."""

@@ -542,8 +542,9 @@ def _call(x: Tensor, crops: Sequence[Crop] | None, conv: PackedConv2d) -> _Call 
 
     None where no operator takes them.
     """
-    if crops is None and (x.dim() != 4 or x.shape[0] % (batch_rows.get() or conv._twin_K)):
-        conv._twin_check(x)  # raises
+    compiled = torch.compiler.is_compiling()  # which reads no ContextVar
+    if crops is None and (compiled or x.dim() != 4 or x.shape[0] % (batch_rows.get() or conv._twin_K)):
+        conv._twin_check(x)
     weight, bias = conv.weight, conv.bias
     if x.device.type not in ("cpu", "cuda") or any(t is not None and t.dtype not in DTYPES for t in (x, weight, bias)):
         return None

@@ -48,6 +48,8 @@ def gradients(
     dy: Tensor, x: Tensor, weight: Tensor, geometry: Geometry, groups: int, wanted: tuple[bool, bool]
 ) -> tuple[Tensor | None, Tensor | None]:
     """(dx, dweight) of `convolution`, as wanted."""
+    if 1 in weight.shape and not weight.is_contiguous():  # strides of size 1 mislead torch about the memory format
+        weight = weight.contiguous()
     if overruns(x, weight, geometry[0]):
         dy, x, weight = (t.contiguous() for t in (dy, x, weight))
     return torch.ops.aten.convolution_backward(dy, x, weight, None, *geometry, False, [0, 0], groups, [*wanted, False])[
