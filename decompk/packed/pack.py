@@ -201,7 +201,7 @@ class Packed(Shell):
         shared = self._is_shared(x, (x,))
         N = x.shape[0] if shared else x.shape[1]
         kind = self._in_full((self.training, shared, x.dim()), N)
-        way = self._ways.get(kind) or self._way(kind, (x,), {}, [x], shared)
+        way = self._ways.get(kind) or self._way(kind, (x,), {}, [x], shared, N)
         if way.apart or isinstance(self._inner, PerMember):
             return self._members_apart(way, (x,), {}, shared)
         cuts = shared and len(self._crops or ()) > 0
@@ -228,7 +228,7 @@ class Packed(Shell):
         shared = self._is_shared(x, args, kwargs)
         N = x.shape[0] if shared else x.shape[1]
         kind = self._in_full((self.training, shared, *self._kind(args, kwargs, N)), N, args, kwargs)
-        way = self._ways.get(kind) or self._way(kind, args, kwargs, tensors, shared)
+        way = self._ways.get(kind) or self._way(kind, args, kwargs, tensors, shared, N)
         if way.apart or isinstance(self._inner, PerMember):
             return self._members_apart(way, args, kwargs, shared)
         roles = iter(way.roles)
@@ -359,26 +359,25 @@ class Packed(Shell):
 
     # ---- how a kind of call runs ------------------------------------------------------------------------------------
 
-    def _way(self, kind: tuple, args: tuple, kwargs: dict[str, Any], tensors: Sequence[Tensor], shared: bool) -> Way:
+    def _way(
+        self, kind: tuple, args: tuple, kwargs: dict[str, Any], tensors: Sequence[Tensor], shared: bool, N: int
+    ) -> Way:
         """How a kind of call runs that is met for the first time; the network is changed where that is needed.
 
         Of threads that meet it at once, the first finds out, and the others read what it found.
         """
         if torch.compiler.is_compiling():
-            return self._found_way(kind, args, kwargs, tensors, shared)
-        x = next(t for t in tensors if t.dim())
+            return self._found_way(kind, args, kwargs, tensors, shared, N)
         with one_at_a_time():
-            kind = self._in_full(kind[0], x.shape[0] if shared else x.shape[1], args, kwargs)  # another may be watched
-            return self._ways.get(kind) or self._found_way(kind, args, kwargs, tensors, shared)
+            kind = self._in_full(kind[0], N, args, kwargs)  # another may be watched
+            return self._ways.get(kind) or self._found_way(kind, args, kwargs, tensors, shared, N)
 
     def _found_way(
-        self, kind: tuple, args: tuple, kwargs: dict[str, Any], tensors: Sequence[Tensor], shared: bool
+        self, kind: tuple, args: tuple, kwargs: dict[str, Any], tensors: Sequence[Tensor], shared: bool, N: int
     ) -> Way:
-        x = next(t for t in tensors if t.dim())
-        N = x.shape[0] if shared else x.shape[1]
         named = None if self._shared is None or len(tensors) == 1 else self._named_roles(args, kwargs, shared, N)
         one = Way((Rows(0, not shared),)) if len(tensors) == 1 else named and Way(named)
-        alone = len(args) == 1 and not kwargs and args[0] is x
+        alone = len(args) == 1 and not kwargs and isinstance(args[0], Tensor)
         if one and ((alone and isinstance(self._inner, PerMember)) or not self._rehearse):
             return self._ways.setdefault(kind, one)
         if not N or not possible(tensors):
