@@ -283,9 +283,12 @@ class Rehearsal:
     def _apart(self, seed: int) -> Iterator[None]:
         """On operators that give the bits of a member alone, and unseen by the random state."""
         devices = {t.device for t in self.net.parameters() if t.is_cuda}
-        with contextlib.ExitStack() as stack:
-            for context in (torch.set_grad_enabled(self._grad), seeded(seed, devices), resumed("loop")):
-                stack.enter_context(context)
+        with (
+            torch.set_grad_enabled(self._grad),
+            seeded(seed, devices),
+            resumed("loop"),
+            contextlib.ExitStack() as stack,
+        ):
             for device in {"cpu", *(d.type for d in devices)} if self._raised else ():
                 stack.enter_context(torch.autocast(device, enabled=False))
             if self._draws_apart:
@@ -680,10 +683,8 @@ class Rehearsal:
 
     def _by_chance(self, roles: Sequence[Role]) -> bool:
         """Whether the network draws random numbers, which is noted."""
-        again = self._figures_alone(self.alone(roles, seed=1))
-        self._random = not all(
-            self._close(again[name][0], *one) for name, one in self._figures.items() if name in again
-        )
+        again = {name: figure[0] for name, figure in self._figures_alone(self.alone(roles, seed=1)).items()}
+        self._random = any(name in again for name in self._wrong(again))
         return self._random
 
     def _wrong(self, found: dict[tuple, Tensor], eps: float = 0.0) -> list[tuple]:
