@@ -486,10 +486,11 @@ class Rehearsal:
         if self._random or not wrong or self._by_chance(roles):
             return outs
         if self._best and self._raised is None:
+            before = self._theirs, self._figures
             with self._in(self._best):
                 self._look(roles)
                 verdict = self._outcome(roles, changes)
-            self._look(roles)
+            self._theirs, self._figures = before
             return verdict
         if self._by_rounding(roles, found):
             return outs
