@@ -319,14 +319,12 @@ class Rehearsal:
 
     def _at_full_size(self, way: Way, changes: Changes) -> tuple[Way, Changes]:
         """The verdict on as many samples as the call has: code may ask how many there are."""
-        few, self.count = self.count, self.N
         training = any(m.training for m in self.net.modules())
-        found = self._by_size(way, changes, compare=not self._random)
-        if found is changes and self._random and training and not self._draws:
-            self._evaluates = True
-            found = self._by_size(way, changes, compare=True)
-            self._evaluates = False
-        self.count = few
+        with self._under(count=self.N):
+            found = self._by_size(way, changes, compare=not self._random)
+            if found is changes and self._random and training and not self._draws:
+                with self._under(_evaluates=True):
+                    found = self._by_size(way, changes, compare=True)
         if found is not changes and self.N == 1:  # a last batch, mostly, for which the others shall not pay
             return replace(way, apart=True), changes
         return replace(way, outs=None if "" in found.whole else way.outs), found
@@ -361,7 +359,8 @@ class Rehearsal:
         if self._raised is None:
             self._find_best(way.roles)
         if self._raised is None and self._best:
-            with contextlib.suppress(Exception), self._in(self._best):  # whatever packed alone raises in that precision
+            # whatever packed alone raises in that precision
+            with contextlib.suppress(Exception), self._under(_raised=self._best):
                 return self._same_rows(way, changes, self.together(way.roles, changes), self.alone(way.roles))
         return self._by_rounding(way.roles, found)
 
@@ -374,18 +373,20 @@ class Rehearsal:
         eps = torch.finfo(self._computed(first)).eps
         self._best = None
         for dtype in (torch.float64, torch.float32):
-            with self._in(dtype):
+            with self._under(_raised=dtype):
                 if torch.finfo(dtype).eps < eps and self.runs(roles):
                     self._best = dtype
                     break
 
     @contextlib.contextmanager
-    def _in(self, dtype: torch.dtype | None, gradients: bool = True) -> Iterator[None]:
-        before, self._raised, self._grad = (self._raised, self._grad), dtype, self._grad and gradients
+    def _under(self, **conditions: Any) -> Iterator[None]:
+        """What runs meanwhile runs under other conditions."""
+        before = {name: getattr(self, name) for name in conditions}
+        vars(self).update(conditions)
         try:
             yield
         finally:
-            self._raised, self._grad = before
+            vars(self).update(before)
 
     def run(self) -> tuple[Way, Changes]:
         """How this kind of call runs, and what has to change in the network for it. Raises Unknown."""
@@ -399,18 +400,17 @@ class Rehearsal:
         x = self.tensors[self.anchor].detach()
         if x.is_floating_point() and not self._random and "" not in changes.whole:
             # Large enough for what saturates, or is switched on, to be so.
-            self._scale = 32 / min(float(x.abs().max().nan_to_num().clamp(1e-3)), 1)
-            with contextlib.suppress(Unknown):
+            scale = 32 / min(float(x.abs().max().nan_to_num().clamp(1e-3)), 1)
+            with contextlib.suppress(Unknown), self._under(_scale=scale):
                 changes = self._settled(roles, changes, again=True)[1]
-            self._scale = 1.0
         if self._random:
             if any(m.training for m in self.net.modules()):
-                self._evaluates, self._random = True, False
-                with contextlib.suppress(Unknown):
+                self._random = False
+                with contextlib.suppress(Unknown), self._under(_evaluates=True):
                     changes = self._settled(roles, changes, again=True)[1]
-                self._evaluates, self._random, self._draws = False, True, self._random
+                self._random, self._draws = True, self._random
             for dtype in dict.fromkeys((self._best, None)):
-                with contextlib.suppress(Unknown), self._in(dtype):
+                with contextlib.suppress(Unknown), self._under(_raised=dtype):
                     while "" not in changes.whole and (path := self._depends(roles, changes, outs)) is not None:
                         changes = self._by_members(changes, path, "its samples see each other")
                     break
@@ -438,7 +438,7 @@ class Rehearsal:
             outs = None
             try:
                 if self._best:  # without gradients, for which larger numbers take long and much memory
-                    with self._in(self._best, gradients=False):
+                    with self._under(_raised=self._best, _grad=False):
                         outs, changes = self._judged(roles, changes)
                 if "" in changes.whole or (again and self._best):
                     return outs, changes
@@ -487,7 +487,7 @@ class Rehearsal:
             return outs
         if self._best and self._raised is None:
             before = self._theirs, self._figures
-            with self._in(self._best):
+            with self._under(_raised=self._best):
                 self._look(roles)
                 verdict = self._outcome(roles, changes)
             self._theirs, self._figures = before
@@ -505,7 +505,7 @@ class Rehearsal:
 
     def _packs(self, roles: Sequence[Role], changes: Changes) -> bool:
         """Whether the packed network runs in the user's own precision."""
-        with self._in(None):
+        with self._under(_raised=None):
             try:
                 self.together(roles, changes)
             except Exception:  # whatever it raises
@@ -598,10 +598,8 @@ class Rehearsal:
         path = self._departs(roles, changes, outs)
         if path is None or threading.active_count() == 1:
             return path
-        self._draws_apart = True  # another thread may have drawn meanwhile
-        with contextlib.suppress(Unknown):
+        with contextlib.suppress(Unknown), self._under(_draws_apart=True):  # another thread may have drawn meanwhile
             path = self._departs(roles, changes, outs)
-        self._draws_apart = False
         return path
 
     def _departs(self, roles: Sequence[Role], changes: Changes, outs: Sequence[int | None]) -> str | None:
@@ -743,7 +741,7 @@ class Rehearsal:
         for dtype in dict.fromkeys((self._best, None)):
             ours, theirs = [], []
             try:
-                with self._in(dtype):
+                with self._under(_raised=dtype):
                     self.together(roles, changes, lambda net, events=ours: _recording(net, events))
                     self.alone(roles, watch=lambda net, events=theirs: _recording(net, events))
             except Exception:  # whatever a network raises that makes tensors of a dtype of its own
