@@ -108,6 +108,7 @@ class Rehearsal:
         self._draws = False  # in eval mode, too
         self._draws_apart = False  # from numbers that no other thread draws
         self._changed: list[str | int] = []
+        self._roles: Sequence[Role] = ()  # each tensor's, once they are found
         self._random = any(isinstance(m, _DropoutNd) and m.training and m.p for m in self.net.modules())
 
     # -- what belongs to the batch
@@ -164,7 +165,8 @@ class Rehearsal:
         reasons = []
         for roles in itertools.islice(itertools.product(*options), 32):
             try:
-                self.alone(roles)
+                with self._under(_roles=roles):
+                    self.alone()
             except Exception as error:  # whatever a network raises at arguments that do not fit each other
                 reasons.append(error)
             else:
@@ -175,7 +177,8 @@ class Rehearsal:
     def runs(self, roles: Sequence[Role], left: int | None = None) -> bool:
         """Whether a member alone takes its parts of the arguments, tensor `left` with another number of samples."""
         try:
-            self.alone(roles, left=left)
+            with self._under(_roles=roles):
+                self.alone(left=left)
         except Exception:  # whatever a network raises at arguments that do not fit each other
             return False
         return True
@@ -215,9 +218,7 @@ class Rehearsal:
 
         return tree_map(other, (self.args, self.kwargs))
 
-    def alone(
-        self, roles: Sequence[Role], left: int | None = None, nudge: float = 0.0, seed: int = 0, watch: Watch = None
-    ) -> Any:
+    def alone(self, left: int | None = None, nudge: float = 0.0, seed: int = 0, watch: Watch = None) -> Any:
         """What the last member returns alone.
 
         left: a tensor that keeps another number of samples. nudge: how far its parameters are off, relatively.
@@ -227,9 +228,9 @@ class Rehearsal:
         for i, p in enumerate(net.parameters() if nudge else ()):
             wave = torch.cos(torch.arange(p.numel(), dtype=torch.float64, device=p.device) + i)
             p.data = p.data * (1 + nudge * wave).view(p.shape).to(p.dtype)
-        parts = [self._up(self.part(i, role, k, self.count + (i == left))) for i, role in enumerate(roles)]
+        parts = [self._up(self.part(i, role, k, self.count + (i == left))) for i, role in enumerate(self._roles)]
         args, kwargs = self.given(parts)
-        same = {id(part) for part, role in zip(parts, roles, strict=True) if role is SAME}
+        same = {id(part) for part, role in zip(parts, self._roles, strict=True) if role is SAME}
         given = {**dict(enumerate(args)), **kwargs}
         before = {name: _state(value, same) for name, value in given.items()}
         with self._apart(seed), watch(net) if watch else contextlib.nullcontext():
@@ -238,14 +239,7 @@ class Rehearsal:
         self._changed = [name for name, state in before.items() if _state(given[name], same) != state]
         return out
 
-    def together(
-        self,
-        roles: Sequence[Role],
-        changes: Changes,
-        watch: Watch = None,
-        others: float = 1.0,
-        alike: bool = False,
-    ) -> Any:
+    def together(self, changes: Changes, watch: Watch = None, others: float = 1.0, alike: bool = False) -> Any:
         """What all members return together, as rows.
 
         others: a factor of the samples of all but the last. alike: all have the last one's samples.
@@ -260,7 +254,7 @@ class Rehearsal:
                 if r is SAME
                 else torch.cat([self.part(i, r, k, self.count, f) for k, f in zip(order, factors, strict=True)], r.dim)
             )
-            for i, r in enumerate(roles)
+            for i, r in enumerate(self._roles)
         ]
         args, kwargs = self.given(parts)
         self._ran, self._together = {id(m): path for path, m in net.named_modules()}, net
@@ -331,12 +325,12 @@ class Rehearsal:
 
     def _by_size(self, way: Way, changes: Changes, compare: bool) -> Changes:
         try:
-            theirs = self.alone(way.roles)
+            theirs = self.alone()
         except Exception:  # whatever the members raise: the call itself will
             return changes
         while "" not in changes.whole:
             try:
-                ours = self.together(way.roles, changes)
+                ours = self.together(changes)
             except torch.OutOfMemoryError:  # the call itself holds less
                 break
             except Exception as error:  # whatever the packed network raises where a member alone does not
@@ -345,7 +339,7 @@ class Rehearsal:
             if not compare or self._same_rows(way, changes, ours, theirs):
                 break
             reason = "its code asks how many samples it has"
-            changes = self._by_members(changes, self._where(way.roles, changes), reason)
+            changes = self._by_members(changes, self._where(changes), reason)
         return changes
 
     def _same_rows(self, way: Way, changes: Changes, ours: Any, theirs: Any) -> bool:
@@ -357,14 +351,14 @@ class Rehearsal:
         if not self._wrong(found):
             return True
         if self._raised is None:
-            self._find_best(way.roles)
+            self._find_best()
         if self._raised is None and self._best:
             # whatever packed alone raises in that precision
             with contextlib.suppress(Exception), self._under(_raised=self._best):
-                return self._same_rows(way, changes, self.together(way.roles, changes), self.alone(way.roles))
-        return self._by_rounding(way.roles, found)
+                return self._same_rows(way, changes, self.together(changes), self.alone())
+        return self._by_rounding(found)
 
-    def _find_best(self, roles: Sequence[Role]) -> None:
+    def _find_best(self) -> None:
         """Find the precision, if any higher than the user's, in which a member runs.
 
         There rounding hides less, and is told from samples that see each other; no processor has its own verdict.
@@ -374,7 +368,7 @@ class Rehearsal:
         self._best = None
         for dtype in (torch.float64, torch.float32):
             with self._under(_raised=dtype):
-                if torch.finfo(dtype).eps < eps and self.runs(roles):
+                if torch.finfo(dtype).eps < eps and self.runs(self._roles):
                     self._best = dtype
                     break
 
@@ -390,36 +384,37 @@ class Rehearsal:
 
     def run(self) -> tuple[Way, Changes]:
         """How this kind of call runs, and what has to change in the network for it. Raises Unknown."""
-        roles, changes = self.roles(), Changes()
+        self._roles, changes = self.roles(), Changes()
         self.net = self._varied()
-        for path, reason in self._decides(roles):
+        for path, reason in self._decides():
             if not any(is_in(path, one) for one in changes.whole):
                 changes = self._by_members(changes, path, reason)
-        self._find_best(roles)
-        outs, changes = self._settled(roles, changes)
+        self._find_best()
+        outs, changes = self._settled(changes)
         x = self.tensors[self.anchor].detach()
         if x.is_floating_point() and not self._random and "" not in changes.whole:
             # Large enough for what saturates, or is switched on, to be so.
             scale = 32 / min(float(x.abs().max().nan_to_num().clamp(1e-3)), 1)
             with contextlib.suppress(Unknown), self._under(_scale=scale):
-                changes = self._settled(roles, changes, again=True)[1]
+                changes = self._settled(changes, again=True)[1]
         if self._random:
             if any(m.training for m in self.net.modules()):
                 self._random = False
                 with contextlib.suppress(Unknown), self._under(_evaluates=True):
-                    changes = self._settled(roles, changes, again=True)[1]
+                    changes = self._settled(changes, again=True)[1]
                 self._random, self._draws = True, self._random
             for dtype in dict.fromkeys((self._best, None)):
                 with contextlib.suppress(Unknown), self._under(_raised=dtype):
-                    while "" not in changes.whole and (path := self._depends(roles, changes, outs)) is not None:
+                    while "" not in changes.whole and (path := self._depends(changes, outs)) is not None:
                         changes = self._by_members(changes, path, "its samples see each other")
                     break
-        way = Way(roles, None if "" in changes.whole else outs, random=self._random, draws=self._draws)
+        way = Way(tuple(self._roles), None if "" in changes.whole else outs, random=self._random, draws=self._draws)
         return (way, changes) if way.outs is None else self._at_full_size(way, changes)
 
     def again(self, way: Way) -> tuple[Way, Changes]:
         """`run` for another number of samples, where all else is known."""
-        self.net, self._random, self._draws = self._varied(), way.random, way.draws
+        self._roles, self._random, self._draws = way.roles, way.random, way.draws
+        self.net = self._varied()
         return self._at_full_size(way, Changes())
 
     def hand_over(self, net: nn.Module) -> None:
@@ -429,7 +424,7 @@ class Rehearsal:
             if isinstance(shell, PerMember):
                 shell._batch.update(found.get(shell._path, {}))
 
-    def _settled(self, roles: tuple[Role, ...], changes: Changes, again: bool = False) -> tuple[tuple | None, Changes]:
+    def _settled(self, changes: Changes, again: bool = False) -> tuple[tuple | None, Changes]:
         """Where each output has its samples, and the changes with which packed is as alone.
 
         again: on other samples, of which the best precision tells enough, and the gradients nothing new.
@@ -439,36 +434,36 @@ class Rehearsal:
             try:
                 if self._best:  # without gradients, for which larger numbers take long and much memory
                     with self._under(_raised=self._best, _grad=False):
-                        outs, changes = self._judged(roles, changes)
+                        outs, changes = self._judged(changes)
                 if "" in changes.whole or (again and self._best):
                     return outs, changes
-                return self._judged(roles, changes)
+                return self._judged(changes)
             except _TooPrecise:
                 self._best = None
 
-    def _judged(self, roles: tuple[Role, ...], changes: Changes) -> tuple[tuple | None, Changes]:
-        self._look(roles)
+    def _judged(self, changes: Changes) -> tuple[tuple | None, Changes]:
+        self._look()
         outs: tuple | None = None
         while outs is None and "" not in changes.whole:
-            found = self._outcome(roles, changes)
+            found = self._outcome(changes)
             outs, changes = (None, found) if isinstance(found, Changes) else (found, changes)
         return outs, changes
 
-    def _look(self, roles: tuple[Role, ...]) -> None:
+    def _look(self) -> None:
         try:
-            self._theirs = self.alone(roles)
+            self._theirs = self.alone()
         except Exception as error:  # whatever the members raise
             raise (_TooPrecise if self._raised else Unknown) from error
         self.refuse_changes()
         self._figures = self._figures_alone(self._theirs)
 
-    def _outcome(self, roles: tuple[Role, ...], changes: Changes) -> tuple | Changes:
+    def _outcome(self, changes: Changes) -> tuple | Changes:
         """Where each output has its samples, if packed is as alone; else what to change further."""
         order: list[str] = []
         try:
-            ours = self.together(roles, changes, lambda net: _noting(net, order))
+            ours = self.together(changes, lambda net: _noting(net, order))
         except Exception as error:  # whatever the packed network raises where a member alone does not
-            if self._raised and self._packs(roles, changes):
+            if self._raised and self._packs(changes):
                 raise _TooPrecise from error
             if isinstance(error, torch.OutOfMemoryError):
                 raise
@@ -483,31 +478,31 @@ class Rehearsal:
             return self._by_members(changes, "", constant)
         found = self._figures_together(ours, outs)
         wrong = self._wrong(found)
-        if self._random or not wrong or self._by_chance(roles):
+        if self._random or not wrong or self._by_chance():
             return outs
         if self._best and self._raised is None:
             before = self._theirs, self._figures
             with self._under(_raised=self._best):
-                self._look(roles)
-                verdict = self._outcome(roles, changes)
+                self._look()
+                verdict = self._outcome(changes)
             self._theirs, self._figures = before
             return verdict
-        if self._by_rounding(roles, found):
+        if self._by_rounding(found):
             return outs
         kind, path, name = wrong[0]
         if kind == "output":
             if outs[name] is None:
                 return self._by_members(changes, "", constant)
-            return self._by_members(changes, self._where(roles, changes), "its samples see each other")
+            return self._by_members(changes, self._where(changes), "its samples see each other")
         if kind == "kept":
             return self._by_members(changes, path, f"its samples share '{name}'")
         return self._by_members(changes, "", "its samples see each other's gradients")
 
-    def _packs(self, roles: Sequence[Role], changes: Changes) -> bool:
+    def _packs(self, changes: Changes) -> bool:
         """Whether the packed network runs in the user's own precision."""
         with self._under(_raised=None):
             try:
-                self.together(roles, changes)
+                self.together(changes)
             except Exception:  # whatever it raises
                 return False
         return True
@@ -569,7 +564,7 @@ class Rehearsal:
         own = whole if net is self._alone else [g[self.K - 1] for g in whole]
         return [g.float() if g.dtype == self._raised else g for g in own]  # which holds less
 
-    def _decides(self, roles: Sequence[Role]) -> list[tuple[str, str]]:
+    def _decides(self) -> list[tuple[str, str]]:
         """(path, why) of modules whose own code does with values what for all members' samples is another thing.
 
         Whatever these samples make it do: a branch that they do not take, say, other samples will.
@@ -578,36 +573,36 @@ class Rehearsal:
             return []
         apart = {m._path for m in without_insides(self.net) if isinstance(m, PerMember)}
         cut = self.anchor if self.cut else None
-        belongs = [None if r is SAME else r.own or i == cut for i, r in enumerate(roles)]
+        belongs = [None if r is SAME else r.own or i == cut for i, r in enumerate(self._roles)]
         one, all_ = Numbers(self.count, apart), Numbers(self.K * self.count, apart)
         try:
-            self.alone(roles, watch=lambda net: one.watch(net, belongs))
+            self.alone(watch=lambda net: one.watch(net, belongs))
             if any(reason == DRAWS for _, reason in one.found):  # or another thread has drawn meanwhile
                 again = Numbers(self.count, apart)
-                self.alone(roles, watch=lambda net: again.watch(net, belongs))
+                self.alone(watch=lambda net: again.watch(net, belongs))
                 one.found = [found for found in one.found if found in again.found]
             if not one.reads_shared or "" in apart:
                 return one.found
-            self.together(roles, Changes(), lambda net: all_.watch(net, belongs), alike=True)
+            self.together(Changes(), lambda net: all_.watch(net, belongs), alike=True)
         except Exception:  # whatever a network raises that is watched so, or packed where it must not be
             return one.found
         return one.found + other_numbers(one, all_)
 
-    def _depends(self, roles: Sequence[Role], changes: Changes, outs: Sequence[int | None]) -> str | None:
+    def _depends(self, changes: Changes, outs: Sequence[int | None]) -> str | None:
         """Where the last member's rows follow other members' samples, if they do: for code that draws, drawn alike."""
-        path = self._departs(roles, changes, outs)
+        path = self._departs(changes, outs)
         if path is None or threading.active_count() == 1:
             return path
         with contextlib.suppress(Unknown), self._under(_draws_apart=True):  # another thread may have drawn meanwhile
-            path = self._departs(roles, changes, outs)
+            path = self._departs(changes, outs)
         return path
 
-    def _departs(self, roles: Sequence[Role], changes: Changes, outs: Sequence[int | None]) -> str | None:
+    def _departs(self, changes: Changes, outs: Sequence[int | None]) -> str | None:
         runs: list[list[tuple[str, bool, Any]]] = [[], []]
         kept: list[dict[tuple, Tensor]] = []
         for others, events in zip((1.0, 0.5), runs, strict=True):
             try:
-                out = self.together(roles, changes, lambda net, events=events: _recording(net, events), others)
+                out = self.together(changes, lambda net, events=events: _recording(net, events), others)
             except Exception as error:  # whatever code raises at other samples: nothing can be told so
                 raise Unknown from error
             events.append(("", False, [self._mine(t, p) for t, p in zip(_tensors(out), outs, strict=True)]))
@@ -680,28 +675,28 @@ class Rehearsal:
         """The last member's part of a packed tensor."""
         return packed if place is None else packed.unflatten(place, (self.K, -1)).select(place, self.K - 1)
 
-    def _by_chance(self, roles: Sequence[Role]) -> bool:
+    def _by_chance(self) -> bool:
         """Whether the network draws random numbers, which is noted."""
-        again = {name: figure[0] for name, figure in self._figures_alone(self.alone(roles, seed=1)).items()}
+        again = {name: figure[0] for name, figure in self._figures_alone(self.alone(seed=1)).items()}
         self._random = any(name in again for name in self._wrong(again))
         return self._random
 
     def _wrong(self, found: dict[tuple, Tensor], eps: float = 0.0) -> list[tuple]:
         return [name for name, figure in self._figures.items() if not self._close(found.get(name), *figure, eps)]
 
-    def _by_rounding(self, roles: Sequence[Role], found: dict[tuple, Tensor]) -> bool:
+    def _by_rounding(self, found: dict[tuple, Tensor]) -> bool:
         """Whether `found` is the last member's figures but for rounding, of which a network may make much.
 
         How much is seen where its parameters are off by a few roundings of the narrowest dtype that it computes in.
         """
         narrow = _Narrowest()
         try:
-            self.alone(roles, watch=lambda net: narrow)
+            self.alone(watch=lambda net: narrow)
         except Exception:  # whatever code raises that does not run in a mode
             narrow.eps = max(narrow.eps, torch.finfo(torch.float32).eps)
         eps = narrow.eps
         wrong = self._wrong(found, eps)
-        nudged = self._figures_alone(self.alone(roles, nudge=8 * eps)) if wrong else {}
+        nudged = self._figures_alone(self.alone(nudge=8 * eps)) if wrong else {}
         for name in wrong:
             mine, single, moved = found.get(name), self._figures[name][0], nudged.get(name, self._figures[name])[0]
             if mine is None or not mine.shape == single.shape == moved.shape or not single.is_floating_point():
@@ -736,14 +731,14 @@ class Rehearsal:
         cast = self._raised is None and t.dtype != torch.float64 and torch.is_autocast_enabled(device)
         return torch.get_autocast_dtype(device) if cast else t.dtype
 
-    def _where(self, roles: Sequence[Role], changes: Changes) -> str:
+    def _where(self, changes: Changes) -> str:
         """The module in whose own code packed departs from alone, in higher precision where the network runs so."""
         for dtype in dict.fromkeys((self._best, None)):
             ours, theirs = [], []
             try:
                 with self._under(_raised=dtype):
-                    self.together(roles, changes, lambda net, events=ours: _recording(net, events))
-                    self.alone(roles, watch=lambda net, events=theirs: _recording(net, events))
+                    self.together(changes, lambda net, events=ours: _recording(net, events))
+                    self.alone(watch=lambda net, events=theirs: _recording(net, events))
             except Exception:  # whatever a network raises that makes tensors of a dtype of its own
                 continue
             opaque = tuple(f"{shell._path}." for shell in self._shells)
