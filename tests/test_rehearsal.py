@@ -584,6 +584,21 @@ def test_what_mixes_little_is_seen_in_every_precision_and_stays_so_in_others(wea
     torch.testing.assert_close(packed(x), torch.stack([m(x) for m in members]))
 
 
+def test_rounding_is_not_taken_for_what_a_larger_batch_brings():
+    class Rounds(nn.Module):
+        def forward(self, x):
+            return x + 1e4 * torch.finfo(x.dtype).eps * len(x)
+
+    class Stops(nn.Module):
+        def forward(self, x):
+            return x[:100]
+
+    packed = pack([nn.Sequential(nn.Linear(5, 5), Rounds(), Stops()) for _ in range(K)])
+    for N in (3, 50):
+        packed(torch.randn(N, 5))
+    assert [line.split()[0] for line in packed.describe().splitlines() if "member by member" in line] == ["2"]
+
+
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError, TypeError])
 def test_what_fails_in_higher_precision_alone_is_rehearsed_in_the_users(error):
     def code(net, x, mixes):

@@ -8,6 +8,7 @@ smallest module is found that does not when it runs member by member, and from t
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import threading
 import traceback
@@ -103,7 +104,6 @@ class Rehearsal:
         self.count = (fits or COUNTS[1:])[0]
         self._evaluates, self._grad, self._scale = False, torch.is_grad_enabled(), 1.0
         self._raised: torch.dtype | None = None  # what it runs in, if not in what the user has it run in
-        self._best: torch.dtype | None = None  # the best that it could
         self._shells: list[PerMember] = []
         self._draws = False  # in eval mode, too
         self._draws_apart = False  # from numbers that no other thread draws
@@ -291,6 +291,20 @@ class Rehearsal:
 
     # -- the verdict
 
+    @functools.cached_property
+    def _best(self) -> torch.dtype | None:
+        """The precision, if any higher than the user's, in which a member runs.
+
+        There rounding hides less, and is told from samples that see each other; no processor has its own verdict.
+        """
+        first = next((t for t in self.net.parameters() if t.is_floating_point() or t.is_complex()), torch.empty(0))
+        eps = torch.finfo(self._computed(first)).eps
+        for dtype in (torch.float64, torch.float32):
+            with self._under(_raised=dtype):
+                if torch.finfo(dtype).eps < eps and self.runs(self._roles):
+                    return dtype
+        return None
+
     def refuse_changes(self) -> None:
         """Raise PackError where forward changes what it is given, which is one and the same for all members."""
         for name in self._changed:
@@ -350,27 +364,11 @@ class Rehearsal:
         found = {("output", "", i): self._mine(t, outs[i]) for i, t in enumerate(_tensors(ours))}
         if not self._wrong(found):
             return True
-        if self._raised is None:
-            self._find_best()
         if self._raised is None and self._best:
             # whatever packed alone raises in that precision
             with contextlib.suppress(Exception), self._under(_raised=self._best):
                 return self._same_rows(way, changes, self.together(changes), self.alone())
         return self._by_rounding(found)
-
-    def _find_best(self) -> None:
-        """Find the precision, if any higher than the user's, in which a member runs.
-
-        There rounding hides less, and is told from samples that see each other; no processor has its own verdict.
-        """
-        first = next((t for t in self.net.parameters() if t.is_floating_point() or t.is_complex()), torch.empty(0))
-        eps = torch.finfo(self._computed(first)).eps
-        self._best = None
-        for dtype in (torch.float64, torch.float32):
-            with self._under(_raised=dtype):
-                if torch.finfo(dtype).eps < eps and self.runs(self._roles):
-                    self._best = dtype
-                    break
 
     @contextlib.contextmanager
     def _under(self, **conditions: Any) -> Iterator[None]:
@@ -389,7 +387,6 @@ class Rehearsal:
         for path, reason in self._decides():
             if not any(is_in(path, one) for one in changes.whole):
                 changes = self._by_members(changes, path, reason)
-        self._find_best()
         outs, changes = self._settled(changes)
         x = self.tensors[self.anchor].detach()
         if x.is_floating_point() and not self._random and "" not in changes.whole:
@@ -439,7 +436,7 @@ class Rehearsal:
                     return outs, changes
                 return self._judged(changes)
             except _TooPrecise:
-                self._best = None
+                self._best = None  # from now on
 
     def _judged(self, changes: Changes) -> tuple[tuple | None, Changes]:
         self._look()
