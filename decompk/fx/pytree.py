@@ -7,6 +7,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 
@@ -59,3 +60,7 @@ def spread(function: Callable[[Any], list], tree: Any, count: int) -> list:
 def leaves(tree: Any) -> list:
     held = children(tree)
     return [tree] if held is None else [leaf for part in held for leaf in leaves(part)]
+
+
+def tensors_of(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in leaves(tree) if isinstance(leaf, Tensor)]

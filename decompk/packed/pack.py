@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..crops import Part, by
 from ..errors import PackError, PartitionError, brief
 from ..fx.forward_code import attributes, is_plain_object
-from ..fx.pytree import leaves, spread, tree_map
+from ..fx.pytree import leaves, spread, tensors_of, tree_map
 from ..fx.unseen import possible, unseen
 from ..fx.wrapper import Shell
 from ..kernels.backend import EXACT
@@ -214,7 +214,7 @@ class Packed(Shell):
 
     def _forward_any(self, args: tuple, kwargs: dict[str, Any]) -> Any:
         """A call with other arguments than one tensor."""
-        tensors = [leaf for leaf in leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        tensors = tensors_of((args, kwargs))
         x = next((t for t in tensors if t.dim()), None)
         if self._crops and args and isinstance(args[0], list | tuple):
             raise PackError("a packed module takes crops as one tensor (K, N, C, …): give it torch.stack(crops).")

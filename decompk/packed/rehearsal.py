@@ -19,19 +19,19 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..errors import PackError, brief
 from ..fx.forward_code import is_plain_object
 from ..fx.numbers import DRAWS, Numbers, other_numbers
-from ..fx.pytree import leaves, tree_map
+from ..fx.pytree import leaves, tensors_of, tree_map
 from ..fx.unseen import OwnDraws, seeded
 from ..fx.wrapper import Shell
 from ..kernels.backend import resumed
-from .per_member import PerMember
+from .per_member import PerMember, of_torch
 from .selection import entangled, is_in
 from .surgery import Changes, member_alone, without_insides
-from .twin import HOOKS, Twin, deep_copy, packed_batch, rehearsal_of
+from .twin import Twin, deep_copy, packed_batch, rehearsal_of
+from .watch import Narrowest, Watch, drop_hooks, noting, recording
 
 COUNTS = (2, 3, 5, 7, 11)  # samples of a rehearsal: the first of which no other size is a multiple
 
@@ -95,7 +95,7 @@ class Rehearsal:
     named: tuple[Role, ...] | None = None
 
     def __post_init__(self) -> None:
-        self.tensors = [leaf for leaf in leaves((self.args, self.kwargs)) if isinstance(leaf, Tensor)]
+        self.tensors = tensors_of((self.args, self.kwargs))
         self.anchor = next((i for i, t in enumerate(self.tensors) if t.dim()), None)
         taken = {size for t in self.tensors for size in t.shape[: 2 if self.shared else 3]}
         taken |= {size for t in (*self.net.parameters(), *self.net.buffers()) for size in t.shape[1:2]}
@@ -264,7 +264,7 @@ class Rehearsal:
             return net(*args, **kwargs)
 
     def _posed(self, net: nn.Module) -> nn.Module:
-        _drop_hooks(net)
+        drop_hooks(net)
         net = net._apply(self._up) if self._raised else net
         return net.eval() if self._evaluates else net
 
@@ -360,8 +360,8 @@ class Rehearsal:
         outs = self._places(ours, theirs)
         if outs is None or (outs != way.outs and not self._evaluates):  # in eval mode it may return something else
             return False
-        self._figures = {("output", "", i): (t, None, 0.0) for i, t in enumerate(_tensors(theirs))}
-        found = {("output", "", i): self._mine(t, outs[i]) for i, t in enumerate(_tensors(ours))}
+        self._figures = {("output", "", i): (t, None, 0.0) for i, t in enumerate(tensors_of(theirs))}
+        found = {("output", "", i): self._mine(t, outs[i]) for i, t in enumerate(tensors_of(ours))}
         if not self._wrong(found):
             return True
         if self._raised is None and self._best:
@@ -458,7 +458,7 @@ class Rehearsal:
         """Where each output has its samples, if packed is as alone; else what to change further."""
         order: list[str] = []
         try:
-            ours = self.together(changes, lambda net: _noting(net, order))
+            ours = self.together(changes, lambda net: noting(net, order))
         except Exception as error:  # whatever the packed network raises where a member alone does not
             if self._raised and self._packs(changes):
                 raise _TooPrecise from error
@@ -507,7 +507,7 @@ class Rehearsal:
     # -- what is compared: (kind, path, name) → the last member's tensor, and what rounding may do to it as a whole
 
     def _figures_alone(self, out: Any) -> dict[tuple, tuple[Tensor, float | None, float]]:
-        net, outputs = self._alone, _tensors(out)
+        net, outputs = self._alone, tensors_of(out)
         gradients = self._gradients([outputs], net)
         figures = {("output", "", i): (t.detach(), None, 0.0) for i, t in enumerate(outputs)}
         figures |= {("kept", path, name): (t.detach(), None, 0.0) for path, name, t in _kept(net)}
@@ -519,7 +519,7 @@ class Rehearsal:
         net, K = self._together, self.K
         apart = [
             [packed] * K if place is None else packed.unflatten(place, (K, -1)).unbind(place)
-            for packed, place in zip(_tensors(out), outs, strict=True)
+            for packed, place in zip(tensors_of(out), outs, strict=True)
         ]
         gradients = self._gradients(list(zip(*apart, strict=True)), net)
         figures = {("output", "", i): parts[-1].detach() for i, parts in enumerate(apart)}
@@ -566,7 +566,7 @@ class Rehearsal:
 
         Whatever these samples make it do: a branch that they do not take, say, other samples will.
         """
-        if all(isinstance(m, Twin | Shell) or _home(m) == "torch" for m in without_insides(self.net)):
+        if all(isinstance(m, Twin | Shell) or of_torch(m) for m in without_insides(self.net)):
             return []
         apart = {m._path for m in without_insides(self.net) if isinstance(m, PerMember)}
         cut = self.anchor if self.cut else None
@@ -599,10 +599,10 @@ class Rehearsal:
         kept: list[dict[tuple, Tensor]] = []
         for others, events in zip((1.0, 0.5), runs, strict=True):
             try:
-                out = self.together(changes, lambda net, events=events: _recording(net, events), others)
+                out = self.together(changes, lambda net, events=events: recording(net, events), others)
             except Exception as error:  # whatever code raises at other samples: nothing can be told so
                 raise Unknown from error
-            events.append(("", False, [self._mine(t, p) for t, p in zip(_tensors(out), outs, strict=True)]))
+            events.append(("", False, [self._mine(t, p) for t, p in zip(tensors_of(out), outs, strict=True)]))
             kept.append(self._kept_together())
         rows = self.K * self.count
         for (path, entered, one), (_, _, two) in zip(*runs, strict=False):
@@ -686,7 +686,7 @@ class Rehearsal:
 
         How much is seen where its parameters are off by a few roundings of the narrowest dtype that it computes in.
         """
-        narrow = _Narrowest()
+        narrow = Narrowest()
         try:
             self.alone(watch=lambda net: narrow)
         except Exception:  # whatever code raises that does not run in a mode
@@ -734,8 +734,8 @@ class Rehearsal:
             ours, theirs = [], []
             try:
                 with self._under(_raised=dtype):
-                    self.together(changes, lambda net, events=ours: _recording(net, events))
-                    self.alone(watch=lambda net, events=theirs: _recording(net, events))
+                    self.together(changes, lambda net, events=ours: recording(net, events))
+                    self.alone(watch=lambda net, events=theirs: recording(net, events))
             except Exception:  # whatever a network raises that makes tensors of a dtype of its own
                 continue
             opaque = tuple(f"{shell._path}." for shell in self._shells)
@@ -750,20 +750,7 @@ class Rehearsal:
         return ""
 
 
-class _Narrowest(TorchDispatchMode):
-    """Notes the epsilon of the narrowest dtype that tensors are computed in."""
-
-    eps = 0.0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        narrow = [torch.finfo(t.dtype).eps for t in _tensors(out) if t.is_floating_point() or t.is_complex()]
-        self.eps = max([self.eps, *narrow])
-        return out
-
-
 _PLAIN = (bool, int, float, complex, str, bytes, type(None))
-Watch = Callable[[nn.Module], contextlib.AbstractContextManager] | None
 
 
 def _state(value: Any, same: Collection[int], deep: int = 6) -> Any:
@@ -782,10 +769,6 @@ def _holds_tensors(value: Any) -> bool:
     return is_plain_object(value) and any(isinstance(leaf, Tensor) for leaf in leaves([*vars(value).values()]))
 
 
-def _tensors(tree: Any) -> list[Tensor]:
-    return [leaf for leaf in leaves(tree) if isinstance(leaf, Tensor)]
-
-
 def _kept(net: nn.Module) -> Iterator[tuple[str, str, Tensor]]:
     """(path, name, tensor) of the buffers, and of what forward leaves in attributes."""
     for path, module in net.named_modules():
@@ -793,43 +776,3 @@ def _kept(net: nn.Module) -> Iterator[tuple[str, str, Tensor]]:
         for name, value in (*module._buffers.items(), *held.items()):
             if isinstance(value, Tensor):
                 yield path, name, value
-
-
-def _drop_hooks(net: nn.Module) -> None:
-    """Drop the user's hooks of a copy, which may keep what they see; torch's own make weights."""
-    insides = [
-        m for shell in net.modules() if isinstance(shell, PerMember) for own in shell._members for m in own.modules()
-    ]
-    for module in (*net.modules(), *insides):
-        for hooks in (getattr(module, name) for name in HOOKS):
-            for key in [k for k, hook in hooks.items() if _home(hook) != "torch"]:
-                del hooks[key]
-
-
-def _home(hook: Any) -> str:
-    return str(getattr(hook, "__module__", type(hook).__module__)).partition(".")[0]
-
-
-@contextlib.contextmanager
-def _noting(net: nn.Module, order: list[str]) -> Iterator[None]:
-    """Note the layers that lay out images as they run; the network is a copy, so hooks may stay."""
-    for module in without_insides(net):
-        if isinstance(module, Twin) and module._twin_dims == 4:
-            module.register_forward_hook(lambda twin, args, out: order.append(twin._twin_path))
-    yield
-
-
-@contextlib.contextmanager
-def _recording(net: nn.Module, events: list[tuple[str, bool, Any]]) -> Iterator[None]:
-    """Record (path, whether it is entered or left, the first tensor) of every module, in order."""
-
-    def first(tree: Any) -> Any:
-        tensor = next(iter(_tensors(tree)), None)
-        return None if tensor is None else tensor.clone()
-
-    for path, module in net.named_modules():
-        module.register_forward_pre_hook(
-            lambda m, args, kwargs, path=path: events.append((path, True, first((args, kwargs)))), with_kwargs=True
-        )
-        module.register_forward_hook(lambda m, args, out, path=path: events.append((path, False, first(out))))
-    yield
