@@ -25,10 +25,12 @@ from ..kernels.call import watched
 from ..threads import one_at_a_time
 from .architecture import check_members, listed
 from .per_member import PerMember, description, of_torch, own_module, per_member_kind
-from .rehearsal import SAME, Rehearsal, Role, Rows, Unknown, Way
+from .rehearsal import Rehearsal, Way
+from .roles import Unknown, find_roles_apart, takes
 from .selection import input_dims_of, plan
 from .stack import hook, stacked
 from .surgery import Changes, apart_for_once, member_alone, without_insides
+from .trial import SAME, Role, Rows, Trial
 from .twin import Twin, deep_copy, packed_batch
 
 if TYPE_CHECKING:
@@ -219,9 +221,9 @@ class Packed(Shell):
         if self._crops and args and isinstance(args[0], list | tuple):
             raise PackError("a packed module takes crops as one tensor (K, N, C, …): give it torch.stack(crops).")
         if x is None:
-            rehearsal = Rehearsal(self._inner, self._K, args, kwargs, True, 0)
+            trial = Trial(self._inner, self._K, args, kwargs, True, 0)
             with unseen():
-                way = Way(self._roles_apart(rehearsal))
+                way = Way(self._roles_apart(trial))
                 if not isinstance(self._inner, PerMember):
                     self._change(Changes(whole={"": "it is called without a batch"}))
             return self._members_apart(way, args, kwargs, True)
@@ -391,7 +393,8 @@ class Packed(Shell):
             )
         crops = self._crops
         cut = (lambda t, k: crops[k].cut(t)) if crops else None
-        rehearsal = Rehearsal(self._inner, self._K, args, kwargs, shared, N, cut, named)
+        trial = Trial(self._inner, self._K, args, kwargs, shared, N, cut)
+        rehearsal = Rehearsal(trial, named)
         apart, changes = isinstance(self._inner, PerMember), None
         switches = len(self._switched())
         with unseen():
@@ -404,7 +407,7 @@ class Packed(Shell):
             except Unknown as unknown:
                 if one:
                     with contextlib.suppress(Unknown):  # else the call itself is wrong, as its members will say
-                        rehearsal.apart()
+                        find_roles_apart(trial)
                         changes = Changes(whole={"": "it takes no other number of samples: nothing can be tried"})
                     if changes is None:
                         return one
@@ -416,10 +419,10 @@ class Packed(Shell):
                 else:
                     changes = Changes(whole={"": "it cannot be told which of its arguments belong to the batch"})
             if apart or "" in changes.whole:
-                way = one or Way(self._roles_apart(rehearsal))
+                way = one or Way(self._roles_apart(trial))
                 if one:
                     with contextlib.suppress(Unknown):  # as its members will say
-                        rehearsal.apart()
+                        find_roles_apart(trial)
             self._change(changes)
         rehearsal.hand_over(self._inner)
         kind = kind[0], (*self._switched(), *kind[1][switches:]), kind[2]  # fewer modules may be watched now
@@ -428,10 +431,10 @@ class Packed(Shell):
             self._ways[kind[:2]] = self._ways[kind[0]] = way  # for other sizes; for compiled code, which asks no more
         return way
 
-    def _roles_apart(self, rehearsal: Rehearsal) -> tuple[Role, ...]:
+    def _roles_apart(self, trial: Trial) -> tuple[Role, ...]:
         """Which arguments are the members' own, where members run one by one. Raises PackError."""
         try:
-            return rehearsal.apart()
+            return find_roles_apart(trial)
         except Unknown as unknown:
             raise PackError(
                 f"a member alone does not take these arguments: {brief(unknown.__cause__)}."
@@ -519,9 +522,9 @@ class Packed(Shell):
             return leaf[:1].expand(self._K, *leaf.shape[1:]) if alike else leaf
 
         with unseen():
-            one = Rehearsal(self._inner, self._K, args, kwargs, True, x.shape[0]).takes()
+            one = takes(Trial(self._inner, self._K, args, kwargs, True, x.shape[0]))
             args, kwargs = tree_map(each, (args, kwargs))
-            own = Rehearsal(self._inner, self._K, args, kwargs, False, x.shape[1]).takes()
+            own = takes(Trial(self._inner, self._K, args, kwargs, False, x.shape[1]))
         if one and own and not (x.dim() > 3 and x.shape[1] == 1):  # images of one channel, not members' of one sample
             raise PackError(
                 f"an input of {tuple(x.shape)} may be one batch for all members or one per member: tell pack with "
