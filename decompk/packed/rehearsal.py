@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,16 +22,14 @@ from ..errors import brief
 from ..fx.numbers import DRAWS, Numbers, other_numbers
 from ..fx.pytree import tensors_of
 from ..fx.wrapper import Shell
+from .figures import Figure, Figures, TooPrecise
 from .per_member import PerMember, of_torch
 from .roles import Unknown, find_roles
 from .selection import entangled, is_in
-from .surgery import Changes, member_alone, without_insides
+from .surgery import Changes, without_insides
 from .trial import SAME, Role, Trial
 from .twin import Twin
-from .watch import Narrowest, noting, recording
-
-# A ReLU's kink or a norm of few samples turns rounding into some of a gradient; what mixes members changes most.
-COARSE, SMALL = 0.2, 0.02  # of a parameter's gradient, which counts as that share of all gradients at least
+from .watch import noting, recording
 
 
 @dataclass(frozen=True)
@@ -50,77 +48,13 @@ class Way:
     draws: bool = False
 
 
-class _TooPrecise(Exception):
-    """What fails in higher precision than the user's, and not in the user's."""
-
-
 class Rehearsal:
     """The verdict on the kind of call that a trial is of; `named`: its tensors' roles where they are known."""
 
     def __init__(self, trial: Trial, named: tuple[Role, ...] | None = None):
-        self.trial, self._named = trial, named
+        self.trial, self.figures, self._named = trial, Figures(trial), named
         self._draws = False  # in eval mode, too
         self._random = any(isinstance(m, _DropoutNd) and m.training and m.p for m in trial.net.modules())
-
-    @functools.cached_property
-    def _best(self) -> torch.dtype | None:
-        """The precision, if any higher than the user's, in which a member runs.
-
-        There rounding hides less, and is told from samples that see each other; no processor has its own verdict.
-        """
-        trial = self.trial
-        first = next((t for t in trial.net.parameters() if t.is_floating_point() or t.is_complex()), torch.empty(0))
-        eps = torch.finfo(trial.computed(first)).eps
-        for dtype in (torch.float64, torch.float32):
-            with trial.under(dtype=dtype):
-                if torch.finfo(dtype).eps < eps and trial.runs(trial.roles):
-                    return dtype
-        return None
-
-    def _at_full_size(self, way: Way, changes: Changes) -> tuple[Way, Changes]:
-        """The verdict on as many samples as the call has: code may ask how many there are."""
-        training = any(m.training for m in self.trial.net.modules())
-        with self.trial.under(count=self.trial.N):
-            found = self._by_size(way, changes, compare=not self._random)
-            if found is changes and self._random and training and not self._draws:
-                with self.trial.under(evaluates=True):
-                    found = self._by_size(way, changes, compare=True)
-        if found is not changes and self.trial.N == 1:  # a last batch, mostly, for which the others shall not pay
-            return replace(way, apart=True), changes
-        return replace(way, outs=None if "" in found.whole else way.outs), found
-
-    def _by_size(self, way: Way, changes: Changes, compare: bool) -> Changes:
-        try:
-            theirs = self.trial.alone()
-        except Exception:  # whatever the members raise: the call itself will
-            return changes
-        while "" not in changes.whole:
-            try:
-                ours = self.trial.together(changes)
-            except torch.OutOfMemoryError:  # the call itself holds less
-                break
-            except Exception as error:  # whatever the packed network raises where a member alone does not
-                changes = self._by_members(changes, self.trial.origin(error), f"packed, {brief(error)}")
-                continue
-            if not compare or self._same_rows(way, changes, ours, theirs):
-                break
-            reason = "its code asks how many samples it has"
-            changes = self._by_members(changes, self._where(changes), reason)
-        return changes
-
-    def _same_rows(self, way: Way, changes: Changes, ours: Any, theirs: Any) -> bool:
-        outs = self.trial.places(ours, theirs)
-        if outs is None or (outs != way.outs and not self.trial.evaluates):  # in eval mode it may return something else
-            return False
-        self._figures = {("output", "", i): (t, None, 0.0) for i, t in enumerate(tensors_of(theirs))}
-        found = {("output", "", i): self.trial.mine(t, outs[i]) for i, t in enumerate(tensors_of(ours))}
-        if not self._wrong(found):
-            return True
-        if self.trial.dtype is None and self._best:
-            # whatever packed alone raises in that precision
-            with contextlib.suppress(Exception), self.trial.under(dtype=self._best):
-                return self._same_rows(way, changes, self.trial.together(changes), self.trial.alone())
-        return self._by_rounding(found)
 
     def run(self) -> tuple[Way, Changes]:
         """How this kind of call runs, and what has to change in the network for it. Raises Unknown."""
@@ -165,6 +99,21 @@ class Rehearsal:
             if isinstance(shell, PerMember):
                 shell._batch.update(found.get(shell._path, {}))
 
+    @functools.cached_property
+    def _best(self) -> torch.dtype | None:
+        """The precision, if any higher than the user's, in which a member runs.
+
+        There rounding hides less, and is told from samples that see each other; no processor has its own verdict.
+        """
+        trial = self.trial
+        first = next((t for t in trial.net.parameters() if t.is_floating_point() or t.is_complex()), torch.empty(0))
+        eps = torch.finfo(trial.computed(first)).eps
+        for dtype in (torch.float64, torch.float32):
+            with trial.under(dtype=dtype):
+                if torch.finfo(dtype).eps < eps and trial.runs(trial.roles):
+                    return dtype
+        return None
+
     def _settled(self, changes: Changes, again: bool = False) -> tuple[tuple | None, Changes]:
         """Where each output has its samples, and the changes with which packed is as alone.
 
@@ -179,7 +128,7 @@ class Rehearsal:
                 if "" in changes.whole or (again and self._best):
                     return outs, changes
                 return self._judged(changes)
-            except _TooPrecise:
+            except TooPrecise:
                 self._best = None  # from now on
 
     def _judged(self, changes: Changes) -> tuple[tuple | None, Changes]:
@@ -194,9 +143,9 @@ class Rehearsal:
         try:
             self._theirs = self.trial.alone()
         except Exception as error:  # whatever the members raise
-            raise (_TooPrecise if self.trial.dtype else Unknown) from error
+            raise (TooPrecise if self.trial.dtype else Unknown) from error
         self.trial.refuse_changes()
-        self._figures = self._figures_alone(self._theirs)
+        self.figures.expected = self.figures.alone(self._theirs)
 
     def _outcome(self, changes: Changes) -> tuple | Changes:
         """Where each output has its samples, if packed is as alone; else what to change further."""
@@ -205,7 +154,7 @@ class Rehearsal:
             ours = self.trial.together(changes, lambda net: noting(net, order))
         except Exception as error:  # whatever the packed network raises where a member alone does not
             if self.trial.dtype and self._packs(changes):
-                raise _TooPrecise from error
+                raise TooPrecise from error
             if isinstance(error, torch.OutOfMemoryError):
                 raise
             left = [path for path in reversed(order) if path not in changes.contiguous]
@@ -217,18 +166,19 @@ class Rehearsal:
         constant = "what it returns is not one row per sample"
         if outs is None:
             return self._by_members(changes, "", constant)
-        found = self._figures_together(ours, outs)
-        wrong = self._wrong(found)
-        if self._random or not wrong or self._by_chance():
+        found = self.figures.together(ours, outs)
+        wrong = self.figures.wrong(found)
+        self._random = self._random or (len(wrong) > 0 and self.figures.by_chance())
+        if self._random or not wrong:
             return outs
         if self._best and self.trial.dtype is None:
-            before = self._theirs, self._figures
+            before = self._theirs, self.figures.expected
             with self.trial.under(dtype=self._best):
                 self._look()
                 verdict = self._outcome(changes)
-            self._theirs, self._figures = before
+            self._theirs, self.figures.expected = before
             return verdict
-        if self._by_rounding(found):
+        if self.figures.by_rounding(found):
             return outs
         kind, path, name = wrong[0]
         if kind == "output":
@@ -248,62 +198,50 @@ class Rehearsal:
                 return False
         return True
 
-    # -- what is compared: (kind, path, name) → the last member's tensor, and what rounding may do to it as a whole
+    def _at_full_size(self, way: Way, changes: Changes) -> tuple[Way, Changes]:
+        """The verdict on as many samples as the call has: code may ask how many there are."""
+        training = any(m.training for m in self.trial.net.modules())
+        with self.trial.under(count=self.trial.N):
+            found = self._by_size(way, changes, compare=not self._random)
+            if found is changes and self._random and training and not self._draws:
+                with self.trial.under(evaluates=True):
+                    found = self._by_size(way, changes, compare=True)
+        if found is not changes and self.trial.N == 1:  # a last batch, mostly, for which the others shall not pay
+            return replace(way, apart=True), changes
+        return replace(way, outs=None if "" in found.whole else way.outs), found
 
-    def _figures_alone(self, out: Any) -> dict[tuple, tuple[Tensor, float | None, float]]:
-        net, outputs = self.trial.member, tensors_of(out)
-        gradients = self._gradients([outputs], net, stacked=False)
-        figures = {("output", "", i): (t.detach(), None, 0.0) for i, t in enumerate(outputs)}
-        figures |= {("kept", path, name): (t.detach(), None, 0.0) for path, name, t in _kept(net)}
-        self.trial.member = None  # which may be large
-        least = SMALL * sum(float(torch.linalg.vector_norm(g)) ** 2 for g in gradients) ** 0.5
-        return figures | {("gradient", "", i): (g, COARSE, least) for i, g in enumerate(gradients)}
-
-    def _figures_together(self, out: Any, outs: Sequence[int | None]) -> dict[tuple, Tensor]:
-        net, K = self.trial.packed, self.trial.K
-        apart = [
-            [packed] * K if place is None else packed.unflatten(place, (K, -1)).unbind(place)
-            for packed, place in zip(tensors_of(out), outs, strict=True)
-        ]
-        gradients = self._gradients(list(zip(*apart, strict=True)), net, stacked=True)
-        figures = {("output", "", i): parts[-1].detach() for i, parts in enumerate(apart)}
-        figures |= self._kept_together()
-        self.trial.packed = None
-        return figures | {("gradient", "", i): g for i, g in enumerate(gradients)}
-
-    def _kept_together(self) -> dict[tuple, Tensor]:
-        figures = {}
-        for path, name, t in _kept(member_alone(self.trial.packed, self.trial.K - 1, copies=False)):
-            known = self._figures.get(("kept", path, name))
-            place = self.trial.place(t.shape, known[0].shape) if known else "nowhere"
-            if place != "nowhere":  # an attribute may hold all members' rows
-                figures["kept", path, name] = self.trial.mine(t, place).detach()
-        return figures
-
-    def _gradients(self, members: Sequence[Sequence[Tensor]], net: nn.Module, stacked: bool) -> list[Tensor]:
-        """The last member's gradients of one number made of all outputs; none where they are not asked for.
-
-        members: each member's outputs. stacked: whether net's parameters are all members', else they are its own.
-        """
-        parameters = [p for p in net.parameters() if p.requires_grad]
-        if not self.trial.grad or not parameters:
-            return []
+    def _by_size(self, way: Way, changes: Changes, compare: bool) -> Changes:
         try:
-            with self.trial.conditions(0):
-                loss = sum(
-                    (t * torch.cos(torch.arange(t.numel(), device=t.device, dtype=t.dtype) + i).view(t.shape)).sum()
-                    for outputs in members
-                    for i, t in enumerate(outputs)
-                    if t.requires_grad and t.is_floating_point()
-                )
-                found = torch.autograd.grad(loss, parameters, allow_unused=True)
-        except torch.OutOfMemoryError as error:
-            raise _TooPrecise if self.trial.dtype else error from None
-        except Exception:  # whatever a backward raises, also where no output follows a parameter
-            return []
-        whole = [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found, strict=True)]
-        own = [g[self.trial.K - 1] for g in whole] if stacked else whole
-        return [g.float() if g.dtype == self.trial.dtype else g for g in own]  # which holds less
+            theirs = self.trial.alone()
+        except Exception:  # whatever the members raise: the call itself will
+            return changes
+        while "" not in changes.whole:
+            try:
+                ours = self.trial.together(changes)
+            except torch.OutOfMemoryError:  # the call itself holds less
+                break
+            except Exception as error:  # whatever the packed network raises where a member alone does not
+                changes = self._by_members(changes, self.trial.origin(error), f"packed, {brief(error)}")
+                continue
+            if not compare or self._same_rows(way, changes, ours, theirs):
+                break
+            reason = "its code asks how many samples it has"
+            changes = self._by_members(changes, self._where(changes), reason)
+        return changes
+
+    def _same_rows(self, way: Way, changes: Changes, ours: Any, theirs: Any) -> bool:
+        outs = self.trial.places(ours, theirs)
+        if outs is None or (outs != way.outs and not self.trial.evaluates):  # in eval mode it may return something else
+            return False
+        self.figures.expected = {("output", "", i): Figure(t) for i, t in enumerate(tensors_of(theirs))}
+        found = {("output", "", i): self.trial.mine(t, outs[i]) for i, t in enumerate(tensors_of(ours))}
+        if not self.figures.wrong(found):
+            return True
+        if self.trial.dtype is None and self._best:
+            # whatever packed alone raises in that precision
+            with contextlib.suppress(Exception), self.trial.under(dtype=self._best):
+                return self._same_rows(way, changes, self.trial.together(changes), self.trial.alone())
+        return self.figures.by_rounding(found)
 
     def _decides(self) -> list[tuple[str, str]]:
         """(path, why) of modules whose own code does with values what for all members' samples is another thing.
@@ -347,80 +285,17 @@ class Rehearsal:
             except Exception as error:  # whatever code raises at other samples: nothing can be told so
                 raise Unknown from error
             events.append(("", False, [self.trial.mine(t, p) for t, p in zip(tensors_of(out), outs, strict=True)]))
-            kept.append(self._kept_together())
+            kept.append(self.figures.kept_together())
         rows = self.trial.K * self.trial.count
         for (path, entered, one), (_, _, two) in zip(*runs, strict=False):
             if isinstance(one, Tensor) and one.dim() and one.shape[0] % rows == 0:
                 one, two = ([t.unflatten(0, (self.trial.K, -1))[self.trial.K - 1]] for t in (one, two))
-            if isinstance(one, list) and not all(map(self._close, one, two)):
+            if isinstance(one, list) and not all(map(self.figures.close, one, two)):
                 return path.rpartition(".")[0] if entered else path
         for (_, path, name), one in kept[0].items():
-            if not self._close(kept[1].get(("kept", path, name)), one):
+            if not self.figures.close(kept[1].get(("kept", path, name)), one):
                 return path
         return None
-
-    def _by_members(self, changes: Changes, path: str, reason: str) -> Changes:
-        """The module at `path`, or the first around it that does not do so yet, runs member by member, too."""
-        taken = {*changes.whole, *(shell._path for shell in self.trial.shells)}
-        while path and any(is_in(path, p) for p in taken):
-            path = path.rpartition(".")[0]
-        modules = dict(self.trial.net.named_modules(remove_duplicate=False))
-        while wider := [
-            p for p in entangled(modules, {path, *taken}) if path.startswith(f"{p}." if p else "") and p != path
-        ]:
-            path = wider[0]
-        below = {p for p in changes.whole if p.startswith(f"{path}." if path else "")}
-        return Changes(changes.contiguous, {path: reason, **{p: r for p, r in changes.whole.items() if p not in below}})
-
-    def _by_chance(self) -> bool:
-        """Whether the network draws random numbers, which is noted."""
-        again = {name: figure[0] for name, figure in self._figures_alone(self.trial.alone(seed=1)).items()}
-        self._random = any(name in again for name in self._wrong(again))
-        return self._random
-
-    def _wrong(self, found: dict[tuple, Tensor], eps: float = 0.0) -> list[tuple]:
-        return [name for name, figure in self._figures.items() if not self._close(found.get(name), *figure, eps)]
-
-    def _by_rounding(self, found: dict[tuple, Tensor]) -> bool:
-        """Whether `found` is the last member's figures but for rounding, of which a network may make much.
-
-        How much is seen where its parameters are off by a few roundings of the narrowest dtype that it computes in.
-        """
-        narrow = Narrowest()
-        try:
-            self.trial.alone(watch=lambda net: narrow)
-        except Exception:  # whatever code raises that does not run in a mode
-            narrow.eps = max(narrow.eps, torch.finfo(torch.float32).eps)
-        eps = narrow.eps
-        wrong = self._wrong(found, eps)
-        nudged = self._figures_alone(self.trial.alone(nudge=8 * eps)) if wrong else {}
-        for name in wrong:
-            mine, single, moved = found.get(name), self._figures[name][0], nudged.get(name, self._figures[name])[0]
-            if mine is None or not mine.shape == single.shape == moved.shape or not single.is_floating_point():
-                return False
-            error, response = ((t - single).abs().nan_to_num().max() for t in (mine, moved))
-            if error > min(100, 0.125 / eps) / 8 * response:  # deep networks came to 22 roundings
-                return False
-        return True
-
-    def _close(
-        self, ours: Tensor | None, theirs: Tensor, share: float | None = None, least: float = 0.0, eps: float = 0.0
-    ) -> bool:
-        """Whether only rounding parts two tensors: by the root of an epsilon, of the largest value.
-
-        eps: the least epsilon, of which their dtype's may be larger. share: allowed instead, of the vector's length,
-        which counts as `least` if it is shorter.
-        """
-        if ours is None or ours.shape != theirs.shape or ours.dtype != theirs.dtype:
-            return False
-        if not theirs.is_floating_point() and not theirs.is_complex():
-            return theirs.numel() == 0 or bool((ours != theirs).double().mean() < 0.05)
-        finite = theirs.isfinite() & ours.isfinite()
-        error, size = (torch.where(finite, t, 0).abs() for t in (ours - theirs, theirs))
-        if share is not None:
-            return bool(error.double().norm() <= share * max(float(size.double().norm()), least))
-        eps = max(eps, torch.finfo(self.trial.computed(ours)).eps)
-        return theirs.numel() == 0 or bool(error.max() <= eps**0.5 * size.max())
 
     def _where(self, changes: Changes) -> str:
         """The module in whose own code packed departs from alone, in higher precision where the network runs so."""
@@ -439,15 +314,19 @@ class Rehearsal:
                     break
                 if isinstance(packed, Tensor) and isinstance(single, Tensor):
                     place = self.trial.place(packed.shape, single.shape)
-                    if place == "nowhere" or not self._close(self.trial.mine(packed, place), single):
+                    if place == "nowhere" or not self.figures.close(self.trial.mine(packed, place), single):
                         return path.rpartition(".")[0] if entered else path
         return ""
 
-
-def _kept(net: nn.Module) -> Iterator[tuple[str, str, Tensor]]:
-    """(path, name, tensor) of the buffers, and of what forward leaves in attributes."""
-    for path, module in net.named_modules():
-        held = {} if isinstance(module, Shell) else vars(module)
-        for name, value in (*module._buffers.items(), *held.items()):
-            if isinstance(value, Tensor):
-                yield path, name, value
+    def _by_members(self, changes: Changes, path: str, reason: str) -> Changes:
+        """The module at `path`, or the first around it that does not do so yet, runs member by member, too."""
+        taken = {*changes.whole, *(shell._path for shell in self.trial.shells)}
+        while path and any(is_in(path, p) for p in taken):
+            path = path.rpartition(".")[0]
+        modules = dict(self.trial.net.named_modules(remove_duplicate=False))
+        while wider := [
+            p for p in entangled(modules, {path, *taken}) if path.startswith(f"{p}." if p else "") and p != path
+        ]:
+            path = wider[0]
+        below = {p for p in changes.whole if p.startswith(f"{path}." if path else "")}
+        return Changes(changes.contiguous, {path: reason, **{p: r for p, r in changes.whole.items() if p not in below}})
