@@ -47,6 +47,13 @@ class Shell(nn.Module):
         return self
 
 
+def innermost(net: Any) -> Any:
+    """The network itself, without shells around it."""
+    while isinstance(net, Shell):
+        net = vars(net).get("_inner")
+    return net
+
+
 class Rewritten(Shell):
     """A network that runs an edited copy of its own torch.fx graph, one for train and one for eval mode.
 

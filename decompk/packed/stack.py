@@ -84,3 +84,16 @@ class AccumulatedHooks:
                 gradient.copy_(own.grad)
         if dropped == len(self.hooks):
             stack.grad = None
+
+
+def laid_out(stack: Tensor, memory_format: torch.memory_format) -> Tensor:
+    """(K, …) tensors with every member's slice in `memory_format`, where that format has its number of dimensions."""
+    dims = {torch.channels_last: 4, torch.channels_last_3d: 5}.get(memory_format)
+    if dims is None:
+        return stack.contiguous()
+    if stack.dim() != 1 + dims:
+        return stack
+    stack = stack.movedim(2, -1).contiguous().movedim(-1, 2)
+    strides = list(stack.stride())
+    strides[2] = 1  # with one channel any stride fits, and torch knows the format by this one
+    return stack.as_strided(stack.shape, strides)
