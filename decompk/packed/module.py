@@ -8,7 +8,7 @@ import math
 import os
 import sys
 import warnings
-from collections.abc import Collection, Hashable, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,13 +16,13 @@ from torch import Tensor, nn
 
 from ..crops import Part, by
 from ..errors import PackError, PartitionError, brief
-from ..fx.forward_code import attributes, is_plain_object
 from ..fx.pytree import leaves, spread, tensors_of, tree_map
 from ..fx.unseen import possible, unseen
 from ..fx.wrapper import Shell, innermost
 from ..kernels.call import watched
 from ..threads import one_at_a_time
-from .per_member import PerMember, description, of_torch
+from .kinds import Kinds, kind_of, switches_of
+from .per_member import PerMember, description
 from .rehearsal import Rehearsal, Way
 from .roles import Unknown, find_roles_apart, takes
 from .stack import laid_out
@@ -36,8 +36,6 @@ if TYPE_CHECKING:
     from ..divide.decompose import Decomposition
 
 _NOT_USERS = (os.path.dirname(torch.__file__) + os.sep, os.path.dirname(os.path.dirname(__file__)) + os.sep)
-_NUMBERS = frozenset(range(-1, 17))  # that may decide which way code goes, and are few enough to rehearse each
-_REHEARSED, _REST = 4, 64  # so many others in one place are rehearsed, too, and one more after so many calls
 _PUBLIC = {"K": "_K", "crops": "_crops", "input_dims": "_input_dims", "decomposition": "_decomposition"}
 _ABSENT: Any = object()  # as a parameter of its own, x is what exports and traces ask for
 
@@ -63,6 +61,7 @@ class Packed(Shell):
     input_dims: int | None
     decomposition: Decomposition | Any  # None unless grouped_subnets packed them
     _inner: Any
+    _kinds: Kinds
 
     def __init__(
         self,
@@ -78,7 +77,7 @@ class Packed(Shell):
         super().__init__(net)
         vars(self).update(_K=K, _crops=crops, _input_dims=input_dims, _decomposition=None, _told=told)
         vars(self).update(_ways={}, _tried={}, _shared=shared, _rehearse=rehearse)
-        self._watch_switches(_switches(net))
+        self._watch_switches(switches_of(net))
         for store in (net._modules, net._parameters, net._buffers):  # a network's own names win over our methods'
             vars(self).update({name: value for name, value in store.items() if hasattr(type(self), name)})
 
@@ -170,7 +169,7 @@ class Packed(Shell):
             return self._members_apart(way, args, kwargs, True)
         shared = self._is_shared(x, args, kwargs)
         N = x.shape[0] if shared else x.shape[1]
-        kind = self._in_full((self.training, shared, *self._kind(args, kwargs, N)), N, args, kwargs)
+        kind = self._in_full((self.training, shared, *kind_of(args, kwargs, self._K, N)), N, args, kwargs)
         way = self._ways.get(kind) or self._way(kind, args, kwargs, tensors, shared, N)
         if way.apart or isinstance(self._inner, PerMember):
             return self._members_apart(way, args, kwargs, shared)
@@ -192,51 +191,15 @@ class Packed(Shell):
         return self._stacked(out, way, N)
 
     def _watch_switches(self, switches: list[tuple[Any, list]]) -> None:
-        vars(self).update(_switches=switches, _values=([], ()), _numbers={}, _calls=0)
+        vars(self)["_kinds"] = Kinds(switches)
+
+    @property
+    def _switches(self) -> list[tuple[Any, list]]:
+        return self._kinds.switches
 
     def _in_full(self, kind: tuple, N: int, args: tuple = (), kwargs: dict[str, Any] | None = None) -> tuple:
-        """The kind of a call, its numbers and how many samples it has; compiled code knows the kind alone."""
-        if torch.compiler.is_compiling():
-            return kind
-        numbers = () if kwargs is None or watched() else self._numbers_of(args, kwargs)
-        return kind, (*self._switched(), *numbers), self._number(N, "samples")
-
-    def _switched(self) -> tuple[Hashable, ...]:
-        """What decides, beside arguments, which way the network's own code goes: modes, flags and numbers it holds."""
-        vars(self)["_calls"] += 1
-        values = [_values(holder).get(name) for holder, names in self._switches for name in names]
-        if values != self._values[0]:
-            known = tuple(self._number(value, ("attribute", i)) for i, value in enumerate(values))
-            vars(self)["_values"] = (values, known)
-        return (torch.is_grad_enabled(), *self._values[1])
-
-    def _kind(self, args: tuple, kwargs: dict[str, Any], N: int) -> Iterator[Any]:
-        """What calls of one kind have in common: names, plain values, and which sizes of tensors are K or N."""
-        yield len(args), *kwargs
-        for leaf in leaves((args, kwargs)):
-            if isinstance(leaf, Tensor):
-                yield leaf.dim(), leaf.shape[:1] == (self._K,), *(size == N for size in leaf.shape[:3])
-            else:
-                yield leaf if _is_one_of_few(leaf) else type(leaf)
-
-    def _numbers_of(self, args: tuple, kwargs: dict[str, Any]) -> Iterator[Any]:
-        """The numbers among the arguments, also in tensors that lie on the CPU."""
-        for place, leaf in enumerate(leaves((args, kwargs))):
-            if type(leaf) is Tensor and not leaf.dim() and leaf.device.type == "cpu":
-                yield self._number(leaf.item(), place)
-            elif isinstance(leaf, int | float):
-                yield self._number(leaf, place)
-
-    def _number(self, value: Any, place: Hashable) -> Any:
-        """What a kind of call knows of a value: itself, of many numbers in one place the first few and some more."""
-        if _is_one_of_few(value):
-            return value
-        if not isinstance(value, int | float):
-            return type(value)
-        seen = self._numbers.setdefault(place, {})
-        if value not in seen and (len(seen) < _REHEARSED or self._calls - max(seen.values()) >= _REST):
-            seen[value] = self._calls
-        return value if value in seen else type(value)
+        """The kind of a call with what else may decide how it runs; compiled code knows the kind alone."""
+        return kind if torch.compiler.is_compiling() else self._kinds.in_full(kind, N, args, kwargs)
 
     def _run(self, x: Tensor, cuts: bool) -> Any:
         """What the members return for their rows x (K·N, …), or, if it cuts, for their crops of the image x."""
@@ -337,7 +300,7 @@ class Packed(Shell):
         trial = Trial(self._inner, self._K, args, kwargs, shared, N, cut)
         rehearsal = Rehearsal(trial, named)
         apart, changes = isinstance(self._inner, PerMember), None
-        switches = len(self._switched())
+        switches = len(self._kinds.switched())
         with unseen():
             try:
                 known = self._ways.get(kind[:2])
@@ -366,7 +329,7 @@ class Packed(Shell):
                         find_roles_apart(trial)
             self._change(changes)
         rehearsal.hand_over(self._inner)
-        kind = kind[0], (*self._switched(), *kind[1][switches:]), kind[2]  # fewer modules may be watched now
+        kind = kind[0], (*self._kinds.switched(), *kind[1][switches:]), kind[2]  # fewer modules may be watched now
         self._ways[kind] = way
         if not way.apart:
             self._ways[kind[:2]] = self._ways[kind[0]] = way  # for other sizes; for compiled code, which asks no more
@@ -397,7 +360,7 @@ class Packed(Shell):
         """Let the network run as a rehearsal found that it must."""
         vars(self)["_inner"] = changes.applied(self._inner, self._K)
         if changes.whole:
-            self._watch_switches(_switches(self._inner))
+            self._watch_switches(switches_of(self._inner))
         for path, reason in changes.whole.items():
             warn(f"{type(innermost(self._inner)).__name__}: {_named(path)} runs member by member: {reason}.")
 
@@ -534,29 +497,6 @@ class Packed(Shell):
 
     def extra_repr(self) -> str:
         return f"K={self._K}" + (f", crops={self._crops}" if self._crops else "")
-
-
-def _switches(net: nn.Module) -> list[tuple[Any, list]]:
-    """What a user's own code on all members' rows may read beside tensors.
-
-    (A module, an object or a dict that it holds; the names of its mode, flags, numbers and what is None.)
-    """
-    own = [m for m in without_insides(net) if not isinstance(m, Shell | Twin) and not of_torch(m)]
-    held = {id(v): v for m in own for v in attributes(m).values() if is_plain_object(v) or isinstance(v, dict)}
-    plain = bool | str | int | float | None
-    return [
-        (holder, [name for name, value in _values(holder).items() if isinstance(value, plain)])
-        for holder in (*own, *held.values())
-    ]
-
-
-def _is_one_of_few(value: Any) -> bool:
-    """Whether a plain value may decide which way code goes, and is one of few."""
-    return isinstance(value, bool | str | None) or (isinstance(value, int | float) and value in _NUMBERS)
-
-
-def _values(holder: Any) -> dict:
-    return holder if isinstance(holder, dict) else vars(holder)
 
 
 def _named(path: str) -> str:
