@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-import math
 import os
 import sys
 import warnings
@@ -21,10 +20,11 @@ from ..fx.unseen import possible, unseen
 from ..fx.wrapper import Shell, innermost
 from ..kernels.call import watched
 from ..threads import one_at_a_time
+from .inputs import check_image, fits, misfit
 from .kinds import Kinds, kind_of, switches_of
 from .per_member import PerMember, description
 from .rehearsal import Rehearsal, Way
-from .roles import Unknown, find_roles_apart, takes
+from .roles import Unknown, find_roles_apart
 from .stack import laid_out
 from .surgery import Changes, apart_for_once, member_alone, without_insides
 from .trial import SAME, Role, Rows, Trial
@@ -377,7 +377,7 @@ class Packed(Shell):
         if not self._told and x.dim() > (dims or 2):
             place = (len(args), *(kwargs or ()), shape[2:])
             if place not in self._tried:
-                self._tried[place] = self._fits(x, args, kwargs or {})
+                self._tried[place] = fits(self._inner, self._K, x, args, kwargs or {}) if self._rehearse else None
             if (shared := self._tried[place]) or (shared is False and shape[0] == self._K):
                 return shared
         if dims is None and not strict:
@@ -391,61 +391,14 @@ class Packed(Shell):
             size = self._crops[0].size
             spatial = shape[-len(size) :]
             if x.dim() == dims:
-                self._check_image(spatial)
+                check_image(spatial, self._crops, self._decomposition)
             elif x.dim() == dims + 1 and spatial != size:
                 raise PartitionError(f"an input of {shape} is not cut into crops of {by(size)} pixels.")
         if x.dim() == dims or (x.dim() == dims + 1 and x.shape[0] == self._K):
             return x.dim() == dims
         if not strict and not self._crops:
             return True
-        if self._crops:
-            whole = getattr(self._decomposition, "input_size", None)
-            vectors = whole is not None and len(whole) == 1 and math.prod(shape[1:]) == whole[0]
-            if vectors:
-                raise PartitionError(
-                    f"an input of {shape} is no batch of vectors, which the members divide: give it x.flatten(1)."
-                )
-            raise PartitionError(
-                f"an input of {shape} is neither a global batch of {dims} dimensions nor ({self._K}, N, C, …) crops."
-            )
-        raise PackError(
-            f"an input of {shape} is neither one batch of {dims} dimensions for all members nor ({self._K}, N, …) of "
-            f"{dims + 1}; if the members' batches have another number of dimensions, tell pack with input_dims=."
-        )
-
-    def _fits(self, x: Tensor, args: tuple, kwargs: dict[str, Any]) -> bool | None:
-        """Whether a member takes x as one batch for all (True), or as one per member (False); None if nobody can tell.
-
-        Raises PackError where it takes both.
-        """
-        if not self._rehearse or not x.numel() or not possible([x]):
-            return None
-
-        def each(leaf: Any) -> Any:
-            alike = isinstance(leaf, Tensor) and leaf.dim() > 1 and leaf.shape[0] == x.shape[0]
-            return leaf[:1].expand(self._K, *leaf.shape[1:]) if alike else leaf
-
-        with unseen():
-            one = takes(Trial(self._inner, self._K, args, kwargs, True, x.shape[0]))
-            args, kwargs = tree_map(each, (args, kwargs))
-            own = takes(Trial(self._inner, self._K, args, kwargs, False, x.shape[1]))
-        if one and own and not (x.dim() > 3 and x.shape[1] == 1):  # images of one channel, not members' of one sample
-            raise PackError(
-                f"an input of {tuple(x.shape)} may be one batch for all members or one per member: tell pack with "
-                f"input_dims={x.dim()} or input_dims={x.dim() - 1}, the number of dimensions of one member's batch."
-            )
-        return one if one or own else None
-
-    def _check_image(self, spatial: tuple[int, ...]) -> None:
-        whole = getattr(self._decomposition, "input_size", spatial)[-len(spatial) :]
-        if tuple(whole) != spatial:
-            raise PartitionError(
-                f"an image of {by(spatial)} pixels does not fit this packed module, which was "
-                f"decomposed for {by(whole)}{self._decomposition.origin}; resize it, or decompose for its input_size=."
-            )
-        for crop in self._crops:
-            if any(stop > pixels for stop, pixels in zip(crop.stop, spatial, strict=True)):
-                raise PartitionError(f"{crop} does not fit an image of {by(spatial)} pixels.")
+        raise misfit(shape, dims, self._K, bool(self._crops), self._decomposition)
 
     def _cut(self, x: Tensor) -> Tensor:
         return torch.cat([crop.cut(x) for crop in self._crops])
