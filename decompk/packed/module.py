@@ -340,9 +340,8 @@ class Packed(Shell):
         try:
             return find_roles_apart(trial)
         except Unknown as unknown:
-            raise PackError(
-                f"a member alone does not take these arguments: {brief(unknown.__cause__)}."
-            ) from unknown.__cause__
+            cause = unknown.__cause__ or unknown
+            raise PackError(f"a member alone does not take these arguments: {brief(cause)}.") from cause
 
     def _named_roles(self, args: tuple, kwargs: dict[str, Any], shared: bool, N: int) -> tuple[Role, ...]:
         """Each tensor's role where `pack(shared=…)` names the arguments that are the same for all members."""
