@@ -14,8 +14,9 @@ from ..errors import PackError, PartitionError, brief
 from ..fx.wrapper import innermost
 from ..kernels.backend import EXACT
 from .architecture import check_members, listed
+from .follow import own_module
 from .module import Packed, warn
-from .per_member import PerMember, own_module, per_member_kind
+from .per_member import PerMember, per_member_kind
 from .selection import input_dims_of, plan
 from .stack import hook, laid_out, stacked
 from .twin import Twin, deep_copy

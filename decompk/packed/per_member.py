@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import operator
 from collections.abc import Callable, Iterator, Sequence
 from types import MethodType
 from typing import Any, NamedTuple
@@ -13,19 +12,16 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import PackError
-from ..fx.forward_code import attributes, is_plain_object, read_forward
+from ..fx.forward_code import read_forward
 from ..fx.pytree import leaves, spread, tree_map
 from ..fx.wrapper import Shell
 from ..kernels.call import watched
 from ..kernels.torch_limits import is_delicate
 from ..threads import Turn
+from .follow import HOOK_STORES, STORES, Noted, held_tensors, own_module
 from .twin import Record, check_rows, deep_copy, member_rows
 
 Inputs = tuple[tuple, dict[str, Any]]
-_STORES = ("_parameters", "_buffers")
-_OF_EVERY_MODULE = {*vars(nn.Module()), "_inner"}  # its tensors, modules, hooks and mode
-_HOOKS = [name for name, value in vars(nn.Module()).items() if isinstance(value, dict) and "ward_" in name]
-_was_not = object()
 
 
 class _Laid(NamedTuple):
@@ -155,22 +151,22 @@ class PerMember(Shell):
         owners = {
             id(t): [(getattr(m, kind), name)]
             for m, _ in rows
-            for kind in _STORES
+            for kind in STORES
             for name, t in getattr(m, kind).items()
             if t is not None
         }
         self.__dict__.update(
-            _was=[(_Noted(m), own) for m, own in rows],
+            _was=[(Noted(m), own) for m, own in rows],
             _places=[
                 (getattr(m, kind), kind, name, [getattr(o, kind) for o in own])
                 for m, own in rows
-                for kind in _STORES
+                for kind in STORES
                 for name in getattr(m, kind)
             ],
             _aliases=[
                 (store, name, [vars(o)[attribute] for o in own], key)
                 for m, own in rows
-                for attribute, key, value in _held(m)
+                for attribute, key, value in held_tensors(m)
                 for store, name in owners.get(id(value), ())
             ],
             _writes_data=any(_writes_data(m) for m, _ in rows),
@@ -354,103 +350,6 @@ def _slices(stack: Tensor) -> Sequence[Tensor]:
     return [part.squeeze(0) for part in stack.unsafe_split(1)]
 
 
-def _attributes(module: nn.Module) -> dict[str, Any]:
-    """What a module holds beside tensors, modules, hooks and its mode."""
-    return {name: value for name, value in attributes(module).items() if name != "_inner"}
-
-
-def _held(module: nn.Module) -> Iterator[tuple[str, Any, Any]]:
-    """(attribute, index or key, tensor) of the tensors in a module's lists and dicts, such as an RNN's flat weights."""
-    for attribute, container in _attributes(module).items():
-        pairs = enumerate(container) if isinstance(container, list) else ()
-        for key, value in container.items() if isinstance(container, dict) else pairs:
-            if isinstance(value, Tensor):
-                yield attribute, key, value
-
-
-class _Noted:
-    """What a module of `inner` was like when its members were like it."""
-
-    def __init__(self, module: nn.Module):
-        self.module, self.values = module, list(vars(module).values())
-        self.attributes = _attributes(module)
-        self.insides = {name: _inside(v) for name, v in self.attributes.items() if _is_container(v)}
-        self.hooks = [dict(getattr(module, name)) for name in _HOOKS]
-        self.hookless = not any(self.hooks)
-        self.children = dict(module._modules)
-
-    def holds(self) -> bool:
-        """Asked at every call of every module, so in as few steps of the interpreter as will do."""
-        now = vars(self.module)
-        return (
-            len(now) == len(self.values)
-            and all(map(operator.is_, now.values(), self.values))
-            and now["_modules"] == self.children
-            and (not any(map(now.__getitem__, _HOOKS)) if self.hookless else self._same_hooks())
-            and all(_same(_inside(now[name]), inside) for name, inside in self.insides.items())
-        )
-
-    def _same_hooks(self) -> bool:
-        now = [getattr(self.module, name) for name in _HOOKS]
-        return all(hooks.keys() == known.keys() for hooks, known in zip(now, self.hooks, strict=True))
-
-    def bring_over(self, own: nn.Module, memo: dict[int, Any]) -> None:
-        """Bring into a member's module what has changed since; `memo`: what was copied for this member so far."""
-        module = self.module
-        own.training, own._is_full_backward_hook = module.training, module._is_full_backward_hook
-        now = _attributes(module)
-        for name in self.attributes.keys() - now.keys():
-            vars(own).pop(name, None)
-        for name, value in now.items():
-            inside = self.insides.get(name)
-            same = self.attributes.get(name, _was_not) is value
-            if not same or (inside is not None and not _same(_inside(value), inside)):
-                vars(own)[name] = _copied(value, memo)
-        for name, known in zip(_HOOKS, self.hooks, strict=True):
-            theirs, ours = getattr(module, name), getattr(own, name)
-            for key in known.keys() - theirs.keys():
-                ours.pop(key, None)
-            ours.update({key: hook for key, hook in theirs.items() if key not in known})
-        for name in self.children.keys() - module._modules.keys():
-            own._modules.pop(name, None)
-        for name, child in module._modules.items():
-            if self.children.get(name) is not child:
-                own._modules[name] = None if child is None else own_module(child)
-
-
-def _is_container(value: Any) -> bool:
-    return isinstance(value, list | dict | set) or is_plain_object(value)
-
-
-def _inside(container: Any) -> list:
-    if not isinstance(container, list | dict | set):
-        container = vars(container)
-    return [*container, *container.values()] if isinstance(container, dict) else [*container]
-
-
-def _same(a: list, b: list) -> bool:
-    return len(a) == len(b) and all(map(operator.is_, a, b))
-
-
-def _copied(value: Any, memo: dict[int, Any]) -> Any:
-    try:
-        return deep_copy(value, memo)
-    except Exception:  # whatever an attribute raises that cannot be copied
-        return value
-
-
-def own_module(module: nn.Module) -> nn.Module:
-    """A copy of a member's module with None where its parameters and buffers were: places for slices."""
-    tensors = [t for m in module.modules() for kind in _STORES for t in getattr(m, kind).values() if t is not None]
-    # None itself would not do: a GraphModule's own copy sorts what it finds by its class.
-    places = {id(t): nn.Parameter(torch.empty(0)) if isinstance(t, nn.Parameter) else torch.empty(0) for t in tensors}
-    new = deep_copy(module, places)
-    for m in new.modules():
-        for store in (m._parameters, m._buffers):
-            store.update({name: None for name, t in store.items() if any(t is place for place in places.values())})
-    return new
-
-
 def _writes_data(module: nn.Module) -> bool:
     """Whether code of a user's module assigns to `.data`, in forward or in `train`."""
     return not of_torch(module) and any("data" in read_forward(module, of).stored for of in ("forward", "train"))
@@ -511,15 +410,15 @@ def member_of(shell: PerMember, k: int, memo: dict[int, Any]) -> nn.Module:
     shell._bring_over()
     new = own_module(shell._members[k])
     for module, own in zip(shell._inner.modules(), new.modules(), strict=True):
-        for kind in _STORES:
+        for kind in STORES:
             for name, stack in getattr(module, kind).items():
                 if stack is not None:
                     getattr(own, kind)[name] = memo[id(stack)]
-        for attribute, key, stack in _held(module):
+        for attribute, key, stack in held_tensors(module):
             if id(stack) in memo:
                 vars(own)[attribute][key] = memo[id(stack)]
     for module, own in zip(shell._inner.modules(), new.modules(), strict=True):
-        memo.update({id(getattr(module, name)): getattr(own, name) for name in _HOOKS})  # for handles elsewhere
+        memo.update({id(getattr(module, name)): getattr(own, name) for name in HOOK_STORES})  # for handles elsewhere
     return new
 
 

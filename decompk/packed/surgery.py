@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from .per_member import PerMember, member_of, own_module, per_member_kind
+from .follow import own_module
+from .per_member import PerMember, member_of, per_member_kind
 from .stack import unhook
 from .twin import Twin, deep_copy
 
