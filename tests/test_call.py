@@ -14,7 +14,7 @@ from decompk.kernels.call import dgrad_call, fprop_call, settle, wgrad_call
 from decompk.kernels.device import interpreted
 from decompk.kernels.launch import recording
 from decompk.ops.conv import convolve_now
-from decompk.packed import fuse
+from decompk.packed import fused_layer
 
 PACKAGE = str(Path(decompk.__file__).parent) + "/"
 LAUNCH = "kernels/launch.py"
@@ -74,7 +74,7 @@ def test_a_warm_packed_convolution_enters_four_files_and_its_launch(backend, dty
 @pytest.mark.skipif(not interpreted(), reason="runs kernels on the CPU")
 def test_a_warm_fused_convolution_enters_five_files_and_its_launch(monkeypatch):
     packed, _, x = layers(3, 1, torch.float16)
-    fused, entered, layer = decompk.fuse(packed).eval(), [], fuse._layer
+    fused, entered, layer = decompk.fuse(packed).eval(), [], fused_layer.run_layer
     x = x.detach().unflatten(0, (2, 2))
 
     def counted(*arguments):
@@ -90,7 +90,7 @@ def test_a_warm_fused_convolution_enters_five_files_and_its_launch(monkeypatch):
     (found,) = entered
     form = {file for file in found if file.startswith("kernels/conv/")}
     assert len(form) == 1
-    assert found - form - {LAUNCH} == {"packed/fuse.py", "ops/fused.py", "ops/conv.py", "kernels/call.py"}
+    assert found - form - {LAUNCH} == {"packed/fused_layer.py", "ops/fused.py", "ops/conv.py", "kernels/call.py"}
 
 
 # ---- what is kept ---------------------------------------------------------------------------------------------------

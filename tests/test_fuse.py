@@ -23,6 +23,7 @@ import decompk
 from decompk import DecompkError, UnsupportedOperation, fuse, models
 from decompk.crops import Crop
 from decompk.kernels.device import interpreted
+from decompk.packed import fused_layer
 from decompk.packed.pack import Packed, pack
 
 K, N, SIZE = 2, 3, 8
@@ -32,7 +33,7 @@ needs_torchvision = pytest.mark.skipif(torchvision is None, reason="torchvision 
 @pytest.fixture
 def as_on_kernels(monkeypatch):
     """Training takes the way it takes on Triton's kernels, on torch's operators."""
-    monkeypatch.setattr(sys.modules["decompk.packed.fuse"], "_on_kernels", lambda x: True)
+    monkeypatch.setattr(fused_layer, "_on_kernels", lambda x: True)
 
 
 def packed_of(make, count=K, **options):
@@ -924,7 +925,9 @@ def test_what_is_not_a_packed_network_is_refused():
 
 @pytest.mark.parametrize("way", ["eval", "train", "train as on kernels"])
 def test_a_fused_network_compiles_into_one_graph(way, monkeypatch):
-    monkeypatch.setattr(sys.modules["decompk.packed.fuse"], "_on_kernels", lambda x: way == "train as on kernels")
+    monkeypatch.setattr(
+        sys.modules["decompk.packed.fused_layer"], "_on_kernels", lambda x: way == "train as on kernels"
+    )
     torch._dynamo.reset()
     fused, x = fuse(packed_of(EarlierResidual, crops=CROPS)).train(way != "eval"), images(N, 3, 12, 12)
     eager, graphs = copy.deepcopy(fused), []

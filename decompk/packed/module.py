@@ -77,7 +77,7 @@ class Packed(Shell):
         super().__init__(net)
         vars(self).update(_K=K, _crops=crops, _input_dims=input_dims, _decomposition=None, _told=told)
         vars(self).update(_ways={}, _tried={}, _shared=shared, _rehearse=rehearse)
-        self._watch_switches(switches_of(net))
+        vars(self)["_kinds"] = Kinds(switches_of(net))
         for store in (net._modules, net._parameters, net._buffers):  # a network's own names win over our methods'
             vars(self).update({name: value for name, value in store.items() if hasattr(type(self), name)})
 
@@ -189,13 +189,6 @@ class Packed(Shell):
         with packed_batch(self._K * N):
             out = self._inner(*args, **kwargs)
         return self._stacked(out, way, N)
-
-    def _watch_switches(self, switches: list[tuple[Any, list]]) -> None:
-        vars(self)["_kinds"] = Kinds(switches)
-
-    @property
-    def _switches(self) -> list[tuple[Any, list]]:
-        return self._kinds.switches
 
     def _in_full(self, kind: tuple, N: int, args: tuple = (), kwargs: dict[str, Any] | None = None) -> tuple:
         """The kind of a call with what else may decide how it runs; compiled code knows the kind alone."""
@@ -359,7 +352,7 @@ class Packed(Shell):
         """Let the network run as a rehearsal found that it must."""
         vars(self)["_inner"] = changes.applied(self._inner, self._K)
         if changes.whole:
-            self._watch_switches(switches_of(self._inner))
+            vars(self)["_kinds"] = Kinds(switches_of(self._inner))
         for path, reason in changes.whole.items():
             warn(f"{type(innermost(self._inner)).__name__}: {_named(path)} runs member by member: {reason}.")
 

@@ -1,0 +1,207 @@
+"""A fused layer at each call: convolution, batch norm, residual and ReLU in as few launches as the call allows."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import ops
+from ..crops import Crop
+from ..kernels.backend import asked_for
+from ..kernels.call import Geometry, runs_cpu
+from ..kernels.layout import output_shape
+from ..ops.conv import arguments
+from ..ops.fused import fused_rows, window_of
+from .conv import PackedConv2d
+from .norm import PackedBatchNorm2d
+from .twin import HOOKS, batch_rows
+
+if TYPE_CHECKING:
+    pass
+
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def run_layer(
+    x: Tensor, crops: Sequence[Crop] | None, conv: PackedConv2d, norm: PackedBatchNorm2d | None, *further: Any
+) -> Tensor:
+    """`_run_layer`, laid out as its last twin is to be."""
+    y = _run_layer(x, crops, conv, norm, *further)
+    return y.contiguous() if (conv if norm is None else norm)._twin_contiguous else y
+
+
+def _run_layer(
+    x: Tensor,
+    crops: Sequence[Crop] | None,
+    conv: PackedConv2d,
+    norm: PackedBatchNorm2d | None,
+    affine: tuple[Tensor, Tensor] | None,
+    residual: Any,
+    add_in_place: bool,
+    relu: nn.Module | str | None,
+) -> Tensor:
+    """relu(norm(conv(x)) + residual): x (K·N, C, H, W), or with crops the image (N, C, H, W) → (K·N, O, H', W').
+
+    In as few launches as arguments, modes and hooks allow; else as the network's own code does it. affine: scale and
+    shift (K, O) of a norm by its running statistics. relu: a module, or the name of a function of torch.
+    """
+    known = _unchanged(conv, PackedConv2d) and _unchanged(norm, PackedBatchNorm2d) and _unchanged(relu, nn.ReLU)
+    joins = known and norm is not None and runs_cpu(x)  # the norm takes what follows it
+    call = _call(x, crops, conv) if known and not joins else None
+    if call is not None and (residual is None or _fits(residual, call)):
+        gradient = torch.is_grad_enabled() and any(map(_needs_gradient, (x, conv.weight, conv.bias, residual)))
+        if not gradient and (norm is None or affine is not None):
+            return fused_rows(*call, affine or (None, None), residual, relu is not None)
+        if norm is not None and _on_kernels(x) and _takes_moments(norm, call):
+            return _by_moments(call, crops, norm, residual, relu is not None)
+
+    if crops is None:
+        y = conv(x)
+    elif call is not None and _on_kernels(x):
+        x, weight, bias, geometry, _ = call
+        y = ops.conv2d_moments(x, weight, bias, *geometry, crops=crops, moments=False)[0].flatten(0, 1)
+    else:
+        y = conv(torch.cat([crop.cut(x) for crop in crops]))
+    if joins and (residual is None or (isinstance(residual, Tensor) and residual.shape == y.shape)):
+        assert norm is not None
+        return norm(y, residual, relu is not None)
+    if norm is not None:
+        y = norm(y)
+    if add_in_place:
+        y += residual
+    elif residual is not None:
+        y = y + residual
+    if relu is None:
+        return y
+    return getattr(torch, relu)(y) if isinstance(relu, str) else relu(y)
+
+
+def _on_kernels(x: Tensor) -> bool:
+    """Whether Triton runs here: torch's own operators need a pass of their own for what the kernels do on the way."""
+    return asked_for("triton") or (x.is_cuda and not asked_for("torch"))
+
+
+def plain_attributes(module: nn.Module) -> dict[str, Any]:
+    """The numbers and words among a module's attributes, which its code may read."""
+    kinds = (bool, int, float, str, type(None))
+    return {name: value for name, value in vars(module).items() if type(value) in kinds and name != "training"}
+
+
+def unhooked(module: nn.Module) -> bool:
+    return "forward" not in vars(module) and not any(getattr(module, hooks) for hooks in HOOKS)
+
+
+def _unchanged(part: nn.Module | str | None, kind: type[nn.Module]) -> bool:
+    return part is None or isinstance(part, str) or (type(part) is kind and unhooked(part))
+
+
+def _needs_gradient(t: Tensor | None) -> bool:
+    return t is not None and t.requires_grad
+
+
+_Call = tuple[Tensor, Tensor, Tensor | None, Geometry, tuple[int, ...]]
+
+
+def _call(x: Tensor, crops: Sequence[Crop] | None, conv: PackedConv2d) -> _Call | None:
+    """x, rows (K·N, C, H, W) or the image, weight, bias, stride, padding and dilation, and the window of crops.
+
+    None where no operator takes them.
+    """
+    compiled = torch.compiler.is_compiling()  # which reads no ContextVar
+    if crops is None and (compiled or x.dim() != 4 or x.shape[0] % (batch_rows.get() or conv._twin_K)):
+        conv._twin_check(x)
+    weight, bias = conv.weight, conv.bias
+    if x.device.type not in ("cpu", "cuda") or any(t is not None and t.dtype not in DTYPES for t in (x, weight, bias)):
+        return None
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    geometry: Any = conv.stride, conv.padding, conv.dilation
+    if isinstance(conv.padding, str):
+        geometry = arguments(conv.kernel_size, *geometry)
+    window = () if crops is None else window_of(crops, x.shape, len(weight))
+    return x, weight, bias, geometry, window
+
+
+def _shape(call: _Call) -> tuple[int, ...]:
+    """(K, N, O, H', W') of what a call gives."""
+    x, weight, _, geometry, window = call
+    K, N = len(weight), x.shape[0] if window else x.shape[0] // len(weight)
+    find = output_shape if torch.compiler.is_compiling() else _output_shape  # no cache holds symbols
+    return find((K, N, x.shape[1], *(window[:2] or x.shape[2:])), weight.shape, *geometry)
+
+
+_output_shape = functools.lru_cache(maxsize=1024)(output_shape)
+
+
+def _fits(residual: Any, call: _Call) -> bool:
+    """Whether the operators add it: a tensor of the output's shape, dtype and device."""
+    x = call[0]
+    if not isinstance(residual, Tensor) or (residual.dtype, residual.device) != (x.dtype, x.device):
+        return False
+    K, N, *rest = _shape(call)
+    return tuple(residual.shape) == (K * N, *rest)
+
+
+def affines(*norms: Any) -> list[tuple[Tensor, Tensor] | None]:
+    """scale and shift (K, C) float32 of every norm that uses its running statistics and needs no gradient."""
+    affine = [_is_affine(norm) for norm in norms]
+    ready = [norm for norm, is_affine in zip(norms, affine, strict=True) if is_affine]
+    if not ready:
+        return [None] * len(norms)
+
+    def vectors(name: str, absent: float = 0.0) -> list[Tensor]:
+        pairs = [(norm.running_var, getattr(norm, name)) for norm in ready]
+        return [torch.full_like(var, absent, dtype=torch.float32) if t is None else t.float() for var, t in pairs]
+
+    with torch.no_grad():  # a few launches for all layers together
+        scales = torch._foreach_rsqrt(torch._foreach_add(vectors("running_var"), [norm.eps for norm in ready]))
+        scales = torch._foreach_mul(scales, vectors("weight", 1.0))
+        shifts = torch._foreach_sub(vectors("bias"), torch._foreach_mul(vectors("running_mean"), scales))
+    pairs = iter(zip(scales, shifts, strict=True))
+    return [next(pairs) if is_affine else None for is_affine in affine]
+
+
+def _is_affine(norm: nn.Module) -> bool:
+    if type(norm) is not PackedBatchNorm2d or norm.training or norm.running_mean is None or norm.running_var is None:
+        return False
+    gradient = torch.is_grad_enabled() and any(map(_needs_gradient, (norm.weight, norm.bias)))
+    return not gradient and norm.running_var.dtype in DTYPES
+
+
+def _takes_moments(norm: PackedBatchNorm2d, call: _Call) -> bool:
+    """Whether it normalises by its batch's statistics, in a way that the operator does, too."""
+    if not norm.training and (norm.running_mean is not None or norm.running_var is not None):
+        return False
+    statistics = [t for t in _tracked(norm) if t is not None]
+    if statistics and (norm.momentum is None or not all(t.is_contiguous() for t in statistics)):
+        return False
+    _, N, _, H, W = _shape(call)
+    return N * H * W > 1
+
+
+def _tracked(norm: PackedBatchNorm2d) -> tuple[Tensor | None, Tensor | None]:
+    """The running statistics that a batch moves."""
+    return (norm.running_mean, norm.running_var) if norm.training and norm.track_running_stats else (None, None)
+
+
+def _by_moments(
+    call: _Call, crops: Sequence[Crop] | None, norm: PackedBatchNorm2d, residual: Tensor | None, relu: bool
+) -> Tensor:
+    """A batch norm by its batch's statistics, which the convolution takes while it writes what they are of."""
+    x, weight, bias, geometry, _ = call
+    members = (len(weight), -1)
+    y, moments = ops.conv2d_moments(x if crops else x.unflatten(0, members), weight, bias, *geometry, crops=crops)
+    if norm.training and norm.track_running_stats and norm.num_batches_tracked is not None:
+        norm.num_batches_tracked.add_(1)
+    momentum = 0.0 if norm.momentum is None else norm.momentum
+    added = None if residual is None else residual.unflatten(0, members)
+    statistics = _tracked(norm)
+    return ops.batch_norm(
+        y, norm.weight, norm.bias, *statistics, True, momentum, norm.eps, added, relu, moments
+    ).flatten(0, 1)
