@@ -14,6 +14,7 @@ from decompk.kernels.call import dgrad_call, fprop_call, settle, wgrad_call
 from decompk.kernels.device import interpreted
 from decompk.kernels.launch import recording
 from decompk.ops.conv import convolve_now
+from decompk.ops.norm import batch_norm_rows
 from decompk.packed import fused_layer
 
 PACKAGE = str(Path(decompk.__file__).parent) + "/"
@@ -163,3 +164,34 @@ def test_rows_that_lie_otherwise_are_copied_once_and_get_their_gradient():
     expected = x.detach().requires_grad_()
     ops.grouped_conv2d(expected, weight, bias, padding=1).sum().backward()
     torch.testing.assert_close(rows.grad.unflatten(0, (2, 3)), expected.grad)
+
+
+def test_what_hooks_of_saved_tensors_give_back_may_lie_otherwise():
+    x, weight, bias = operands(C=8, H=4, W=5)
+
+    def gradients(pack):
+        leaves = [t.clone().requires_grad_() for t in (x, weight, bias)]
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            y = convolve_now(leaves[0].flatten(0, 1), *leaves[1:], GEOMETRY)
+        return torch.autograd.grad(y.square().sum(), leaves)
+
+    expected = gradients(lambda t: t)
+    for pack in (torch.Tensor.contiguous, lambda t: torch.cat([t.flatten()[:1], t.flatten()])[1:].view(t.shape)):
+        for found, right in zip(gradients(pack), expected, strict=True):
+            torch.testing.assert_close(found, right)
+
+
+@pytest.mark.skipif(cpu.why_not() is not None, reason="no C++ kernels")
+def test_a_batch_norms_hooks_may_give_back_what_lies_otherwise():
+    x = torch.randn(6, 8, 4, 5).contiguous(memory_format=torch.channels_last)
+    vectors = [torch.rand(2, 8) + 0.5, torch.randn(2, 8)]
+    residual = torch.randn_like(x)
+
+    def gradients(pack):
+        leaves = [t.clone().requires_grad_() for t in (x, *vectors, residual)]
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            y = batch_norm_rows(*leaves[:3], None, None, 2, True, 0.1, 1e-5, leaves[3], relu=True)
+        return torch.autograd.grad(y.square().sum(), leaves)
+
+    for found, right in zip(gradients(torch.Tensor.contiguous), gradients(lambda t: t), strict=True):
+        torch.testing.assert_close(found, right)

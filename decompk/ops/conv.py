@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from math import prod
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,7 @@ from ..kernels.call import (
     Call,
     Geometry,
     Pair,
+    about,
     dgrad_call,
     follows,
     fprop_call,
@@ -86,11 +88,20 @@ def convolve_now(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geome
     """`convolve` of what is `unwatched`: x (K, N, C, H, W), or rows (K·N, C, H, W), and y like it."""
     if torch.is_autocast_enabled(x.device.type):
         x, weight, bias = autocast(x, weight, bias)
-    call = fprop_call(x, weight, bias, geometry)
-    if not call.settled:  # copied out here, where autograd sees it: what a Function saves has to be what it got
-        x = settle(x)
-        call = fprop_call(x, weight, bias, geometry)
+    # What has to be copied is copied out here, where autograd sees it: a Function has to save what it got.
+    x, call = settled_call(x, weight, bias, geometry)
     return _Conv.apply(x, weight, bias, call)
+
+
+def settled_call(
+    x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, *around: Any
+) -> tuple[Tensor, Call]:
+    """x as forms read it, a copy where it does not lie so, and its Call; around: the window and residual of `fused`."""
+    call = fprop_call(x, weight, bias, geometry, *around)
+    if call.settled:
+        return x, call
+    x = settle(x)
+    return x, fprop_call(x, weight, bias, geometry, *around)
 
 
 class _Conv(torch.autograd.Function):
@@ -109,7 +120,10 @@ class _Conv(torch.autograd.Function):
         if follows(dy):
             gradients = _followed(dy, x, weight, ctx.call.ends.geometry, wanted, ctx.asked or ANY)
         else:
-            gradients = conv_backward(dy, x, weight, ctx.call, wanted, ctx.asked)
+            call = ctx.call
+            if (about(x), about(weight)) != (call.ends.x, call.ends.weight):  # hooks gave back what lies otherwise
+                x, call = settled_call(x, weight, None, call.ends.geometry)
+            gradients = conv_backward(dy, x, weight, call, wanted, ctx.asked)
         return *gradients, None
 
 

@@ -13,10 +13,10 @@ from torch import Tensor
 from ..crops import Crop
 from ..errors import DecompkError
 from ..kernels.backend import forced, noted
-from ..kernels.call import Geometry, follows, fprop_call, settle, unwatched, watched, wgrad_call
+from ..kernels.call import Geometry, follows, fprop_call, unwatched, watched, wgrad_call
 from ..kernels.layout import channels_inside, cut, empty_like_layout, empty_weight, in_layout, sizes
 from ..kernels.problem import Epilogue, Prologue
-from .conv import arguments, asked_of, check, chosen, register_flops, tell_flop_counter, with_bias
+from .conv import arguments, asked_of, check, chosen, register_flops, settled_call, tell_flop_counter, with_bias
 from .followed import conv_gradients, torch_form
 from .norm import kernels
 
@@ -113,10 +113,7 @@ def fused_now(
     x (K, N, C, H, W) or rows (K·N, C, H, W), and residual and y like it; with a window the image (1, N, C, H, W).
     """
     residual = epilogue.residual
-    call = fprop_call(x, weight, epilogue.bias, geometry, window, residual)
-    if not call.settled:
-        x = settle(x)
-        call = fprop_call(x, weight, epilogue.bias, geometry, window, residual)
+    x, call = settled_call(x, weight, epilogue.bias, geometry, window, residual)
     K, O, C = weight.shape[:3]
     _check_around(epilogue, prologue, call.shape, call.dtype, call.device, (K, O), (K, C))
     if residual is not None and residual.stride() != call.strides:

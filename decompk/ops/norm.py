@@ -428,7 +428,9 @@ class _BatchNorm(torch.autograd.Function):
         x, weight, saved, y = ctx.saved_tensors
         if follows(dy):
             return *_BatchNorm.followed(ctx, dy, x, weight, saved, y), *(None,) * 7
-        dy = settle(dy)
+        # Hooks of saved tensors may have given back what lies otherwise, and the kernels look at nothing.
+        dy, x, y = settle(dy), settle(x), None if y is None else settle(y)
+        saved = saved.contiguous()
         dx, sums = torch.empty_like(x), torch.empty_like(saved[:2])
         g = torch.empty_like(dy) if y is not None else None
         cpu.batch_norm_backward(dy, x, y, saved, ctx.training, ctx.relu, dx, sums[0], sums[1], g)
