@@ -24,12 +24,13 @@ from decompk.errors import BackendError
 from decompk.kernels import conv, extension, tables
 from decompk.kernels import device as devices
 from decompk.kernels.backend import backend
+from decompk.kernels.call import fprop_call
 from decompk.kernels.choose import candidates
 from decompk.kernels.conv.form import Choice
 from decompk.kernels.conv.halo import Halo
 from decompk.kernels.device import interpreted
 from decompk.kernels.launch import launch, recording
-from decompk.kernels.layout import aligned, nhwc, ohwi
+from decompk.kernels.layout import aligned, nhwc
 from decompk.kernels.problem import Config, key_of
 
 needs_interpreter = pytest.mark.skipif(not interpreted(), reason="runs kernels on the CPU")
@@ -78,10 +79,15 @@ def test_networks_ask_for_the_problems_that_tools_measure(case, asked):
 def test_dimensions_of_size_1_leave_a_weight_aligned(shape):
     weight = torch.randn(shape)
     inside = weight.movedim(2, -1).contiguous().movedim(-1, 2)
+
+    def taken(weight):
+        x = torch.randn(len(weight), 2, 6, 6, weight.shape[2]).movedim(-1, 2)
+        return fprop_call(x, weight, None, ((1, 1), (0, 0), (1, 1))).weight(weight)
+
     for one in (weight, inside):
-        assert torch.equal(ohwi(one), weight.movedim(2, -1)) and aligned([ohwi(one)])
-    assert ohwi(inside).data_ptr() == inside.data_ptr()
-    assert not aligned([ohwi(torch.randn(2, 4, 3, 1, 1))])  # 12 bytes a pixel
+        assert torch.equal(taken(one), weight.movedim(2, -1)) and aligned([taken(one)])
+    assert taken(inside).data_ptr() == inside.data_ptr()
+    assert not aligned([taken(torch.randn(2, 4, 3, 1, 1))])  # 12 bytes a pixel
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 8, 1, 1), (1, 3, 8, 1, 1), (4, 1, 8, 1, 5), (4, 2, 8, 5, 1)])

@@ -13,6 +13,7 @@ from decompk import ops
 from decompk.errors import BackendError
 from decompk.kernels import choose, conv, cpu, measure, tables
 from decompk.kernels import device as devices
+from decompk.kernels.backend import BACKENDS
 from decompk.kernels.problem import Problem, key_of
 
 LAYER = Problem("fprop", "float32", 2, 8, 8, 8, 12, 12, (3, 3), (1, 1), (1, 1))
@@ -38,6 +39,7 @@ def test_every_form_is_what_its_protocol_says():
     assert len(set(names)) == len(names)
     asks = {"missing", "why_not", "configs", "predict", "moments_pieces", "sums", "fprop", "dgrad", "wgrad"}
     for form in conv.FORMS:
+        assert form.backend in BACKENDS
         assert all(callable(getattr(form, ask)) for ask in asks)
         assert conv.named(form.name, form.backend) is form
         for kind in ("fprop", "dgrad", "wgrad"):

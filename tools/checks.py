@@ -168,7 +168,7 @@ class Checks:
                 yield problem(kind, dtype, sides, kernel, layout, **rest)
 
     def configs(self, one: Problem) -> tuple[list[Config], list[Config]]:
-        """What the heuristic could choose, here and for a full batch: the first guess of each form, and the others."""
+        """What the choice could choose, here and for a full batch: the first guess of each form, and the others."""
         first, rest = [], []
         asked = [Trial(replace(one, N=n), "meta").asked for n in (self.batch, one.N)]
         guesses = [replace(each, deterministic=d) for each in asked for d in (False, True)]

@@ -20,15 +20,13 @@ from ..errors import DecompkError
 from . import cpu
 from .backend import forced
 from .conv.form import Choice, Form
-from .layout import aligned, channels_inside, check_alike, check_shapes, layout_of, nhwc, stream, strides_of
-from .problem import DTYPES, PLAIN, Epilogue, Offsets, Problem, Prologue, dtype_name
+from .layout import aligned, as_one_image, channels_inside, check_alike, check_shapes, layout_of, nhwc, strides_of
+from .problem import DTYPES, PLAIN, Epilogue, Geometry, Offsets, Problem, Prologue, dtype_name
 
-Pair = tuple[int, int]
-Geometry = tuple[Pair, Pair, Pair]  # stride, padding, dilation
 View = tuple[tuple[int, ...], tuple[int, ...]]  # sizes and strides
 About = tuple[tuple[int, ...], tuple[int, ...], bool, torch.dtype, torch.device]  # a tensor: see `about`
 
-_PLAIN = (Tensor, nn.Parameter)
+_TENSORS = (Tensor, nn.Parameter)
 _DEVICES = ("cpu", "cuda")
 
 
@@ -59,7 +57,7 @@ def unwatched(*tensors: Tensor | None) -> bool:
     for t in tensors:  # a loop: a generator takes twice as long
         if t is None:
             continue
-        if type(t) not in _PLAIN or t.device.type not in _DEVICES:
+        if type(t) not in _TENSORS or t.device.type not in _DEVICES:
             return False
     return True
 
@@ -95,7 +93,7 @@ class Call:
     """One pass of K convolutions on tensors that lie as these do: activations (K, N, c, H, W) or rows (K·N, c, H, W).
 
     problem: what `choose` is asked for; the pixels of a pointwise one are one image there where no gaps part them.
-    whole: the same with the images as they are. settled: whether the activations may be read as they lie; else they
+    as_given: the same with the images as they are. settled: whether the activations may be read as they lie; else they
     are copied by `settle` first. choices: who runs it, by backend asked for and determinism.
     """
 
@@ -105,11 +103,14 @@ class Call:
         problem: Problem,
         activations: Sequence[Tensor],
         result: View,
-        starts: bool,
+        aligned_starts: bool,
         settled: bool,
         offsets: Offsets | None,
     ):
-        """activations: on the meta device, (K, N, c, H, W), in the order in which a form takes them."""
+        """ends: of the convolution. activations: on the meta device, (K, N, c, H, W), as a form takes them in turn.
+
+        result: of what the pass makes. aligned_starts: whether all that comes in starts at 16 bytes.
+        """
         self.ends, self.settled, self.offsets = ends, settled, offsets
         self.shape, self.strides = result
         self.dtype, self.device = ends.x[3:]
@@ -119,19 +120,19 @@ class Call:
         dense = torch.empty((K, O, *kernel, C), dtype=self.dtype, device="meta")
         self._weight_is_dense, self._weight_view = given.is_contiguous(), _view(dense)
         views = [nhwc(t) for t in activations]
-        one_image = problem.streamed()
-        found = views if one_image == problem else [stream(t, one_image.H, one_image.W) for t in views]
+        one_image = problem.one_image()
+        found = views if one_image == problem else [as_one_image(t, one_image.H, one_image.W) for t in views]
         streams = [t for t in found if t is not None]
         if len(streams) < len(found):
             streams, one_image = views, problem
-        self.problem, self.whole = (
-            replace(p, aligned=p.dtype in DTYPES and starts and aligned([*seen, dense]))
+        self.problem, self.as_given = (
+            replace(p, aligned=p.dtype in DTYPES and aligned_starts and aligned([*seen, dense]))
             for p, seen in ((one_image, streams), (problem, views))
         )
-        self._streams, self._views = (list(map(_view, seen)) for seen in (streams, views))
+        self._one_image, self._views = (list(map(_view, seen)) for seen in (streams, views))
 
     def _seen_by(self, form: Form[Any]) -> tuple[Problem, list[View]]:
-        return (self.problem, self._streams) if form.streams else (self.whole, self._views)
+        return (self.problem, self._one_image) if form.one_image else (self.as_given, self._views)
 
     def weight(self, weight: Tensor) -> Tensor:
         """(K, O, C, kh, kw) → dense (K, O, kh, kw, C): a view where the memory is so already, else a copy."""
@@ -310,24 +311,24 @@ class _Ends:
     dtype: str
 
     def call(
-        self, kind: str, activations: tuple[Tensor, Tensor], result: Tensor | None, starts: bool, settled: bool
+        self, kind: str, activations: tuple[Tensor, Tensor], result: Tensor | None, aligned_starts: bool, settled: bool
     ) -> Call:
-        """result: None for the weight's gradient. starts: whether all that comes in starts at 16 bytes."""
+        """result: None for the weight's gradient."""
         (K, N, C, H, W), (_, O, _, kh, kw) = self.members.shape, self.weight[0]
         layouts = {layout_of(t) for t in activations}
         layout = "crops" if self.window else layouts.pop() if len(layouts) == 1 else "strided"
         problem = Problem(kind, self.dtype, K, N, C, O, H, W, (kh, kw), *self.geometry, layout)
         offsets = None
         if self.window:
-            starts_of = list(zip(self.window[2::2], self.window[3::2], strict=True))
-            offsets = Offsets.of(starts_of, self.x[4])
+            corners = list(zip(self.window[2::2], self.window[3::2], strict=True))
+            offsets = Offsets.of(corners, self.x[4])
         if result is None:
             K, O, C, *kernel = self.weight[0]
             out = tuple(self.weight[0]), torch.empty((K, O, *kernel, C), device="meta").movedim(-1, 2).stride()
         else:
             rows = len(self.x[0]) == 4
             out = _view(result.flatten(0, 1) if rows else result)
-        return Call(self, problem, activations, out, starts, settled, offsets)
+        return Call(self, problem, activations, out, aligned_starts, settled, offsets)
 
 
 def _view(t: Tensor) -> View:

@@ -26,7 +26,7 @@ WORTH = 2e6  # FLOPs of all members from which it is worth measuring who is fast
 def choose(problem: Problem, device: torch.device, measure: bool = True) -> Choice:
     """The Choice for `problem` on `device`; always answers, or raises BackendError for a backend asked for by name.
 
-    On a CPU it may be measured first, unless `measure` is False: see `measure`.
+    On a CPU it may be measured first (`fastest`), unless `measure` is False.
     """
     if not problem.N:
         return Choice(conv.named("loop"), None, 0.0, "there is nothing to compute")
@@ -103,7 +103,7 @@ def _on_cpu(problem: Problem, asked: bool, measure: bool) -> Choice:
     forms = [form for form in conv.FORMS if "cpu" in form.devices]
     ours, reason = [], None
     for form in forms:
-        if form.backend == "cpu":
+        if form.backend == "cpu" or (form.backend != "torch" and not asked):
             why = form.why_not(problem, None, here) or form.missing()
             reason = reason or why
             if why is None:

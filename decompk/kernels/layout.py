@@ -75,7 +75,7 @@ def nhwc(x: Tensor) -> Tensor:
     return x.as_strided(x.shape, (*outer, strides[4]))
 
 
-def stream(x: Tensor, rows: int, width: int) -> Tensor | None:
+def as_one_image(x: Tensor, rows: int, width: int) -> Tensor | None:
     """(K, N, H, W, C) → (K, 1, rows, width, C): one image of all pixels; None where gaps part them."""
     K, N, H, W, C = x.shape
     k, n, h, w, _ = x.stride()
@@ -83,17 +83,6 @@ def stream(x: Tensor, rows: int, width: int) -> Tensor | None:
         return None
     pixel = w if W > 1 else h if H > 1 else n
     return x.as_strided((K, 1, rows, width, C), (k, N * H * W * pixel, width * pixel, pixel, 1))
-
-
-def ohwi(weight: Tensor) -> Tensor:
-    """(K, O, C, kh, kw) → dense (K, O, kh, kw, C): a view where the memory is so already, else a copy.
-
-    Dimensions of size 1 get a dense tensor's strides, too: torch leaves them as they are and a copy engine reads them.
-    """
-    K, O, C, kh, kw = weight.shape
-    strides = (O * kh * kw * C, kh * kw * C, kw * C, C, 1)
-    dense = weight.movedim(2, -1).contiguous()
-    return dense if dense.stride() == strides else dense.as_strided(dense.shape, strides)
 
 
 def aligned(tensors: Iterable[Tensor]) -> bool:

@@ -110,12 +110,12 @@ def time_each(problem: Problem, forms: Sequence[Form[Any]]) -> dict[str, float]:
 
 
 def contestants(problem: Problem, forms: Sequence[Form[Any]]) -> dict[str, Callable[[], object]]:
-    """By name, one call of each form on random float32 values, results laid member-major as a network wants them."""
+    """By name, one call of each form on random values, results laid member-major as a network wants them."""
     p = problem
-    generator = torch.Generator().manual_seed(0)
+    generator, dtype = torch.Generator().manual_seed(0), getattr(torch, p.dtype)
 
     def random(*shape: int) -> torch.Tensor:
-        return torch.randn(shape, generator=generator)
+        return torch.randn(shape, generator=generator).to(dtype)
 
     x, dy = random(p.K, p.N, p.H, p.W, p.C), random(p.K, p.N, *p.out_size, p.O)
     weight = random(p.K, p.O, *p.kernel, p.C)

@@ -10,6 +10,9 @@ from math import gcd, prod
 import torch
 from torch import Tensor
 
+Pair = tuple[int, int]
+Geometry = tuple[Pair, Pair, Pair]  # stride, padding, dilation
+
 PASSES = ("fprop", "dgrad", "wgrad")
 LAYOUTS = ("member", "channel-grouped", "strided", "crops")
 DTYPES = {"float16": 2, "bfloat16": 2, "float32": 4, "tf32": 4}  # bytes; tf32 is float32 on tensor cores
@@ -65,7 +68,7 @@ class Problem:
         """Whether every output pixel reads the input pixel at its own place alone."""
         return self.taps == 1 and self.stride == (1, 1) and self.padding == (0, 0)
 
-    def streamed(self) -> Problem:
+    def one_image(self) -> Problem:
         """A pointwise problem as one image of all pixels, 8 a row or fewer: tiles stay full. Others as they are."""
         if not self.pointwise or self.layout == "crops":
             return self

@@ -29,9 +29,9 @@ from ..kernels.block_choice import (
     transpose,
     with_form,
 )
-from ..kernels.call import Pair, follows, watched
+from ..kernels.call import follows, watched
 from ..kernels.layout import as_strided_like, check_alike, kind_of, sizes
-from ..kernels.problem import DTYPES, Problem, dtype_name
+from ..kernels.problem import DTYPES, Pair, Problem, dtype_name
 from ..kernels.torch_limits import as_torch_can
 from ..threads import once
 from .conv import check, padded, register_autocast, tell_flop_counter

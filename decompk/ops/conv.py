@@ -17,8 +17,6 @@ from ..errors import DecompkError
 from ..kernels.backend import ANY, forced, noted, resumed
 from ..kernels.call import (
     Call,
-    Geometry,
-    Pair,
     about,
     dgrad_call,
     follows,
@@ -40,7 +38,7 @@ from ..kernels.layout import (
     output_shape,
     sizes,
 )
-from ..kernels.problem import PLAIN, Epilogue
+from ..kernels.problem import PLAIN, Epilogue, Geometry, Pair
 from ..threads import once
 from .followed import by_torch, conv_gradients
 

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from ..kernels.backend import exact, resumed
-from ..kernels.call import Pair
 from ..kernels.conv import named
 from ..kernels.conv.torch_form import TorchForm
 from ..kernels.layout import cut
+from ..kernels.problem import Pair
 
 
 def gradients(

@@ -13,9 +13,9 @@ from torch import Tensor
 from ..crops import Crop
 from ..errors import DecompkError
 from ..kernels.backend import forced, noted
-from ..kernels.call import Geometry, follows, fprop_call, unwatched, watched, wgrad_call
+from ..kernels.call import follows, fprop_call, unwatched, watched, wgrad_call
 from ..kernels.layout import channels_inside, cut, empty_like_layout, empty_weight, in_layout, sizes
-from ..kernels.problem import Epilogue, Prologue
+from ..kernels.problem import Epilogue, Geometry, Prologue
 from .conv import arguments, asked_of, check, chosen, register_flops, settled_call, tell_flop_counter, with_bias
 from .followed import conv_gradients, torch_form
 from .norm import kernels

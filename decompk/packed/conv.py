@@ -42,8 +42,16 @@ class _PackedConv(Twin):
     def _twin_run(self, convolve, x: Tensor) -> Tensor:
         inner = self.in_channels // self.groups
         positions = x.shape[0] * prod(x.shape[2:]) // self._twin_K
-        sizes = (self.kernel_size, self.stride, False, inner, self.out_channels, positions)
-        form = conv_form(*sizes, x.dtype, x.is_cuda)
+        form = conv_form(
+            self.kernel_size,
+            self.stride,
+            pointwise=False,  # what a product could compute has gone by `_twin_grouped`
+            in_channels=inner,
+            out_channels=self.out_channels,
+            positions=positions,
+            dtype=x.dtype,
+            cuda=x.is_cuda,
+        )
         of_group = self.weight.shape[1] // self.groups, self.weight.shape[2]
         if form == "loop" or mixes_groups(x, self._twin_K * self.groups, *of_group):
             return self._twin_each(lambda x, w, b: convolve(x, w, b, self.groups), x, self.weight, self.bias)

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from .. import ops
 from ..crops import Crop
 from ..kernels.backend import asked_for
-from ..kernels.call import Geometry, runs_cpu
+from ..kernels.call import runs_cpu
 from ..kernels.layout import output_shape
+from ..kernels.problem import Geometry
 from ..ops.conv import arguments
 from ..ops.fused import fused_rows, window_of
 from .conv import PackedConv2d

@@ -17,7 +17,7 @@ from .architecture import check_members, listed
 from .follow import own_module
 from .module import Packed, warn
 from .per_member import PerMember, per_member_kind
-from .selection import input_dims_of, plan
+from .selection import input_dims_of, selected
 from .stack import hook, laid_out, stacked
 from .twin import Twin, deep_copy
 
@@ -55,7 +55,7 @@ def pack(
     for name in shared or ():
         if name not in takes and not any(p.kind is p.VAR_KEYWORD for p in takes.values()):
             raise PackError(f"shared names '{name}', which is no argument of {type(first).__name__}.forward.")
-    twins, whole = plan(first, member_by_member, apart)
+    twins, whole = selected(first, member_by_member, apart)
 
     memo: dict[int, Any] = _stack_tensors(members, {path for path, kind in twins.items() if kind._twin_dims == 4})
     for path, reason in whole.items():

@@ -28,7 +28,7 @@ _HARMLESS = {
 }
 
 
-def plan(
+def selected(
     first: nn.Module, named: Collection[str], apart: Mapping[str, str]
 ) -> tuple[dict[str, type[Twin]], dict[str, str]]:
     """Which modules become twins, and which run member by member and why; inside these nothing is replaced.

@@ -12,10 +12,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..cost.formulas import conv_bytes, conv_flops
-from ..errors import DecompkError
+from ..errors import BackendError, DecompkError, brief
 from ..fx.graph import in_mode
 from ..kernels import device as devices
-from ..kernels.backend import asked_for
+from ..kernels.backend import in_force
 from ..kernels.call import dtype_on_a_gpu, fprop_call
 from ..kernels.choose import candidates, choose
 from ..kernels.conv.form import Choice
@@ -31,7 +31,8 @@ def explain(what: Problem | nn.Module, x: Tensor | None = None) -> None:
     bytes and those re-read through L2, useful and executed FLOPs, and what binds it. A module: one row a convolution
     and pass. Nothing is computed: shapes alone are followed. x may be left out where the module knows its images' size
     (`grouped_subnets`, once its crops are laid): it is a batch of 16 then. Without a GPU the choices of an H100 are
-    shown beside this machine's. Raises DecompkError.
+    shown beside this machine's, unless a backend is asked for. Layers that run in turn on torch's own have no row.
+    Raises DecompkError.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if isinstance(what, Problem):
@@ -82,19 +83,28 @@ def _who(choice: Choice) -> tuple[str, str, str]:
 
 def _of_module(net: nn.Module, x: Tensor | None, device: torch.device) -> Table:
     calls = convolutions(net, x)
-    headers = ("layer", "pass", "K", "N", "C→O", "pixels", "kernel", "MB", "choice", "config", "ms", "why")
-    rows = []
+    as_a_gpu = device.type == "cpu" and in_force() is None  # would: what is asked for by name runs here
+    headers = ["layer", "pass", "K", "N", "C→O", "pixels", "kernel", "MB", "choice", "config", "ms", "why"]
+    rows: list[tuple[object, ...]] = []
     for path, problem in calls:
         for kind in PASSES:
             p = problem.of(kind)
-            choice = choose(p, device, measure=False)
-            if device.type == "cpu" and not asked_for("torch"):
-                choice = next(iter(_legal(p, device)[0]), choice)
             sides = (p.K, p.N, f"{p.C}→{p.O}", f"{p.H}×{p.W}", f"{p.kernel[0]}×{p.kernel[1]}/{p.stride[0]}")
             moved = f"{conv_bytes(p) / 1e6:.1f}" if p.dtype in DTYPES else ""
-            rows.append((path, kind, *sides, moved, *_who(choice), choice.reason))
-    where = torch.cuda.get_device_name() if device.type == "cuda" else "an H100 (here, without a GPU, torch runs them)"
-    return Table(f"{type(net).__name__}: {len(calls)} convolutions on {where}", [Column(h) for h in headers], rows)
+            try:
+                here = choose(p, device, measure=False)
+            except BackendError as error:
+                rows.append((path, kind, *sides, moved, "none", "", "", brief(error)))
+                continue
+            shown = next(iter(_legal(p, device)[0]), here) if as_a_gpu else here
+            rows.append((path, kind, *sides, moved, *_who(shown), shown.reason, *([_who(here)[0]] if as_a_gpu else [])))
+    if device.type == "cuda":
+        where = f"on {torch.cuda.get_device_name()}"
+    elif as_a_gpu:
+        where, headers = "as an H100 would run them, and who does here, without a GPU", [*headers, "here"]
+    else:
+        where = f"on this CPU, by backend '{in_force()}'"
+    return Table(f"{type(net).__name__}: {len(calls)} convolutions {where}", [Column(h) for h in headers], rows)
 
 
 def convolutions(net: nn.Module, x: Tensor | None = None) -> list[tuple[str, Problem]]:

@@ -1,5 +1,5 @@
 """What operations and layers do to divided channels: importing this package registers every rule."""
 
-from . import combine, layers, pieces, reshape, spatial
+from . import combine, elementwise, layers, pieces, reshape, spatial
 
-__all__ = ["combine", "layers", "pieces", "reshape", "spatial"]
+__all__ = ["combine", "elementwise", "layers", "pieces", "reshape", "spatial"]

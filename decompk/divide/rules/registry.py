@@ -16,9 +16,14 @@ RULES: dict[str | type[nn.Module], Rule] = {}
 
 
 def rule(*keys: str | type[nn.Module]) -> Callable[[Rule], Rule]:
-    """Register a rule for operations of these names or layers of these classes."""
+    """Register a rule for operations of these names or layers of these classes; raises ValueError where one is there.
+
+    A class of the user's own is entered by torch.fx, unless `fx.graph` keeps it whole: its rule is not asked then.
+    """
 
     def register(function: Rule) -> Rule:
+        if known := RULES.keys() & set(keys):
+            raise ValueError(f"there is a rule for {known} already")
         RULES.update(dict.fromkeys(keys, function))
         return function
 

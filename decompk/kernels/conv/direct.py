@@ -13,18 +13,16 @@ from torch import Tensor
 from .. import cpu
 from ..device import Device
 from ..problem import PLAIN, Epilogue, Offsets, Problem, Prologue
-from .form import Prediction
+from .form import PlainForm, Prediction
 from .steps import after, before, folded
 
 
-class Direct:
+class Direct(PlainForm):
     """Sums of products in registers, tap by tap; a bias is added there, what else stands around it afterwards."""
 
     name = "direct"
     backend = "cpu"
     devices: tuple[str, ...] = ("cpu",)
-    configurable = False
-    streams = False
     functions = "fprop", "dgrad", "wgrad"  # of the C++ library
 
     def missing(self) -> str | None:
@@ -43,18 +41,9 @@ class Direct:
             return f"{outputs} channels are no multiple of 4"
         return None
 
-    def configs(self, problem: Problem) -> list[None]:
-        return [None]
-
     def predict(self, problem: Problem, config: None, device: Device) -> Prediction:
         """Nothing: on a processor it is measured."""
         return Prediction(math.nan, "")
-
-    def moments_pieces(self, problem: Problem, config: None) -> int:
-        return 1
-
-    def sums(self, config: None) -> int:
-        return 0
 
     def fprop(
         self,

@@ -21,7 +21,7 @@ from ..device import Device
 from ..launch import GRID_LIMIT
 from ..problem import PLAIN, Config, Epilogue, Offsets, Problem, Prologue
 
-C = TypeVar("C")
+C = TypeVar("C", bound="Config | None")
 
 
 @dataclass(frozen=True)
@@ -37,16 +37,16 @@ class Form(Protocol[C]):
     """One way to compute K convolutions, all passes or some: `why_not` says which. C: Config, or None."""
 
     name: str
-    backend: str  # which `decompk.backend` it belongs to
+    backend: str  # one of `backend.BACKENDS`
     devices: tuple[str, ...]  # torch device types whose tensors it takes where no backend is asked for
     configurable: bool  # whether it takes a Config; else its config is None
-    streams: bool  # whether it takes a pointwise convolution's pixels as one image: `Problem.streamed`
+    one_image: bool  # whether it takes a pointwise convolution's pixels as one image: `Problem.one_image`
 
     def missing(self) -> str | None:
         """Why it is not installed, built or buildable here; None if it is there."""
 
     def why_not(self, problem: Problem, config: C, device: Device) -> str | None:
-        """Why it may not run `problem` with `config`; None if it may. Asked by heuristic, tuner, tables and tests."""
+        """Why it may not run `problem` with `config`; None if it may. Asked by choice, tuner, tables and tests."""
 
     def configs(self, problem: Problem) -> Sequence[C]:
         """Candidates from shapes alone, best guess first; [None] without Configs."""
@@ -121,6 +121,25 @@ def matrix_rate(problem: Problem, device: Device) -> float:
     return device.tensor_tflops * RATES.get(problem.dtype, 1)
 
 
+class PlainForm:
+    """What the forms without Configs share."""
+
+    configurable = False
+    one_image = False
+
+    def missing(self) -> str | None:
+        return None
+
+    def configs(self, problem: Problem) -> list[None]:
+        return [None]
+
+    def moments_pieces(self, problem: Problem, config: None) -> int:
+        return 1
+
+    def sums(self, config: None) -> int:
+        return 0
+
+
 class KernelForm(ABC):
     """A form that is a kernel of our own on a GPU: it has Configs, and a model of what each of them does.
 
@@ -133,7 +152,7 @@ class KernelForm(ABC):
     backend = "triton"
     devices: tuple[str, ...] = ("cuda",)
     configurable = True
-    streams = True
+    one_image = True
     thread_bytes: ClassVar[dict[int, int]] = {}
     wants_copy_engine = True  # for tiles of 4-byte values: without one their addresses spill
     l2_slowdown = 1.0  # of loads of single values instead of blocks

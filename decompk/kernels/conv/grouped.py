@@ -5,11 +5,11 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..layout import side_by_side
-from ..problem import Problem
+from ..problem import Geometry, Problem
 from ..torch_limits import mixes_groups
 from .form import LAUNCH_MS
 from .loop import Loop, convolution, gradients
-from .torch_form import Geometry, TorchForm
+from .torch_form import TorchForm
 
 GROUPED_SLOWDOWN = 3.0  # of cuDNN's: a tile project's public figure, 19.7 against 6.6 µs
 

@@ -27,7 +27,7 @@ class Halo(KernelForm):
     """3×3, each input byte read once, in CUDA C++; backend "emulation" is the same on CPU tensors."""
 
     name = "halo"
-    streams = False
+    one_image = False
 
     def __init__(self, backend: str):
         self.backend = backend

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..problem import Problem
+from ..problem import Geometry, Problem
 from ..torch_limits import as_torch_can, overruns
 from .form import LAUNCH_MS
-from .torch_form import CUDNN_SLOWDOWN, Geometry, TorchForm
+from .torch_form import CUDNN_SLOWDOWN, TorchForm
 
 
 class Loop(TorchForm):

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from ..device import Device
-from ..problem import Problem
+from ..problem import Geometry, Pair, Problem
 from .form import LAUNCH_MS
-from .torch_form import CUDNN_SLOWDOWN, Geometry, Pair, TorchForm
+from .torch_form import CUDNN_SLOWDOWN, TorchForm
 
 
 class Matmul(TorchForm):

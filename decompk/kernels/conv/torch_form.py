@@ -11,24 +11,19 @@ from torch import Tensor
 from ...cost.formulas import conv_bytes, conv_flops
 from ..device import Device
 from ..layout import cut
-from ..problem import PLAIN, Epilogue, Offsets, Problem, Prologue
-from .form import Prediction, matrix_rate
+from ..problem import PLAIN, Epilogue, Geometry, Offsets, Problem, Prologue
+from .form import PlainForm, Prediction, matrix_rate
 from .steps import after, before, folded
-
-Pair = tuple[int, int]
-Geometry = tuple[Pair, Pair, Pair]  # stride, padding, dilation
 
 CUDNN_SLOWDOWN = 1.5  # not measured
 
 
-class TorchForm(ABC):
+class TorchForm(PlainForm, ABC):
     """A form without Configs, on any device. x (K, N, C, H, W), weight (K, O, C, kh, kw): as torch's operators take."""
 
     name: str
     backend = "torch"
     devices: tuple[str, ...] = ("cpu", "cuda")
-    configurable = False
-    streams = False
 
     @abstractmethod
     def convolve(
@@ -46,24 +41,12 @@ class TorchForm(ABC):
     def predicted(self, problem: Problem, moved: float, computed: float) -> tuple[float, str]:
         """Milliseconds and reason; moved, computed: milliseconds of the compulsory bytes, and of the arithmetic."""
 
-    def missing(self) -> str | None:
-        return None
-
     def why_not(self, problem: Problem, config: None, device: Device) -> str | None:
         return None
-
-    def configs(self, problem: Problem) -> list[None]:
-        return [None]
 
     def predict(self, problem: Problem, config: None, device: Device) -> Prediction:
         moved = conv_bytes(problem) / device.memory_gbps / 1e6
         return Prediction(*self.predicted(problem, moved, conv_flops(problem) / matrix_rate(problem, device) / 1e9))
-
-    def moments_pieces(self, problem: Problem, config: None) -> int:
-        return 1
-
-    def sums(self, config: None) -> int:
-        return 0
 
     def fprop(
         self,
