@@ -304,8 +304,12 @@ def test_a_damaged_table_is_none(monkeypatch, tmp_path):
     here, one = devices.KNOWN[90], problem("fprop", "bfloat16", (2, 8, 16, 16, 18, 18), (3, 3), padding=(1, 1))
     entry = tables.entry_of(next(c for c in candidates(one, here) if c.config))
     texts = [b"", b"{", b"null", b"5", b"[]", b'{"entries": 5}', b'{"entries": null}', b"\xff", b"[" * 200_000]
-    for bad in (None, 5, "x", [], {}, {**entry, "backend": "x"}, {**entry, "config": 5}, {**entry, "config": {"a": 1}}):
-        texts.append(json.dumps({"entries": {key_of(one): bad}}).encode())
+    bad = [None, 5, "x", [], {}, {**entry, "backend": "x"}]
+    bad += [{**entry, "config": config} for config in ([], {}, "", 0, 5, False, {"a": 1})]
+    wrong = {"tile": ["a"], "warps": "4", "block_in": None, "splits": None}
+    bad += [{**entry, "config": {**entry["config"], name: value}} for name, value in wrong.items()]
+    bad += [{**entry, "ms": ms} for ms in ("x", None, -1, math.nan)]
+    texts += [json.dumps({"entries": {key_of(one): found}}).encode() for found in bad]
     monkeypatch.setattr(tables, "TABLES", tmp_path)
     monkeypatch.setattr(tables, "table", tables.table.__wrapped__)
     for text in texts:

@@ -1,11 +1,17 @@
 """What one convolution costs before its kernel: the files it enters, and what is kept of a call for the next one."""
 
 import sys
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.testing._internal.two_tensor import TwoTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 import decompk
 from decompk import ops
@@ -181,6 +187,19 @@ def test_what_hooks_of_saved_tensors_give_back_may_lie_otherwise():
             torch.testing.assert_close(found, right)
 
 
+def test_the_hooks_of_an_operator_may_give_back_what_lies_otherwise():
+    x = torch.randn(2, 3, 4, 5, 8).movedim(-1, 2)
+    leaves = [x.requires_grad_(), torch.ones(2, 8, requires_grad=True)]
+
+    def gradients(pack):
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            y = ops.batch_norm(leaves[0] * 1, leaves[1], torch.zeros(2, 8), relu=True)
+        return torch.autograd.grad((y**3).sum(), leaves)
+
+    for found, right in zip(gradients(torch.Tensor.contiguous), gradients(lambda t: t), strict=True):
+        torch.testing.assert_close(found, right)
+
+
 @pytest.mark.skipif(cpu.why_not() is not None, reason="no C++ kernels")
 def test_a_batch_norms_hooks_may_give_back_what_lies_otherwise():
     x = torch.randn(6, 8, 4, 5).contiguous(memory_format=torch.channels_last)
@@ -195,3 +214,85 @@ def test_a_batch_norms_hooks_may_give_back_what_lies_otherwise():
 
     for found, right in zip(gradients(torch.Tensor.contiguous), gradients(lambda t: t), strict=True):
         torch.testing.assert_close(found, right)
+
+
+# ---- who looks on at a part of it -----------------------------------------------------------------------------------
+
+
+class Seen(TorchDispatchMode):
+    """The names of the operators that run under it."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        self.names.append(operator.name())
+        return operator(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("backend", [None, "triton"])
+def test_a_mode_around_the_backward_alone_sees_the_operators_of_it(backend):
+    x, weight, bias = (t.requires_grad_() for t in operands())
+    with decompk.backend(backend) if backend else nullcontext():
+        y, rows = ops.grouped_conv2d(x, weight, bias, padding=1), convolve_rows(x, weight, bias)
+        wanted = torch.autograd.grad(y.square().sum(), (x, weight, bias), retain_graph=True)
+        for out in (y, rows):
+            with Seen() as seen:
+                found = torch.autograd.grad(out.square().sum(), (x, weight, bias), retain_graph=True)
+            assert seen.names.count("decompk::grouped_conv2d_backward") == 1
+            for one, right in zip(found, wanted, strict=True):
+                torch.testing.assert_close(one, right)
+        with FlopCounterMode(display=False) as counter:
+            y.sum().backward()
+    assert counter.get_total_flops() == 2 * 2 * (2 * 3 * 8 * 8 * 9 * 6)
+
+
+def test_a_gradient_of_a_class_of_its_own_is_followed():
+    x, weight, bias = (t.requires_grad_() for t in operands())
+    y = ops.grouped_conv2d(x, weight, bias, padding=1)
+    dy = torch.randn_like(y)
+    wanted = torch.autograd.grad(y, weight, dy, retain_graph=True)[0]
+    found = torch.autograd.grad(y, weight, TwoTensor(dy, 2 * dy))[0]
+    torch.testing.assert_close(found.a, wanted)
+    torch.testing.assert_close(found.b, 2 * wanted)
+
+
+@pytest.mark.skipif(cpu.why_not() is not None, reason="no C++ kernels")
+def test_a_gradient_of_a_class_of_its_own_passes_a_batch_norm():
+    x, scale = torch.randn(6, 8, 4, 5).contiguous(memory_format=torch.channels_last), torch.rand(2, 8) + 0.5
+    leaf = x.requires_grad_()
+    y = batch_norm_rows(leaf, scale, scale - 1, None, None, 2, True, 0.1, 1e-5, None, relu=True)
+    dy = torch.randn_like(y)
+    wanted = torch.autograd.grad(y, leaf, dy, retain_graph=True)[0]
+    found = torch.autograd.grad(y, leaf, TwoTensor(dy, 2 * dy))[0]
+    torch.testing.assert_close(found.a, wanted, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found.b, 2 * wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_trace_before_dispatch_holds_the_operator(dtype):
+    x, weight, _ = operands(dtype=dtype)
+    for run in (ops.grouped_conv2d, ops.fused_conv2d):
+        traced = make_fx(partial(run, stride=1, padding=1), pre_dispatch=True)(x, weight)
+        assert any(str(node.target).startswith("decompk.") for node in traced.graph.nodes)
+        torch.testing.assert_close(traced(2 * x, weight), run(2 * x, weight, None, 1, 1))
+
+
+@pytest.mark.parametrize("backend", [None, "torch", "triton"])
+def test_what_is_negated_in_name_alone_counts_as_negative(backend):
+    _, weight, bias = operands()
+    x, dy = (torch.randn(2, 3, 8, 3, 2, dtype=torch.complex64).conj().imag for _ in range(2))
+    assert x.is_neg() and dy.is_neg()
+
+    def gradients(x, dy):
+        leaf = weight.clone().requires_grad_()
+        y = ops.grouped_conv2d(x, leaf, bias, padding=1)
+        return y, torch.autograd.grad(y, leaf, dy)[0]
+
+    with decompk.backend(backend) if backend else nullcontext():
+        found, wanted = gradients(x, dy), gradients(x.resolve_neg(), dy.resolve_neg())
+        found += (ops.fused_conv2d(x, weight, bias, 1, 1), ops.batch_norm(x))
+        wanted += (ops.fused_conv2d(x.resolve_neg(), weight, bias, 1, 1), ops.batch_norm(x.resolve_neg()))
+    for one, right in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one, right, rtol=1e-4, atol=1e-4)

@@ -1,6 +1,8 @@
 """The forms of a convolution: one list that everybody reads, and what it takes to add one."""
 
 import json
+import pickle
+from copy import deepcopy
 from dataclasses import replace
 
 import pytest
@@ -104,3 +106,10 @@ def test_a_form_that_nobody_lists_raises(toy, monkeypatch):
     for wrong in (lambda: conv.named("toy"), lambda: tables.choice_of(entry)):
         with pytest.raises(BackendError, match="no form 'toy'"):
             wrong()
+
+
+def test_a_choice_is_the_same_when_it_was_pickled_or_copied():
+    found = choose.candidates(GPUS, devices.KNOWN[90])
+    for again in (pickle.loads(pickle.dumps(found)), deepcopy(found)):
+        assert again == found and [hash(one) for one in again] == [hash(one) for one in found]
+    assert len(set(conv.FORMS)) == len(conv.FORMS)

@@ -192,6 +192,16 @@ def test_autocast_casts_to_its_dtype_eager_and_compiled():
             assert torch.autograd.grad(y.float().sum(), weight)[0].dtype == torch.float32
 
 
+def test_autocast_casts_what_is_fused():
+    x, weight, bias = (t.detach() for t in case())
+    wanted = alone(x, weight, bias, 1, 1)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = ops.fused_conv2d(x, weight, bias, 1, 1, residual=torch.ones_like(wanted, dtype=torch.float32))
+        assert found.dtype == torch.bfloat16
+        assert_close(found, wanted + 1, 2e-2)
+        assert ops.conv2d_moments(x, weight, bias, 1, 1)[0].dtype == torch.bfloat16
+
+
 def test_one_dimension_rides_on_it():
     layer = torch.nn.Conv1d(4, 8, 3, 2, 1)
     members = [torch.nn.Sequential(torch.nn.Conv1d(4, 8, 3, 2, 1), torch.nn.ReLU()) for _ in range(2)]
@@ -203,12 +213,13 @@ def test_one_dimension_rides_on_it():
 
 
 def test_an_empty_batch_gives_an_empty_output_and_zero_gradients():
-    for backend in ("torch", "triton"):
-        x, weight, bias = case(N=0)
+    for backend, k in itertools.product(("torch", "triton"), (1, 3)):
+        x, weight, bias = case(N=0, k=k)
         with decompk.backend(backend):
-            y = ops.grouped_conv2d(x, weight, bias, 1, 1)
+            y = ops.grouped_conv2d(x, weight, bias, 1, k // 2)
             assert y.shape == (3, 0, 24, 6, 7)
             dx, dw, db = torch.autograd.grad(y.sum(), (x, weight, bias))
+            assert ops.fused_conv2d(x.detach(), weight.detach(), padding=k // 2, relu=True).shape == y.shape
         assert dx.shape == x.shape
         assert not dw.any() and not db.any() and dw.shape == weight.shape
 

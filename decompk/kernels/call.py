@@ -50,14 +50,17 @@ def watched() -> bool:
 def unwatched(*tensors: Tensor | None) -> bool:
     """Whether plain tensors are computed here and now: no mode, transform, trace or compiler looks on.
 
-    Then torch's dispatcher, which operators pass and which takes as long as a small layer does, is not needed.
+    Then torch's dispatcher, which operators pass and which takes as long as a small layer does, is not needed. It is
+    for tensors that are negated in name alone, as the imaginary part of a conjugate is.
     """
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or watched():
+        return False
+    if torch._C._dispatch_tls_is_dispatch_key_included(torch._C.DispatchKey.PreDispatch):
         return False
     for t in tensors:  # a loop: a generator takes twice as long
         if t is None:
             continue
-        if type(t) not in _TENSORS or t.device.type not in _DEVICES:
+        if type(t) not in _TENSORS or t.is_neg() or t.device.type not in _DEVICES:
             return False
     return True
 

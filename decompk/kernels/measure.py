@@ -17,11 +17,10 @@ from ..threads import one_at_a_time
 from . import cache
 from .conv.form import Choice, Form
 from .problem import Problem, key_of
-from .timer import in_turns, wall_seconds
+from .timer import in_turns, is_a_time, wall_seconds
 
 ROUNDS, SECONDS = 7, 0.3  # how often each contestant runs at most, and how long a measurement may take
 HOPELESS = 1.5  # who is that much slower than the fastest after a round does not run again
-FOREVER = 1e9  # ms: what a file holds beyond that is no time
 MARGIN = 0.95  # torch's operators are chosen where they take less than that share of our own kernel's time
 
 
@@ -87,7 +86,7 @@ def _table(file: Path) -> dict[str, dict[str, float]]:
 
 
 def _are_times(times: object) -> bool:
-    return isinstance(times, dict) and all(type(ms) in (int, float) and 0 < ms < FOREVER for ms in times.values())
+    return isinstance(times, dict) and all(map(is_a_time, times.values()))
 
 
 def _keep(file: Path, key: str, times: dict[str, float]) -> None:

@@ -70,7 +70,7 @@ class Problem:
 
     def one_image(self) -> Problem:
         """A pointwise problem as one image of all pixels, 8 a row or fewer: tiles stay full. Others as they are."""
-        if not self.pointwise or self.layout == "crops":
+        if not self.pointwise or self.layout == "crops" or not self.N:
             return self
         pixels = self.N * self.H * self.W
         width = gcd(pixels, 8)

@@ -13,6 +13,7 @@ from .cache import slug
 from .conv.form import Choice
 from .device import Device
 from .problem import Config, Problem, key_of
+from .timer import is_a_time
 
 TABLES = Path(__file__).parent / "configs"
 
@@ -35,11 +36,11 @@ def lookup(problem: Problem, device: Device) -> Choice | None:
     """The measured winner for exactly this problem, if it is in the table, still legal, and built here."""
     try:
         choice = choice_of(table(device)[key_of(problem)])
+        if choice.form.missing() or choice.form.why_not(problem, choice.config, device):
+            return None
+        return replace(choice, cost=choice.form.predict(problem, choice.config, device).cost)
     except (BackendError, KeyError, TypeError, ValueError, AttributeError):  # none, or none of this version
         return None
-    if choice.form.missing() or choice.form.why_not(problem, choice.config, device):
-        return None
-    return replace(choice, cost=choice.form.predict(problem, choice.config, device).cost)
 
 
 def entry_of(choice: Choice) -> dict:
@@ -49,9 +50,16 @@ def entry_of(choice: Choice) -> dict:
 
 
 def choice_of(entry: dict) -> Choice:
-    """The Choice that a table keeps as `entry`; raises BackendError for names that nobody has."""
-    config = entry["config"] and Config(**{**entry["config"], "tile": tuple(entry["config"]["tile"])})
+    """The Choice that a table keeps as `entry`; raises BackendError for names that nobody has and no numbers."""
+    config, ms = entry["config"], entry["ms"]
+    if config is not None:
+        config = Config(**{**entry["config"], "tile": tuple(entry["config"]["tile"])})
+        sizes = *config.tile, config.block_in, config.block_out, config.warps, config.stages, config.splits
+        if len(sizes) != 8 or any(type(size) is not int for size in sizes):
+            raise BackendError(f"{config} is not made of eight whole numbers.")
+    if not is_a_time(ms):
+        raise BackendError(f"{ms} is no time in ms.")
     form = conv.named(entry["form"], entry["backend"])
     if form.configurable != (config is not None) or (config and config.form != form.name):
         raise BackendError(f"the form '{form.name}' of backend '{form.backend}' does not take {config}.")
-    return Choice(form, config, entry["ms"], "measured when tuned")
+    return Choice(form, config, ms, "measured when tuned")

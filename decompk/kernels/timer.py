@@ -11,6 +11,12 @@ from typing import Any, TypeVar, cast
 import torch
 
 Sample = TypeVar("Sample")
+FOREVER = 1e9  # ms
+
+
+def is_a_time(ms: object) -> bool:
+    """Whether what a file holds may be measured milliseconds: more than none, and less than days."""
+    return type(ms) in (int, float) and 0 < cast(float, ms) < FOREVER
 
 
 def in_turns(

@@ -116,7 +116,9 @@ class _Conv(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         wanted = *ctx.needs_input_grad[:2], ctx.has_bias and ctx.needs_input_grad[2]
         if follows(dy):
-            gradients = _followed(dy, x, weight, ctx.call.ends.geometry, wanted, ctx.asked or ANY)
+            gradients = _as_members(conv_gradients, dy, x, weight, ctx.call.ends.geometry, wanted, ctx.asked or ANY)
+        elif not unwatched(dy, x, weight):
+            gradients = _as_members(_by_operator, dy, x, weight, ctx.call.ends.geometry, wanted, ctx.asked or ANY)
         else:
             call = ctx.call
             if (about(x), about(weight)) != (call.ends.x, call.ends.weight):  # hooks gave back what lies otherwise
@@ -125,15 +127,24 @@ class _Conv(torch.autograd.Function):
         return *gradients, None
 
 
-def _followed(
+def _as_members(
+    gradients: Callable[..., Sequence[Tensor | None]], dy: Tensor, x: Tensor, weight: Tensor, *more: Any
+) -> Sequence[Tensor | None]:
+    """dx, dweight, dbias by a function of members (K, N, C, H, W), also of rows (K·N, C, H, W)."""
+    if x.dim() == 5:
+        return gradients(dy, x, weight, *more)
+    members = (len(weight), x.shape[0] // len(weight))
+    dx, *others = gradients(*(t.unflatten(0, members) for t in (dy, x)), weight, *more)
+    return [None if dx is None else dx.flatten(0, 1), *others]
+
+
+def _by_operator(
     dy: Tensor, x: Tensor, weight: Tensor, geometry: Geometry, wanted: Sequence[bool], backend: str
 ) -> list[Tensor | None]:
-    """`conv_gradients` of x (K, N, C, H, W), or of rows (K·N, C, H, W)."""
-    if x.dim() == 5:
-        return conv_gradients(dy, x, weight, geometry, wanted, backend)
-    members = (len(weight), x.shape[0] // len(weight))
-    dx, *others = conv_gradients(*(t.unflatten(0, members) for t in (dy, x)), weight, geometry, wanted, backend)
-    return [None if dx is None else dx.flatten(0, 1), *others]
+    """For whoever looks on at a backward alone."""
+    tell_flop_counter(register_flops)
+    found = torch.ops.decompk.grouped_conv2d_backward(dy, x, weight, *geometry, list(wanted), backend)
+    return [t if wants else None for t, wants in zip(found, wanted, strict=True)]
 
 
 def conv_backward(

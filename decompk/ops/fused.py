@@ -16,7 +16,17 @@ from ..kernels.backend import forced, noted
 from ..kernels.call import follows, fprop_call, unwatched, watched, wgrad_call
 from ..kernels.layout import channels_inside, cut, empty_like_layout, empty_weight, in_layout, sizes
 from ..kernels.problem import Epilogue, Geometry, Prologue
-from .conv import arguments, asked_of, check, chosen, register_flops, settled_call, tell_flop_counter, with_bias
+from .conv import (
+    arguments,
+    asked_of,
+    autocast,
+    check,
+    chosen,
+    register_flops,
+    settled_call,
+    tell_flop_counter,
+    with_bias,
+)
 from .followed import conv_gradients, torch_form
 from .norm import kernels
 
@@ -43,7 +53,8 @@ def fused_conv2d(
     x, weight, bias, stride, padding and dilation as in `grouped_conv2d`; scale and shift (K, O), in_scale and in_shift
     (K, C) float32, each pair whole or absent; residual of the output's shape. Padding is zero after the input's
     normalisation. With `crops`, one of equal size per member, x is the image (N, C, H, W) that all members share, and
-    each reads its own window of it, without a copy. For inference: a gradient raises DecompkError.
+    each reads its own window of it, without a copy. Autocast casts x, weight, bias and residual. For inference: a
+    gradient raises DecompkError.
     """
     epilogue = Epilogue(bias, scale, shift, residual, relu)
     prologue = Prologue(in_scale, in_shift, in_relu) if in_scale is not None or in_shift is not None else None
@@ -83,6 +94,10 @@ def _fused_call(
     if weight.dim() != 5 or x.dim() != (4 if crops else 5):
         wanted = "an image (N, C, H, W)" if crops else "(K, N, C, H, W)"
         raise DecompkError(f"x {sizes(x)} and weight {sizes(weight)} are not {wanted} and (K, O, C, kh, kw).")
+    if torch.is_autocast_enabled(x.device.type):
+        x, weight, bias = autocast(x, weight, epilogue.bias)
+        residual = None if epilogue.residual is None else epilogue.residual.to(x.dtype)
+        epilogue = replace(epilogue, bias=bias, residual=residual)
     geometry = arguments(weight.shape[3:], *steps)
     window = () if crops is None else window_of(crops, x.shape, len(weight))
     if watched():

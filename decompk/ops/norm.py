@@ -13,7 +13,7 @@ from torch import Tensor
 from ..errors import DecompkError
 from ..kernels import cpu
 from ..kernels.backend import noted, resumed, runs_triton
-from ..kernels.call import follows, settle, watched
+from ..kernels.call import follows, settle, unwatched, watched
 from ..kernels.layout import empty_like_layout, in_layout, layout_of, pieces_of, side_by_side
 
 _PIXELS = (1, 3, 4)  # of x (K, N, C, H, W), all of a member's channel
@@ -289,6 +289,8 @@ def _differentiate(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     if follows(dy):
         dx, dweight, dbias, g = followed_gradients(dy, x, y, mean, rstd, weight, bias, ctx.relu, ctx.training)
     else:
+        if layout_of(x) == "strided":  # as hooks of saved tensors may have given it back
+            x, y = in_layout(x, "member"), None if y is None else in_layout(y, "member")
         dy = in_layout(dy, layout_of(x))
         dx, dweight, dbias, g = torch.ops.decompk.batch_norm_backward(
             dy, x, y, mean, rstd, weight, bias, ctx.relu, ctx.training, ctx.backend
@@ -426,7 +428,7 @@ class _BatchNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, saved, y = ctx.saved_tensors
-        if follows(dy):
+        if follows(dy) or not unwatched(dy, x, saved, y):
             return *_BatchNorm.followed(ctx, dy, x, weight, saved, y), *(None,) * 7
         # Hooks of saved tensors may have given back what lies otherwise, and the kernels look at nothing.
         dy, x, y = settle(dy), settle(x), None if y is None else settle(y)

@@ -390,7 +390,7 @@ class Packed(Shell):
             return x.dim() == dims
         if not strict and not self._crops:
             return True
-        raise misfit(shape, dims, self._K, bool(self._crops), self._decomposition)
+        raise misfit(shape, dims, self._K, self._crops not in (None, ()), self._decomposition)
 
     def _cut(self, x: Tensor) -> Tensor:
         return torch.cat([crop.cut(x) for crop in self._crops])

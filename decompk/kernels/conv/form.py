@@ -121,7 +121,20 @@ def matrix_rate(problem: Problem, device: Device) -> float:
     return device.tensor_tflops * RATES.get(problem.dtype, 1)
 
 
-class PlainForm:
+class _Listed:
+    """Forms are the same by name and backend: a Choice may have been pickled or copied."""
+
+    name: str
+    backend: str
+
+    def __eq__(self, other: object) -> bool:
+        return type(self) is type(other) and vars(self) == vars(other)
+
+    def __hash__(self) -> int:
+        return hash((type(self), self.name, self.backend))
+
+
+class PlainForm(_Listed):
     """What the forms without Configs share."""
 
     configurable = False
@@ -140,7 +153,7 @@ class PlainForm:
         return 0
 
 
-class KernelForm(ABC):
+class KernelForm(_Listed, ABC):
     """A form that is a kernel of our own on a GPU: it has Configs, and a model of what each of them does.
 
     thread_bytes: what a thread may add up or load in one step by compute capability, found by compiling: on sm_80 the
