@@ -330,6 +330,8 @@ def test_explain_prints_the_choice_and_why(capsys):
     decompk.explain(Problem("fprop", "bfloat16", 4, 128, 64, 64, 18, 18, (3, 3), (1, 1), (1, 1)))
     text = capsys.readouterr().out
     assert "torch loop" in text and "triton tile" in text and "bound by" in text
+    decompk.explain(Problem("fprop", "bfloat16", 4, 0, 64, 64, 18, 18, (1, 1), (1, 1), (0, 0)))
+    assert "there is nothing to compute" in capsys.readouterr().out
     packed = decompk.pack([torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8)) for _ in range(2)])
     decompk.explain(packed, torch.randn(2, 3, 9, 9))
     text = capsys.readouterr().out

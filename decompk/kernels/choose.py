@@ -57,7 +57,12 @@ def _choose(problem: Problem, device: torch.device, asked: str | None) -> Choice
 
 
 def candidates(problem: Problem, device: Device, backend: str | None = None) -> list[Choice]:
-    """Every legal choice on a GPU, or of one backend, predicted fastest first; none of a form that is not there."""
+    """Every legal choice on a GPU, or of one backend, predicted fastest first; none of a form that is not there.
+
+    None either where there are no images: there is nothing to compute.
+    """
+    if not problem.N:
+        return []
     forms = (form for form in conv.FORMS if form.backend == (backend or form.backend))
     return _ranked(problem, device, (f for f in forms if "cuda" in f.devices and f.missing() is None))
 
