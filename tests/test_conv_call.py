@@ -187,16 +187,20 @@ def test_what_hooks_of_saved_tensors_give_back_may_lie_otherwise():
             torch.testing.assert_close(found, right)
 
 
-def test_the_hooks_of_an_operator_may_give_back_what_lies_otherwise():
-    x = torch.randn(2, 3, 4, 5, 8).movedim(-1, 2)
+@pytest.mark.parametrize("whose", ["x", "y", "both"])
+def test_the_hooks_of_an_operator_may_give_back_what_lies_otherwise(whose):
+    x, residual = (torch.randn(2, 3, 4, 5, 8).movedim(-1, 2) for _ in range(2))
     leaves = [x.requires_grad_(), torch.ones(2, 8, requires_grad=True)]
 
     def gradients(pack):
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-            y = ops.batch_norm(leaves[0] * 1, leaves[1], torch.zeros(2, 8), relu=True)
+            y = ops.batch_norm(leaves[0], leaves[1], torch.zeros(2, 8), residual=residual, relu=True)
         return torch.autograd.grad((y**3).sum(), leaves)
 
-    for found, right in zip(gradients(torch.Tensor.contiguous), gradients(lambda t: t), strict=True):
+    def otherwise(t):
+        return t.contiguous() if whose == "both" or (whose == "y") == bool((t >= 0).all()) else t
+
+    for found, right in zip(gradients(otherwise), gradients(lambda t: t), strict=True):
         torch.testing.assert_close(found, right)
 
 

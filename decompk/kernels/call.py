@@ -255,6 +255,11 @@ def settle(t: Tensor) -> Tensor:
     return channels_inside(t.contiguous() if 0 in t.stride() else t)
 
 
+def statistics_dtype(x: Tensor) -> torch.dtype:
+    """Of means, variances and moments of x."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
 def _dtype_name(x: Tensor) -> str:
     """Problem.dtype of x: products of float32 are "tf32" on a GPU where torch's own would be."""
     if x.dtype is not torch.float32 or (x.device.type == "cpu" and forced.get() != "triton"):

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..crops import Crop
 from ..errors import DecompkError
 from ..kernels.backend import forced, noted
-from ..kernels.call import follows, fprop_call, unwatched, watched, wgrad_call
+from ..kernels.call import follows, fprop_call, statistics_dtype, unwatched, watched, wgrad_call
 from ..kernels.layout import channels_inside, cut, empty_like_layout, empty_weight, in_layout, sizes
 from ..kernels.problem import Epilogue, Geometry, Prologue
 from .conv import (
@@ -139,20 +139,16 @@ def fused_now(
     choice = chosen(call, forced.get())
     pieces = None
     if moments:
-        pieces = x.new_empty((K, call.moments_pieces(choice), 3, O), dtype=_moments_dtype(x))
+        pieces = x.new_empty((K, call.moments_pieces(choice), 3, O), dtype=statistics_dtype(x))
     around = Epilogue(*vectors, residual, epilogue.relu, pieces)
     y = call.fprop(choice, x, weight, around, prologue)
     return y, _merged(pieces, y, O)
 
 
-def _moments_dtype(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
 def _merged(pieces: Tensor | None, y: Tensor, channels: int) -> Tensor:
     """moments (K, 1, 3, O) of all pieces; zero of an empty y, and empty where there are none."""
     if pieces is None:
-        return y.new_empty(0, dtype=_moments_dtype(y))
+        return y.new_empty(0, dtype=statistics_dtype(y))
     if not y.numel():
         return pieces.new_zeros((len(pieces), 1, 3, channels))
     if pieces.shape[1] == 1:
@@ -176,9 +172,9 @@ def _by_torch(
     _check_around(epilogue, prologue, shape, x.dtype, x.device, (K, O), (K, C))
     form, found = torch_form(x.dtype), None
     if moments:
-        found = x.new_empty((K, 1, 3, O), dtype=_moments_dtype(x))
+        found = x.new_empty((K, 1, 3, O), dtype=statistics_dtype(x))
     y = form.around(members, weight, geometry, replace(epilogue, moments=found), prologue, differentiable=True)
-    return y, x.new_empty(0, dtype=_moments_dtype(x)) if found is None else found
+    return y, x.new_empty(0, dtype=statistics_dtype(x)) if found is None else found
 
 
 def window_of(crops: Sequence[Crop], image: torch.Size, members: int) -> tuple[int, ...]:
@@ -260,7 +256,7 @@ def _(x, weight, bias, scale, shift, residual, relu, in_scale, in_shift, in_relu
     prologue = None if in_scale is None and in_shift is None else Prologue(in_scale, in_shift, in_relu)
     around = Epilogue(bias, scale, shift, residual, relu), prologue
     _check_around(*around, y.shape, y.dtype, y.device, (K, O), (K, C))
-    return y, y.new_empty((K, 1, 3, O) if moments else 0, dtype=_moments_dtype(x))
+    return y, y.new_empty((K, 1, 3, O) if moments else 0, dtype=statistics_dtype(x))
 
 
 def _members(x: Tensor, K: int, window: Sequence[int]) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..errors import DecompkError
 from ..kernels import cpu
 from ..kernels.backend import noted, resumed, runs_triton
-from ..kernels.call import follows, settle, unwatched, watched
+from ..kernels.call import follows, settle, statistics_dtype, unwatched, watched
 from ..kernels.layout import empty_like_layout, in_layout, layout_of, pieces_of, side_by_side
 
 _PIXELS = (1, 3, 4)  # of x (K, N, C, H, W), all of a member's channel
@@ -56,16 +56,13 @@ def batch_norm(
         y = _by_torch(x, weight, bias, running_mean, running_var, training, momentum, eps)
         y = y if residual is None else y + residual
         return y.relu() if relu else y
-    if layout_of(x) == "strided":
-        x = in_layout(x, "member")
-    if residual is not None:
-        residual = in_layout(residual, layout_of(x))
+    x, residual = _alike(x, residual)
     if training:
         if moments is None:
             moments = torch.ops.decompk.batch_norm_moments(x.detach())
         mean, rstd = torch.ops.decompk.batch_norm_finalise(moments.detach(), running_mean, running_var, momentum, eps)
     else:
-        mean = running_mean.to(_statistics_dtype(x))
+        mean = running_mean.to(statistics_dtype(x))
         rstd = torch.rsqrt(running_var.to(mean.dtype) + eps)
     return torch.ops.decompk.batch_norm_apply(x, mean, rstd, weight, bias, residual, relu, training)
 
@@ -83,8 +80,8 @@ def _by_torch(
     """The K batch norms as torch's own over K·C channels, which whatever follows torch's operators can follow."""
     K, _, C, *_ = x.shape
     statistics = running_mean, running_var
-    vectors = [None if t is None else t.to(_statistics_dtype(x)).flatten() for t in (*statistics, weight, bias)]
-    value = side_by_side(x.to(_statistics_dtype(x)))
+    vectors = [None if t is None else t.to(statistics_dtype(x)).flatten() for t in (*statistics, weight, bias)]
+    value = side_by_side(x.to(statistics_dtype(x)))
     y = F.batch_norm(value, *vectors, training, momentum, eps).to(x.dtype)
     for kept, moved in zip(statistics, vectors, strict=False):
         if training and kept is not None and kept.dtype != moved.dtype:  # torch moved a copy
@@ -107,7 +104,7 @@ def batch_norm_moments(x: Tensor) -> Tensor:
     pieces = pieces_of(x)
     if runs_triton(x) and x.numel():
         return kernels().launch_moments(x, pieces)
-    values = x.movedim(2, -1).flatten(1, 3).to(_statistics_dtype(x))
+    values = x.movedim(2, -1).flatten(1, 3).to(statistics_dtype(x))
     moments = values.new_zeros(_moments_shape(x))
     for s, piece in enumerate(values.split(max(-(-values.shape[1] // pieces), 1), 1)):
         var, mean = torch.var_mean(piece, 1, correction=0)
@@ -117,7 +114,7 @@ def batch_norm_moments(x: Tensor) -> Tensor:
 
 @batch_norm_moments.register_fake
 def _(x: Tensor) -> Tensor:
-    return x.new_empty(_moments_shape(x), dtype=_statistics_dtype(x))
+    return x.new_empty(_moments_shape(x), dtype=statistics_dtype(x))
 
 
 @torch.library.custom_op(
@@ -289,9 +286,7 @@ def _differentiate(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     if follows(dy):
         dx, dweight, dbias, g = followed_gradients(dy, x, y, mean, rstd, weight, bias, ctx.relu, ctx.training)
     else:
-        if layout_of(x) == "strided":  # as hooks of saved tensors may have given it back
-            x, y = in_layout(x, "member"), None if y is None else in_layout(y, "member")
-        dy = in_layout(dy, layout_of(x))
+        x, y, dy = _alike(x, y, dy)  # hooks of saved tensors may have given back what lies otherwise
         dx, dweight, dbias, g = torch.ops.decompk.batch_norm_backward(
             dy, x, y, mean, rstd, weight, bias, ctx.relu, ctx.training, ctx.backend
         )
@@ -345,12 +340,19 @@ def _check(
     if moments is not None and (
         moments.dim() != 4
         or (moments.shape[0], *moments.shape[2:]) != (K, 3, C)
-        or moments.dtype != _statistics_dtype(x)
+        or moments.dtype != statistics_dtype(x)
     ):
         raise DecompkError(
-            f"batch norm of x {_size(x)} takes moments ({K}, S, 3, {C}) of {_statistics_dtype(x)}, "
+            f"batch norm of x {_size(x)} takes moments ({K}, S, 3, {C}) of {statistics_dtype(x)}, "
             f"not {_size(moments)} of {moments.dtype}."
         )
+
+
+def _alike(x: Tensor, *others: Tensor | None) -> Any:
+    """All of them in x's layout; member-major where it has none that the kernels take."""
+    layout = layout_of(x)
+    layout = "member" if layout == "strided" else layout
+    return [None if t is None else in_layout(t, layout) for t in (x, *others)]
 
 
 def _check_layout(x: Tensor, *others: Tensor | None) -> None:
@@ -361,10 +363,6 @@ def _check_layout(x: Tensor, *others: Tensor | None) -> None:
 
 def _size(t: Tensor) -> str:
     return str(tuple(t.shape))
-
-
-def _statistics_dtype(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def _moments_shape(x: Tensor) -> tuple[int, ...]:

@@ -15,7 +15,7 @@ from ..kernels.backend import asked_for
 from ..kernels.call import runs_cpu
 from ..kernels.layout import output_shape
 from ..kernels.problem import Geometry
-from ..ops.conv import arguments
+from ..ops.conv import arguments, autocast
 from ..ops.fused import fused_rows, window_of
 from .conv import PackedConv2d
 from .norm import PackedBatchNorm2d
@@ -119,9 +119,7 @@ def _call(x: Tensor, crops: Sequence[Crop] | None, conv: PackedConv2d) -> _Call 
     weight, bias = conv.weight, conv.bias
     if x.device.type not in ("cpu", "cuda") or any(t is not None and t.dtype not in DTYPES for t in (x, weight, bias)):
         return None
-    if torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
-        x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    x, weight, bias = autocast(x, weight, bias)
     geometry: Any = conv.stride, conv.padding, conv.dilation
     if isinstance(conv.padding, str):
         geometry = arguments(conv.kernel_size, *geometry)
