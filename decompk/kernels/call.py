@@ -20,6 +20,7 @@ from ..errors import DecompkError
 from . import cpu
 from .backend import forced
 from .conv.form import Choice, Form
+from .launch import onlookers
 from .layout import aligned, as_one_image, channels_inside, check_alike, check_shapes, layout_of, nhwc, strides_of
 from .problem import DTYPES, PLAIN, Epilogue, Geometry, Offsets, Problem, Prologue, dtype_name
 
@@ -53,7 +54,9 @@ def unwatched(*tensors: Tensor | None) -> bool:
     Then torch's dispatcher, which operators pass and which takes as long as a small layer does, is not needed. It is
     for tensors that are negated in name alone, as the imaginary part of a conjugate is.
     """
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or watched():
+    if torch.compiler.is_compiling() or watched():
+        return False
+    if (modes := torch._C._len_torch_dispatch_stack()) and modes != onlookers.get():
         return False
     if torch._C._dispatch_tls_is_dispatch_key_included(torch._C.DispatchKey.PreDispatch):
         return False

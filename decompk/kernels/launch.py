@@ -19,6 +19,8 @@ GRID_LIMIT = 2**31 - 1  # programs along x, where all that grows with the batch 
 GRID_LIMITS = (GRID_LIMIT, 2**16 - 1, 2**16 - 1)  # along x, y and z
 
 _recorder: contextvars.ContextVar[list[Launch] | None] = contextvars.ContextVar("launches are recorded", default=None)
+# Dispatch modes that note what runs and change nothing: what happens under them is what happens without.
+onlookers: contextvars.ContextVar[int] = contextvars.ContextVar("modes that only look on", default=0)
 
 
 @dataclass(frozen=True)
@@ -90,15 +92,20 @@ def launch(kernel: Any, grid: tuple[int, ...], warps: int, stages: int, **argume
 
 
 @contextlib.contextmanager
-def recording() -> Iterator[list[Launch]]:
-    """While it runs nothing is launched: the launches are appended to the list it gives, a backward's among them."""
-    launches: list[Launch] = []
-    token = _recorder.set(launches)
+def recording(onlooker: Any = None) -> Iterator[list[Any]]:
+    """While it runs nothing is launched: the launches are appended to the list it gives, a backward's among them.
+
+    onlooker: a TorchDispatchMode that notes torch's operators between them in its `launches`, which is then that list.
+    """
+    launches: list[Any] = [] if onlooker is None else onlooker.launches
+    token, others = _recorder.set(launches), onlookers.set(onlookers.get() + (onlooker is not None))
     try:
-        with torch.autograd.set_multithreading_enabled(False):  # autograd's threads would not see the recorder
+        # autograd's threads would not see the recorder
+        with torch.autograd.set_multithreading_enabled(False), onlooker or contextlib.nullcontext():
             yield launches
     finally:
         _recorder.reset(token)
+        onlookers.reset(others)
 
 
 _NAMES = {
