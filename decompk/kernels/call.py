@@ -22,12 +22,24 @@ from .backend import forced
 from .conv.form import Choice, Form
 from .launch import onlookers
 from .layout import aligned, as_one_image, channels_inside, check_alike, check_shapes, layout_of, nhwc, strides_of
-from .problem import DTYPES, PLAIN, Epilogue, Geometry, Offsets, Problem, Prologue, dtype_name
+from .problem import (
+    DTYPES,
+    PLAIN,
+    PLAIN_GRADIENT,
+    Epilogue,
+    Geometry,
+    GradientEpilogue,
+    Offsets,
+    Problem,
+    Prologue,
+    dtype_name,
+)
 
 View = tuple[tuple[int, ...], tuple[int, ...]]  # sizes and strides
 About = tuple[tuple[int, ...], tuple[int, ...], bool, torch.dtype, torch.device]  # a tensor: see `about`
 
 _TENSORS = (Tensor, nn.Parameter)
+HALVES = (torch.float16, torch.bfloat16)
 _DEVICES = ("cpu", "cuda")
 
 
@@ -119,11 +131,11 @@ class Call:
         """
         self.ends, self.settled, self.offsets = ends, settled, offsets
         self.shape, self.strides = result
-        self.dtype, self.device = ends.x[3:]
+        self.dtype, self.device = ends.weight[3] if problem.kind == "wgrad" else ends.x[3], ends.x[4]
         self.choices: dict[tuple[str | None, bool], Choice] = {}
         K, O, C, *kernel = ends.weight[0]
-        given = torch.empty_strided(*ends.weight[:2], dtype=self.dtype, device="meta").movedim(2, -1)
-        dense = torch.empty((K, O, *kernel, C), dtype=self.dtype, device="meta")
+        given = torch.empty_strided(*ends.weight[:2], device="meta").movedim(2, -1)
+        dense = torch.empty((K, O, *kernel, C), dtype=ends.x[3], device="meta")
         self._weight_is_dense, self._weight_view = given.is_contiguous(), _view(dense)
         views = [nhwc(t) for t in activations]
         one_image = problem.one_image()
@@ -175,38 +187,63 @@ class Call:
         found = form.fprop(problem, choice.config, x.as_strided(*into), weight, view, epilogue, prologue, self.offsets)
         return y if found is view else _kept(found, view, y)
 
-    def dgrad(self, choice: Choice, dy: Tensor, weight: Tensor) -> Tensor:
-        """dx"""
+    def dgrad(
+        self, choice: Choice, dy: Tensor, weight: Tensor, epilogue: GradientEpilogue = PLAIN_GRADIENT
+    ) -> Tensor:
+        """dx; what the epilogue reads lies as x does, and its sums are (K, S, 2, C) for the S of the form."""
         dx = self.empty()
         if not dy.numel():
             return dx.zero_()
         problem, (into, out) = self._seen_by(choice.form)
         view = dx.as_strided(*out)
-        found = choice.form.dgrad(problem, choice.config, dy.as_strided(*into), self.weight(weight), view)
+        if epilogue is not PLAIN_GRADIENT:
+            activations = {name: getattr(epilogue, name) for name in ("added", "raw", "joined")}
+            seen = {name: None if t is None else t.as_strided(*out) for name, t in activations.items()}
+            epilogue = replace(epilogue, **seen)
+        found = choice.form.dgrad(problem, choice.config, dy.as_strided(*into), self.weight(weight), view, epilogue)
         return dx if found is view else _kept(found, view, dx)
 
-    def wgrad(self, choice: Choice, dy: Tensor, x: Tensor) -> Tensor:
-        """dweight, OHWI in memory."""
-        dw = self.empty()
+    def wgrad(self, choice: Choice, dy: Tensor, x: Tensor, dw: Tensor | None = None) -> Tensor:
+        """dweight, OHWI in memory; dw: `empty`, and zero where `adds_to_zero`."""
+        zero = dw is not None
+        dw = self.empty() if dw is None else dw
         if not dy.numel():
             return dw.zero_()
         problem, (first, second) = self._seen_by(choice.form)
         view = dw.as_strided(*self._weight_view)
         dy, x = dy.as_strided(*first), x.as_strided(*second)
-        found = wgrad(choice, problem, dy, x, view, self.offsets)
+        found = wgrad(choice, problem, dy, x, view, self.offsets, zero)
         return dw if found is view else _kept(found, view, dw)
 
 
+def adds_to_zero(choice: Choice, dtype: torch.dtype) -> bool:
+    """Whether wgrad of `choice` adds to a dw of `dtype` that has to be zero before."""
+    return choice.config is not None and choice.config.atomic and dtype is torch.float32
+
+
 def wgrad(
-    choice: Choice, problem: Problem, dy: Tensor, x: Tensor, dw: Tensor, offsets: Offsets | None = None
+    choice: Choice,
+    problem: Problem,
+    dy: Tensor,
+    x: Tensor,
+    dw: Tensor,
+    offsets: Offsets | None = None,
+    zero: bool = False,
 ) -> Tensor:
-    """`Form.wgrad` with its partial sums added up into dw (K, O, kh, kw, C)."""
+    """`Form.wgrad` with its partial sums added up into dw (K, O, kh, kw, C); zero: whether dw is where it has to be."""
     form, config, parts = choice.form, choice.config, choice.sums
     if not parts:
         return form.wgrad(problem, config, dy, x, dw, offsets)
+    if parts == 1 and dw.dtype is torch.float32:
+        if not zero and adds_to_zero(choice, dw.dtype):
+            dw.zero_()
+        form.wgrad(problem, config, dy, x, dw.unsqueeze(0), offsets)
+        return dw
     make = torch.zeros if config is not None and config.atomic else torch.empty
     sums = make((parts, *dw.shape), dtype=torch.float32, device=dw.device)
     form.wgrad(problem, config, dy, x, sums, offsets)
+    if dw.dtype is torch.float32:
+        return torch.sum(sums, 0, out=dw)
     return dw.copy_(sums[0] if parts == 1 else sums.sum(0))
 
 
@@ -230,15 +267,17 @@ def fprop_call(
     window: tuple[int, ...] = (),
     residual: Tensor | None = None,
     dtype: str | None = None,
+    master: bool = False,
 ) -> Call:
     """The Call of y from x and weight (K, O, C, kh, kw). Raises DecompkError for tensors that do not fit each other.
 
+    master: weight and bias may be float32 where x is of 16 bits; then so is the weight's gradient.
     window: of crops, (height, width, top and left of each member); x is then the image (1, N, C, H, W) that all share.
     residual: what is added to y, and lies as y does. dtype: of the Problem, where it is not what runs here.
     """
     biased = None if bias is None else (bias.shape, bias.dtype, bias.device)
     start = residual is None or about(residual)[2]
-    return _fprop_call(about(x), about(weight), biased, geometry, window, start, dtype or _dtype_name(x))
+    return _fprop_call(about(x), about(weight), biased, geometry, window, start, dtype or _dtype_name(x), master)
 
 
 def dgrad_call(fprop: Call, dy: Tensor) -> Call:
@@ -285,8 +324,12 @@ def _fprop_call(
     window: tuple[int, ...],
     residual_aligned: bool,
     dtype: str,
+    master: bool,
 ) -> Call:
-    check_alike("grouped_conv2d", x[3:], x=x[3:], weight=weight[3:], bias=bias and bias[1:])
+    operands = {"x": x[3:], "weight": weight[3:], "bias": bias and bias[1:]}
+    if master and x[3] in HALVES:
+        operands = {k: t if t is None or t[0] is not torch.float32 else (x[3], t[1]) for k, t in operands.items()}
+    check_alike("grouped_conv2d", x[3:], **operands)
     image, members = _activation(x, weight[0][0]), None
     if window:
         K, (h, w) = weight[0][0], window[:2]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..errors import BackendError
-from .problem import Epilogue, Prologue
+from .problem import PLAIN, PLAIN_GRADIENT, Epilogue, GradientEpilogue, Prologue
 
 GRID_LIMIT = 2**31 - 1  # programs along x, where all that grows with the batch lies
 GRID_LIMITS = (GRID_LIMIT, 2**16 - 1, 2**16 - 1)  # along x, y and z
@@ -63,14 +63,18 @@ def descriptor(x: Tensor, shape: Sequence[int], strides: Sequence[int], block: S
     return _descriptors()(x, list(shape), list(strides), list(block))
 
 
-def around(epilogue: Epilogue, prologue: Prologue | None) -> dict[str, Any]:
-    """Kernel arguments: the tensors (None where absent, the residual as it is) and a compile-time flag for each."""
-    e, p = epilogue, prologue
+def around(
+    epilogue: Epilogue = PLAIN, prologue: Prologue | None = None, gradient: GradientEpilogue = PLAIN_GRADIENT
+) -> dict[str, Any]:
+    """Kernel arguments: the tensors (None where absent, the residual as it is) and compile-time flags."""
+    e, p, g = epilogue, prologue, gradient
     return dict(
         bias=e.bias, scale=e.scale, shift=e.shift, residual=e.residual, moments=e.moments,
         BIAS=e.bias is not None, AFFINE=e.scale is not None, RESIDUAL=e.residual is not None,
         MOMENTS=e.moments is not None, RELU=e.relu,
         in_scale=p and p.scale, in_shift=p and p.shift, PROLOGUE=p is not None, IN_RELU=bool(p and p.relu),
+        added=g.added, raw=g.raw, joined=g.joined, mean=g.mean, rstd=g.rstd, gamma=g.gamma, beta=g.beta, sums=g.sums,
+        GATED=g.gated,
     )  # fmt: skip
 
 

@@ -171,10 +171,16 @@ def moments_kernel(
 
 @triton.jit
 def finalise_kernel(
-    moments, merged, running_mean, running_var, mean, rstd, momentum, eps, S,
+    moments, merged, running_mean, running_var, mean, rstd, counter, momentum, eps, S,
     C: tl.constexpr, BLOCK: tl.constexpr, PIECES: tl.constexpr,
 ):  # fmt: skip
-    """moments (K, S, 3, C) → merged (K, 1, 3, C), or mean, rstd (K, C) and the running statistics (K, C) in place."""
+    """moments (K, S, 3, C) → merged (K, 1, 3, C), or mean, rstd (K, C) and the running statistics (K, C) in place.
+
+    counter: of batches, one number, which is one more then.
+    """
+    if counter is not None:
+        if tl.program_id(0) + tl.program_id(1) == 0:
+            tl.store(counter, tl.load(counter) + 1)
     k = tl.program_id(1).to(tl.int64)
     channel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     exists = channel < C
@@ -282,9 +288,20 @@ def backward_sums_kernel(
 
 @triton.jit
 def merge_sums_kernel(
-    sums, dweight, dbias, S, CHANNELS: tl.constexpr, BLOCK: tl.constexpr, PIECES: tl.constexpr,
+    sums, dweight, dbias, nought, cleared, SIZE, S, CHANNELS: tl.constexpr, BLOCK: tl.constexpr, PIECES: tl.constexpr,
+    CLEARED: tl.constexpr,
 ):  # fmt: skip
-    """sums (streams, S, 2, CHANNELS) → dbias = Σg, dweight = Σg·x̂ (streams, CHANNELS)."""
+    """sums (streams, S, 2, CHANNELS) → dbias = Σg, dweight = Σg·x̂ (streams, CHANNELS).
+
+    nought: zero like dbias. cleared: SIZE values that are zero then, for whoever adds to them.
+    """
+    if cleared is not None:
+        programs = tl.num_programs(0) * tl.num_programs(1)
+        for first in tl.range(
+            (tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)) * CLEARED, SIZE, programs * CLEARED
+        ):
+            at = first + tl.arange(0, CLEARED)
+            tl.store(cleared + at, 0.0, at < SIZE)
     stream = tl.program_id(1).to(tl.int64)
     channel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     exists = channel < CHANNELS
@@ -301,6 +318,8 @@ def merge_sums_kernel(
     at = stream * CHANNELS + channel
     tl.store(dbias + at, tl.sum(sum_g, 0), mask=exists)
     tl.store(dweight + at, tl.sum(sum_gx, 0), mask=exists)
+    if nought is not None:
+        tl.store(nought + at, 0.0, mask=exists)
 
 
 @triton.jit
@@ -352,11 +371,15 @@ def launch_finalise(
     momentum: float,
     eps: float,
     out: tuple[Tensor, Tensor] | None = None,
+    counter: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """moments (K, S, 3, C) → mean and rstd (K, C); updates contiguous running statistics (K, C) in place."""
+    """moments (K, S, 3, C) → mean and rstd (K, C); updates contiguous running statistics (K, C) in place.
+
+    counter: int64, of batches, which then is one more.
+    """
     K, S, _, C = moments.shape
     mean, rstd = out or (moments.new_empty((K, C)), moments.new_empty((K, C)))
-    running = dict(running_mean=running_mean, running_var=running_var, momentum=momentum)
+    running = dict(running_mean=running_mean, running_var=running_var, counter=counter, momentum=momentum)
     found = dict(merged=None, mean=mean, rstd=rstd)
     _over_channels(finalise_kernel, K, S, C, moments=moments, eps=eps, C=C, **found, **running)
     return mean, rstd
@@ -366,7 +389,7 @@ def merge_moments(moments: Tensor) -> Tensor:
     """(K, S, 3, C) → (K, 1, 3, C): the same pixels as one piece."""
     K, S, _, C = moments.shape
     merged = moments.new_empty((K, 1, 3, C))
-    absent = dict.fromkeys(("running_mean", "running_var", "mean", "rstd"))
+    absent = dict.fromkeys(("running_mean", "running_var", "mean", "rstd", "counter"))
     _over_channels(finalise_kernel, K, S, C, moments=moments, merged=merged, momentum=0.0, eps=0.0, C=C, **absent)
     return merged
 
@@ -405,22 +428,67 @@ def launch_backward(
 
     Without y relu is decided by what x, weight and bias give: enough where there was no residual, and a read less.
     """
-    K, C = x.shape[0], x.shape[2]
-    if out is None:
-        vectors = [x.new_empty((K, C), dtype=torch.float32) for _ in range(2)]
-        out = (torch.empty_like(x), *vectors, None if y is None else torch.empty_like(x))
-    dx, dweight, dbias, g = out
+    dx, *vectors, g = out or (torch.empty_like(x), *(torch.empty_like(mean) for _ in range(2)), None)
+    sums, g = launch_sums(dy, x, y, mean, rstd, weight, bias, relu, pieces, g)
+    gradients = launch_merge(sums, *vectors)
+    gated = relu and y is None
+    launch_input(dy if g is None else g, x, mean, rstd, weight, bias, *gradients, gated, training, dx)
+    return dx, *gradients, g
+
+
+def launch_sums(
+    dy: Tensor,
+    x: Tensor,
+    y: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    relu: bool,
+    pieces: int,
+    g: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Σg and Σg·x̂ of `pieces` runs of the pixels (streams, pieces, 2, channels), and g where y is given."""
     count, _, channels = streams(x)
     sums = x.new_empty((count, pieces, 2, channels), dtype=torch.float32)
+    g = torch.empty_like(x) if g is None and y is not None else g
     statistics = dict(mean=mean, rstd=rstd, weight=weight, bias=bias)
     block = triton.next_power_of_2(channels)
     _over_pieces(backward_sums_kernel, x, pieces, dy=dy, y=y, g=g, sums=sums, RELU=relu, BLOCK=block, **statistics)
-    # A launch of its own: dweight and dbias are wanted anyway, and else every program of the next would read all sums.
-    gradients = dict(dweight=dweight, dbias=dbias)
-    _over_channels(merge_sums_kernel, count, pieces, channels, sums=sums, CHANNELS=channels, **gradients)
-    flags = dict(RELU=relu and y is None, TRAINING=training)
-    _over_pieces(backward_input_kernel, x, None, dy=dy if g is None else g, dx=dx, **gradients, **flags, **statistics)
-    return dx, dweight, dbias, g
+    return sums, g
+
+
+def launch_merge(
+    sums: Tensor, dweight: Tensor, dbias: Tensor, nought: Tensor | None = None, cleared: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """sums (streams, S, 2, channels) → dweight = Σg·x̂ and dbias = Σg (K, C); nought (K, C) and cleared become zero.
+
+    A launch of its own: both are wanted anyway, and else every program of the next would read all sums.
+    """
+    count, pieces, _, channels = sums.shape
+    clear = dict(nought=nought, cleared=cleared, SIZE=0 if cleared is None else cleared.numel(), CLEARED=1024)
+    results = dict(dweight=dweight, dbias=dbias, CHANNELS=channels)
+    _over_channels(merge_sums_kernel, count, pieces, channels, sums=sums, **results, **clear)
+    return dweight, dbias
+
+
+def launch_input(
+    g: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    dweight: Tensor,
+    dbias: Tensor,
+    relu: bool,
+    training: bool,
+    dx: Tensor,
+) -> Tensor:
+    """dx of g, which passes relu first, and its sums, which are those of the gradient that passed."""
+    statistics = dict(mean=mean, rstd=rstd, weight=weight, bias=bias, dweight=dweight, dbias=dbias)
+    _over_pieces(backward_input_kernel, x, None, dy=g, dx=dx, RELU=relu, TRAINING=training, **statistics)
+    return dx
 
 
 def _over_pieces(kernel: Any, x: Tensor, pieces: int | None, **arguments: Any) -> None:

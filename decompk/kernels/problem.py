@@ -144,6 +144,30 @@ class Epilogue:
 PLAIN = Epilogue()
 
 
+@dataclass(frozen=True)
+class GradientEpilogue:
+    """On dx, in this order: + added, · [ReLU let pass], sums: what the batch norm that x came out of asks for.
+
+    added as x: what reaches x by other ways. raw as x: what that norm normalised, by mean, rstd, gamma and beta (K, C)
+    (gamma and beta of any floating dtype, or None). gated: whether a ReLU followed it; joined is then x itself where a
+    residual was added before, else None: raw tells as much. sums (K, S, 2, C) float32 is written: Σg and Σg·x̂ of S
+    disjoint pieces of the pixels, g being the result as it is stored.
+    """
+
+    added: Tensor | None = None
+    raw: Tensor | None = None
+    joined: Tensor | None = None
+    mean: Tensor | None = None
+    rstd: Tensor | None = None
+    gamma: Tensor | None = None
+    beta: Tensor | None = None
+    gated: bool = False
+    sums: Tensor | None = None
+
+
+PLAIN_GRADIENT = GradientEpilogue()
+
+
 @dataclass(frozen=True, eq=False)
 class Offsets:
     """Where the members' crops begin in the image that they share: (top, left) of each, and (K, 2) on the device."""

@@ -84,22 +84,22 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry)
 
 def convolve_now(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
     """`convolve` of what is `unwatched`: x (K, N, C, H, W), or rows (K·N, C, H, W), and y like it."""
-    if torch.is_autocast_enabled(x.device.type):
-        x, weight, bias = autocast(x, weight, bias)
+    if master := torch.is_autocast_enabled(x.device.type):
+        x, weight, bias = autocast_now(x, weight, bias)
     # What has to be copied is copied out here, where autograd sees it: a Function has to save what it got.
-    x, call = settled_call(x, weight, bias, geometry)
+    x, call = settled_call(x, weight, bias, geometry, master=master)
     return _Conv.apply(x, weight, bias, call)
 
 
 def settled_call(
-    x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, *around: Any
+    x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, *around: Any, master: bool = False
 ) -> tuple[Tensor, Call]:
     """x as forms read it, a copy where it does not lie so, and its Call; around: the window and residual of `fused`."""
-    call = fprop_call(x, weight, bias, geometry, *around)
+    call = fprop_call(x, weight, bias, geometry, *around, master=master)
     if call.settled:
         return x, call
     x = settle(x)
-    return x, fprop_call(x, weight, bias, geometry, *around)
+    return x, fprop_call(x, weight, bias, geometry, *around, master=master)
 
 
 class _Conv(torch.autograd.Function):
@@ -115,16 +115,27 @@ class _Conv(torch.autograd.Function):
     def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         wanted = *ctx.needs_input_grad[:2], ctx.has_bias and ctx.needs_input_grad[2]
-        if follows(dy):
-            gradients = _as_members(conv_gradients, dy, x, weight, ctx.call.ends.geometry, wanted, ctx.asked or ANY)
-        elif not unwatched(dy, x, weight):
-            gradients = _as_members(_by_operator, dy, x, weight, ctx.call.ends.geometry, wanted, ctx.asked or ANY)
-        else:
-            call = ctx.call
-            if (about(x), about(weight)) != (call.ends.x, call.ends.weight):  # hooks gave back what lies otherwise
-                x, call = settled_call(x, weight, None, call.ends.geometry)
-            gradients = conv_backward(dy, x, weight, call, wanted, ctx.asked)
-        return *gradients, None
+        if follows(dy) or not unwatched(dy, x, weight):
+            return *gradients_seen(dy, x, weight, ctx.call, wanted, ctx.asked), None
+        x, call = call_again(ctx.call, x, weight)
+        return *conv_backward(dy, x, weight, call, wanted, ctx.asked), None
+
+
+def gradients_seen(
+    dy: Tensor, x: Tensor, weight: Tensor, call: Call, wanted: Sequence[bool], asked: str | None
+) -> list[Tensor | None]:
+    """dx, dweight and dbias behind `call` for who looks on: differentiable where somebody differentiates again."""
+    run = conv_gradients if follows(dy) else _by_operator
+    found = _as_members(run, dy, x, weight.to(x.dtype), call.ends.geometry, wanted, asked or ANY)
+    return [None if t is None else t.to(like.dtype) for t, like in zip(found, (x, weight, weight), strict=True)]
+
+
+def call_again(call: Call, x: Tensor, weight: Tensor) -> tuple[Tensor, Call]:
+    """x as forms read it and its Call: that of the forward, unless hooks gave back what lies otherwise."""
+    ends = call.ends
+    if (about(x), about(weight)) == (ends.x, ends.weight):
+        return x, call
+    return settled_call(x, weight, None, ends.geometry, ends.window, master=True)
 
 
 def _as_members(
@@ -159,7 +170,7 @@ def conv_backward(
         wgrad, dy = _of_gradient(wgrad_call, call, dy)
         dw = wgrad.wgrad(chosen(wgrad, asked), dy, x)
     if wanted[2]:
-        db = dy.movedim(-3, -1).reshape(len(weight), -1, dy.shape[-3]).sum(1)
+        db = dy.movedim(-3, -1).reshape(len(weight), -1, dy.shape[-3]).sum(1, dtype=weight.dtype)
     return [dx, dw, db]
 
 
@@ -353,6 +364,13 @@ def autocast(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Te
         return x, weight, bias
     dtype = torch.get_autocast_dtype(device)
     return x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+
+
+def autocast_now(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """`autocast` of what is `unwatched`: weights stay float32 where Triton's kernels, which read them so, may run."""
+    if not (x.is_cuda or forced.get() == "triton") or weight.dtype is not torch.float32:
+        return autocast(x, weight, bias)
+    return x if x.dtype is torch.float64 else x.to(torch.get_autocast_dtype(x.device.type)), weight, bias
 
 
 def register_autocast(name: str) -> None:

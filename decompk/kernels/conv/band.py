@@ -41,7 +41,18 @@ from torch._subclasses.fake_tensor import FakeTensor
 from .. import device
 from ..device import Device
 from ..launch import Launch, around, descriptor, launch, recording
-from ..problem import PLAIN, Config, Epilogue, Offsets, Problem, Prologue, cdiv, power_of_two
+from ..problem import (
+    PLAIN,
+    PLAIN_GRADIENT,
+    Config,
+    Epilogue,
+    GradientEpilogue,
+    Offsets,
+    Problem,
+    Prologue,
+    cdiv,
+    power_of_two,
+)
 from . import band_geometry
 from .band_geometry import Bands, bands, row_groups
 from .form import KernelForm, Prediction
@@ -113,8 +124,16 @@ class Band(KernelForm):
         _convolve(problem, config, x, weight, y, epilogue, prologue, offsets, descriptors)
         return y
 
-    def dgrad(self, problem: Problem, config: Config, dy: Tensor, weight: Tensor, dx: Tensor) -> Tensor:
-        _convolve(problem, config, dy, weight, dx, PLAIN, None, None, device.of(dy.device).descriptors)
+    def dgrad(
+        self,
+        problem: Problem,
+        config: Config,
+        dy: Tensor,
+        weight: Tensor,
+        dx: Tensor,
+        epilogue: GradientEpilogue = PLAIN_GRADIENT,
+    ) -> Tensor:
+        _convolve(problem, config, dy, weight, dx, PLAIN, None, None, device.of(dy.device).descriptors, epilogue)
         return dx
 
     def wgrad(
@@ -180,15 +199,16 @@ def _convolve(
     prologue: Prologue | None,
     offsets: Offsets | None,
     descriptors: bool,
+    gradient: GradientEpilogue = PLAIN_GRADIENT,
 ) -> None:
     residual = epilogue.residual
     store = descriptors and _aligned(y) and (residual is None or _aligned(residual))
     run, X = _run_on(problem, config, x, offsets, descriptors, store)
     if run.expanded:
-        expanded = weight.new_empty(run.expanded)
+        expanded = weight.new_empty(run.expanded, dtype=x.dtype)
         launch(_device_code().expand_band, run.expand_grid, 4, 1, weight=weight, bands=expanded, **run.expansion)
         weight = expanded
-    fused = around(epilogue, prologue)
+    fused = around(epilogue, prologue, gradient)
     if residual is not None:
         fused["residual"] = run.written(residual)
     tensors = dict(X=X, offsets=offsets and offsets.table, weight=weight, Y=run.written(y))

@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 from ..product import dot
+from .gradient_kernels import gradient
 
 
 @triton.jit
@@ -79,6 +80,7 @@ def _tap(
 @triton.jit
 def conv_band(
     X, weight, Y, offsets, bias, scale, shift, residual, moments, in_scale, in_shift,
+    added, raw, joined, mean, rstd, gamma, beta, sums,
     N, H, VALUES, WIDTH, IMAGE, PITCH, HO, VALUES_OUT, TN, TG, SEGMENTS, QF, QN,
     DGRAD: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr,
     PH: tl.constexpr, PW: tl.constexpr, DH: tl.constexpr, DW: tl.constexpr,
@@ -88,7 +90,7 @@ def conv_band(
     VECTOR: tl.constexpr, VECTOR_OUT: tl.constexpr, CROPS: tl.constexpr,
     LOAD: tl.constexpr, STORE: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
     BIAS: tl.constexpr, MOMENTS: tl.constexpr, AFFINE: tl.constexpr, RESIDUAL: tl.constexpr, RELU: tl.constexpr,
-    PROLOGUE: tl.constexpr, IN_RELU: tl.constexpr, EXPANDED: tl.constexpr,
+    PROLOGUE: tl.constexpr, IN_RELU: tl.constexpr, GATED: tl.constexpr, EXPANDED: tl.constexpr,
 ):  # fmt: skip
     """y (fprop) from x, or dx (dgrad) from dy: R read and F written channels; QF, QF + QS, … are QN read rows."""
     pid = tl.program_id(0)
@@ -129,7 +131,7 @@ def conv_band(
                 i[:, None], f[None, :], q, DGRAD, KH, KW, SH, SW, PH, PW, DH, DW, R, F, FIRST, COLUMNS, RUN
             )  # fmt: skip
             at += k * (R * F * KH * KW)
-        acc = dot(a, tl.load(weight + at, valid, 0.0), acc, PRECISION)
+        acc = dot(a, tl.load(weight + at, valid, 0.0).to(a.dtype), acc, PRECISION)
 
     m = tl.arange(0, M)
     n = n0 + m // BG
@@ -138,6 +140,8 @@ def conv_band(
     full = f % RUN < COLUMNS * F  # the rest pads the run
     live = (n < N)[:, None] & (h < HO) & (full & (value_out < VALUES_OUT * VECTOR_OUT))[None, :]
     free = k * F + f % RUN % F
+    # Every column of the matrix is a piece of its channel: nothing is added across columns.
+    piece = pid.to(tl.int64) * (STACK * COLUMNS) + f // RUN * COLUMNS + f % RUN // F
     if BIAS:
         acc += tl.load(bias + free, full, 0.0).to(tl.float32)[None, :]
     if MOMENTS:
@@ -145,8 +149,6 @@ def conv_band(
         rounded = acc.to(Y.dtype if STORE else Y.dtype.element_ty).to(tl.float32)
         mean = tl.sum(tl.where(live, rounded, 0.0), 0) / tl.maximum(number, 1.0)
         off = tl.where(live, rounded - mean[None, :], 0.0)
-        # Every column of the matrix is a piece of its channel: nothing is added across columns.
-        piece = pid.to(tl.int64) * (STACK * COLUMNS) + f // RUN * COLUMNS + f % RUN // F
         record = moments + piece * (3 * F) + f % RUN % F
         tl.store(record, number, full)
         tl.store(record + F, mean, full)
@@ -165,6 +167,11 @@ def conv_band(
         acc += rest.to(tl.float32)
     if RELU:
         acc = tl.maximum(acc, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    if DGRAD:
+        acc = gradient(
+            acc, address, live, free, full, piece * (2 * F) + f % RUN % F, F,
+            added, raw, joined, mean, rstd, gamma, beta, sums, GATED, Y.dtype if STORE else Y.dtype.element_ty,
+        )  # fmt: skip
     if STORE:
         Y.store([k, n0, g0 * STACK, column, within], acc.to(Y.dtype).reshape(1, BN, BG * STACK, 1, RUN))
     else:

@@ -19,7 +19,7 @@ from ...cost.formulas import OpCost, conv_bytes, conv_flops
 from .. import device as devices
 from ..device import Device
 from ..launch import GRID_LIMIT
-from ..problem import PLAIN, Config, Epilogue, Offsets, Problem, Prologue
+from ..problem import PLAIN, PLAIN_GRADIENT, Config, Epilogue, GradientEpilogue, Offsets, Problem, Prologue
 
 C = TypeVar("C", bound="Config | None")
 
@@ -41,6 +41,7 @@ class Form(Protocol[C]):
     devices: tuple[str, ...]  # torch device types whose tensors it takes where no backend is asked for
     configurable: bool  # whether it takes a Config; else its config is None
     one_image: bool  # whether it takes a pointwise convolution's pixels as one image: `Problem.one_image`
+    gradient_epilogue: bool  # whether its dgrad takes a GradientEpilogue
 
     def missing(self) -> str | None:
         """Why it is not installed, built or buildable here; None if it is there."""
@@ -55,7 +56,7 @@ class Form(Protocol[C]):
         """What a legal (problem, config) takes on a GPU; infinite where it is not worth trying."""
 
     def moments_pieces(self, problem: Problem, config: C) -> int:
-        """S of Epilogue.moments."""
+        """S of Epilogue.moments, or of GradientEpilogue.sums."""
 
     def sums(self, config: C) -> int:
         """How many float32 partial sums (S, K, O, kh, kw, C) wgrad writes; 0 where it writes dw itself."""
@@ -76,8 +77,19 @@ class Form(Protocol[C]):
         With `offsets`, of crops, x is the shared image (1, N, H_image, W_image, C).
         """
 
-    def dgrad(self, problem: Problem, config: C, dy: Tensor, weight: Tensor, dx: Tensor) -> Tensor:
-        """dx from dy (K, N, H', W', O) and weight: dx itself, or another tensor of its shape."""
+    def dgrad(
+        self,
+        problem: Problem,
+        config: C,
+        dy: Tensor,
+        weight: Tensor,
+        dx: Tensor,
+        epilogue: GradientEpilogue = PLAIN_GRADIENT,
+    ) -> Tensor:
+        """epilogue(dx) from dy (K, N, H', W', O) and weight: dx itself, or another tensor of its shape.
+
+        epilogue: plain where the form takes none; its tensors lie as dx does.
+        """
 
     def wgrad(
         self,
@@ -139,6 +151,7 @@ class PlainForm(_Listed):
 
     configurable = False
     one_image = False
+    gradient_epilogue = False
 
     def missing(self) -> str | None:
         return None
@@ -166,6 +179,7 @@ class KernelForm(_Listed, ABC):
     devices: tuple[str, ...] = ("cuda",)
     configurable = True
     one_image = True
+    gradient_epilogue = True
     thread_bytes: ClassVar[dict[int, int]] = {}
     wants_copy_engine = True  # for tiles of 4-byte values: without one their addresses spill
     l2_slowdown = 1.0  # of loads of single values instead of blocks

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .. import device as devices
 from .. import extension
-from ..problem import PLAIN, Config, Epilogue, Offsets, Problem, Prologue, cdiv, power_of_two
+from ..problem import Config, Epilogue, GradientEpilogue, Offsets, PLAIN, PLAIN_GRADIENT, Problem, Prologue, cdiv, power_of_two
 from .form import KernelForm
 
 ROWS, LANES = 4, 16  # output pixels of a warp: rows, and columns times images
@@ -28,6 +28,7 @@ class Halo(KernelForm):
 
     name = "halo"
     one_image = False
+    gradient_epilogue = False
 
     def __init__(self, backend: str):
         self.backend = backend
@@ -145,7 +146,15 @@ class Halo(KernelForm):
         _run(x, weight, y, problem.stride[0], problem.padding, config, epilogue, prologue)
         return y
 
-    def dgrad(self, problem: Problem, config: Config, dy: Tensor, weight: Tensor, dx: Tensor) -> Tensor:
+    def dgrad(
+        self,
+        problem: Problem,
+        config: Config,
+        dy: Tensor,
+        weight: Tensor,
+        dx: Tensor,
+        epilogue: GradientEpilogue = PLAIN_GRADIENT,
+    ) -> Tensor:
         """The convolution of dy with the flipped weights, their input and output channels exchanged."""
         flipped = weight.permute(0, 4, 2, 3, 1).flip((2, 3)).contiguous()
         padding = tuple(2 - p for p in problem.padding)
@@ -180,7 +189,7 @@ def _run(
     if bias is not None and bias.dtype not in (torch.float32, x.dtype):
         bias = bias.float()
     torch.ops.decompk.halo_conv2d(
-        *(x, weight, y, bias, e.scale, e.shift, e.residual, e.relu, e.moments),
+        *(x, weight.to(x.dtype), y, bias, e.scale, e.shift, e.residual, e.relu, e.moments),
         *((p.scale, p.shift, p.relu) if p else (None, None, False)),
         *(stride, *padding, config.tile, config.warps),
     )

@@ -15,7 +15,18 @@ from typing import Any
 from torch import Tensor
 
 from ..launch import around, launch
-from ..problem import PLAIN, Config, Epilogue, Offsets, Problem, Prologue, cdiv, power_of_two
+from ..problem import (
+    PLAIN,
+    PLAIN_GRADIENT,
+    Config,
+    Epilogue,
+    GradientEpilogue,
+    Offsets,
+    Problem,
+    Prologue,
+    cdiv,
+    power_of_two,
+)
 from .form import KernelForm
 from .operands import geometry, split
 
@@ -84,9 +95,8 @@ class Pointer(KernelForm):
         return config.stages * (pixels * (a + b) + a * b) * problem.element_size + pixels * max(a, b) * 4
 
     def moments_pieces(self, problem: Problem, config: Config) -> int:
-        """S of Epilogue.moments: one piece a tile of a member's pixels."""
-        HO, WO = problem.out_size
-        return cdiv(problem.N * HO * WO, config.pixels)
+        """S of Epilogue.moments or GradientEpilogue.sums: one piece a tile of a member's pixels."""
+        return cdiv(_pixels(problem), config.pixels)
 
     def fprop(
         self,
@@ -99,11 +109,19 @@ class Pointer(KernelForm):
         prologue: Prologue | None = None,
         offsets: Offsets | None = None,
     ) -> Tensor:
-        self._run(problem, config, x, weight, y, epilogue, prologue, offsets)
+        self._run(problem, config, x, weight, y, around(epilogue, prologue), epilogue.residual, offsets)
         return y
 
-    def dgrad(self, problem: Problem, config: Config, dy: Tensor, weight: Tensor, dx: Tensor) -> Tensor:
-        self._run(problem, config, dy, weight, dx, PLAIN, None, None)
+    def dgrad(
+        self,
+        problem: Problem,
+        config: Config,
+        dy: Tensor,
+        weight: Tensor,
+        dx: Tensor,
+        epilogue: GradientEpilogue = PLAIN_GRADIENT,
+    ) -> Tensor:
+        self._run(problem, config, dy, weight, dx, around(gradient=epilogue))
         return dx
 
     def _run(
@@ -113,9 +131,9 @@ class Pointer(KernelForm):
         x: Tensor,
         weight: Tensor,
         y: Tensor,
-        epilogue: Epilogue,
-        prologue: Prologue | None,
-        offsets: Offsets | None,
+        arguments: dict[str, Any],
+        residual: Tensor | None = None,
+        offsets: Offsets | None = None,
     ) -> None:
         fixed, grid = _convolution(problem, config)
         launch(
@@ -126,8 +144,8 @@ class Pointer(KernelForm):
             **dict(x=x, offsets=offsets and offsets.table, weight=weight, y=y, CROPS=offsets is not None),
             **_strides("x", x, offsets is not None),
             **_strides("y", y),
-            **_strides("r", epilogue.residual),
-            **around(epilogue, prologue),
+            **_strides("r", residual),
+            **arguments,
             **fixed,
         )
 

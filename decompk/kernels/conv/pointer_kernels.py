@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 from ..product import dot
+from .gradient_kernels import gradient
 
 
 @triton.jit
@@ -41,6 +42,7 @@ def _gather(
 @triton.jit
 def conv_pointer(
     x, offsets, weight, y, residual, bias, scale, shift, moments, in_scale, in_shift,
+    added, raw, joined, mean, rstd, gamma, beta, sums,
     PIXELS, TILES, FB, R, F, H, W, HO, WO,
     xk, xn, xh, xw, wk, wf, wt, wr, yk, yn, yh, yw, rk, rn, rh, rw,
     BACKWARD: tl.constexpr, CROPS: tl.constexpr,
@@ -48,7 +50,7 @@ def conv_pointer(
     PH: tl.constexpr, PW: tl.constexpr, DH: tl.constexpr, DW: tl.constexpr,
     BP: tl.constexpr, BR: tl.constexpr, BF: tl.constexpr, PRECISION: tl.constexpr,
     BIAS: tl.constexpr, MOMENTS: tl.constexpr, AFFINE: tl.constexpr, RESIDUAL: tl.constexpr, RELU: tl.constexpr,
-    PROLOGUE: tl.constexpr, IN_RELU: tl.constexpr,
+    PROLOGUE: tl.constexpr, IN_RELU: tl.constexpr, GATED: tl.constexpr,
 ):  # fmt: skip
     """y (fprop) from x, or dx (dgrad) from dy: R reduced and F free channels, BP pixels of one member a program."""
     pid = tl.program_id(0)
@@ -77,7 +79,7 @@ def conv_pointer(
             weight + k.to(tl.int64) * wk + (r // R * wt + r % R * wr)[:, None] + (f * wf)[None, :],
             (r < KH * KW * R)[:, None] & (f < F)[None, :],
             0.0,
-        )
+        ).to(a.dtype)
         acc = dot(a, b, acc, PRECISION)
     if BIAS:
         acc += tl.load(bias + k * F + f, f < F, 0.0).to(tl.float32)[None, :]
@@ -102,8 +104,13 @@ def conv_pointer(
         acc += tl.load(rest, mask, 0.0).to(tl.float32)
     if RELU:
         acc = tl.maximum(acc, 0.0, propagate_nan=tl.PropagateNan.ALL)
-    out = y + k.to(tl.int64) * yk + (n * yn + h * yh + w * yw)[:, None] + f[None, :]
-    tl.store(out, acc.to(y.dtype.element_ty), mask)
+    at = k.to(tl.int64) * yk + (n * yn + h * yh + w * yw)[:, None] + f[None, :]
+    if BACKWARD:
+        acc = gradient(
+            acc, at, mask, k * F + f, f < F, tile.to(tl.int64) * (2 * F) + f, F,
+            added, raw, joined, mean, rstd, gamma, beta, sums, GATED, y.dtype.element_ty,
+        )  # fmt: skip
+    tl.store(y + at, acc.to(y.dtype.element_ty), mask)
 
 
 @triton.jit

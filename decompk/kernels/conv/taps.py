@@ -24,3 +24,9 @@ def count(parity, kernel, padding, stride, dilation):
     if dilation % stride:
         return len(range((parity + padding) % stride, kernel, stride))
     return 0 if (parity + padding) % stride else kernel
+
+
+@triton.constexpr_function
+def rank(bits, i):
+    """How many of the lowest i bits are set."""
+    return (bits & ((1 << i) - 1)).bit_count()

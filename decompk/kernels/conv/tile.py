@@ -38,7 +38,18 @@ from typing import Any
 from torch import Tensor
 
 from ..launch import around, descriptor, launch
-from ..problem import PLAIN, Config, Epilogue, Offsets, Problem, Prologue, cdiv, power_of_two
+from ..problem import (
+    PLAIN,
+    PLAIN_GRADIENT,
+    Config,
+    Epilogue,
+    GradientEpilogue,
+    Offsets,
+    Problem,
+    Prologue,
+    cdiv,
+    power_of_two,
+)
 from .form import KernelForm
 from .operands import geometry, split
 
@@ -130,8 +141,8 @@ class Tile(KernelForm):
         return config.stages * _stage_bytes(problem, config) + 2 * out + 1024
 
     def moments_pieces(self, problem: Problem, config: Config) -> int:
-        """S of Epilogue.moments: one piece a tile of a member."""
-        return _tiles(problem, config)
+        """S of Epilogue.moments or GradientEpilogue.sums: one piece a tile of a member, in dgrad of each view."""
+        return _tiles(problem, config) * (_live(problem).bit_count() if problem.kind == "dgrad" else 1)
 
     def fprop(
         self,
@@ -155,12 +166,21 @@ class Tile(KernelForm):
         )
         return y
 
-    def dgrad(self, problem: Problem, config: Config, dy: Tensor, weight: Tensor, dx: Tensor) -> Tensor:
+    def dgrad(
+        self,
+        problem: Problem,
+        config: Config,
+        dy: Tensor,
+        weight: Tensor,
+        dx: Tensor,
+        epilogue: GradientEpilogue = PLAIN_GRADIENT,
+    ) -> Tensor:
         fixed, grid = _convolution(problem, config)
         into, out = (*config.tile, config.block_out), (*config.tile, config.block_in)
         inputs = (_descriptor(dy, into, fixed["MERGED"]),) * 4
         outputs = _parities(dx, problem, out, fixed["MERGED_OUT"])
-        self._run(problem, config, grid, fixed, inputs, weight, outputs, around(PLAIN, None))
+        arguments = around(gradient=epilogue)
+        self._run(problem, config, grid, fixed, inputs, weight, outputs, arguments, dx.stride())
         return dx
 
     def _run(
@@ -173,12 +193,15 @@ class Tile(KernelForm):
         weight: Tensor,
         outputs: tuple[Any, ...],
         arguments: dict[str, Any],
+        strides: tuple[int, ...] = (0, 0, 0, 0),
     ) -> None:
+        """strides: of dx, where an epilogue reads what lies as it does."""
         K, O, C, taps = problem.K, problem.O, problem.C, problem.taps
-        strides = (O * taps * C, taps * C, C, 1)
         # Taps are numbered row · kw + column; in blocks of one tap's output × input channels.
-        W = descriptor(weight, (K, O, taps, C), strides, (1, config.block_out, 1, config.block_in))
+        block = (1, config.block_out, 1, config.block_in)
+        W = descriptor(weight, (K, O, taps, C), (O * taps * C, taps * C, C, 1), block)
         names = dict(zip(("X0", "X1", "X2", "X3", "Y0", "Y1", "Y2", "Y3"), (*inputs, *outputs), strict=True))
+        names |= zip(("gk", "gn", "gh", "gw"), strides, strict=False)
         launch(_device_code().conv_tile, grid, config.warps, config.stages, W=W, **names, **arguments, **fixed)
 
     def wgrad(
@@ -202,7 +225,7 @@ def _convolution(problem: Problem, config: Config) -> tuple[dict[str, Any], tupl
     size, image = problem.out_size, (problem.H, problem.W)
     if problem.kind == "dgrad":
         sides, blocks, merges = sides[::-1], blocks[::-1], merges[::-1]
-        size, image = _grid(problem)[1:], (0, 0)
+        size = _grid(problem)[1:]
     tiles = tuple(map(cdiv, (problem.N, *size), config.tile))
     free = cdiv(sides[1], blocks[1])
     fixed = {

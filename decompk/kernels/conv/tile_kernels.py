@@ -4,7 +4,8 @@ import triton
 import triton.language as tl
 
 from ..product import dot
-from .taps import count, first, step
+from .gradient_kernels import gradient
+from .taps import count, first, rank, step
 
 
 @triton.jit
@@ -52,9 +53,9 @@ def _accumulate(
                 value = tl.maximum(value, 0.0, propagate_nan=tl.PropagateNan.ALL)
             a = tl.where(inside[:, None], value, 0.0).to(a.dtype)
         if DGRAD:
-            b = W.load([k, r0, kh * KW + kw, free]).reshape(BR, BF)
+            b = W.load([k, r0, kh * KW + kw, free]).reshape(BR, BF).to(a.dtype)
         else:
-            b = W.load([k, free, kh * KW + kw, r0]).reshape(BF, BR).T
+            b = W.load([k, free, kh * KW + kw, r0]).reshape(BF, BR).to(a.dtype).T
         acc = dot(a, b, acc, PRECISION)
     return acc
 
@@ -62,17 +63,19 @@ def _accumulate(
 @triton.jit
 def conv_tile(
     X0, X1, X2, X3, W, Y0, Y1, Y2, Y3, residual, bias, scale, shift, moments, in_scale, in_shift,
-    N, HO, WO, HQ, WQ, R, F, TN, TH, TW, FB,
+    added, raw, joined, mean, rstd, gamma, beta, sums,
+    N, HO, WO, HQ, WQ, R, F, TN, TH, TW, FB, gk, gn, gh, gw,
     DGRAD: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr,
     PH: tl.constexpr, PW: tl.constexpr, DH: tl.constexpr, DW: tl.constexpr, RB: tl.constexpr,
     BN: tl.constexpr, BH: tl.constexpr, BW: tl.constexpr, BR: tl.constexpr, BF: tl.constexpr,
     LIVE: tl.constexpr, MERGED: tl.constexpr, MERGED_OUT: tl.constexpr, PRECISION: tl.constexpr,
     BIAS: tl.constexpr, MOMENTS: tl.constexpr, AFFINE: tl.constexpr, RESIDUAL: tl.constexpr, RELU: tl.constexpr,
-    PROLOGUE: tl.constexpr, IN_RELU: tl.constexpr,
+    PROLOGUE: tl.constexpr, IN_RELU: tl.constexpr, GATED: tl.constexpr,
 ):  # fmt: skip
     """y (fprop) from x or dx (dgrad) from dy; R reduced, F free channels; LIVE: a bit for each view with pixels.
 
-    fprop sums the views X0 … X3 of x, of HQ × WQ pixels, into Y0; dgrad writes the views Y0 … Y3 of dx from X0.
+    fprop sums the views X0 … X3 of x, of HQ × WQ pixels, into Y0; dgrad writes the views Y0 … Y3 of dx, of HQ × WQ
+    pixels and strides gk, gn, gh and gw, from X0.
     """
     pid = tl.program_id(0)
     free = pid % FB * BF
@@ -121,6 +124,18 @@ def conv_tile(
                     acc += residual.load([k, n0, h0, w0, free]).reshape(pixels, BF).to(tl.float32)
             if RELU:
                 acc = tl.maximum(acc, 0.0, propagate_nan=tl.PropagateNan.ALL)
+            if DGRAD and (added is not None or raw is not None):
+                p = tl.arange(0, pixels)
+                n = n0 + p // (BW * BH)
+                row = (h0 + p // BW % BH) * SH + out // SW
+                column = (w0 + p % BW) * SW + out % SW
+                at = k.to(tl.int64) * gk + (n.to(tl.int64) * gn + row * gh + column * gw)[:, None] + f[None, :]
+                live = ((n < N) & (row < HQ) & (column < WQ))[:, None] & (f < F)[None, :]
+                piece = tile.to(tl.int64) * rank(LIVE, SH * SW) + rank(LIVE, out)
+                acc = gradient(
+                    acc, at, live, k * F + f, f < F, piece * (2 * F) + f, F,
+                    added, raw, joined, mean, rstd, gamma, beta, sums, GATED, Y.dtype,
+                )  # fmt: skip
             if MERGED_OUT:
                 Y.store([k, n0, h0, w0 * BF], acc.to(Y.dtype).reshape(1, BN, BH, BW * BF))
             else:

@@ -6,12 +6,13 @@ from abc import ABC, abstractmethod
 from dataclasses import replace
 from itertools import chain
 
+import torch
 from torch import Tensor
 
 from ...cost.formulas import conv_bytes, conv_flops
 from ..device import Device
 from ..layout import cut
-from ..problem import PLAIN, Epilogue, Geometry, Offsets, Problem, Prologue
+from ..problem import Epilogue, Geometry, GradientEpilogue, Offsets, PLAIN, PLAIN_GRADIENT, Problem, Prologue
 from .form import PlainForm, Prediction, matrix_rate
 from .steps import after, before, folded
 
@@ -61,20 +62,31 @@ class TorchForm(PlainForm, ABC):
     ) -> Tensor:
         if epilogue.residual is not None:
             epilogue = replace(epilogue, residual=epilogue.residual.movedim(-1, 2))
-        x = _members(problem, x, offsets)
-        y = self.around(x, weight.movedim(-1, 2), _geometry(problem), epilogue, prologue)
-        return y.movedim(2, -1)
+        if epilogue.bias is not None:
+            epilogue = replace(epilogue, bias=epilogue.bias.to(x.dtype))
+        x, weight = _members(problem, x, offsets), weight.to(x.dtype).movedim(-1, 2)
+        return self.around(x, weight, _geometry(problem), epilogue, prologue).movedim(2, -1)
 
-    def dgrad(self, problem: Problem, config: None, dy: Tensor, weight: Tensor, dx: Tensor) -> Tensor:
+    def dgrad(
+        self,
+        problem: Problem,
+        config: None,
+        dy: Tensor,
+        weight: Tensor,
+        dx: Tensor,
+        epilogue: GradientEpilogue = PLAIN_GRADIENT,
+    ) -> Tensor:
         x = dx.movedim(-1, 2)  # its values are not read
-        found, _ = self.backward(dy.movedim(-1, 2), x, weight.movedim(-1, 2), _geometry(problem), (True, False))
+        weight = weight.to(dy.dtype).movedim(-1, 2)
+        found, _ = self.backward(dy.movedim(-1, 2), x, weight, _geometry(problem), (True, False))
         assert found is not None
         return found.movedim(2, -1)
 
     def wgrad(
         self, problem: Problem, config: None, dy: Tensor, x: Tensor, out: Tensor, offsets: Offsets | None = None
     ) -> Tensor:
-        x, weight = _members(problem, x, offsets), out.movedim(-1, 2)  # the weight's values are not read
+        # The weight's values are not read.
+        x, weight = _members(problem, x, offsets), torch.empty_like(out, dtype=x.dtype).movedim(-1, 2)
         _, found = self.backward(dy.movedim(-1, 2), x, weight, _geometry(problem), (False, True))
         assert found is not None
         return found.movedim(2, -1)

@@ -1,0 +1,37 @@
+"""What dgrad does to its result on the way out: device code that the tile, band and pointer forms share."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def gradient(
+    acc, at, live, channel, exists, record, CHANNELS, added, raw, joined, mean, rstd, gamma, beta, sums,
+    RELU: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """`GradientEpilogue` of acc (pixels, columns) at the offsets `at`, which are there where `live`.
+
+    channel: where each column's vectors are, if it `exists`; record: where its sums go, and CHANNELS behind, Σg·x̂.
+    """
+    if added is not None:
+        acc += tl.load(added + at, live, 0.0).to(tl.float32)
+    if raw is not None:
+        center = tl.load(mean + channel, exists, 0.0)
+        scale = tl.load(rstd + channel, exists, 0.0)
+        away = tl.load(raw + at, live, 0.0).to(tl.float32) - center[None, :]
+        g = acc.to(DTYPE).to(tl.float32)  # the sums are those of what is stored
+        if joined is not None:
+            g = tl.where(tl.load(joined + at, live, 0.0).to(tl.float32) <= 0.0, 0.0, g)
+        elif RELU:
+            slope = scale
+            if gamma is not None:
+                slope *= tl.load(gamma + channel, exists, 0.0).to(tl.float32)
+            z = away * slope[None, :]
+            if beta is not None:
+                z += tl.load(beta + channel, exists, 0.0).to(tl.float32)[None, :]
+            g = tl.where(z <= 0.0, 0.0, g)
+        acc = g
+        g = tl.where(live, g, 0.0)
+        tl.store(sums + record, tl.sum(g, 0), exists)
+        tl.store(sums + record + CHANNELS, tl.sum(g * away, 0) * scale, exists)
+    return acc
