@@ -187,9 +187,7 @@ class Call:
         found = form.fprop(problem, choice.config, x.as_strided(*into), weight, view, epilogue, prologue, self.offsets)
         return y if found is view else _kept(found, view, y)
 
-    def dgrad(
-        self, choice: Choice, dy: Tensor, weight: Tensor, epilogue: GradientEpilogue = PLAIN_GRADIENT
-    ) -> Tensor:
+    def dgrad(self, choice: Choice, dy: Tensor, weight: Tensor, epilogue: GradientEpilogue = PLAIN_GRADIENT) -> Tensor:
         """dx; what the epilogue reads lies as x does, and its sums are (K, S, 2, C) for the S of the form."""
         dx = self.empty()
         if not dy.numel():

@@ -176,12 +176,12 @@ def finalise_kernel(
 ):  # fmt: skip
     """moments (K, S, 3, C) → merged (K, 1, 3, C), or mean, rstd (K, C) and the running statistics (K, C) in place.
 
-    counter: of batches, one number, which is one more then.
+    counter (K,): of batches, one more then.
     """
-    if counter is not None:
-        if tl.program_id(0) + tl.program_id(1) == 0:
-            tl.store(counter, tl.load(counter) + 1)
     k = tl.program_id(1).to(tl.int64)
+    if counter is not None:  # noqa: SIM102 (the outer one is decided when compiling)
+        if tl.program_id(0) == 0:
+            tl.store(counter + k, tl.load(counter + k) + 1)
     channel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     exists = channel < C
     moments += k * S * (3 * C)
@@ -375,7 +375,7 @@ def launch_finalise(
 ) -> tuple[Tensor, Tensor]:
     """moments (K, S, 3, C) → mean and rstd (K, C); updates contiguous running statistics (K, C) in place.
 
-    counter: int64, of batches, which then is one more.
+    counter (K,): int64, of batches, which then are one more.
     """
     K, S, _, C = moments.shape
     mean, rstd = out or (moments.new_empty((K, C)), moments.new_empty((K, C)))

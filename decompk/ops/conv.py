@@ -368,9 +368,12 @@ def autocast(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Te
 
 def autocast_now(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
     """`autocast` of what is `unwatched`: weights stay float32 where Triton's kernels, which read them so, may run."""
-    if not (x.is_cuda or forced.get() == "triton") or weight.dtype is not torch.float32:
+    device = x.device.type
+    if not torch.is_autocast_enabled(device):
+        return x, weight, bias
+    if not (device == "cuda" or forced.get() == "triton") or weight.dtype is not torch.float32:
         return autocast(x, weight, bias)
-    return x if x.dtype is torch.float64 else x.to(torch.get_autocast_dtype(x.device.type)), weight, bias
+    return x if x.dtype is torch.float64 else x.to(torch.get_autocast_dtype(device)), weight, bias
 
 
 def register_autocast(name: str) -> None:

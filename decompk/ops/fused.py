@@ -128,7 +128,7 @@ def fused_now(
     x (K, N, C, H, W) or rows (K·N, C, H, W), and residual and y like it; with a window the image (1, N, C, H, W).
     """
     residual = epilogue.residual
-    x, call = settled_call(x, weight, epilogue.bias, geometry, window, residual)
+    x, call = settled_call(x, weight, epilogue.bias, geometry, window, residual, master=True)
     K, O, C = weight.shape[:3]
     _check_around(epilogue, prologue, call.shape, call.dtype, call.device, (K, O), (K, C))
     if residual is not None and residual.stride() != call.strides:

@@ -53,7 +53,7 @@ def batch_norm(
     if not training and (running_mean is None or running_var is None):
         raise DecompkError("batch norm needs running_mean and running_var where it is not training.")
     if watched():
-        y = _by_torch(x, weight, bias, running_mean, running_var, training, momentum, eps)
+        y = torch_norm(x, weight, bias, running_mean, running_var, training, momentum, eps)
         y = y if residual is None else y + residual
         return y.relu() if relu else y
     x, residual = _alike(x, residual)
@@ -67,7 +67,7 @@ def batch_norm(
     return torch.ops.decompk.batch_norm_apply(x, mean, rstd, weight, bias, residual, relu, training)
 
 
-def _by_torch(
+def torch_norm(
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,

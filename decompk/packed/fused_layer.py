@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from .. import ops
 from ..crops import Crop
 from ..kernels.backend import asked_for
-from ..kernels.call import runs_cpu
+from ..kernels.call import runs_cpu, unwatched
 from ..kernels.layout import output_shape
 from ..kernels.problem import Geometry
-from ..ops.conv import arguments, autocast
+from ..ops.conv import arguments, autocast, autocast_now
+from ..ops.conv_norm import Norm, conv_norm
 from ..ops.fused import fused_rows, window_of
 from .conv import PackedConv2d
 from .norm import PackedBatchNorm2d
@@ -32,8 +33,20 @@ def run_layer(
     x: Tensor, crops: Sequence[Crop] | None, conv: PackedConv2d, norm: PackedBatchNorm2d | None, *further: Any
 ) -> Tensor:
     """`_run_layer`, laid out as its last twin is to be."""
-    y = _run_layer(x, crops, conv, norm, *further)
-    return y.contiguous() if (conv if norm is None else norm)._twin_contiguous else y
+    return run_shared_layer(x, crops, conv, norm, *further, passes=False)[0]
+
+
+def run_shared_layer(
+    x: Tensor,
+    crops: Sequence[Crop] | None,
+    conv: PackedConv2d,
+    norm: PackedBatchNorm2d | None,
+    *further: Any,
+    passes: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """`run_layer`, and x for others that read it: their gradient is then added where this one's is written."""
+    y, x = _run_layer(x, crops, conv, norm, *further, passes)
+    return y.contiguous() if (conv if norm is None else norm)._twin_contiguous else y, x
 
 
 def _run_layer(
@@ -45,8 +58,9 @@ def _run_layer(
     residual: Any,
     add_in_place: bool,
     relu: nn.Module | str | None,
-) -> Tensor:
-    """relu(norm(conv(x)) + residual): x (K·N, C, H, W), or with crops the image (N, C, H, W) → (K·N, O, H', W').
+    passes: bool,
+) -> tuple[Tensor, Tensor]:
+    """relu(norm(conv(x)) + residual) and x: x (K·N, C, H, W), or with crops the image (N, C, H, W) → (K·N, O, H', W').
 
     In as few launches as arguments, modes and hooks allow; else as the network's own code does it. affine: scale and
     shift (K, O) of a norm by its running statistics. relu: a module, or the name of a function of torch.
@@ -57,29 +71,31 @@ def _run_layer(
     if call is not None and (residual is None or _fits(residual, call)):
         gradient = torch.is_grad_enabled() and any(map(_needs_gradient, (x, conv.weight, conv.bias, residual)))
         if not gradient and (norm is None or affine is not None):
-            return fused_rows(*call, affine or (None, None), residual, relu is not None)
+            return fused_rows(*call, affine or (None, None), residual, relu is not None), x
         if norm is not None and _on_kernels(x) and _takes_moments(norm, call):
-            return _by_moments(call, crops, norm, residual, relu is not None)
+            if _here(call, norm, residual):
+                return _conv_norm(call, x, norm, residual, relu is not None, passes)
+            return _by_moments(call, crops, norm, residual, relu is not None), x
 
     if crops is None:
         y = conv(x)
     elif call is not None and _on_kernels(x):
-        x, weight, bias, geometry, _ = call
-        y = ops.conv2d_moments(x, weight, bias, *geometry, crops=crops, moments=False)[0].flatten(0, 1)
+        image, weight, bias, geometry, _ = call
+        y = ops.conv2d_moments(image, weight, bias, *geometry, crops=crops, moments=False)[0].flatten(0, 1)
     else:
         y = conv(torch.cat([crop.cut(x) for crop in crops]))
     if joins and (residual is None or (isinstance(residual, Tensor) and residual.shape == y.shape)):
         assert norm is not None
-        return norm(y, residual, relu is not None)
+        return norm(y, residual, relu is not None), x
     if norm is not None:
         y = norm(y)
     if add_in_place:
         y += residual
     elif residual is not None:
         y = y + residual
-    if relu is None:
-        return y
-    return getattr(torch, relu)(y) if isinstance(relu, str) else relu(y)
+    if relu is not None:
+        y = getattr(torch, relu)(y) if isinstance(relu, str) else relu(y)
+    return y, x
 
 
 def _on_kernels(x: Tensor) -> bool:
@@ -119,7 +135,7 @@ def _call(x: Tensor, crops: Sequence[Crop] | None, conv: PackedConv2d) -> _Call 
     weight, bias = conv.weight, conv.bias
     if x.device.type not in ("cpu", "cuda") or any(t is not None and t.dtype not in DTYPES for t in (x, weight, bias)):
         return None
-    x, weight, bias = autocast(x, weight, bias)
+    x, weight, bias = (autocast_now if unwatched(x, weight, bias) else autocast)(x, weight, bias)
     geometry: Any = conv.stride, conv.padding, conv.dilation
     if isinstance(conv.padding, str):
         geometry = arguments(conv.kernel_size, *geometry)
@@ -177,7 +193,7 @@ def _takes_moments(norm: PackedBatchNorm2d, call: _Call) -> bool:
     """Whether it normalises by its batch's statistics, in a way that the operator does, too."""
     if not norm.training and (norm.running_mean is not None or norm.running_var is not None):
         return False
-    statistics = [t for t in _tracked(norm) if t is not None]
+    statistics = [t for t in (*_tracked(norm), norm.num_batches_tracked) if t is not None]
     if statistics and (norm.momentum is None or not all(t.is_contiguous() for t in statistics)):
         return False
     _, N, _, H, W = _shape(call)
@@ -187,6 +203,28 @@ def _takes_moments(norm: PackedBatchNorm2d, call: _Call) -> bool:
 def _tracked(norm: PackedBatchNorm2d) -> tuple[Tensor | None, Tensor | None]:
     """The running statistics that a batch moves."""
     return (norm.running_mean, norm.running_var) if norm.training and norm.track_running_stats else (None, None)
+
+
+def _here(call: _Call, norm: PackedBatchNorm2d, residual: Tensor | None) -> bool:
+    """Whether nobody looks on at the one operator of a layer; of an image's own gradient the others know."""
+    x, weight, bias, _, window = call
+    if not unwatched(x, weight, bias, norm.weight, norm.bias, residual):
+        return False
+    return not (window and x.requires_grad and torch.is_grad_enabled())
+
+
+def _conv_norm(
+    call: _Call, given: Tensor, norm: PackedBatchNorm2d, residual: Tensor | None, relu: bool, passes: bool
+) -> tuple[Tensor, Tensor]:
+    """The layer by one operator each way, and x for others: as it was given, where autocast changed it."""
+    x, weight, bias, geometry, window = call
+    tracked = norm.training and norm.track_running_stats
+    around = Norm(
+        *(norm.weight, norm.bias, *_tracked(norm), norm.num_batches_tracked if tracked else None),
+        *(0.0 if norm.momentum is None else norm.momentum, norm.eps),
+    )
+    y, passed = conv_norm(x, weight, bias, geometry, around, residual, relu, window, passes and x is given)
+    return y, passed if passes and x is given else given
 
 
 def _by_moments(

@@ -20,7 +20,7 @@ from ..fx.unseen import undrawn
 from ..fx.wrapper import Shell
 from ..threads import Tracer, one_at_a_time
 from .conv import PackedConv2d
-from .fused_layer import affines, run_layer
+from .fused_layer import affines, run_layer, run_shared_layer
 from .norm import PackedBatchNorm2d
 from .per_member import PerMember
 from .twin import Twin
@@ -287,9 +287,34 @@ class Fusion:
                     add is not None and _adds_in_place(add),
                     self._activation(chain.relu),
                 )
-                last.replace_all_uses_with(graph.call_function(run_layer, call))
+                if shared := self._sharers(chain, chains):
+                    pair = graph.call_function(run_shared_layer, call)
+                    y, x = (graph.call_function(operator.getitem, (pair, i)) for i in range(2))
+                    last.replace_all_uses_with(y)
+                    for user in shared:
+                        user.replace_input_with(conv.args[0], x)
+                else:
+                    last.replace_all_uses_with(graph.call_function(run_layer, call))
             for node in reversed(chain.nodes):
                 graph.erase_node(node)
+
+    def _sharers(self, chain: _Chain, chains: list[_Chain]) -> list[fx.Node]:
+        """The others that read the chain's input, where all of them do so after it and write into nothing."""
+        conv = chain.nodes[0]
+        x, order = conv.args[0], self._nodes
+        if chain.reads_image or x.op == "placeholder":
+            return []
+        later = set(order[order.index(chain.nodes[-1]) + 1 :])
+        fused = {node: one.nodes[-1] for one in chains for node in one.nodes}  # it runs where its last node stood
+
+        def only_reads(user: fx.Node) -> bool:
+            module = self._modules.get(user)
+            if type(module) is nn.Identity:
+                return user in later and all(map(only_reads, user.users))
+            return fused.get(user, user) in later and (user in fused or isinstance(module, nn.MaxPool2d | nn.AvgPool2d))
+
+        others = [user for user in x.users if user is not conv]
+        return others if all(map(only_reads, others)) else []
 
     def _activation(self, relu: fx.Node | None) -> Any:
         """The ReLU as `run_layer` takes it: a module, the name of a function of torch, or None."""

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .. import cpu
 from ..device import Device
-from ..problem import Epilogue, GradientEpilogue, Offsets, PLAIN, PLAIN_GRADIENT, Problem, Prologue
+from ..problem import PLAIN, PLAIN_GRADIENT, Epilogue, GradientEpilogue, Offsets, Problem, Prologue
 from .form import PlainForm, Prediction
 from .steps import after, before, folded
 

@@ -14,7 +14,18 @@ from torch import Tensor
 
 from .. import device as devices
 from .. import extension
-from ..problem import Config, Epilogue, GradientEpilogue, Offsets, PLAIN, PLAIN_GRADIENT, Problem, Prologue, cdiv, power_of_two
+from ..problem import (
+    PLAIN,
+    PLAIN_GRADIENT,
+    Config,
+    Epilogue,
+    GradientEpilogue,
+    Offsets,
+    Problem,
+    Prologue,
+    cdiv,
+    power_of_two,
+)
 from .form import KernelForm
 
 ROWS, LANES = 4, 16  # output pixels of a warp: rows, and columns times images

@@ -25,6 +25,6 @@ PROGRAMS = 512  # of a wgrad: some waves on 132 processors
 
 
 def split(problem: Problem, config: Config, programs: int, tiles: int) -> Config:
-    """`config` with the pixels of wgrad shared out, so that there are enough programs; atomic if several share a sum."""
+    """`config` with the pixels of wgrad shared out, so that programs are enough; atomic if several share a sum."""
     splits = max(1, min(tiles, cdiv(PROGRAMS, programs)))
     return replace(config, splits=splits, atomic=splits > 1 and not problem.deterministic)

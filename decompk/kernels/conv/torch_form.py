@@ -12,7 +12,7 @@ from torch import Tensor
 from ...cost.formulas import conv_bytes, conv_flops
 from ..device import Device
 from ..layout import cut
-from ..problem import Epilogue, Geometry, GradientEpilogue, Offsets, PLAIN, PLAIN_GRADIENT, Problem, Prologue
+from ..problem import PLAIN, PLAIN_GRADIENT, Epilogue, Geometry, GradientEpilogue, Offsets, Problem, Prologue
 from .form import PlainForm, Prediction, matrix_rate
 from .steps import after, before, folded
 

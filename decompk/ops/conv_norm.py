@@ -1,0 +1,259 @@
+"""A convolution and the batch norm of its batch behind it, with residual and ReLU: in training one operator each way.
+
+Forward three launches: the convolution, which takes the moments of what it writes; their sum; and the pass that
+normalises. Backward four: the norm's sums over its gradient are taken by the dgrad that writes that gradient, where the
+layer above is one of these, too; they are added up; then the norm's input gradient, dgrad and wgrad.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..kernels.backend import ANY, forced, resumed
+from ..kernels.call import Call, adds_to_zero, dgrad_call, follows, settle, unwatched, wgrad_call
+from ..kernels.conv.form import Choice
+from ..kernels.layout import cut, pieces_of
+from ..kernels.problem import PLAIN_GRADIENT, Epilogue, Geometry, GradientEpilogue
+from .conv import call_again, chosen, gradients_seen, settled_call, with_bias
+from .followed import by_torch, gradients
+from .norm import kernels, torch_norm
+
+
+class Norm(NamedTuple):
+    """A batch norm by its batch's statistics: weight and bias (K, C), what a batch moves, and how far."""
+
+    weight: Tensor | None
+    bias: Tensor | None
+    running_mean: Tensor | None
+    running_var: Tensor | None
+    counter: Tensor | None  # (K,) int64, of batches
+    momentum: float
+    eps: float
+
+
+def conv_norm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    geometry: Geometry,
+    norm: Norm,
+    residual: Tensor | None = None,
+    relu: bool = False,
+    window: tuple[int, ...] = (),
+    passes: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """relu(batch_norm(conv(x)) + residual) of K members, and x for whoever reads it next.
+
+    x rows (K·N, C, H, W), or with a window of crops the image (N, C, H, W) that all members share; weight
+    (K, O, C, kh, kw), bias (K, O); residual as the result, rows (K·N, O, H', W'). For what is `unwatched` and runs on
+    Triton. passes: whether other layers read x, too, from the second result, whose gradient is then added in the
+    launch that writes x's.
+    """
+    # What x came out of: its backward wants the sums of the gradient that this one's writes.
+    below = x.grad_fn if type(x.grad_fn) is _NODE and x.output_nr == 0 else None
+    read, call = settled_call(x.unsqueeze(0) if window else x, weight, bias, geometry, window, master=True)
+    residual = None if residual is None else settle(residual)
+    around = call, norm, relu, passes and read is x, below
+    z, passed = _ConvNorm.apply(read, weight, bias, norm.weight, norm.bias, residual, *around)
+    return z, x if passed is None else passed
+
+
+@dataclass
+class _Above:
+    """What the layer above, which read z, did for the backward of the one that wrote it: dz past its ReLU, and sums."""
+
+    gradient: Tensor
+    version: int
+    sums: Tensor
+
+    def is_of(self, dz: Tensor) -> bool:
+        """Whether this dz has come, and not one that was added to or that a hook changed."""
+        mine = self.gradient
+        lies = dz.data_ptr() == mine.data_ptr() and (dz.shape, dz.stride()) == (mine.shape, mine.stride())
+        return lies and dz._version == self.version
+
+
+class _ConvNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        gamma: Tensor | None,
+        beta: Tensor | None,
+        residual: Tensor | None,
+        call: Call,
+        norm: Norm,
+        relu: bool,
+        passes: bool,
+        below: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        asked = forced.get()
+        y, moments = _convolved(call, chosen(call, asked), x, weight, with_bias(bias))
+        members, moved = _members(y, weight), (norm.running_mean, norm.running_var, norm.counter)
+        mean, rstd = moments.new_empty((2, *weight.shape[:2]))
+        kernels().launch_finalise(moments, *moved[:2], norm.momentum, norm.eps, (mean, rstd), norm.counter)
+        torch.autograd.graph.increment_version([t for t in moved if t is not None])
+        z = torch.empty_like(y)
+        added = None if residual is None else residual.view(members)
+        kernels().launch_apply(y.view(members), mean, rstd, *_dense(gamma, beta), added, relu, z.view(members))
+        ctx.call, ctx.asked, ctx.eps, ctx.relu = call, asked, norm.eps, relu
+        ctx.has_residual, ctx.has_bias, ctx.below, ctx.above = residual is not None, bias is not None, below, None
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, weight, y, gamma, beta, mean, rstd, z if relu and residual is not None else None)
+        return z, x if passes else None
+
+    @staticmethod
+    def backward(ctx, dz: Tensor | None, other: Tensor | None) -> tuple[Tensor | None, ...]:
+        above, ctx.above = ctx.above, None
+        x, weight, y, gamma, beta, *_, z = ctx.saved_tensors
+        if dz is None:
+            return other, *(None,) * 10
+        if follows(dz, other):
+            return *_followed(ctx, dz, other), *(None,) * 5
+        if not unwatched(dz, other, x, weight, y, z):
+            return *_seen(ctx, dz, other), *(None,) * 5
+        return *_backward(ctx, dz, other, above), *(None,) * 5
+
+
+_NODE: Any = _ConvNorm._backward_cls
+
+
+def _convolved(call: Call, choice: Choice, x: Tensor, weight: Tensor, epilogue: Epilogue) -> tuple[Tensor, Tensor]:
+    """y, rows (K·N, O, H', W'), and its moments (K, S, 3, O)."""
+    K, O = weight.shape[:2]
+    if choice.backend == "torch":  # whose moments are a pass of several operators
+        y = _rows(call.fprop(choice, x, weight, epilogue))
+        members = y.view(_members(y, weight))
+        return y, kernels().launch_moments(members, pieces_of(members))
+    moments = x.new_empty((K, call.moments_pieces(choice), 3, O), dtype=torch.float32)
+    return _rows(call.fprop(choice, x, weight, replace(epilogue, moments=moments))), moments
+
+
+def _backward(ctx: Any, dz: Tensor, other: Tensor | None, above: _Above | None) -> tuple[Tensor | None, ...]:
+    """Gradients of x, weight, bias, gamma, beta and residual."""
+    x, weight, y, gamma, beta, mean, rstd, z = ctx.saved_tensors
+    needs, asked, norm = ctx.needs_input_grad, ctx.asked, kernels()
+    x, call = call_again(ctx.call, x, weight)  # hooks of saved tensors may have given back what lies otherwise
+    dz, y, z = settle(dz), settle(y), None if z is None else settle(z)
+    members = _members(y, weight)
+    raw, vectors = y.view(members), (mean, rstd, *_dense(gamma, beta))
+    if above is not None and above.is_of(dz):
+        sums, g, gated = above.sums, dz.view(members), False
+    else:
+        joined = None if z is None else z.view(members)
+        sums, found = norm.launch_sums(dz.view(members), raw, joined, *vectors, ctx.relu, pieces_of(raw))
+        g, gated = (dz.view(members), ctx.relu) if found is None else (found, False)
+
+    rows = torch.empty_like(y)
+    dy = rows.view(call.shape)
+    wgrad = wgrad_call(call, dy)
+    choice = chosen(wgrad, asked)
+    adds = needs[1] and adds_to_zero(choice, weight.dtype)
+    dw = wgrad.empty() if adds else None
+    dgamma, dbeta = torch.empty_like(mean), torch.empty_like(mean)
+    dbias = torch.empty_like(mean) if ctx.has_bias and needs[2] else None  # zero: the norm takes off what it adds
+    norm.launch_merge(sums, dgamma, dbeta, dbias, dw)
+    norm.launch_input(g, raw, *vectors, dgamma, dbeta, gated, True, rows.view(members))
+    dx = _input_gradient(ctx, call, dy, weight, other) if needs[0] else None
+    dw = wgrad.wgrad(choice, dy, x, dw) if needs[1] else None
+    return (
+        dx,
+        dw,
+        None if dbias is None else dbias.to(weight.dtype),
+        dgamma.to(gamma.dtype) if needs[3] else None,
+        dbeta.to(beta.dtype) if needs[4] else None,
+        g.flatten(0, 1) if ctx.has_residual and needs[5] else None,
+    )
+
+
+def _input_gradient(ctx: Any, call: Call, dy: Tensor, weight: Tensor, other: Tensor | None) -> Tensor:
+    """dx + other; where x came out of another of these layers, past its ReLU, its norm's sums left there."""
+    dgrad = dgrad_call(call, dy)
+    choice, below = chosen(dgrad, ctx.asked), ctx.below
+    if not choice.form.gradient_epilogue:
+        dx = dgrad.dgrad(choice, dy, weight)
+        return dx if other is None else dx.add_(other)
+    epilogue, sums = PLAIN_GRADIENT if other is None else GradientEpilogue(settle(other)), None
+    if below is not None and torch._C._will_engine_execute_node(below):
+        _, _, raw, gamma, beta, mean, rstd, joined = below.saved_tensors
+        if all(t is None or (t.stride() == dgrad.strides and t.dtype == dy.dtype) for t in (raw, joined)):
+            pieces = (len(weight), dgrad.moments_pieces(choice), 2, weight.shape[2])
+            sums = mean.new_empty(pieces)
+            vectors = mean, rstd, *_dense(gamma, beta)
+            epilogue = GradientEpilogue(epilogue.added, raw, joined, *vectors, below.relu, sums)
+    dx = dgrad.dgrad(choice, dy, weight, epilogue)
+    if sums is not None:
+        below.above = _Above(dx, dx._version, sums)
+    return dx
+
+
+# ---- for who looks on at a backward ---------------------------------------------------------------------------------
+
+
+def _followed(ctx: Any, dz: Tensor, other: Tensor | None) -> Sequence[Tensor | None]:
+    """Gradients by torch's own operators, differentiable again."""
+    x, weight, _, gamma, beta, _, _, z = ctx.saved_tensors
+    ends, K = ctx.call.ends, len(weight)
+
+    def layer(x: Tensor, weight: Tensor, gamma: Tensor | None, beta: Tensor | None) -> Tensor:
+        read = cut(x, ends.window) if ends.window else x.unflatten(0, (K, -1))
+        y = by_torch(read, weight.to(x.dtype), None, *ends.geometry)  # of a bias the norm leaves nothing
+        return torch_norm(y, gamma, beta, None, None, True, 0.0, ctx.eps).flatten(0, 1)
+
+    g = dz.masked_fill(z <= 0, 0) if z is not None else dz
+    gate = ctx.relu and z is None
+    needs = ctx.needs_input_grad
+    with resumed(ctx.asked or ANY):
+        inputs, wanted = (x, weight, gamma, beta), [needs[i] for i in (0, 1, 3, 4)]
+        dx, dw, dgamma, dbeta = gradients(lambda *a: layer(*a).relu() if gate else layer(*a), inputs, g, wanted)
+    dx = other if dx is None else dx if other is None else dx + other
+    dbias = weight.new_zeros(weight.shape[:2]) if ctx.has_bias and needs[2] else None
+    return dx, dw, dbias, dgamma, dbeta, g if ctx.has_residual and needs[5] else None
+
+
+def _seen(ctx: Any, dz: Tensor, other: Tensor | None) -> Sequence[Tensor | None]:
+    """Gradients by the operators of either part, which modes see."""
+    x, weight, *tensors = ctx.saved_tensors
+    K = len(weight)
+    y, gamma, beta, mean, rstd, z = (t if t is None or t.dim() == 2 else t.unflatten(0, (K, -1)) for t in tensors)
+    dz = settle(dz).unflatten(0, (K, -1))
+    ends, needs, asked = ctx.call.ends, ctx.needs_input_grad, ctx.asked or ANY
+    around = mean, rstd, gamma, beta, ctx.relu, True, asked
+    dy, dgamma, dbeta, g = torch.ops.decompk.batch_norm_backward(dz, y, z, *around)
+    if ends.window:
+        dx = None
+        dw = torch.ops.decompk.crop_conv2d_backward(dy, x, weight.to(x.dtype), ends.window, *ends.geometry, asked)
+        dw = dw.to(weight.dtype)
+    else:
+        dx, dw, _ = gradients_seen(dy.flatten(0, 1), x, weight, ctx.call, (*needs[:2], False), ctx.asked)
+        dx = dx if other is None or dx is None else dx + other
+    dbias = weight.new_zeros(weight.shape[:2]) if ctx.has_bias and needs[2] else None
+    dgamma, dbeta = dgamma if gamma is None else dgamma.to(gamma.dtype), dbeta if beta is None else dbeta.to(beta.dtype)
+    residual = (dz if z is None else g).flatten(0, 1) if ctx.has_residual else None
+    found = dx, dw, dbias, dgamma, dbeta, residual
+    return [t if wants else None for t, wants in zip(found, needs, strict=False)]
+
+
+# ---- how they lie ---------------------------------------------------------------------------------------------------
+
+
+def _rows(y: Tensor) -> Tensor:
+    """(K·N, O, H', W') of what may be members."""
+    return y if y.dim() == 4 else y.flatten(0, 1)
+
+
+def _members(y: Tensor, weight: Tensor) -> tuple[int, ...]:
+    """(K, N, O, H', W') of rows."""
+    K = len(weight)
+    return K, y.shape[0] // K, *y.shape[1:]
+
+
+def _dense(*vectors: Tensor | None) -> list[Tensor | None]:
+    return [t if t is None or t.is_contiguous() else t.contiguous() for t in vectors]
