@@ -21,6 +21,7 @@ from triton import cdiv
 
 from .launch import Launch, launch, recording
 from .layout import pieces_of, streams, strides_of
+from .moments import union
 
 PROGRAMS = 4096  # of a pass without sums: beyond them a program takes several tiles, its channels' values read once
 
@@ -120,15 +121,6 @@ def _result_channels(block, MERGED: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl
 
 
 @triton.jit
-def _merged(count, mean, m2):
-    """Moments of the union of all pieces along axis 0 (Chan, Golub, LeVeque)."""
-    total = tl.sum(count, 0)
-    center = tl.sum(count * mean, 0) / tl.maximum(total, 1.0)
-    away = mean - center[None, :]
-    return total, center, tl.sum(m2 + count * away * away, 0)
-
-
-@triton.jit
 def moments_kernel(
     x, moments, rows, rows_per_piece,
     C: tl.constexpr, CHANNELS: tl.constexpr, MERGED: tl.constexpr, WIDTH: tl.constexpr, LINES: tl.constexpr,
@@ -156,9 +148,9 @@ def moments_kernel(
     if MERGED > 1:
         row += (tl.arange(0, WIDTH) // CHANNELS)[None, :]
     met = (tl.maximum(count - row, 0) + (LINES * MERGED - 1)) // (LINES * MERGED)
-    total, mean, m2 = _merged(met.to(tl.float32), mean, m2)
+    total, mean, m2 = union(met.to(tl.float32), mean, m2)
     if MERGED > 1:
-        total, mean, m2 = _merged(
+        total, mean, m2 = union(
             _unmerged(total, column, BLOCK), _unmerged(mean, column, BLOCK), _unmerged(m2, column, BLOCK)
         )
         origin = tl.sum(_unmerged(tl.where(tl.arange(0, WIDTH) < CHANNELS, origin, 0.0), column, BLOCK), 0)
@@ -201,7 +193,7 @@ def finalise_kernel(
         m2 += away * away * total * share
         total += count
         moments += PIECES * (3 * C)
-    total, center, m2 = _merged(total, center, m2)
+    total, center, m2 = union(total, center, m2)
     center += tl.sum(origin, 0)
     at = k * C + channel
     if merged is not None:

@@ -311,7 +311,7 @@ class Fusion:
             module = self._modules.get(user)
             if type(module) is nn.Identity:
                 return user in later and all(map(only_reads, user.users))
-            return fused.get(user, user) in later and (user in fused or isinstance(module, nn.MaxPool2d | nn.AvgPool2d))
+            return fused.get(user, user) in later and (user in fused or isinstance(module, _READERS))
 
         others = [user for user in x.users if user is not conv]
         return others if all(map(only_reads, others)) else []
@@ -325,6 +325,7 @@ class Fusion:
         return "relu_" if _in_place(relu) else "relu"
 
 
+_READERS = (PackedConv2d, nn.MaxPool2d, nn.AvgPool2d)  # they leave their input as it is and give no view of it
 _RELUS = (F.relu, torch.relu, torch.relu_, "relu", "relu_")
 
 

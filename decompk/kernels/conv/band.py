@@ -102,9 +102,9 @@ class Band(KernelForm):
         return band_geometry.shared_bytes(problem, config)
 
     def moments_pieces(self, problem: Problem, config: Config) -> int:
-        """A piece for each column of pixels of each tile."""
+        """A piece for each tile, or each column of its pixels."""
         p = bands(problem, config)
-        return p.member_tiles * p.stack * p.columns
+        return p.member_tiles * (1 if p.folded else p.stack * p.columns)
 
     def sums(self, config: Config) -> int:
         return 1  # it adds up its own
@@ -306,7 +306,7 @@ def _run(problem: Problem, config: Config, shared: tuple[int, ...] | None, load:
         return _Run(p, (problem.K * config.splits * shares,), fixed, *views, diagonals=diagonals)
     met = dict(QN=len(p.rows), QS=p.rows.step, DGRAD=problem.kind == "dgrad")
     grid = (problem.K * p.member_tiles,)
-    whole = fixed | met | dict(STACK=p.stack, STORE=p.store, SPLIT=p.split, EXPANDED=p.expand)
+    whole = fixed | met | dict(STACK=p.stack, STORE=p.store, SPLIT=p.split, EXPANDED=p.expand, FOLDED=p.folded)
     if not p.expand:
         return _Run(p, grid, whole, *views)
     rows, block = min(16, p.block_read), p.run * p.stack

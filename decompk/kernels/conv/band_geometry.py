@@ -66,6 +66,12 @@ class Bands:
     def member_tiles(self) -> int:
         return self.tiles[0] * self.tiles[1] * self.tiles[2]
 
+    @property
+    def folded(self) -> bool:
+        """Whether the columns of a tile are so many whole runs of channels that they add up to one of each."""
+        channels = self.written.channels
+        return self.run == self.columns * channels and channels & (channels - 1) == 0
+
 
 @functools.lru_cache(maxsize=1024)
 def bands(problem: Problem, config: Config, pitch: int = 0, load: bool = True, store: bool = True) -> Bands:

@@ -7,6 +7,7 @@ those of the rows that are written. q is a row that is read, counted from the fi
 import triton
 import triton.language as tl
 
+from ..moments import union
 from ..product import dot
 from .gradient_kernels import gradient
 
@@ -91,6 +92,7 @@ def conv_band(
     LOAD: tl.constexpr, STORE: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
     BIAS: tl.constexpr, MOMENTS: tl.constexpr, AFFINE: tl.constexpr, RESIDUAL: tl.constexpr, RELU: tl.constexpr,
     PROLOGUE: tl.constexpr, IN_RELU: tl.constexpr, GATED: tl.constexpr, EXPANDED: tl.constexpr,
+    FOLDED: tl.constexpr,
 ):  # fmt: skip
     """y (fprop) from x, or dx (dgrad) from dy: R read and F written channels; QF, QF + QS, … are QN read rows."""
     pid = tl.program_id(0)
@@ -140,8 +142,17 @@ def conv_band(
     full = f % RUN < COLUMNS * F  # the rest pads the run
     live = (n < N)[:, None] & (h < HO) & (full & (value_out < VALUES_OUT * VECTOR_OUT))[None, :]
     free = k * F + f % RUN % F
-    # Every column of the matrix is a piece of its channel: nothing is added across columns.
-    piece = pid.to(tl.int64) * (STACK * COLUMNS) + f // RUN * COLUMNS + f % RUN // F
+    # A tile is one piece of its channels' pixels, or where columns do not fold evenly every column of it is one.
+    FOLD: tl.constexpr = BF // F if FOLDED else 1
+    piece = pid.to(tl.int64)
+    of_channel = f
+    kept = full
+    if FOLDED:
+        of_channel = tl.arange(0, F)
+        kept = of_channel < F
+    else:
+        piece = piece * (STACK * COLUMNS) + f // RUN * COLUMNS + f % RUN // F
+        of_channel = f % RUN % F
     if BIAS:
         acc += tl.load(bias + free, full, 0.0).to(tl.float32)[None, :]
     if MOMENTS:
@@ -149,10 +160,15 @@ def conv_band(
         rounded = acc.to(Y.dtype if STORE else Y.dtype.element_ty).to(tl.float32)
         mean = tl.sum(tl.where(live, rounded, 0.0), 0) / tl.maximum(number, 1.0)
         off = tl.where(live, rounded - mean[None, :], 0.0)
-        record = moments + piece * (3 * F) + f % RUN % F
-        tl.store(record, number, full)
-        tl.store(record + F, mean, full)
-        tl.store(record + 2 * F, tl.sum(off * off, 0), full)
+        m2 = tl.sum(off * off, 0)
+        if FOLDED:
+            number, mean, m2 = union(
+                tl.reshape(number, (FOLD, F)), tl.reshape(mean, (FOLD, F)), tl.reshape(m2, (FOLD, F))
+            )
+        record = moments + piece * (3 * F) + of_channel
+        tl.store(record, number, kept)
+        tl.store(record + F, mean, kept)
+        tl.store(record + 2 * F, m2, kept)
     if AFFINE:
         acc = acc * tl.load(scale + free, full, 0.0)[None, :] + tl.load(shift + free, full, 0.0)[None, :]
     column = s if SPLIT else 0
@@ -169,8 +185,8 @@ def conv_band(
         acc = tl.maximum(acc, 0.0, propagate_nan=tl.PropagateNan.ALL)
     if DGRAD:
         acc = gradient(
-            acc, address, live, free, full, piece * (2 * F) + f % RUN % F, F,
-            added, raw, joined, mean, rstd, gamma, beta, sums, GATED, Y.dtype if STORE else Y.dtype.element_ty,
+            acc, address, live, free, full, piece * (2 * F) + of_channel, kept, F,
+            added, raw, joined, mean, rstd, gamma, beta, sums, GATED, FOLD, Y.dtype if STORE else Y.dtype.element_ty,
         )  # fmt: skip
     if STORE:
         Y.store([k, n0, g0 * STACK, column, within], acc.to(Y.dtype).reshape(1, BN, BG * STACK, 1, RUN))

@@ -6,12 +6,13 @@ import triton.language as tl
 
 @triton.jit
 def gradient(
-    acc, at, live, channel, exists, record, CHANNELS, added, raw, joined, mean, rstd, gamma, beta, sums,
-    RELU: tl.constexpr, DTYPE: tl.constexpr,
+    acc, at, live, channel, exists, record, kept, CHANNELS, added, raw, joined, mean, rstd, gamma, beta, sums,
+    RELU: tl.constexpr, FOLD: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     """`GradientEpilogue` of acc (pixels, columns) at the offsets `at`, which are there where `live`.
 
-    channel: where each column's vectors are, if it `exists`; record: where its sums go, and CHANNELS behind, Σg·x̂.
+    channel: where each column's vectors are, if it `exists`. FOLD columns of one channel are added up. record: where
+    Σg of what is left goes if it is `kept`, and CHANNELS behind it Σg·x̂.
     """
     if added is not None:
         acc += tl.load(added + at, live, 0.0).to(tl.float32)
@@ -32,6 +33,11 @@ def gradient(
             g = tl.where(z <= 0.0, 0.0, g)
         acc = g
         g = tl.where(live, g, 0.0)
-        tl.store(sums + record, tl.sum(g, 0), exists)
-        tl.store(sums + record + CHANNELS, tl.sum(g * away, 0) * scale, exists)
+        sum_g = tl.sum(g, 0)
+        sum_gx = tl.sum(g * away, 0) * scale
+        if FOLD > 1:
+            sum_g = tl.sum(tl.reshape(sum_g, (FOLD, sum_g.shape[0] // FOLD)), 0)
+            sum_gx = tl.sum(tl.reshape(sum_gx, (FOLD, sum_gx.shape[0] // FOLD)), 0)
+        tl.store(sums + record, sum_g, kept)
+        tl.store(sums + record + CHANNELS, sum_gx, kept)
     return acc

@@ -133,8 +133,8 @@ def conv_tile(
                 live = ((n < N) & (row < HQ) & (column < WQ))[:, None] & (f < F)[None, :]
                 piece = tile.to(tl.int64) * rank(LIVE, SH * SW) + rank(LIVE, out)
                 acc = gradient(
-                    acc, at, live, k * F + f, f < F, piece * (2 * F) + f, F,
-                    added, raw, joined, mean, rstd, gamma, beta, sums, GATED, Y.dtype,
+                    acc, at, live, k * F + f, f < F, piece * (2 * F) + f, f < F, F,
+                    added, raw, joined, mean, rstd, gamma, beta, sums, GATED, 1, Y.dtype,
                 )  # fmt: skip
             if MERGED_OUT:
                 Y.store([k, n0, h0, w0 * BF], acc.to(Y.dtype).reshape(1, BN, BH, BW * BF))
