@@ -53,14 +53,16 @@ class Onlooker(TorchDispatchMode):
         super().__init__()
         self.launches: list[Any] = _Rows()
 
-    def __torch_dispatch__(self, operator: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None):
+    def __torch_dispatch__(
+        self, operator: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         kwargs = kwargs or {}
         schema = operator._schema
         if schema.name in OPDEFS:  # written in Python: of kernels and operators, which are looked on in their turn
             with self:
                 return OPDEFS[schema.name]._init_fn(*args, **kwargs)
-        name = schema.name.removeprefix("aten::")
-        if operator.is_view or name in _NO_KERNEL or operator.namespace not in ("aten", "prims"):
+        name = schema.name.rpartition("::")[2]
+        if operator.is_view or name in _NO_KERNEL or operator.namespace not in ("aten", "prims", "decompk"):
             return operator(*args, **kwargs)
         written = [value for value, argument in _bound(schema, args, kwargs) if _writes(argument)]
         results = tree_leaves(written) if written else _unfilled(operator, args, kwargs)
@@ -107,7 +109,7 @@ def _bound(schema: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Iterator
 
 
 def _writes(argument: Any) -> bool:
-    """Whether an operator does; torch's fused optimizers say so of gradients, too, which they only scale for a scaler."""
+    """Whether an operator does; fused optimizers say so of gradients, too, which they only scale for a scaler."""
     return argument.alias_info is not None and argument.alias_info.is_write and argument.name != "grads"
 
 
