@@ -120,6 +120,11 @@ def norms(case: Case, batch: int = BATCH) -> list[Norm]:
     return [Norm(shape, count) for shape, count in found.items()]
 
 
+def costs(case: Case) -> list[LayerCost]:
+    """What the layers of one member of `case` cost in training, for one sample."""
+    return _member(case)[1]
+
+
 @functools.cache
 def _member(case: Case) -> tuple[nn.Module, list[LayerCost]]:
     """One member, without data, and what its layers cost in training."""

@@ -213,7 +213,7 @@ class Captured:
 # ---- what a step costs beside its time ------------------------------------------------------------------------------
 
 
-def host_ms(step: Callable[[], Tensor], device: torch.device, runs: int = 5) -> float:
+def host_ms(step: Callable[[], object], device: torch.device, runs: int = 5) -> float:
     """Milliseconds until the host has launched a step, each on a GPU that waits for it."""
     times = []
     for _ in range(runs):
@@ -225,7 +225,7 @@ def host_ms(step: Callable[[], Tensor], device: torch.device, runs: int = 5) -> 
     return statistics.median(times)
 
 
-def launches(step: Callable[[], Tensor]) -> dict[str, object]:
+def launches(step: Callable[[], object]) -> dict[str, object]:
     """What the GPU is given in one step, by CUPTI."""
     from torch.autograd import DeviceType
     from torch.profiler import ProfilerActivity, profile
