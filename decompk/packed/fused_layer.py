@@ -65,21 +65,21 @@ def _run_layer(
     In as few launches as arguments, modes and hooks allow; else as the network's own code does it. affine: scale and
     shift (K, O) of a norm by its running statistics. relu: a module, or the name of a function of torch.
     """
-    known = _unchanged(conv, PackedConv2d) and _unchanged(norm, PackedBatchNorm2d) and _unchanged(relu, nn.ReLU)
+    known = unchanged(conv, PackedConv2d) and unchanged(norm, PackedBatchNorm2d) and unchanged(relu, nn.ReLU)
     joins = known and norm is not None and runs_cpu(x)  # the norm takes what follows it
     call = _call(x, crops, conv) if known and not joins else None
     if call is not None and (residual is None or _fits(residual, call)):
         gradient = torch.is_grad_enabled() and any(map(_needs_gradient, (x, conv.weight, conv.bias, residual)))
         if not gradient and (norm is None or affine is not None):
             return fused_rows(*call, affine or (None, None), residual, relu is not None), x
-        if norm is not None and _on_kernels(x) and _takes_moments(norm, call):
+        if norm is not None and on_kernels(x) and _takes_moments(norm, call):
             if _here(call, norm, residual):
                 return _conv_norm(call, x, norm, residual, relu is not None, passes)
             return _by_moments(call, crops, norm, residual, relu is not None), x
 
     if crops is None:
         y = conv(x)
-    elif call is not None and _on_kernels(x):
+    elif call is not None and on_kernels(x):
         image, weight, bias, geometry, _ = call
         y = ops.conv2d_moments(image, weight, bias, *geometry, crops=crops, moments=False)[0].flatten(0, 1)
     else:
@@ -98,7 +98,7 @@ def _run_layer(
     return y, x
 
 
-def _on_kernels(x: Tensor) -> bool:
+def on_kernels(x: Tensor) -> bool:
     """Whether Triton runs here: torch's own operators need a pass of their own for what the kernels do on the way."""
     return asked_for("triton") or (x.is_cuda and not asked_for("torch"))
 
@@ -113,7 +113,7 @@ def unhooked(module: nn.Module) -> bool:
     return "forward" not in vars(module) and not any(getattr(module, hooks) for hooks in HOOKS)
 
 
-def _unchanged(part: nn.Module | str | None, kind: type[nn.Module]) -> bool:
+def unchanged(part: nn.Module | str | None, kind: type[nn.Module]) -> bool:
     return part is None or isinstance(part, str) or (type(part) is kind and unhooked(part))
 
 
