@@ -38,7 +38,7 @@ from .problem import (
 View = tuple[tuple[int, ...], tuple[int, ...]]  # sizes and strides
 About = tuple[tuple[int, ...], tuple[int, ...], bool, torch.dtype, torch.device]  # a tensor: see `about`
 
-_TENSORS = (Tensor, nn.Parameter)
+TENSORS = (Tensor, nn.Parameter)
 HALVES = (torch.float16, torch.bfloat16)
 _DEVICES = ("cpu", "cuda")
 
@@ -75,7 +75,7 @@ def unwatched(*tensors: Tensor | None) -> bool:
     for t in tensors:  # a loop: a generator takes twice as long
         if t is None:
             continue
-        if type(t) not in _TENSORS or t.is_neg() or t.device.type not in _DEVICES:
+        if type(t) not in TENSORS or t.is_neg() or t.device.type not in _DEVICES:
             return False
     return True
 
@@ -133,6 +133,7 @@ class Call:
         self.shape, self.strides = result
         self.dtype, self.device = ends.weight[3] if problem.kind == "wgrad" else ends.x[3], ends.x[4]
         self.choices: dict[tuple[str | None, bool], Choice] = {}
+        self._pieces: dict[Any, int] = {}
         K, O, C, *kernel = ends.weight[0]
         given = torch.empty_strided(*ends.weight[:2], device="meta").movedim(2, -1)
         dense = torch.empty((K, O, *kernel, C), dtype=ends.x[3], device="meta")
@@ -163,8 +164,12 @@ class Call:
         return torch.empty_strided(self.shape, self.strides, dtype=self.dtype, device=self.device)
 
     def moments_pieces(self, choice: Choice) -> int:
-        """S of Epilogue.moments."""
-        return choice.form.moments_pieces(self._seen_by(choice.form)[0], choice.config)
+        """S of Epilogue.moments, or of GradientEpilogue.sums."""
+        key = choice.form, choice.config
+        found = self._pieces.get(key)
+        if found is None:
+            found = self._pieces[key] = choice.form.moments_pieces(self._seen_by(choice.form)[0], choice.config)
+        return found
 
     def fprop(
         self,

@@ -7,6 +7,7 @@ channels of one row or, where C is small or odd, MERGED whole rows, so that vect
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,11 +18,11 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton import cdiv
 
 from .launch import Launch, launch, recording
 from .layout import pieces_of, streams, strides_of
 from .moments import union
+from .problem import cdiv, power_of_two
 
 PROGRAMS = 4096  # of a pass without sums: beyond them a program takes several tiles, its channels' values read once
 
@@ -45,7 +46,7 @@ def tile_of(channels: int, element_size: int) -> Tile:
     """The tile for streams of that many channels."""
     values = 4096 // element_size  # two 16-byte loads a thread and tensor; with more, sm_100 spills
     aligned = 8 // gcd(8, channels)  # so many rows are a multiple of 16 bytes in every dtype
-    power = triton.next_power_of_2(channels)
+    power = power_of_two(channels)
     choices = []  # (share of the tile in use, width, merged, blocks), the preferred first
     if aligned == 1 or channels > 64:
         for width in (128, 64, 32, 16, 8):
@@ -352,7 +353,7 @@ def launch_moments(x: Tensor, pieces: int, out: Tensor | None = None) -> Tensor:
     """x (K, N, C, H, W) → its moments (K, pieces, 3, C), `pieces` runs of its pixels; the last ones may be empty."""
     K, C = x.shape[0], x.shape[2]
     out = x.new_empty((K, pieces, 3, C), dtype=torch.float32) if out is None else out
-    _over_pieces(moments_kernel, x, pieces, moments=out, C=C, BLOCK=triton.next_power_of_2(streams(x)[2]))
+    _over_pieces(moments_kernel, x, pieces, moments=out, C=C, BLOCK=power_of_two(streams(x)[2]))
     return out
 
 
@@ -445,7 +446,7 @@ def launch_sums(
     sums = x.new_empty((count, pieces, 2, channels), dtype=torch.float32)
     g = torch.empty_like(x) if g is None and y is not None else g
     statistics = dict(mean=mean, rstd=rstd, weight=weight, bias=bias)
-    block = triton.next_power_of_2(channels)
+    block = power_of_two(channels)
     _over_pieces(backward_sums_kernel, x, pieces, dy=dy, y=y, g=g, sums=sums, RELU=relu, BLOCK=block, **statistics)
     return sums, g
 
@@ -485,8 +486,17 @@ def launch_input(
 
 def _over_pieces(kernel: Any, x: Tensor, pieces: int | None, **arguments: Any) -> None:
     """Launch `kernel` over the streams of x, each cut into `pieces`, or as many as the size suggests."""
-    count, rows, channels = streams(x)
-    tile = tile_of(channels, x.element_size())
+    grid, warps, fixed = _cut(x.shape, x.stride(), x.element_size(), pieces)
+    launch(kernel, grid, warps, 1, x=x, **fixed, **arguments)
+
+
+@functools.lru_cache(maxsize=4096)
+def _cut(
+    shape: tuple[int, ...], strides: tuple[int, ...], element_size: int, pieces: int | None
+) -> tuple[tuple[int, int, int], int, dict[str, int]]:
+    """Grid, warps and arguments of `_over_pieces`."""
+    count, rows, channels = streams(torch.empty_strided(shape, strides, device="meta"))
+    tile = tile_of(channels, element_size)
     if pieces is None:
         tiles = cdiv(rows, tile.rows)
         rows_per_piece = tile.rows * min(max(tiles * tile.blocks * count // PROGRAMS, 1), 8)
@@ -494,16 +504,23 @@ def _over_pieces(kernel: Any, x: Tensor, pieces: int | None, **arguments: Any) -
     else:
         rows_per_piece = 16 * cdiv(rows, 16 * pieces)  # a multiple of 16 keeps the vectors of every piece aligned
     sizes = dict(rows=rows, rows_per_piece=rows_per_piece, CHANNELS=channels)
-    shape = dict(MERGED=tile.merged, WIDTH=tile.width, LINES=tile.lines)
-    launch(kernel, (pieces, tile.blocks, count), tile.warps, 1, x=x, **sizes, **shape, **arguments)
+    shapes = dict(MERGED=tile.merged, WIDTH=tile.width, LINES=tile.lines)
+    return (pieces, tile.blocks, count), tile.warps, sizes | shapes
 
 
 def _over_channels(kernel: Any, count: int, pieces: int, channels: int, **arguments: Any) -> None:
     """Launch `kernel` over `count` × `channels` columns of `pieces` values."""
-    together = min(triton.next_power_of_2(pieces), 512)
-    block = min(triton.next_power_of_2(channels), max(512 // together, 8))  # 8 are the 32 bytes memory reads at once
+    grid, warps, fixed = _columns_of(count, pieces, channels)
+    launch(kernel, grid, warps, 1, **fixed, **arguments)
+
+
+@functools.lru_cache(maxsize=1024)
+def _columns_of(count: int, pieces: int, channels: int) -> tuple[tuple[int, int], int, dict[str, int]]:
+    """Grid, warps and arguments of `_over_channels`."""
+    together = min(power_of_two(pieces), 512)
+    block = min(power_of_two(channels), max(512 // together, 8))  # 8 are the 32 bytes memory reads at once
     warps = min(max(block * together // 512, 1), 8)
-    launch(kernel, (cdiv(channels, block), count), warps, 1, S=pieces, BLOCK=block, PIECES=together, **arguments)
+    return (cdiv(channels, block), count), warps, dict(S=pieces, BLOCK=block, PIECES=together)
 
 
 def variants() -> Iterator[tuple[str, Launch]]:

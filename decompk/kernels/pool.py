@@ -7,6 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import launch
+from .problem import cdiv
 
 BLOCK = 1024
 
@@ -28,5 +29,5 @@ def spread_kernel(
 def launch_spread(g: Tensor, dx: Tensor, stride: tuple[int, int]) -> None:
     """g (N, C, H', W') to every stride-th pixel of dx (N, C, H, W), both channels_last."""
     sizes = dict(H=dx.shape[2], W=dx.shape[3], C=dx.shape[1], HO=g.shape[2], WO=g.shape[3], SIZE=dx.numel())
-    grid = (triton.cdiv(dx.numel(), BLOCK),)
+    grid = (cdiv(dx.numel(), BLOCK),)
     launch(spread_kernel, grid, 4, 1, g=g, dx=dx, SH=stride[0], SW=stride[1], BLOCK=BLOCK, **sizes)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .. import ops
 from ..crops import Crop
 from ..kernels.backend import asked_for
-from ..kernels.call import runs_cpu, unwatched
+from ..kernels.call import TENSORS, runs_cpu, unwatched
 from ..kernels.layout import output_shape
 from ..kernels.problem import Geometry
 from ..ops.conv import arguments, autocast, autocast_now
@@ -71,7 +71,7 @@ def _run_layer(
     if call is not None and (residual is None or _fits(residual, call)):
         gradient = torch.is_grad_enabled() and any(map(_needs_gradient, (x, conv.weight, conv.bias, residual)))
         if not gradient and (norm is None or affine is not None):
-            return fused_rows(*call, affine or (None, None), residual, relu is not None), x
+            return fused_rows(*call[:-1], affine or (None, None), residual, relu is not None), x
         if norm is not None and on_kernels(x) and _takes_moments(norm, call):
             if _here(call, norm, residual):
                 return _conv_norm(call, x, norm, residual, relu is not None, passes)
@@ -80,7 +80,7 @@ def _run_layer(
     if crops is None:
         y = conv(x)
     elif call is not None and on_kernels(x):
-        image, weight, bias, geometry, _ = call
+        image, weight, bias, geometry, *_ = call
         y = ops.conv2d_moments(image, weight, bias, *geometry, crops=crops, moments=False)[0].flatten(0, 1)
     else:
         y = conv(torch.cat([crop.cut(x) for crop in crops]))
@@ -121,13 +121,13 @@ def _needs_gradient(t: Tensor | None) -> bool:
     return t is not None and t.requires_grad
 
 
-_Call = tuple[Tensor, Tensor, Tensor | None, Geometry, tuple[int, ...]]
+_Call = tuple[Tensor, Tensor, Tensor | None, Geometry, tuple[int, ...], bool]
 
 
 def _call(x: Tensor, crops: Sequence[Crop] | None, conv: PackedConv2d) -> _Call | None:
-    """x, rows (K·N, C, H, W) or the image, weight, bias, stride, padding and dilation, and the window of crops.
+    """x, rows (K·N, C, H, W) or the image, weight, bias, stride, padding and dilation, the window of crops.
 
-    None where no operator takes them.
+    And whether they are `unwatched`. None where no operator takes them.
     """
     compiled = torch.compiler.is_compiling()  # which reads no ContextVar
     if crops is None and (compiled or x.dim() != 4 or x.shape[0] % (batch_rows.get() or conv._twin_K)):
@@ -135,17 +135,18 @@ def _call(x: Tensor, crops: Sequence[Crop] | None, conv: PackedConv2d) -> _Call 
     weight, bias = conv.weight, conv.bias
     if x.device.type not in ("cpu", "cuda") or any(t is not None and t.dtype not in DTYPES for t in (x, weight, bias)):
         return None
-    x, weight, bias = (autocast_now if unwatched(x, weight, bias) else autocast)(x, weight, bias)
+    here = unwatched(x, weight, bias)
+    x, weight, bias = (autocast_now if here else autocast)(x, weight, bias)
     geometry: Any = conv.stride, conv.padding, conv.dilation
     if isinstance(conv.padding, str):
         geometry = arguments(conv.kernel_size, *geometry)
     window = () if crops is None else window_of(crops, x.shape, len(weight))
-    return x, weight, bias, geometry, window
+    return x, weight, bias, geometry, window, here
 
 
 def _shape(call: _Call) -> tuple[int, ...]:
     """(K, N, O, H', W') of what a call gives."""
-    x, weight, _, geometry, window = call
+    x, weight, _, geometry, window, _ = call
     K, N = len(weight), x.shape[0] if window else x.shape[0] // len(weight)
     find = output_shape if torch.compiler.is_compiling() else _output_shape  # no cache holds symbols
     return find((K, N, x.shape[1], *(window[:2] or x.shape[2:])), weight.shape, *geometry)
@@ -207,17 +208,17 @@ def _tracked(norm: PackedBatchNorm2d) -> tuple[Tensor | None, Tensor | None]:
 
 def _here(call: _Call, norm: PackedBatchNorm2d, residual: Tensor | None) -> bool:
     """Whether nobody looks on at the one operator of a layer; of an image's own gradient the others know."""
-    x, weight, bias, _, window = call
-    if not unwatched(x, weight, bias, norm.weight, norm.bias, residual):
+    *_, window, here = call
+    if not here or any(t is not None and type(t) not in TENSORS for t in (norm.weight, norm.bias, residual)):
         return False
-    return not (window and x.requires_grad and torch.is_grad_enabled())
+    return not (window and call[0].requires_grad and torch.is_grad_enabled())
 
 
 def _conv_norm(
     call: _Call, given: Tensor, norm: PackedBatchNorm2d, residual: Tensor | None, relu: bool, passes: bool
 ) -> tuple[Tensor, Tensor]:
     """The layer by one operator each way, and x for others: as it was given, where autocast changed it."""
-    x, weight, bias, geometry, window = call
+    x, weight, bias, geometry, window, _ = call
     tracked = norm.training and norm.track_running_stats
     around = Norm(
         *(norm.weight, norm.bias, *_tracked(norm), norm.num_batches_tracked if tracked else None),
@@ -231,7 +232,7 @@ def _by_moments(
     call: _Call, crops: Sequence[Crop] | None, norm: PackedBatchNorm2d, residual: Tensor | None, relu: bool
 ) -> Tensor:
     """A batch norm by its batch's statistics, which the convolution takes while it writes what they are of."""
-    x, weight, bias, geometry, _ = call
+    x, weight, bias, geometry, *_ = call
     members = (len(weight), -1)
     y, moments = ops.conv2d_moments(x if crops else x.unflatten(0, members), weight, bias, *geometry, crops=crops)
     if norm.training and norm.track_running_stats and norm.num_batches_tracked is not None:
