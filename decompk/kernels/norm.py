@@ -7,6 +7,7 @@ channels of one row or, where C is small or odd, MERGED whole rows, so that vect
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 from triton import cdiv
 
-from .launch import Launch, launch, recording
+from .launch import Fixed, Launch, launch, recording
 from .layout import pieces_of, streams, strides_of
 
 PROGRAMS = 4096  # of a pass without sums: beyond them a program takes several tiles, its channels' values read once
@@ -425,8 +426,16 @@ def launch_backward(
 
 def _over_pieces(kernel: Any, x: Tensor, pieces: int | None, **arguments: Any) -> None:
     """Launch `kernel` over the streams of x, each cut into `pieces`, or as many as the size suggests."""
-    count, rows, channels = streams(x)
-    tile = tile_of(channels, x.element_size())
+    grid, warps, fixed = _pieces(*streams(x), x.element_size(), pieces)
+    launch(kernel, grid, warps, 1, fixed, x=x, **arguments)
+
+
+@functools.lru_cache(maxsize=4096)
+def _pieces(
+    count: int, rows: int, channels: int, element_size: int, pieces: int | None
+) -> tuple[tuple[int, ...], int, Fixed]:
+    """Grid, warps and sizes of a pass over `pieces` of `count` streams."""
+    tile = tile_of(channels, element_size)
     if pieces is None:
         tiles = cdiv(rows, tile.rows)
         rows_per_piece = tile.rows * min(max(tiles * tile.blocks * count // PROGRAMS, 1), 8)
@@ -435,15 +444,22 @@ def _over_pieces(kernel: Any, x: Tensor, pieces: int | None, **arguments: Any) -
         rows_per_piece = 16 * cdiv(rows, 16 * pieces)  # a multiple of 16 keeps the vectors of every piece aligned
     sizes = dict(rows=rows, rows_per_piece=rows_per_piece, CHANNELS=channels)
     shape = dict(MERGED=tile.merged, WIDTH=tile.width, LINES=tile.lines)
-    launch(kernel, (pieces, tile.blocks, count), tile.warps, 1, x=x, **sizes, **shape, **arguments)
+    return (pieces, tile.blocks, count), tile.warps, Fixed(**sizes, **shape)
 
 
 def _over_channels(kernel: Any, count: int, pieces: int, channels: int, **arguments: Any) -> None:
     """Launch `kernel` over `count` × `channels` columns of `pieces` values."""
+    grid, warps, fixed = _channels(count, pieces, channels)
+    launch(kernel, grid, warps, 1, fixed, **arguments)
+
+
+@functools.lru_cache(maxsize=4096)
+def _channels(count: int, pieces: int, channels: int) -> tuple[tuple[int, ...], int, Fixed]:
+    """Grid, warps and sizes of what adds up `pieces` values of `count` × `channels` columns."""
     together = min(triton.next_power_of_2(pieces), 512)
     block = min(triton.next_power_of_2(channels), max(512 // together, 8))  # 8 are the 32 bytes memory reads at once
     warps = min(max(block * together // 512, 1), 8)
-    launch(kernel, (cdiv(channels, block), count), warps, 1, S=pieces, BLOCK=block, PIECES=together, **arguments)
+    return (cdiv(channels, block), count), warps, Fixed(S=pieces, BLOCK=block, PIECES=together)
 
 
 def variants() -> Iterator[tuple[str, Launch]]:
