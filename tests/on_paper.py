@@ -241,6 +241,14 @@ def test_a_descriptor_is_encoded_once_for_each_address(monkeypatch):
     assert kept
 
 
+def test_views_of_one_address_are_encoded_apart(monkeypatch):
+    monkeypatch.setattr(tile, "launch", both)
+    problem = Problem("fprop", "bfloat16", 2, 4, 16, 16, 8, 8, (3, 3), (1, 1), (1, 1))
+    x, w, y = tensors((2, 8, 8, 8, 16), (2, 16, 3, 3, 16), (2, 4, 8, 8, 16))
+    for view in (x[:, :4], x.view(4, 4, 8, 8, 16)[:2], x[:, ::2]):
+        conv.named("tile").fprop(problem, Config("tile", (1, 8, 8), 16, 16), view, w, y)
+
+
 @pytest.mark.parametrize("name", ["_launchers_are_called_alike", "_encodes_alike"])
 def test_where_triton_is_not_as_known_it_launches_or_encodes_itself(name, monkeypatch):
     monkeypatch.setattr(launching, name, lambda: False)
@@ -258,7 +266,7 @@ def test_where_triton_is_not_as_known_it_launches_or_encodes_itself(name, monkey
     assert handles and all(handle is None or not handle.parts for handle in handles)
 
 
-def test_whoever_watches_launches_hears_of_each_of_them():
+def test_whoever_watches_launches_hears_of_each_of_them(monkeypatch):
     fixed, memory = Fixed(WIDTH=16), torch.empty(64)
     told_with(fixed, a=memory)
     heard = []
@@ -270,6 +278,10 @@ def test_whoever_watches_launches_hears_of_each_of_them():
     assert heard == ["told"] * 3
     told_with(fixed, a=memory)
     assert heard == ["told"] * 3
+    monkeypatch.setattr(triton.knobs.runtime, "debug", True)
+    with launched_by_triton() as seen:
+        launch(told, (3,), 4, 1, fixed, a=memory, b=None, size=32, rate=0.5, FLAG=True)
+    assert seen == ["told"]
 
 
 def test_a_descriptor_is_one_of_tritons_and_is_held_to_its_rules():
