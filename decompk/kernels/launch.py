@@ -93,8 +93,11 @@ def descriptor(x: Tensor, shape: Sequence[int], strides: Sequence[int], block: S
     key = tuple(shape), tuple(strides), tuple(block), x.dtype
     view = _views.get(key)
     if view is None:
+        made = _descriptors()(x, *map(list, key[:3]))
+        if not hasattr(made, "__dict__"):
+            return made
         _make_room(_views)
-        view = _views[key] = _View(_descriptors()(x, *map(list, key[:3])))
+        view = _views[key] = _View(made)
     made = object.__new__(_descriptors())
     made.__dict__.update(view.fields)
     made.base = x
@@ -153,7 +156,7 @@ def launch(
         handle.launch(programs, values)
         return
     compiled = _launch(kernel, grid, warps, stages, fixed, arguments)
-    if key is not None and key not in call.handles:
+    if key is not None and key not in call.handles and isinstance(compiled, _triton().CompiledKernel):
         _make_room(call.handles)
         call.handles[key] = _handle(call, compiled, key[0], fixed, values)
 
@@ -230,10 +233,10 @@ def _watched(kernel: Any) -> bool:
     return bool(
         getattr(enter, "calls", enter)
         or getattr(leave, "calls", leave)
-        or kernel.pre_run_hooks
         or runtime.debug
-        or runtime.add_stages_inspection_hook
-        or knobs.compilation.instrumentation_mode
+        or getattr(kernel, "pre_run_hooks", None)
+        or getattr(runtime, "add_stages_inspection_hook", None)
+        or getattr(knobs.compilation, "instrumentation_mode", None)
     )
 
 
@@ -317,8 +320,7 @@ def _handle(call: _Call, compiled: Any, device: int, fixed: Fixed, values: tuple
     names = {*call.names, *fixed}
     chosen = {call.names[i] for i in call.floats}
     if (
-        not isinstance(compiled, _triton().CompiledKernel)
-        or not _launchers_are_called_alike()
+        not _launchers_are_called_alike()
         or compiled.metadata.target.backend != "cuda"
         or any(p.name not in names or (p.is_constexpr and p.name in chosen) for p in call.kernel.params)
     ):
@@ -332,11 +334,10 @@ def _handle(call: _Call, compiled: Any, device: int, fixed: Fixed, values: tuple
 @functools.cache
 def _triton() -> SimpleNamespace:
     """What is used of Triton, loaded with the first kernel that is launched."""
-    from triton import knobs
-    from triton.compiler import CompiledKernel
+    from triton import compiler, knobs
     from triton.runtime import driver
 
-    return SimpleNamespace(knobs=knobs, driver=driver, CompiledKernel=CompiledKernel)
+    return SimpleNamespace(knobs=knobs, driver=driver, CompiledKernel=getattr(compiler, "CompiledKernel", ()))
 
 
 @functools.cache
