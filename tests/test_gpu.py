@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 sys.path[:0] = [str(Path(__file__).parents[1] / "tools")]
 
@@ -17,6 +18,7 @@ from timing import precision
 
 import decompk
 from decompk.kernels import extension
+from decompk.kernels import launch as launching
 from decompk.kernels.choose import choose
 from decompk.kernels.problem import Problem
 
@@ -55,6 +57,33 @@ def test_deterministic_algorithms_choose_no_atomic_sums():
     finally:
         torch.use_deterministic_algorithms(False)
     assert choice.config is None or not choice.config.atomic
+
+
+def test_launches_by_kept_handles_compute_what_tritons_do(monkeypatch):
+    members = [nn.Sequential(nn.Conv2d(16, 16, 3, 1, 1), nn.BatchNorm2d(16), nn.ReLU()) for _ in range(4)]
+    packed = decompk.pack([member.to(DEVICE, torch.bfloat16) for member in members])
+    x = torch.randn(8, 16, 16, 16, device=DEVICE, dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last)
+    launched, by_triton = [], launching._launch
+    monkeypatch.setattr(launching, "_launch", lambda *a: launched.append(a[0].__name__) or by_triton(*a))
+
+    def step():
+        launched.clear()
+        y = packed(x)
+        return [y, *torch.autograd.grad(y.float().square().mean(), list(packed.parameters()))]
+
+    torch.use_deterministic_algorithms(True)
+    try:
+        with decompk.backend("triton"):
+            with monkeypatch.context() as patch:
+                patch.setattr(launching, "_watched", lambda kernel: True)
+                expected = step()
+                assert launched
+            for _ in range(3):
+                found = step()
+                assert all(map(torch.equal, found, expected))
+            assert not launched
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def trained_by(packed, batches, **how):

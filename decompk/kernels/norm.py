@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import Launch, launch, recording
+from .launch import Fixed, Launch, launch, recording
 from .layout import pieces_of, streams, strides_of
 from .moments import union
 from .problem import cdiv, power_of_two
@@ -487,13 +487,13 @@ def launch_input(
 def _over_pieces(kernel: Any, x: Tensor, pieces: int | None, **arguments: Any) -> None:
     """Launch `kernel` over the streams of x, each cut into `pieces`, or as many as the size suggests."""
     grid, warps, fixed = _cut(x.shape, x.stride(), x.element_size(), pieces)
-    launch(kernel, grid, warps, 1, x=x, **fixed, **arguments)
+    launch(kernel, grid, warps, 1, fixed, x=x, **arguments)
 
 
 @functools.lru_cache(maxsize=4096)
 def _cut(
     shape: tuple[int, ...], strides: tuple[int, ...], element_size: int, pieces: int | None
-) -> tuple[tuple[int, int, int], int, dict[str, int]]:
+) -> tuple[tuple[int, int, int], int, Fixed]:
     """Grid, warps and arguments of `_over_pieces`."""
     count, rows, channels = streams(torch.empty_strided(shape, strides, device="meta"))
     tile = tile_of(channels, element_size)
@@ -505,22 +505,22 @@ def _cut(
         rows_per_piece = 16 * cdiv(rows, 16 * pieces)  # a multiple of 16 keeps the vectors of every piece aligned
     sizes = dict(rows=rows, rows_per_piece=rows_per_piece, CHANNELS=channels)
     shapes = dict(MERGED=tile.merged, WIDTH=tile.width, LINES=tile.lines)
-    return (pieces, tile.blocks, count), tile.warps, sizes | shapes
+    return (pieces, tile.blocks, count), tile.warps, Fixed(sizes | shapes)
 
 
 def _over_channels(kernel: Any, count: int, pieces: int, channels: int, **arguments: Any) -> None:
     """Launch `kernel` over `count` × `channels` columns of `pieces` values."""
     grid, warps, fixed = _columns_of(count, pieces, channels)
-    launch(kernel, grid, warps, 1, **fixed, **arguments)
+    launch(kernel, grid, warps, 1, fixed, **arguments)
 
 
 @functools.lru_cache(maxsize=1024)
-def _columns_of(count: int, pieces: int, channels: int) -> tuple[tuple[int, int], int, dict[str, int]]:
+def _columns_of(count: int, pieces: int, channels: int) -> tuple[tuple[int, int], int, Fixed]:
     """Grid, warps and arguments of `_over_channels`."""
     together = min(power_of_two(pieces), 512)
     block = min(power_of_two(channels), max(512 // together, 8))  # 8 are the 32 bytes memory reads at once
     warps = min(max(block * together // 512, 1), 8)
-    return (cdiv(channels, block), count), warps, dict(S=pieces, BLOCK=block, PIECES=together)
+    return (cdiv(channels, block), count), warps, Fixed(S=pieces, BLOCK=block, PIECES=together)
 
 
 def variants() -> Iterator[tuple[str, Launch]]:

@@ -40,7 +40,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from .. import device
 from ..device import Device
-from ..launch import Launch, around, descriptor, launch, recording
+from ..launch import Fixed, Launch, around, descriptor, launch, recording
 from ..problem import (
     PLAIN,
     PLAIN_GRADIENT,
@@ -206,13 +206,13 @@ def _convolve(
     run, X = _run_on(problem, config, x, offsets, descriptors, store)
     if run.expanded:
         expanded = weight.new_empty(run.expanded, dtype=x.dtype)
-        launch(_device_code().expand_band, run.expand_grid, 4, 1, weight=weight, bands=expanded, **run.expansion)
+        launch(_device_code().expand_band, run.expand_grid, 4, 1, run.expansion, weight=weight, bands=expanded)
         weight = expanded
     fused = around(epilogue, prologue, gradient)
     if residual is not None:
         fused["residual"] = run.written(residual)
     tensors = dict(X=X, offsets=offsets and offsets.table, weight=weight, Y=run.written(y))
-    launch(_device_code().conv_band, run.grid, config.warps, config.stages, **tensors, **fused, **run.fixed)
+    launch(_device_code().conv_band, run.grid, config.warps, config.stages, run.fixed, **tensors, **fused)
 
 
 def _correlate(
@@ -227,11 +227,11 @@ def _correlate(
     run, X = _run_on(problem, config, x, offsets, descriptors, descriptors and _aligned(dy))
     diagonals = out if config.atomic else out.new_empty(run.diagonals, dtype=torch.float32)
     tensors = dict(X=X, offsets=offsets and offsets.table, G=run.written(dy), out=diagonals)
-    launch(_device_code().wgrad_band, run.grid, config.warps, config.stages, **tensors, **run.fixed)
+    launch(_device_code().wgrad_band, run.grid, config.warps, config.stages, run.fixed, **tensors)
     if not config.atomic:
         elements = problem.K * problem.O * problem.taps * problem.C
         grid, fold = _fold(run, problem, config, out.numel() // elements)
-        launch(_device_code().fold_band, grid, 4, 2, bands=diagonals, out=out, **fold)
+        launch(_device_code().fold_band, grid, 4, 2, fold, bands=diagonals, out=out)
 
 
 @dataclass(frozen=True, eq=False)
@@ -244,12 +244,12 @@ class _Run:
 
     bands: Bands
     grid: tuple[int]
-    fixed: dict[str, Any]
+    fixed: Fixed
     read_view: tuple[tuple[int, ...], ...] | None
     written_view: tuple[tuple[int, ...], ...] | None
     expanded: tuple[int, ...] = ()
     expand_grid: tuple[int, ...] = ()
-    expansion: dict[str, Any] = field(default_factory=dict)
+    expansion: Fixed = field(default_factory=Fixed)
     diagonals: tuple[int, ...] = ()
 
     def read(self, x: Tensor) -> Any:
@@ -303,30 +303,31 @@ def _run(problem: Problem, config: Config, shared: tuple[int, ...] | None, load:
         rows, shares = row_groups(p, config)
         fixed |= dict(SPLITS=config.splits, SHARES=shares, ROWS=rows, LOAD_OUT=p.store, ATOMIC=config.atomic)
         diagonals = (config.splits, problem.K, problem.kernel[0], p.block_read, p.run)
-        return _Run(p, (problem.K * config.splits * shares,), fixed, *views, diagonals=diagonals)
+        return _Run(p, (problem.K * config.splits * shares,), Fixed(fixed), *views, diagonals=diagonals)
     met = dict(QN=len(p.rows), QS=p.rows.step, DGRAD=problem.kind == "dgrad")
     grid = (problem.K * p.member_tiles,)
-    whole = fixed | met | dict(STACK=p.stack, STORE=p.store, SPLIT=p.split, EXPANDED=p.expand, FOLDED=p.folded)
+    written = dict(STACK=p.stack, STORE=p.store, SPLIT=p.split, EXPANDED=p.expand, FOLDED=p.folded)
+    whole = Fixed(fixed | met | written)
     if not p.expand:
         return _Run(p, grid, whole, *views)
     rows, block = min(16, p.block_read), p.run * p.stack
     same = {name: fixed[name] for name in ("R", "F", "FIRST", "COLUMNS", "RUN", "BR", "QF")}
     taps.pop("PRECISION")
-    expansion = dict(BF=block, ROWS=rows, **met, **same, **taps)
+    expansion = Fixed(BF=block, ROWS=rows, **met, **same, **taps)
     shape = (problem.K, len(p.rows), p.block_read, block)
     return _Run(p, grid, whole, *views, shape, (problem.K * len(p.rows) * p.block_read // rows,), expansion)
 
 
 @functools.lru_cache(maxsize=4096)
-def _fold(run: _Run, problem: Problem, config: Config, parts: int) -> tuple[tuple[int], dict[str, Any]]:
+def _fold(run: _Run, problem: Problem, config: Config, parts: int) -> tuple[tuple[int], Fixed]:
     """Grid and arguments of the launch that adds up the diagonals into `parts` partial sums."""
     p, share, (kh, kw) = run.bands, config.splits // parts, problem.kernel
     elements = problem.O * problem.taps * problem.C
-    return (parts * problem.K * cdiv(elements, 16),), {
+    return (parts * problem.K * cdiv(elements, 16),), Fixed(
         **dict(K=problem.K, SHARE=share, KH=kh, KW=kw, C=problem.C, O=problem.O),
         **dict(SW=problem.stride[1], DW=problem.dilation[1], COLUMNS=p.columns),
         **dict(BR=p.block_read, RUN=p.run, ELEMENTS=16, TERMS=min(128, power_of_two(share * p.columns))),
-    }
+    )
 
 
 def _aligned(x: Tensor) -> bool:

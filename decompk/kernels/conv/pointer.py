@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..launch import around, launch
+from ..launch import Fixed, around, launch
 from ..problem import (
     PLAIN,
     PLAIN_GRADIENT,
@@ -141,12 +141,12 @@ class Pointer(KernelForm):
             grid,
             config.warps,
             config.stages,
+            fixed,
             **dict(x=x, offsets=offsets and offsets.table, weight=weight, y=y, CROPS=offsets is not None),
             **_strides("x", x, offsets is not None),
             **_strides("y", y),
             **_strides("r", residual),
             **arguments,
-            **fixed,
         )
 
     def wgrad(
@@ -158,16 +158,16 @@ class Pointer(KernelForm):
             grid,
             config.warps,
             config.stages,
+            fixed,
             **dict(x=x, offsets=offsets and offsets.table, dy=dy, out=out, CROPS=offsets is not None),
             **_strides("x", x, offsets is not None),
             **_strides("y", dy),
-            **fixed,
         )
         return out
 
 
 @functools.lru_cache(maxsize=4096)
-def _convolution(problem: Problem, config: Config) -> tuple[dict[str, Any], tuple[int]]:
+def _convolution(problem: Problem, config: Config) -> tuple[Fixed, tuple[int]]:
     """What fprop or dgrad passes that is no tensor, and its grid."""
     sides, blocks = (problem.C, problem.O), (config.block_in, config.block_out)
     image, size = (problem.H, problem.W), problem.out_size
@@ -185,11 +185,11 @@ def _convolution(problem: Problem, config: Config) -> tuple[dict[str, Any], tupl
         **steps,
         **geometry(problem),
     }
-    return fixed, (problem.K * tiles * free,)
+    return Fixed(fixed), (problem.K * tiles * free,)
 
 
 @functools.lru_cache(maxsize=4096)
-def _correlation(problem: Problem, config: Config) -> tuple[dict[str, Any], tuple[int]]:
+def _correlation(problem: Problem, config: Config) -> tuple[Fixed, tuple[int]]:
     """What wgrad passes that is no tensor, and its grid."""
     (HO, WO), C, O = problem.out_size, problem.C, problem.O
     blocks = cdiv(problem.taps * C, config.block_in), cdiv(O, config.block_out)
@@ -199,7 +199,7 @@ def _correlation(problem: Problem, config: Config) -> tuple[dict[str, Any], tupl
         **dict(ELEMENTS=problem.K * O * problem.taps * C, BP=config.pixels, BR=config.block_in, BO=config.block_out),
         **geometry(problem),
     }
-    return fixed, (problem.K * config.splits * blocks[0] * blocks[1],)
+    return Fixed(fixed), (problem.K * config.splits * blocks[0] * blocks[1],)
 
 
 def _pixels(problem: Problem) -> int:

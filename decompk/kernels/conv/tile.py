@@ -37,7 +37,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..launch import around, descriptor, launch
+from ..launch import Fixed, around, descriptor, launch
 from ..problem import (
     PLAIN,
     PLAIN_GRADIENT,
@@ -188,7 +188,7 @@ class Tile(KernelForm):
         problem: Problem,
         config: Config,
         grid: tuple[int],
-        fixed: dict[str, Any],
+        fixed: Fixed,
         inputs: tuple[Any, ...],
         weight: Tensor,
         outputs: tuple[Any, ...],
@@ -202,7 +202,7 @@ class Tile(KernelForm):
         W = descriptor(weight, (K, O, taps, C), (O * taps * C, taps * C, C, 1), block)
         names = dict(zip(("X0", "X1", "X2", "X3", "Y0", "Y1", "Y2", "Y3"), (*inputs, *outputs), strict=True))
         names |= zip(("gk", "gn", "gh", "gw"), strides, strict=False)
-        launch(_device_code().conv_tile, grid, config.warps, config.stages, W=W, **names, **arguments, **fixed)
+        launch(_device_code().conv_tile, grid, config.warps, config.stages, fixed, W=W, **names, **arguments)
 
     def wgrad(
         self, problem: Problem, config: Config, dy: Tensor, x: Tensor, out: Tensor, offsets: Offsets | None = None
@@ -211,12 +211,12 @@ class Tile(KernelForm):
         inputs = _parities(x, problem, (*config.tile, config.block_in), fixed["MERGED"])
         names = dict(zip(("X0", "X1", "X2", "X3"), inputs, strict=True))
         G = _descriptor(dy, (*config.tile, config.block_out), fixed["MERGED_OUT"])
-        launch(_device_code().wgrad_tile, grid, config.warps, config.stages, G=G, out=out, **names, **fixed)
+        launch(_device_code().wgrad_tile, grid, config.warps, config.stages, fixed, G=G, out=out, **names)
         return out
 
 
 @functools.lru_cache(maxsize=4096)
-def _convolution(problem: Problem, config: Config) -> tuple[dict[str, Any], tuple[int]]:
+def _convolution(problem: Problem, config: Config) -> tuple[Fixed, tuple[int]]:
     """What fprop or dgrad passes that is no tensor, and its grid."""
     sides = problem.C, problem.O
     blocks = config.block_in, config.block_out
@@ -236,11 +236,11 @@ def _convolution(problem: Problem, config: Config) -> tuple[dict[str, Any], tupl
         **dict(zip(("BN", "BH", "BW"), config.tile, strict=True)),
         **geometry(problem),
     }
-    return fixed, (problem.K * prod(tiles) * free,)
+    return Fixed(fixed), (problem.K * prod(tiles) * free,)
 
 
 @functools.lru_cache(maxsize=4096)
-def _correlation(problem: Problem, config: Config) -> tuple[dict[str, Any], tuple[int]]:
+def _correlation(problem: Problem, config: Config) -> tuple[Fixed, tuple[int]]:
     """What wgrad passes that is no tensor, and its grid."""
     merged = problem.stride == (1, 1) and _merges(problem, config, problem.C, config.block_in)
     # A dy of merged rows beside an x of plain ones: Triton 3.6 cannot pipeline what three products of sm_100 share.
@@ -255,7 +255,7 @@ def _correlation(problem: Problem, config: Config) -> tuple[dict[str, Any], tupl
         **geometry(problem),
     }
     blocks = fixed["CB"] * fixed["OB"]
-    return fixed, (problem.K * problem.taps // _shared_taps(problem) * blocks * config.splits,)
+    return Fixed(fixed), (problem.K * problem.taps // _shared_taps(problem) * blocks * config.splits,)
 
 
 def _shared_taps(problem: Problem) -> int:
