@@ -512,15 +512,33 @@ def clip_grad_norm_(packed: nn.Module, max_norm: Number | Tensor, norm_type: flo
     max_norm = limits(packed, max_norm, grads[0].device if grads else torch.device("cpu"))
     if not grads:
         return torch.zeros(K)
-    rows = [grad.unsqueeze(-1) for grad in grads]  # (K,) has no dimension to reduce
-    norms = torch.stack([torch.linalg.vector_norm(g, norm_type, dim=tuple(range(1, g.dim()))) for g in rows])
-    total = torch.linalg.vector_norm(norms, norm_type, dim=0)
+    members = torch.cat([_rows(grad) for grad in grads], 1)  # one norm for all of it: a launch a stack takes longer
+    total = torch.linalg.vector_norm(members, norm_type, dim=1)
     if isinstance(max_norm, Tensor):
         max_norm = max_norm.to(total, non_blocking=True)
     factors = (max_norm / (total + 1e-6)).clamp(max=1.0)
-    for grad in grads:
-        grad.mul_(factors.view(K, *[1] * (grad.dim() - 1)))
+    if total.device.type == "cpu":
+        torch._foreach_mul_(grads, [factors.view(K, *[1] * (grad.dim() - 1)) for grad in grads])
+    else:
+        _scale(grads, factors)
     return total
+
+
+def _scale(grads: Sequence[Tensor], factors: Tensor) -> None:
+    """Stacks (K, …) times factors (K,) in place, in K calls that each launch few kernels; a factor that broadcasts
+    would be a launch a stack."""
+    for factor, own in zip(factors.unbind(), zip(*map(Tensor.unbind, grads), strict=True), strict=True):
+        torch._foreach_mul_(own, factor)
+
+
+def _rows(grad: Tensor) -> Tensor:
+    """A stack (K, …) as (K, n), each member's numbers in the order in which they lie in memory."""
+    return grad.permute(_order(grad.stride())).flatten(1) if grad.dim() > 1 else grad.unsqueeze(1)
+
+
+@functools.lru_cache(maxsize=1024)
+def _order(strides: tuple[int, ...]) -> list[int]:
+    return [0, *sorted(range(1, len(strides)), key=lambda i: -strides[i])]
 
 
 def limits(packed: nn.Module, max_norm: Number | Tensor, device: torch.device) -> float | Tensor:
