@@ -537,8 +537,8 @@ def _rows(grad: Tensor) -> Tensor:
 
 
 @functools.lru_cache(maxsize=1024)
-def _order(strides: tuple[int, ...]) -> list[int]:
-    return [0, *sorted(range(1, len(strides)), key=lambda i: -strides[i])]
+def _order(strides: tuple[int, ...]) -> tuple[int, ...]:
+    return 0, *sorted(range(1, len(strides)), key=lambda i: -strides[i])
 
 
 def limits(packed: nn.Module, max_norm: Number | Tensor, device: torch.device) -> float | Tensor:

@@ -293,10 +293,27 @@ def test_modes_and_frozen_parameters_are_captured_anew_and_unlike_steps_without_
     assert len(FakeGraph.made) == 2 and captured.graph
     captured.net.train()
     captured.net.classifier.requires_grad_(False)
-    captured(*data[0])
-    assert len(FakeGraph.made) == 3
+    for x, y in data[:4]:
+        captured(x, y)
+    assert len(FakeGraph.made) == 3  # after steps that make state and choices
     for x, y in data:
         captured.optimizer.param_groups[0]["eps"] *= 2
         captured(x, y)
     assert not captured.graph and "hyperparameters other than the learning rate" in captured.reasons["graph"]
-    assert captured.read().images == 6 * 33
+    assert captured.read().images == 6 * 36
+
+
+def test_a_step_that_is_the_first_of_its_kind_runs_and_the_next_one_is_captured(captured, monkeypatch):
+    class Refusing(FakeGraph):
+        def __init__(self, *given):
+            if not refused:
+                refused.append(1)
+                raise DecompkError("the first step with momentum differs from the others")
+            super().__init__(*given)
+
+    refused = []
+    monkeypatch.setattr(steps, "_Graph", Refusing)
+    for x, y in batches(6):
+        captured(x, y)
+    assert captured.graph and captured.reasons == {} and len(FakeGraph.made) == 1
+    assert captured.read().images == 36

@@ -68,7 +68,7 @@ class Step:
         self._device = next(net.parameters()).device
         self._run = torch.compile(net) if compile else net
         self._compile, self._ready = compile, False
-        self._modules = list(net.modules())
+        self._modules, self._parameters = list(net.modules()), list(net.parameters())
         self._graphs: dict[Any, _Graph] = {}
         self._replays: Counter[Any] = Counter()
         self._short_lived = 0  # graphs in a row that were captured again after few replays
@@ -89,16 +89,19 @@ class Step:
             self._prepare(x, y)
         if not self.graph:
             return self._train(x, y, weight)
-        key = (x.shape, y.shape, x.dtype, y.dtype, weight, *(module.training for module in self._modules))
+        modes = (*(m.training for m in self._modules), *(p.requires_grad for p in self._parameters))
+        key = (x.shape, y.shape, x.dtype, y.dtype, weight, modes)
         if self._eager_steps[key] < EAGER_STEPS:
             self._eager_steps[key] += 1
             loss = self._train(x, y, weight)
-            self._modules = list(self.net.modules())  # a packed network's first call may have changed them
+            self._modules = list(self.net.modules())  # a packed network's first call may change them
             return loss
         version = self._constants()
         if key not in self._graphs or self._graphs[key].version != version:
             try:
                 self._capture(key, x, y, weight, version)
+            except DecompkError:  # a first step of its kind, which no graph may hold: the next one can
+                return self._train(x, y, weight)
             except RuntimeError as error:
                 self._give_up("graph", error)
                 return self._train(x, y, weight)
@@ -189,7 +192,7 @@ class Step:
         clip = tuple(self.clip) if isinstance(self.clip, Sequence) else self.clip
         if clip and self._packed:
             self._limits = limits(self.net, clip, self._device)  # held as long as a graph may read it
-        return prepared, clip, tuple(p.requires_grad for p in self.net.parameters())
+        return prepared, clip
 
     def _may_capture(self) -> bool:
         if self._device.type != "cuda":
@@ -249,9 +252,12 @@ class _Graph:
         self.graph = torch.cuda.CUDAGraph()
         images = step._images
         torch.cuda.synchronize()
-        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):  # a loader's threads may pin memory
-            self.loss = step._train(self.x, self.y, weight)
-        self.images, step._images = step._images - images, images
+        try:
+            with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):  # a loader's threads may pin memory
+                self.loss = step._train(self.x, self.y, weight)
+            self.images = step._images - images
+        finally:
+            step._images = images  # nothing of it has run
 
     def replay(self, x: Tensor, y: Tensor) -> Tensor:
         self.x.copy_(x, non_blocking=True)
