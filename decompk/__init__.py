@@ -18,6 +18,7 @@ from .packed.fuse import fuse
 from .packed.initialise import initialise
 from .packed.pack import Packed, pack
 from .report.explain import explain
+from .train.step import Step
 
 __version__ = "0.1.0"
 
@@ -31,6 +32,7 @@ __all__ = [
     "PackError",
     "Packed",
     "PartitionError",
+    "Step",
     "UnsupportedOperation",
     "backend",
     "block_diagonal",

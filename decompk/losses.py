@@ -68,6 +68,7 @@ def cross_entropy(
     K, N, classes = logits.shape[:3]
     probabilities = target.is_floating_point()
     expected = logits.shape[1:] if probabilities else logits.shape[1:2] + logits.shape[3:]
+    alike = probabilities or target.shape == expected  # as many targets count for each member
     if target.shape == expected:
         target = target.expand(K, *expected)
     if target.shape != (K, *expected):
@@ -76,10 +77,10 @@ def cross_entropy(
             f"shared by all members, or {(K, *expected)}."
         )
     how: dict[str, Any] = {"weight": weight, "label_smoothing": label_smoothing, "ignore_index": ignore_index}
-    losses = F.cross_entropy(logits.flatten(0, 1), target.flatten(0, 1), reduction="none", **how)
-    sums = losses.view(K, -1).sum(1)
-    if probabilities:
-        return sums.sum() / (losses.numel() // K)
+    rows, targets = logits.flatten(0, 1), target.flatten(0, 1)
+    if alike:
+        return F.cross_entropy(rows, targets, **how) * K
+    sums = F.cross_entropy(rows, targets, reduction="none", **how).view(K, -1).sum(1)
     counted = target.reshape(K, -1) != ignore_index
     if weight is None:
         counts = counted.sum(1)

@@ -56,6 +56,16 @@ class _Call(NamedTuple):
     columns: list[list[Tensor]]  # parameters, each state, steps
 
 
+class _Plan(NamedTuple):
+    """A step of the stacks that have a gradient; the same as the last one, most of the time."""
+
+    live: list[int]  # their ids
+    strides: list[tuple[int, ...]]  # a gradient that has its parameter's is taken as it is
+    sizes: list[list[int]]
+    steps: list[Tensor]
+    calls: list[_Call]
+
+
 class _MemberOptimizer(torch.optim.Optimizer):
     """A torch optimizer whose param group j·K + k holds member k's hyperparameters in the user's group j.
 
@@ -68,7 +78,7 @@ class _MemberOptimizer(torch.optim.Optimizer):
     _age: type = float  # what an update depends on of the step count
 
     _stacks: dict[Tensor, _Stack]
-    _cached: dict[int, tuple[list[int], list[_Call]]]
+    _plans: dict[int, _Plan]
     _division: list[tuple[list[tuple[int, int]], tuple[str, ...]]] | Any  # None before the first step
     _pointers: list[int] | None
     _lr: Tensor | Any  # None before the first step
@@ -146,14 +156,12 @@ class _MemberOptimizer(torch.optim.Optimizer):
             raise DecompkError("a CUDA graph can capture step() with capturable=True, after one step outside it.")
         for j, how in enumerate(self._division):
             live = [p for p in self.param_groups[j * self.K]["params"] if p.grad is not None]
-            stacks = [self._stack(p, *how) for p in live]
-            grads = [
-                part for p, stack in zip(live, stacks, strict=True) for part in self._gradient(p).split(stack.sizes)
-            ]
-            steps = [step for stack in stacks for step in stack.steps]
-            if steps:
-                torch._foreach_add_(steps, 1)
-            for call in self._calls(j, live, stacks):
+            plan = self._plan(j, live)
+            whole = self._gradients(live, plan.strides)
+            grads = [part for grad, sizes in zip(whole, plan.sizes, strict=True) for part in _cut(grad, sizes)]
+            if plan.steps:
+                torch._foreach_add_(plan.steps, 1)
+            for call in plan.calls:
                 i = j * self.K + call.member
                 lr = self._lr[i] if self.defaults["capturable"] else self.param_groups[i]["lr"]
                 self._update(self.param_groups[i], lr, call.first, [grads[n] for n in call.parts], *call.columns)
@@ -172,7 +180,7 @@ class _MemberOptimizer(torch.optim.Optimizer):
         pointers = [p.data_ptr() for group in self.param_groups for p in group["params"]]
         if pointers != self._pointers or any(s.state is not self.state.get(p) for p, s in self._stacks.items()):
             self._pointers, self._storage = pointers, self._storage + 1
-            self._stacks, self._cached = {}, {}
+            self._stacks, self._plans = {}, {}
         names = (*self._numbers, *self._flags)
         constants = [tuple(group[name] for name in names) for group in self.param_groups]
         sets = range(0, len(constants), self.K)
@@ -181,11 +189,12 @@ class _MemberOptimizer(torch.optim.Optimizer):
         ]
         if division != self._division:
             self._division = division
-            self._stacks, self._cached = {}, {}
-        for j, how in zip(sets, division, strict=True):
-            for p in self.param_groups[j]["params"]:
-                if self.state.get(p):
-                    self._stack(p, *how)
+            self._stacks, self._plans = {}, {}
+        if len(self._stacks) < len(self.state):
+            for j, how in zip(sets, division, strict=True):
+                for p in self.param_groups[j]["params"]:
+                    if self.state.get(p):
+                        self._stack(p, *how)
         if self.defaults["capturable"]:
             self._upload()
         runs = [[(a, b, *constants[j + a][1:]) for a, b in runs] for j, (runs, _) in zip(sets, division, strict=True)]
@@ -238,7 +247,7 @@ class _MemberOptimizer(torch.optim.Optimizer):
         if p.device.type != "cpu" or member % VECTOR == 0:  # else the division into runs would show in the last bits
             cuts = sorted({0, self.K, *(end for run in runs for end in run)})
         sizes = [b - a for a, b in pairwise(cuts)]
-        columns = [t.split(sizes) for t in (p.detach(), *(state[name] for name in names))]
+        columns = [_cut(t, sizes) for t in (p.detach(), *(state[name] for name in names))]
         step = [state["step"][a] for a in cuts[:-1]]
         parts = list(zip(range(len(sizes)), *columns, step, strict=True))
         rows = [[part for part, start in zip(parts, cuts[:-1], strict=True) if a <= start < b] for a, b in runs]
@@ -247,8 +256,14 @@ class _MemberOptimizer(torch.optim.Optimizer):
         self._stacks[p] = _Stack(state, sizes, rows, [state["step"][a:b] for a, b in active])
         return self._stacks[p]
 
+    def _gradients(self, live: list[Tensor], strides: list[tuple[int, ...]]) -> list[Tensor]:
+        """Gradients in their parameters' layout: the fused functions go through memory, not through indices."""
+        grads: list[Any] = [p.grad for p in live]
+        if all(grad.layout is torch.strided for grad in grads) and [*map(Tensor.stride, grads)] == strides:
+            return grads
+        return [*map(self._gradient, live)]
+
     def _gradient(self, p: Tensor) -> Tensor:
-        """The gradient in its parameter's layout: the fused functions go through memory, not through indices."""
         grad: Any = p.grad
         if grad.layout is not torch.strided:
             raise DecompkError(f"the gradient of {self._name(p)} is sparse: the packed optimizers take dense ones.")
@@ -258,15 +273,17 @@ class _MemberOptimizer(torch.optim.Optimizer):
             return grad.as_strided(p.shape, p.stride())
         return torch.empty_like(p).copy_(grad)
 
-    def _calls(self, j: int, live: list[Tensor], stacks: list[_Stack]) -> list[_Call]:
-        """The fused calls for the stacks that have a gradient; the same as in the last step, most of the time."""
-        key = [id(p) for p in live]
-        if j in self._cached and self._cached[j][0] == key:
-            return self._cached[j][1]
+    def _plan(self, j: int, live: list[Tensor]) -> _Plan:
+        """What a step of these stacks of the user's group j does."""
+        ids = [*map(id, live)]
+        if j in self._plans and self._plans[j].live == ids:
+            return self._plans[j]
+        how = self._division[j]
+        stacks = [self._stack(p, *how) for p in live]
         found: dict[tuple, tuple[list, list]] = {}
         offset = 0
         for p, stack in zip(live, stacks, strict=True):
-            for (a, _), parts in zip(self._division[j][0], stack.rows, strict=True):
+            for (a, _), parts in zip(how[0], stack.rows, strict=True):
                 indices, rows = found.setdefault((a, (id(p), a) in self._fresh, p.device, p.dtype), ([], []))
                 indices += [offset + part[0] for part in parts]
                 rows += [part[1:] for part in parts]
@@ -275,9 +292,11 @@ class _MemberOptimizer(torch.optim.Optimizer):
             _Call(a, first, indices, list(map(list, zip(*rows, strict=True))))
             for (a, first, *_), (indices, rows) in found.items()
         ]
+        steps = [step for stack in stacks for step in stack.steps]
+        plan = _Plan(ids, [p.stride() for p in live], [stack.sizes for stack in stacks], steps, calls)
         if not any(call.first for call in calls):
-            self._cached[j] = key, calls
-        return calls
+            self._plans[j] = plan
+        return plan
 
     def _state_names(self, groups: list[dict[str, Any]]) -> tuple[str, ...]:
         """The state of a stack besides its step count."""
@@ -328,7 +347,7 @@ class _MemberOptimizer(torch.optim.Optimizer):
 
     def _forget(self) -> None:
         """Drop all that is derived from param_groups and state."""
-        self._stacks, self._cached = {}, {}
+        self._stacks, self._plans = {}, {}
         self._pointers = self._division = self._lr = None
         self._storage = getattr(self, "_storage", 0) + 1
         self._compare_steps()
@@ -493,15 +512,33 @@ def clip_grad_norm_(packed: nn.Module, max_norm: Number | Tensor, norm_type: flo
     max_norm = limits(packed, max_norm, grads[0].device if grads else torch.device("cpu"))
     if not grads:
         return torch.zeros(K)
-    rows = [grad.unsqueeze(-1) for grad in grads]  # (K,) has no dimension to reduce
-    norms = torch.stack([torch.linalg.vector_norm(g, norm_type, dim=tuple(range(1, g.dim()))) for g in rows])
-    total = torch.linalg.vector_norm(norms, norm_type, dim=0)
+    members = torch.cat([_rows(grad) for grad in grads], 1)  # one norm for all of it: a launch a stack takes longer
+    total = torch.linalg.vector_norm(members, norm_type, dim=1)
     if isinstance(max_norm, Tensor):
         max_norm = max_norm.to(total, non_blocking=True)
     factors = (max_norm / (total + 1e-6)).clamp(max=1.0)
-    for grad in grads:
-        grad.mul_(factors.view(K, *[1] * (grad.dim() - 1)))
+    if total.device.type == "cpu":
+        torch._foreach_mul_(grads, [factors.view(K, *[1] * (grad.dim() - 1)) for grad in grads])
+    else:
+        _scale(grads, factors)
     return total
+
+
+def _scale(grads: Sequence[Tensor], factors: Tensor) -> None:
+    """Stacks (K, …) times factors (K,) in place, in K calls that each launch few kernels; a factor that broadcasts
+    would be a launch a stack."""
+    for factor, own in zip(factors.unbind(), zip(*map(Tensor.unbind, grads), strict=True), strict=True):
+        torch._foreach_mul_(own, factor)
+
+
+def _rows(grad: Tensor) -> Tensor:
+    """A stack (K, …) as (K, n), each member's numbers in the order in which they lie in memory."""
+    return grad.permute(_order(grad.stride())).flatten(1) if grad.dim() > 1 else grad.unsqueeze(1)
+
+
+@functools.lru_cache(maxsize=1024)
+def _order(strides: tuple[int, ...]) -> tuple[int, ...]:
+    return 0, *sorted(range(1, len(strides)), key=lambda i: -strides[i])
 
 
 def limits(packed: nn.Module, max_norm: Number | Tensor, device: torch.device) -> float | Tensor:
@@ -666,6 +703,13 @@ def _checked(name: str, value: Any) -> float | Pair:
         pass  # neither numbers nor a pair
     what = "a pair of numbers from 0 to below 1" if name == "betas" else "a number from 0 on"
     raise DecompkError(f"{name} {value!r} is not {what}.")
+
+
+def _cut(t: Tensor, sizes: list[int]) -> Sequence[Tensor]:
+    """A stack in parts of so many members; single members without their dimension, which costs the host less."""
+    if len(sizes) == 1:
+        return (t,)
+    return t.unbind() if len(sizes) == len(t) else torch.split_with_sizes(t, sizes)
 
 
 def _check_shape(what: str, t: Tensor, shape: torch.Size) -> None:

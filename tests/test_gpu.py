@@ -91,7 +91,7 @@ def trained_by(packed, batches, **how):
     net = copy.deepcopy(packed).to(DEVICE, memory_format=torch.channels_last)
     graph = how.get("graph", False)
     optimizer = decompk.optim.Adam(net, lr=[1e-3, 2e-3, 1e-3, 1e-3], capturable=graph)
-    step = decompk.train.Step(net, optimizer, **how)
+    step = decompk.Step(net, optimizer, **{"graph": False, **how})
     for i, (x, y) in enumerate(batches):
         if i == 6:
             optimizer.param_groups[1]["lr"] = 5e-4

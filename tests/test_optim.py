@@ -827,6 +827,16 @@ def test_a_member_whose_gradient_is_not_finite_leaves_the_others_norms_alone(bad
     assert not packed.stem.weight.grad[1].isfinite().all()
 
 
+def test_members_scaled_in_few_launches_are_those_scaled_stack_by_stack():
+    shapes = [(3, 4, 2, 3, 3), (3, 5), (3,)]
+    grads = [torch.randn(shape) for shape in shapes]
+    grads[0] = grads[0].transpose(1, 4).contiguous().transpose(1, 4)
+    factors = torch.tensor([0.5, float("nan"), 3.0])
+    expected = [grad * factors.view(3, *[1] * (grad.dim() - 1)) for grad in grads]
+    optim._scale(grads, factors)
+    assert all(torch.equal(a[[0, 2]], b[[0, 2]]) and a[1].isnan().all() for a, b in zip(grads, expected, strict=True))
+
+
 def test_clipping_handles_one_number_a_member_and_no_gradient_at_all():
     class Scale(nn.Module):
         def __init__(self):

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -17,8 +18,8 @@ from torch import nn
 import decompk
 from decompk import losses, optim, train
 from decompk.cli import main
-from decompk.errors import CheckpointError, DecompkError
-from decompk.train import algorithm, checkpoint
+from decompk.errors import CheckpointError, DecompkError, UnsupportedOperation
+from decompk.train import algorithm, checkpoint, loop
 
 SHORT = {"seeds": [0], "members.epochs": 2, "global.epochs": 1, "random.epochs": 3}
 
@@ -118,6 +119,22 @@ def test_the_demo_is_a_training_by_the_quick_preset_and_is_not_done_twice(tmp_pa
     assert main(command) == 0
     assert json.loads((tmp_path / "out" / "result.json").read_text())["runs"] == result["runs"]
     assert capsys.readouterr().err.count("trained before") == 3
+
+
+def test_members_train_fused_to_the_weights_of_the_packed_ones_and_packed_where_they_cannot(digits, tmp_path, capsys):
+    seen = []
+    with mock.patch.object(loop, "fuse", side_effect=lambda net: seen.append(net) or decompk.fuse(net)):
+        for name, changes in {"fused": {}, "packed": {"fuse": False}, "exact": {"exact": True}}.items():
+            train.train(small(random=False, **changes), digits, tmp_path / name, report=False)
+    assert len(seen) == 1
+    fused, plain = (weights_of_members(tmp_path / name) for name in ("fused", "packed"))
+    assert fused.keys() == plain.keys()
+    for key, value in fused.items():
+        assert torch.allclose(value, plain[key], rtol=1e-3, atol=1e-5), key
+    with mock.patch.object(loop, "fuse", side_effect=UnsupportedOperation("torch.fx cannot trace it.")):
+        train.train(small(random=False), digits, tmp_path / "refused", report=False)
+    assert capsys.readouterr().err.count("members: not fused: torch.fx cannot trace it.") == 1
+    assert_same_bits({"members": weights_of_members(tmp_path / "refused")}, {"members": plain})
 
 
 def test_theorem_2_2_holds_for_trained_members_that_can_see_whole_images(digits, tmp_path, capsys):

@@ -1,5 +1,7 @@
 """One training step as one call: what it computes, and what it says when it cannot be compiled or captured."""
 
+import copy
+
 import pytest
 import torch
 from helpers import HostValues
@@ -9,6 +11,7 @@ import decompk
 from decompk import losses, optim, train
 from decompk.errors import DecompkError
 from decompk.train import step as steps
+from decompk.train.capture import Capturable
 
 
 def packed(seed=0, dtype=torch.float32):
@@ -107,7 +110,7 @@ def test_a_compiled_step_trains_as_the_eager_one():
     for x, y in batches(2):
         compiled(x, y)
         eager(x, y)
-    assert not compiled.reasons
+    assert "compile" not in compiled.reasons
     for (name, a), b in zip(ours.state_dict().items(), plain.state_dict().values(), strict=True):
         assert torch.allclose(a, b, rtol=1e-3, atol=1e-5), name
     assert torch.equal(ours.features[1].num_batches_tracked, plain.features[1].num_batches_tracked)
@@ -129,14 +132,23 @@ def test_where_compiling_fails_the_step_runs_without_says_why_and_has_lost_nothi
     for x, y in batches(2):
         step(x, y)
         other(x, y)
-    assert step.reasons == {"compile": "no compile: no compiler here"}
+    assert step.reasons["compile"] == "no compile: no compiler here"
     assert_same(ours, plain)
 
 
 def test_off_a_gpu_and_with_an_optimizer_that_cannot_be_captured_there_is_no_graph_and_a_reason():
     net = packed()
-    step = train.Step(net, optim.Adam(net), graph=True)
+    step = decompk.Step(net, optim.Adam(net))
     assert not step.graph and step.reasons == {"graph": "no CUDA graph: the network is not on a GPU"}
+    assert train.Step(net, optim.Adam(net), graph=False).reasons == {}
+    plain = list(net.parameters())
+    for refused in (
+        torch.optim.Adagrad(plain),
+        torch.optim.LBFGS(plain),
+        optim.each(net, lambda m: torch.optim.SGD(m.parameters())),
+    ):
+        with pytest.raises(DecompkError, match=f"^{type(refused).__name__} is not capturable$"):
+            Capturable(refused, torch.device("cpu"))
 
 
 class FakeGraph:
@@ -149,7 +161,14 @@ class FakeGraph:
         FakeGraph.made.append((tuple(x.shape), version))
 
     def replay(self, x, y):
-        self.step._train(x, y, self.weight)
+        return self.step._train(x, y, self.weight)
+
+
+def capturing(step):
+    """The step as it would be on a GPU."""
+    step.graph, step._capturable = True, Capturable(step.optimizer, torch.device("cpu"))
+    step.reasons.clear()
+    return step
 
 
 @pytest.fixture
@@ -159,8 +178,7 @@ def captured(monkeypatch):
     monkeypatch.setattr(steps, "_Graph", FakeGraph)
     net = packed()
     step = train.Step(net, optim.Adam(net, lr=1e-2, capturable=True))
-    step.graph = True
-    return step
+    return capturing(step)
 
 
 def test_each_shape_is_captured_once_after_eager_steps_and_again_when_members_stop_not_when_rates_change(captured):
@@ -188,13 +206,12 @@ def test_nothing_of_the_host_is_in_a_graph_with_unequal_clipping_and_new_norms_a
     class Watched(FakeGraph):
         def replay(self, x, y):
             with made:
-                super().replay(x, y)
+                return super().replay(x, y)
 
     FakeGraph.made = []
     monkeypatch.setattr(steps, "_Graph", Watched)
     net = packed()
-    captured = train.Step(net, kind(net, [0.1, 0.2, 0.3, 0.4], capturable=True))
-    captured.graph = True
+    captured = capturing(train.Step(net, kind(net, [0.1, 0.2, 0.3, 0.4])))  # which makes it capturable
     for clip, data in (([0.1, 0.5, 2.0, 9.0], batches(5)), ([0.2, 0.7, 3.0, 1.0], batches(2)), (0.5, batches(2))):
         captured.clip = clip
         for x, y in data:
@@ -218,3 +235,85 @@ def test_where_capturing_fails_the_step_goes_on_eagerly_and_says_why(captured):
     for x, y in data:
         eager(x, y)
     assert_same(captured.net, other)
+
+
+def test_a_loop_of_ones_own_gets_its_loss_any_criterion_and_every_kind_of_target():
+    net, other = packed(), packed()
+    criterion = losses.each(nn.CrossEntropyLoss(label_smoothing=0.1))
+    step = decompk.Step(net, optim.SGD(net, lr=0.1), criterion)
+    optimizer = optim.SGD(other, lr=0.1)
+    for x, y in batches(2):
+        found = step(x, y)
+        expected = criterion(other(x), y)
+        optimizer.zero_grad()
+        expected.backward()
+        optimizer.step()
+        assert torch.equal(found, expected) and not found.requires_grad
+    assert_same(net, other)
+    step = decompk.Step(net, optim.SGD(net, lr=1e-3), losses.mse)  # its targets are no classes
+    assert step(batches(1)[0][0], torch.zeros(6, 10)).dim() == 0
+    assert step.read() == steps.Sums([], [], 6)
+    step = decompk.Step(net, optim.SGD(net), lambda logits, y: logits.mean((1, 2)))
+    with pytest.raises(DecompkError, match=r"the loss is \(4,\), not a scalar: let it return the sum"):
+        step(*batches(1)[0])
+
+
+def test_torchs_optimizers_and_schedulers_are_followed_by_a_captured_step(monkeypatch):
+    FakeGraph.made = []
+    monkeypatch.setattr(steps, "_Graph", FakeGraph)
+    net, other = packed(), packed()
+    rates = []
+    for one, how in ((net, {"foreach": True}), (other, {"fused": True})):
+        optimizer = torch.optim.SGD(one.parameters(), lr=0.1, momentum=0.9, **how)
+        scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)
+        step = train.Step(one, optimizer)
+        step = capturing(step) if one is net else step
+        for i, (x, y) in enumerate(batches(8)):
+            step(x, y)
+            scheduler.step()
+            if i == 5:
+                optimizer.param_groups[0]["lr"] = 0.02  # by hand, in the tensor's place
+        rates.append(float(optimizer.param_groups[0]["lr"]))
+        if one is net:
+            assert len(FakeGraph.made) == 1 and isinstance(optimizer.param_groups[0]["lr"], torch.Tensor)
+            optimizer.param_groups[0]["momentum"] = 0.5
+            step(x, y)
+            optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+            step(x, y)
+            assert len(FakeGraph.made) == 3
+            assert isinstance(optimizer.param_groups[0]["lr"], torch.Tensor)
+    assert rates[0] == pytest.approx(rates[1]) and rates[1] == pytest.approx(0.005)
+
+
+def test_modes_and_frozen_parameters_are_captured_anew_and_unlike_steps_without_end_are_not(captured):
+    data = batches(20)
+    for i, (x, y) in enumerate(data[:12]):
+        captured.net.train(i % 2 == 0)
+        captured(x, y)
+    assert len(FakeGraph.made) == 2 and captured.graph
+    captured.net.train()
+    captured.net.classifier.requires_grad_(False)
+    for x, y in data[:4]:
+        captured(x, y)
+    assert len(FakeGraph.made) == 3  # after steps that make state and choices
+    for x, y in data:
+        captured.optimizer.param_groups[0]["eps"] *= 2
+        captured(x, y)
+    assert not captured.graph and "hyperparameters other than the learning rate" in captured.reasons["graph"]
+    assert captured.read().images == 6 * 36
+
+
+def test_a_step_that_is_the_first_of_its_kind_runs_and_the_next_one_is_captured(captured, monkeypatch):
+    class Refusing(FakeGraph):
+        def __init__(self, *given):
+            if not refused:
+                refused.append(1)
+                raise DecompkError("the first step with momentum differs from the others")
+            super().__init__(*given)
+
+    refused = []
+    monkeypatch.setattr(steps, "_Graph", Refusing)
+    for x, y in batches(6):
+        captured(x, y)
+    assert captured.graph and captured.reasons == {} and len(FakeGraph.made) == 1
+    assert captured.read().images == 36

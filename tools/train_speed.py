@@ -80,7 +80,7 @@ def step_of(net: nn.Module, device: torch.device, precision: str, how: dict[str,
     else:
         rate = torch.tensor(1e-4, device=device) if graph else 1e-4
         optimizer = torch.optim.Adam(net.parameters(), lr=rate, fused=True, capturable=graph)
-    return train.Step(net, optimizer, precision=precision, **how)
+    return train.Step(net, optimizer, precision=precision, **{"graph": False, **how})
 
 
 def losses(step: train.Step, batches: list[tuple[torch.Tensor, torch.Tensor]]) -> list[float]:

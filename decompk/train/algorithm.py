@@ -212,7 +212,7 @@ def build_model(recipe: Recipe, data: Dataset, seed: int) -> nn.Module:
 
 def identity(recipe: Recipe, data: Dataset) -> dict[str, Any]:
     """What a run is known by: all of its recipe that its weights depend on, flat, and the data's fingerprint."""
-    free = ("save_seconds", "save_steps", "log_seconds", "seeds", "compile", "graph", "parallel")
+    free = ("save_seconds", "save_steps", "log_seconds", "seeds", "fuse", "compile", "graph", "parallel")
     flat: dict[str, Any] = {"data": data.name, "fingerprint": data.fingerprint}
     for key, value in recipe.as_dict().items():
         if isinstance(value, dict):

@@ -15,8 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from .. import optim
-from ..errors import DecompkError
+from ..errors import DecompkError, UnsupportedOperation
 from ..kernels.backend import backend
+from ..packed.fuse import fuse
+from ..packed.pack import Packed
 from .augment import normalise
 from .checkpoint import Checkpoints
 from .data import Dataset, epoch_order, seed_of
@@ -92,6 +94,8 @@ class Fit:
         sharded = self.shared and recipe.parallel == "fsdp"  # which wants its parameters contiguous
         layout = torch.contiguous_format if sharded else torch.channels_last
         net.to(ranks.device, memory_format=layout)  # type: ignore[call-overload]  # torch's stub takes one of them
+        if isinstance(net, Packed) and recipe.fuse and not recipe.exact:  # exact: each layer as alone
+            net = self._fused(net)
         self.replicas = Replicas(net, ranks if self.shared else Ranks(ranks.device), recipe.parallel)
         self.net = self.replicas.net
         graph = recipe.graph and ranks.device.type == "cuda" and not self.shared
@@ -109,6 +113,14 @@ class Fit:
         self.curve = Curve()
         self.epoch, self.batch, self.steps, self.seconds, self.images = 0, 0, 0, 0.0, 0
         self._told: set[str] = set()
+
+    def _fused(self, net: Packed) -> Packed:
+        """`net` on the fused operators, with the same parameters, buffers and names; as it is where that cannot be."""
+        try:
+            return fuse(net)
+        except UnsupportedOperation as error:
+            self.log.say(f"{self.name}: not fused: {error}")
+            return net
 
     def run(self) -> Curve:
         """Train what is left of the phase. Raises Interrupted behind a checkpoint, DecompkError on a NaN loss."""
@@ -323,7 +335,7 @@ def _set_rates(optimizer: torch.optim.Optimizer, rates: Sequence[float]) -> None
 
 def _summed(logits: Tensor, target: Tensor) -> Tensor:
     """Σ over a rank's share of a batch, which may be empty; the step's weight makes it a mean over the whole batch."""
-    return nn.functional.cross_entropy(logits.flatten(0, 1), target, reduction="sum")
+    return nn.functional.cross_entropy(logits, target, reduction="sum")
 
 
 @contextlib.contextmanager

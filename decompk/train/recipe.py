@@ -78,6 +78,7 @@ class Recipe:
     seeds: tuple[int, ...] = (0,)
     precision: str = "float32"
     exact: bool = False  # members in turn, each to the bit (on a CPU) what it would be if trained alone; slower
+    fuse: bool = True  # the members on decompk.fuse's operators, where torch.fx can follow the network
     compile: bool = False
     graph: bool = True  # a CUDA graph of the step, where there is a GPU
     parallel: str = "ddp"  # how several processes train the global network: "ddp" or "fsdp"
