@@ -33,7 +33,7 @@ needs_torchvision = pytest.mark.skipif(torchvision is None, reason="torchvision 
 @pytest.fixture
 def as_on_kernels(monkeypatch):
     """Training takes the way it takes on Triton's kernels, on torch's operators."""
-    monkeypatch.setattr(fused_layer, "_on_kernels", lambda x: True)
+    monkeypatch.setattr(fused_layer, "on_kernels", lambda x: True)
 
 
 def packed_of(make, count=K, **options):
@@ -926,7 +926,7 @@ def test_what_is_not_a_packed_network_is_refused():
 @pytest.mark.parametrize("way", ["eval", "train", "train as on kernels"])
 def test_a_fused_network_compiles_into_one_graph(way, monkeypatch):
     monkeypatch.setattr(
-        sys.modules["decompk.packed.fused_layer"], "_on_kernels", lambda x: way == "train as on kernels"
+        sys.modules["decompk.packed.fused_layer"], "on_kernels", lambda x: way == "train as on kernels"
     )
     torch._dynamo.reset()
     fused, x = fuse(packed_of(EarlierResidual, crops=CROPS)).train(way != "eval"), images(N, 3, 12, 12)

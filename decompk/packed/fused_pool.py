@@ -8,28 +8,38 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..kernels.backend import runs_triton
 from ..kernels.call import follows, settle, unwatched
-from .fused_layer import on_kernels, unchanged
+from ..kernels.problem import Pair
+from .fused_layer import unchanged
 
 
-def fused_pool(pool: nn.Module) -> type[torch.autograd.Function] | None:
-    """What computes `pool`, where there is something better than torch's own."""
-    if type(pool) is nn.AdaptiveAvgPool2d and pool.output_size in (1, (1, 1)):
-        return _Mean
-    if type(pool) is nn.MaxPool2d and pool.kernel_size in (1, (1, 1)) and pool.padding in (0, (0, 0)):
-        return None if pool.return_indices else _Subsample
-    return None
+def pools(module: nn.Module) -> bool:
+    """Whether there is something better than torch's own."""
+    if type(module) is nn.AdaptiveAvgPool2d:
+        return module.output_size in (1, (1, 1))
+    if type(module) is not nn.MaxPool2d or module.return_indices or module.ceil_mode:
+        return False
+    (kh, kw), dilation = _pair(module.kernel_size), _pair(module.dilation)
+    return kh * kw < 255 and dilation == (1, 1)
 
 
 def run_pool(x: Tensor, pool: nn.Module) -> Tensor:
     """`pool(x)`, x (K·N, C, H, W)."""
-    function = fused_pool(pool)
-    if function is None or not (unchanged(pool, type(pool)) and on_kernels(x) and x.dim() == 4 and unwatched(x)):
+    if not (unchanged(pool, type(pool)) and pools(pool) and x.dim() == 4 and unwatched(x) and runs_triton(x)):
         return pool(x)
-    if function is _Mean:
+    if isinstance(pool, nn.AdaptiveAvgPool2d):
         return _Mean.apply(x)
-    stride: Any = pool.stride
-    return _Subsample.apply(x, stride if isinstance(stride, tuple) else (stride, stride))
+    window = _pair(pool.kernel_size), _pair(pool.stride), _pair(pool.padding)
+    if not x.numel() or any(
+        n + 2 * p < k or k < 2 * p for n, k, p in zip(x.shape[2:], window[0], window[2], strict=True)
+    ):
+        return pool(x)  # torch says what is wrong
+    return _Subsample.apply(x, window[1]) if window[::2] == ((1, 1), (0, 0)) else _MaxPool.apply(settle(x), *window)
+
+
+def _pair(value: Any) -> Pair:
+    return tuple(value) if isinstance(value, tuple | list) else (value, value)
 
 
 class _Mean(torch.autograd.Function):
@@ -46,10 +56,10 @@ class _Mean(torch.autograd.Function):
 
 
 class _Subsample(torch.autograd.Function):
-    """A max-pool whose windows are single pixels, without the index of each, which takes 8 bytes."""
+    """A maximum of single pixels."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, stride: tuple[int, int]) -> Tensor:
+    def forward(ctx, x: Tensor, stride: Pair) -> Tensor:
         ctx.shape, ctx.stride = x.shape, stride
         return x[..., :: stride[0], :: stride[1]].contiguous(memory_format=torch.channels_last)
 
@@ -59,9 +69,31 @@ class _Subsample(torch.autograd.Function):
             dx = dy.new_zeros(ctx.shape)
             dx[..., :: ctx.stride[0], :: ctx.stride[1]] = dy
             return dx, None
-        dx = torch.empty(ctx.shape, dtype=dy.dtype, device=dy.device, memory_format=torch.channels_last)
-        _kernels().launch_spread(settle(dy), dx, ctx.stride)
-        return dx, None
+        return _kernels().launch_spread(settle(dy), ctx.shape, ctx.stride), None
+
+
+class _MaxPool(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, *window: Pair) -> Tensor:
+        y, place = _kernels().launch_max_pool(x, *window)
+        ctx.shape, ctx.window = x.shape, window
+        ctx.save_for_backward(place)
+        return y
+
+    @staticmethod
+    def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
+        (place,) = ctx.saved_tensors
+        if not (follows(dy) or not unwatched(dy, place)):
+            dx = _kernels().launch_max_unpool(settle(dy), settle(place), ctx.shape, *ctx.window)
+            return dx, None, None, None
+        kernel, stride, padding = ctx.window
+        rows, columns = (
+            torch.arange(n, device=dy.device) * s - p for n, s, p in zip(dy.shape[2:], stride, padding, strict=True)
+        )
+        row, column = place // kernel[1] + rows[:, None], place % kernel[1] + columns
+        like = dy.new_empty(ctx.shape)
+        around = *ctx.window, (1, 1), False, row * ctx.shape[3] + column
+        return torch.ops.aten.max_pool2d_with_indices_backward(dy, like, *around), None, None, None
 
 
 def _kernels() -> ModuleType:

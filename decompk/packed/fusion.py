@@ -21,7 +21,7 @@ from ..fx.wrapper import Shell
 from ..threads import Tracer, one_at_a_time
 from .conv import PackedConv2d
 from .fused_layer import affines, run_layer, run_shared_layer
-from .fused_pool import fused_pool, run_pool
+from .fused_pool import pools, run_pool
 from .norm import PackedBatchNorm2d
 from .per_member import PerMember
 from .twin import Twin
@@ -299,7 +299,7 @@ class Fusion:
             for node in reversed(chain.nodes):
                 graph.erase_node(node)
         for node, module in self._modules.items():
-            if _only_argument(node) and fused_pool(module):
+            if _only_argument(node) and pools(module):
                 with graph.inserting_before(node):
                     call = node.args[0], graph.get_attr(str(node.target))
                     node.replace_all_uses_with(graph.call_function(run_pool, call))

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..kernels.backend import runs_triton
+from ..kernels.call import unwatched
 from ..kernels.thresholds import linear_form
 from .twin import Twin
 
@@ -22,8 +24,35 @@ class PackedLinear(Twin, nn.Linear):
         if linear_form(rows, self.in_features, self.out_features, x.dtype, x.is_cuda) == "loop":
             return self._twin_each(F.linear, x, self.weight, self.bias)
         x, weight = x.reshape(self._twin_K, rows, self.in_features), self.weight.mT
+        if runs_triton(x) and unwatched(x, self.weight, self.bias):
+            device = x.device.type
+            x = x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
+            return _Linear.apply(x, self.weight, self.bias).view(*shape, self.out_features)
         y = torch.bmm(x, weight) if self.bias is None else torch.baddbmm(self.bias.unsqueeze(1), x, weight)
         return y.view(*shape, self.out_features)
+
+
+class _Linear(torch.autograd.Function):
+    """x (K, N, I), weight (K, O, I), bias (K, O) → (K, N, O), all in x's dtype; gradients lie as what they are of."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.cast = weight.to(x.dtype)
+        ctx.save_for_backward(x, weight, bias)
+        if bias is None:
+            return torch.bmm(x, ctx.cast.mT)
+        return torch.baddbmm(bias.unsqueeze(1).to(x.dtype), x, ctx.cast.mT)
+
+    @staticmethod
+    def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, bias = ctx.saved_tensors
+        needs = ctx.needs_input_grad
+        cast = weight.to(dy.dtype) if torch.is_grad_enabled() else ctx.cast
+        return (
+            torch.bmm(dy, cast) if needs[0] else None,
+            torch.bmm(dy.mT, x).to(weight.dtype) if needs[1] else None,
+            dy.sum(1, dtype=bias.dtype) if needs[2] else None,
+        )
 
 
 class PackedEmbedding(Twin, nn.Embedding):
