@@ -90,6 +90,21 @@ class Band(KernelForm):
     def shared_bytes(self, problem: Problem, config: Config) -> int:
         return band_geometry.shared_bytes(problem, config)
 
+    def step_bytes(self, problem: Problem, config: Config) -> int:
+        return band_geometry.stage_bytes(problem, config)
+
+    def thread_sums(self, problem: Problem, config: Config) -> int:
+        return band_geometry.thread_sums(problem, config)
+
+    def sum_bytes(self, problem: Problem, config: Config) -> int:
+        """The diagonals of the bands: a copy of the weights for each column of each split."""
+        weights = problem.K * problem.O * problem.taps * problem.C
+        return 4 * config.splits * bands(problem, config).columns * weights
+
+    def launches(self, problem: Problem, config: Config) -> int:
+        """Bands are expanded by a launch of their own; those of wgrad are folded, or added to zeros, and cast."""
+        return 3 if problem.kind == "wgrad" else 1 + bands(problem, config).expand
+
     def moments_pieces(self, problem: Problem, config: Config) -> int:
         """A piece for each column of pixels of each tile."""
         p = bands(problem, config)

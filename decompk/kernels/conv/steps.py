@@ -45,6 +45,13 @@ def moments_of(y: Tensor) -> Tensor:
     return torch.stack((count, mean, variance * count), 1).unsqueeze(1)
 
 
+def moments_passes(result: int, element_size: int) -> tuple[int, int]:
+    """Launches and bytes of `moments_of`, and of the copy into what it is wanted in, for a y of `result` bytes."""
+    if element_size == 4:
+        return 5, result
+    return 6, result + 2 * (4 * result // element_size)  # a float32 copy is written and read
+
+
 def _channels(t: Tensor) -> Tensor:
     """(K, C) against (K, N, C, H, W)."""
     return t[:, None, :, None, None]

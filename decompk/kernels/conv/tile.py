@@ -124,6 +124,15 @@ class Tile(KernelForm):
         reduced = config.block_in if problem.kind == "fprop" else config.block_out
         return _products(problem, config) * (tile * reduced + weights)
 
+    def step_bytes(self, problem: Problem, config: Config) -> int:
+        return _stage_bytes(problem, config)
+
+    def thread_sums(self, problem: Problem, config: Config) -> int:
+        sums = config.pixels * _free(problem, config)
+        if problem.kind == "wgrad":
+            sums = _shared_taps(problem) * config.block_in * config.block_out
+        return sums // (32 * config.warps)
+
     def shared_bytes(self, problem: Problem, config: Config) -> int:
         """An upper bound: the stages of the pipeline and the staged output."""
         out = config.pixels * _free(problem, config) * problem.element_size
