@@ -19,7 +19,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -162,7 +162,10 @@ def _choices(here: devices.Device, only: str) -> Iterator[tuple[str, Problem, Co
         for dtype in ("bfloat16", "tf32", "float32") if case.model == "resnet32" else ("bfloat16",):
             for layer in layers.layers(case, dtype):
                 for problem in layer.passes():
-                    found = [c.config for c in candidates(problem, here) if c.backend == "triton"][:1]
+                    # Where moments are wanted another config may be preferred.
+                    wanted = [problem, replace(problem, fused="moments")] if problem.kind == "fprop" else [problem]
+                    found = [next((c.config for c in candidates(p, here, "triton")), None) for p in wanted]
+                    found = list(dict.fromkeys(filter(None, found)))
                     tuned = tables.lookup(problem, here)
                     for config in found + ([tuned.config] if tuned and tuned.backend == "triton" else []):
                         yield f"{problem.kind} {dtype} {layer.name}", problem, config
