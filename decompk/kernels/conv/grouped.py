@@ -10,7 +10,7 @@ from ..layout import side_by_side
 from ..problem import Geometry, Problem
 from ..torch_limits import mixes_groups
 from .loop import Loop, convolution, gradients
-from .torch_form import TorchForm, bounds_ms, copied_ms
+from .torch_form import TorchForm, copied_ms, product_ms
 
 GROUPED_SLOWDOWN = 3.0  # of cuDNN's: a tile project's public figure, 19.7 against 6.6 µs
 
@@ -42,7 +42,7 @@ class Grouped(TorchForm):
         )
 
     def predicted(self, problem: Problem, device: Device) -> tuple[int, dict[str, float], str]:
-        spent = {"library": GROUPED_SLOWDOWN * bounds_ms(problem, device)}
+        spent = {"library": product_ms(problem, device, problem.kind == "wgrad", GROUPED_SLOWDOWN)}
         if problem.layout == "channel-grouped":
             return 1, spent, "one grouped call"
         spent["memory"] = copied_ms(2 * conv_bytes(problem), device)

@@ -9,7 +9,7 @@ from math import prod
 
 from torch import Tensor
 
-from ...cost.formulas import conv_bytes, conv_flops
+from ...cost.formulas import conv_bytes
 from ..device import Device
 from ..layout import cut
 from ..problem import PLAIN, Epilogue, Geometry, Offsets, Problem, Prologue, cdiv, power_of_two
@@ -116,16 +116,10 @@ def copied_ms(moved: float, device: Device) -> float:
     return moved / device.memory_gbps / 1e6
 
 
-def bounds_ms(problem: Problem, device: Device) -> float:
-    """Milliseconds of the compulsory bytes, or of the arithmetic where that is longer."""
-    computed = conv_flops(problem) / matrix_rate(problem, device) / 1e9
-    return max(copied_ms(conv_bytes(problem), device), computed)
-
-
-def product_ms(problem: Problem, device: Device, split: bool) -> float:
+def product_ms(problem: Problem, device: Device, split: bool, slowdown: float = CUDNN_SLOWDOWN) -> float:
     """Milliseconds of K matrix products of a library in one launch: tiles of a small output do not fill a GPU.
 
-    split: whether several CTAs share a sum where there are too few.
+    split: whether several CTAs share a sum where there are too few. slowdown: beside the model's own tiles.
     """
     p = problem
     y, x, taps = p.N * prod(p.out_size), p.N * p.H * p.W, p.C * p.taps
@@ -146,7 +140,7 @@ def product_ms(problem: Problem, device: Device, split: bool) -> float:
         flops=2 * products * prod(tile) * depth,
         tflops=matrix_rate(p, device),
     )
-    return CUDNN_SLOWDOWN * work.run(device)[0]
+    return slowdown * work.run(device)[0]
 
 
 def _fused_apart(problem: Problem) -> tuple[int, int]:
