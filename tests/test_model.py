@@ -8,12 +8,14 @@ from pathlib import Path
 from statistics import median
 
 import pytest
+import torch
 
 sys.path[:0] = [str(Path(__file__).parents[1] / "tools")]
 
 from layers import CASES, layers
 
 import decompk
+from decompk import ops
 from decompk.kernels import conv, resources, tables
 from decompk.kernels import device as devices
 from decompk.kernels.choose import candidates
@@ -22,6 +24,7 @@ from decompk.kernels.conv.model import LATENCY_MS, LAUNCH_MS, Work
 from decompk.kernels.conv.torch_form import product_ms
 from decompk.kernels.problem import Config, Problem, key_of
 from decompk.kernels.resources import Resources
+from decompk.ops import conv as conv_op
 
 A100, H100 = devices.KNOWN[80], devices.KNOWN[90]
 POINTWISE = Problem("fprop", "bfloat16", 4, 128, 16, 64, 35, 35, (1, 1)).one_image()
@@ -184,6 +187,15 @@ def test_what_is_fused_is_no_part_of_a_tables_key(monkeypatch, tmp_path):
     finally:
         tables.table.cache_clear()
     assert replace(SPATIAL, fused="moments").of("dgrad") == SPATIAL.of("dgrad")
+
+
+def test_the_choice_knows_which_moments_are_asked_for(monkeypatch):
+    fused, choose = [], conv_op.choose
+    monkeypatch.setattr(conv_op, "choose", lambda problem, *a: fused.append(problem.fused) or choose(problem, *a))
+    x, weight = torch.randn(2, 3, 6, 6, 8).movedim(-1, 2), torch.randn(2, 8, 8, 3, 3)
+    ops.conv2d_moments(x, weight)
+    ops.fused_conv2d(x, weight)
+    assert fused == ["moments", ""]
 
 
 def test_explain_prints_the_terms_of_every_prediction(capsys):

@@ -58,12 +58,12 @@ def keys_of(problem: Problem, config: Config) -> tuple[str, str]:
 
 @functools.lru_cache
 def table(arch: int) -> dict[str, dict[str, Resources]]:
-    """Config → layer → Resources, as compiled for sm_`arch`; empty where there is no table."""
+    """Config → layer → Resources, as compiled for sm_`arch`; empty where none is whole."""
     try:
         entries = json.loads(table_path(arch).read_text())["entries"]
-    except OSError:
+        return {config: {layer: Resources(*pair) for layer, pair in found.items()} for config, found in entries.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # without a table, forms estimate
         return {}
-    return {config: {layer: Resources(*pair) for layer, pair in found.items()} for config, found in entries.items()}
 
 
 @functools.lru_cache(maxsize=8192)
