@@ -58,8 +58,8 @@ def asked_by_operators(monkeypatch):
     """Receives (Problem, Choice) of every convolution that runs from now on."""
     found, chosen = [], conv_op.chosen
 
-    def seen(call, asked):
-        choice = chosen(call, asked)
+    def seen(call, asked, *fused):
+        choice = chosen(call, asked, *fused)
         found.append((call.problem, choice))
         return choice
 

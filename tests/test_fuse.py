@@ -925,9 +925,7 @@ def test_what_is_not_a_packed_network_is_refused():
 
 @pytest.mark.parametrize("way", ["eval", "train", "train as on kernels"])
 def test_a_fused_network_compiles_into_one_graph(way, monkeypatch):
-    monkeypatch.setattr(
-        sys.modules["decompk.packed.fused_layer"], "on_kernels", lambda x: way == "train as on kernels"
-    )
+    monkeypatch.setattr(sys.modules["decompk.packed.fused_layer"], "on_kernels", lambda x: way == "train as on kernels")
     torch._dynamo.reset()
     fused, x = fuse(packed_of(EarlierResidual, crops=CROPS)).train(way != "eval"), images(N, 3, 12, 12)
     eager, graphs = copy.deepcopy(fused), []

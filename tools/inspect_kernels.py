@@ -19,7 +19,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -42,12 +42,22 @@ from decompk.kernels.choose import candidates
 from decompk.kernels.conv.form import Choice
 from decompk.kernels.launch import Launch, recording
 from decompk.kernels.layout import strides_of
-from decompk.kernels.problem import Config, Epilogue, Offsets, Problem, Prologue
+from decompk.kernels.problem import (
+    PLAIN_GRADIENT,
+    Config,
+    Epilogue,
+    GradientEpilogue,
+    Offsets,
+    Problem,
+    Prologue,
+)
 
 # As PTX names them; the assembler has no other instruction for either.
 TENSOR_CORES, TENSOR_COPIES = r"(?:wgmma\.mma_async|mma\.sync|tcgen05\.mma)\.", r"cp\.async\.bulk\.tensor\."
 ROUNDING = r"cvt\.rna\.tf32\."
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+FLAGS = {"fprop": ("", "inference", "moments"), "dgrad": ("", "sums", "gated sums"), "wgrad": ("",)}
+FUSED = {"moments": "moments", "sums": "sums", "gated sums": "sums"}  # as Problem.fused
 DTYPES = {"tf32": torch.float32}
 
 
@@ -76,10 +86,12 @@ class Report:
 def launches(problem: Problem, config: Config, flags: str = "") -> list[Launch]:
     """What `config` launches for `problem`, recorded on tensors without memory.
 
-    `flags`: "inference" for every flag that inference may set, "moments" for those of training.
+    `flags`: "inference" for every flag that inference may set, "moments" and "sums" for those of training, where
+    weights are float32.
     """
     p = problem
     dtype = DTYPES.get(p.dtype) or getattr(torch, p.dtype)
+    held = torch.float32 if flags and flags != "inference" else dtype
     layout = "channel-grouped" if p.layout == "channel-grouped" else "member"
 
     def activation(channels: int, height: int, width: int) -> torch.Tensor:
@@ -89,7 +101,7 @@ def launches(problem: Problem, config: Config, flags: str = "") -> list[Launch]:
     with FakeTensorMode(), recording() as found:
         form = conv.named(config.form)
         offsets = Offsets((), torch.empty((p.K, 2), dtype=torch.int32)) if p.layout == "crops" else None
-        y, w = activation(p.O, *p.out_size), torch.empty((p.K, p.O, *p.kernel, p.C), dtype=dtype)
+        y, w = activation(p.O, *p.out_size), torch.empty((p.K, p.O, *p.kernel, p.C), dtype=held)
         x = activation(p.C, p.H, p.W) if offsets is None else torch.empty((1, p.N, 2 * p.H, 2 * p.W, p.C), dtype=dtype)
         if p.kind == "fprop":
             around = Epilogue(), None
@@ -101,7 +113,13 @@ def launches(problem: Problem, config: Config, flags: str = "") -> list[Launch]:
                 around = Epilogue(bias, moments=pieces), None
             form.fprop(p, config, x, w, y, *around, offsets)
         elif p.kind == "dgrad":
-            form.dgrad(p, config, y, w, x)
+            around = PLAIN_GRADIENT
+            if flags:
+                vectors = [torch.empty((p.K, p.C)) for _ in range(4)]
+                pieces = torch.empty((p.K, form.moments_pieces(p, config), 2, p.C))
+                others = (x, x, None) if flags == "gated sums" else (x, x, x)  # by what a ReLU let pass
+                around = GradientEpilogue(*others, *vectors, True, pieces)
+            form.dgrad(p, config, y, w, x, around)
         else:
             wgrad(Choice(form, config, 0.0, ""), p, y, x, w, offsets)
     return found
@@ -142,9 +160,12 @@ def shipped(arch: int, only: str = "") -> Iterator[Kernel]:
     seen = set()
     for label, problem, config in _choices(here, only):
         # One config's epilogue is alike in every layer, whatever its taps.
-        fused = problem.kind == "fprop" and (problem.dtype, config) not in seen
-        seen.add((problem.dtype, config))
-        for flags in ("", "inference", "moments") if fused else ("",):
+        fresh = (problem.kind, problem.dtype, config) not in seen
+        seen.add((problem.kind, problem.dtype, config))
+        form = conv.named(config.form)
+        for flags in FLAGS[problem.kind] if fresh else ("",):
+            if form.why_not(replace(problem, fused=FUSED.get(flags, "")), config, here):
+                continue
             for launch in launches(problem, config, flags):
                 if _key(launch) not in seen:
                     seen.add(_key(launch))
@@ -162,7 +183,11 @@ def _choices(here: devices.Device, only: str) -> Iterator[tuple[str, Problem, Co
         for dtype in ("bfloat16", "tf32", "float32") if case.model == "resnet32" else ("bfloat16",):
             for layer in layers.layers(case, dtype):
                 for problem in layer.passes():
-                    found = [c.config for c in candidates(problem, here) if c.backend == "triton"][:1]
+                    # Where moments or sums are wanted another config may be preferred.
+                    fused = {"fprop": "moments", "dgrad": "sums"}.get(problem.kind, "")
+                    wanted = dict.fromkeys((problem, replace(problem, fused=fused)))
+                    found = [next((c.config for c in candidates(p, here, "triton")), None) for p in wanted]
+                    found = list(dict.fromkeys(filter(None, found)))
                     tuned = tables.lookup(problem, here)
                     for config in found + ([tuned.config] if tuned and tuned.backend == "triton" else []):
                         yield f"{problem.kind} {dtype} {layer.name}", problem, config

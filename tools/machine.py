@@ -27,7 +27,7 @@ from timing import precision
 
 from decompk.kernels import device as devices
 from decompk.kernels import extension, tables
-from decompk.kernels.conv.form import LAUNCH_MS
+from decompk.kernels.conv.model import LAUNCH_MS
 from decompk.report.info import info
 
 ROOT = Path(__file__).parents[1]

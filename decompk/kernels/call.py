@@ -112,7 +112,7 @@ class Call:
 
     problem: what `choose` is asked for; the pixels of a pointwise one are one image there where no gaps part them.
     as_given: the same with the images as they are. settled: whether the activations may be read as they lie; else they
-    are copied by `settle` first. choices: who runs it, by backend asked for and determinism.
+    are copied by `settle` first. choices: who runs it, by backend asked for, determinism and what is fused.
     """
 
     def __init__(
@@ -132,7 +132,7 @@ class Call:
         self.ends, self.settled, self.offsets = ends, settled, offsets
         self.shape, self.strides = result
         self.dtype, self.device = ends.weight[3] if problem.kind == "wgrad" else ends.x[3], ends.x[4]
-        self.choices: dict[tuple[str | None, bool], Choice] = {}
+        self.choices: dict[tuple[str | None, bool, str], Choice] = {}
         self._pieces: dict[Any, int] = {}
         K, O, C, *kernel = ends.weight[0]
         given = torch.empty_strided(*ends.weight[:2], device="meta").movedim(2, -1)

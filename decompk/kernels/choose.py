@@ -74,7 +74,7 @@ def _ranked(problem: Problem, device: Device, forms: Iterable[Form[Any]]) -> lis
         for config in dict.fromkeys(form.configs(problem)):
             if form.why_not(problem, config, device) is None:
                 predicted = form.predict(problem, config, device)
-                found.append(Choice(form, config, predicted.ms, predicted.reason, predicted.cost))
+                found.append(Choice(form, config, predicted.ms, predicted.reason, predicted.cost, predicted.terms))
     return sorted((one for one in found if one.ms < math.inf), key=lambda choice: choice.ms)
 
 

@@ -26,7 +26,8 @@ class Problem:
     side by side in the channels of one NHWC image), "crops" (members read windows of one shared NHWC image; H, W are
     the crop's), "strided" (anything else whose channels are contiguous). `aligned`: every base address, and every
     stride but the channels', is a multiple of 16 bytes, as tensor descriptors need. `deterministic`: sums must not
-    depend on the order in which programs run.
+    depend on the order in which programs run. `fused`: what the caller wants summed up of the result while it is
+    written, "moments" of y (fprop), or "sums" of dx and dx · x̂ for a batch norm (dgrad); it decides the price alone.
     """
 
     kind: str
@@ -44,6 +45,7 @@ class Problem:
     layout: str = "member"
     aligned: bool = True
     deterministic: bool = False
+    fused: str = ""
 
     @functools.cached_property
     def out_size(self) -> tuple[int, int]:
@@ -77,12 +79,12 @@ class Problem:
         return replace(self, N=1, H=pixels // width, W=width)
 
     def of(self, kind: str) -> Problem:
-        """The same convolution in another pass."""
-        return replace(self, kind=kind)
+        """The same convolution in another pass, with nothing fused."""
+        return replace(self, kind=kind, fused="")
 
 
 def key_of(problem: Problem) -> str:
-    """A Problem as the name of a table's entry."""
+    """A Problem as the name of a table's entry, whatever is fused."""
     p = problem
     pairs = "_".join(f"{name}{a}x{b}" for name, (a, b) in zip("ksp", (p.kernel, p.stride, p.padding), strict=True))
     flags = ("" if p.aligned else "_unaligned") + ("_deterministic" if p.deterministic else "")

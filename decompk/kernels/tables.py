@@ -38,7 +38,8 @@ def lookup(problem: Problem, device: Device) -> Choice | None:
         choice = choice_of(table(device)[key_of(problem)])
         if choice.form.missing() or choice.form.why_not(problem, choice.config, device):
             return None
-        return replace(choice, cost=choice.form.predict(problem, choice.config, device).cost)
+        predicted = choice.form.predict(problem, choice.config, device)
+        return replace(choice, cost=predicted.cost, terms=predicted.terms)
     except (BackendError, KeyError, TypeError, ValueError, AttributeError):  # none, or none of this version
         return None
 

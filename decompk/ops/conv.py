@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from math import prod
 from typing import Any
 
@@ -183,13 +184,16 @@ def _of_gradient(kind: Callable[[Call, Tensor], Call], call: Call, dy: Tensor) -
     return kind(call, dy), dy
 
 
-def chosen(call: Call, asked: str | None) -> Choice:
-    """Who runs `call` where backend `asked` is asked for; chosen, perhaps measured, when it first runs."""
-    key = asked, torch._C._get_deterministic_algorithms()
+def chosen(call: Call, asked: str | None, fused: str = "") -> Choice:
+    """Who runs `call` where backend `asked` is asked for; chosen, perhaps measured, when it first runs.
+
+    fused: as Problem.fused.
+    """
+    key = asked, torch._C._get_deterministic_algorithms(), fused
     choice = call.choices.get(key)
     if choice is None:
         with resumed(asked or ANY):
-            choice = call.choices[key] = choose(call.problem, call.device)
+            choice = call.choices[key] = choose(replace(call.problem, fused=fused), call.device)
     return choice
 
 

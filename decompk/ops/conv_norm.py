@@ -95,7 +95,7 @@ class _ConvNorm(torch.autograd.Function):
         below: Any,
     ) -> tuple[Tensor, Tensor | None]:
         asked = forced.get()
-        y, moments = _convolved(call, chosen(call, asked), x, weight, with_bias(bias))
+        y, moments = _convolved(call, chosen(call, asked, "moments"), x, weight, with_bias(bias))
         members, moved = _members(y, weight), (norm.running_mean, norm.running_var, norm.counter)
         mean, rstd = moments.new_empty((2, *weight.shape[:2]))
         kernels().launch_finalise(moments, *moved[:2], norm.momentum, norm.eps, (mean, rstd), norm.counter)
@@ -176,12 +176,15 @@ def _backward(ctx: Any, dz: Tensor, other: Tensor | None, above: _Above | None) 
 def _input_gradient(ctx: Any, call: Call, dy: Tensor, weight: Tensor, other: Tensor | None) -> Tensor:
     """dx + other; where x came out of another of these layers, past its ReLU, its norm's sums left there."""
     dgrad = dgrad_call(call, dy)
-    choice, below = chosen(dgrad, ctx.asked), ctx.below
+    below = ctx.below
+    if below is not None and not torch._C._will_engine_execute_node(below):
+        below = None
+    choice = chosen(dgrad, ctx.asked, "" if below is None else "sums")
     if not choice.form.gradient_epilogue:
         dx = dgrad.dgrad(choice, dy, weight)
         return dx if other is None else dx.add_(other)
     epilogue, sums = PLAIN_GRADIENT if other is None else GradientEpilogue(settle(other)), None
-    if below is not None and torch._C._will_engine_execute_node(below):
+    if below is not None:
         _, _, raw, gamma, beta, mean, rstd, joined = below.saved_tensors
         if all(t is None or (t.stride() == dgrad.strides and t.dtype == dy.dtype) for t in (raw, joined)):
             pieces = (len(weight), dgrad.moments_pieces(choice), 2, weight.shape[2])

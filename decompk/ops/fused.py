@@ -136,7 +136,7 @@ def fused_now(
     vectors = (None if t is None else t.contiguous() for t in (epilogue.bias, epilogue.scale, epilogue.shift))
     if prologue is not None:
         prologue = Prologue(prologue.scale.contiguous(), prologue.shift.contiguous(), prologue.relu)
-    choice = chosen(call, forced.get())
+    choice = chosen(call, forced.get(), "moments" if moments else "")
     pieces = None
     if moments:
         pieces = x.new_empty((K, call.moments_pieces(choice), 3, O), dtype=statistics_dtype(x))

@@ -28,8 +28,9 @@ def explain(what: Problem | nn.Module, x: Tensor | None = None) -> None:
     """Print who runs a Problem, or each convolution of a packed module on input x, on this machine.
 
     A Problem: every legal choice, predicted fastest first, with its config, predicted or measured time, compulsory
-    bytes and those re-read through L2, useful and executed FLOPs, and what binds it. A module: one row a convolution
-    and pass. Nothing is computed: shapes alone are followed. x may be left out where the module knows its images' size
+    bytes and those re-read through L2, useful and executed FLOPs, what binds it, and the microseconds of its launches
+    and of each bound alone; Problem.fused says what is summed up beside it. A module: one row a convolution and pass.
+    Nothing is computed: shapes alone are followed. x may be left out where the module knows its images' size
     (`grouped_subnets`, once its crops are laid): it is a batch of 16 then. Without a GPU the choices of an H100 are
     shown beside this machine's, unless a backend is asked for. Layers that run in turn on torch's own have no row.
     Raises DecompkError.
@@ -47,18 +48,24 @@ def _of_problem(problem: Problem, device: torch.device) -> Table:
     choice = choose(problem, device, measure=False)
     legal, where = _legal(problem, device)
     others = [c for c in legal if (c.form, c.config) != (choice.form, choice.config)]
-    columns = [Column(h) for h in ("choice", "config", "predicted\nms", "L2\nMB", "executed\nGFLOP", "why")]
+    terms = list(dict.fromkeys(name for c in [choice, *others] for name, _ in c.terms))
+    headers = ("choice", "config", "predicted\nms", "L2\nMB", "executed\nGFLOP", *(f"{t}\nµs" for t in terms), "why")
+    columns = [Column(h) for h in headers]
     rows = [
         (
             *_who(c),
             f"{c.cost.l2_bytes / 1e6:.1f}" if c.cost else "",
             f"{c.cost.executed_flops / 1e9:.2f}" if c.cost else "",
+            *(f"{1e3 * ms:.1f}" if (ms := dict(c.terms).get(t)) else "" for t in terms),
             c.reason,
         )
         for c in [choice, *others]
     ]
     work = f"{conv_bytes(problem) / 1e6:.1f} MB, {conv_flops(problem) / 1e9:.2f} GFLOP" if legal else "no kernel for it"
-    return Table(f"{key_of(problem)}: {work}; first the choice here, then what is legal on {where}", columns, rows)
+    fused = f" with {problem.fused}" if problem.fused else ""
+    return Table(
+        f"{key_of(problem)}{fused}: {work}; first the choice here, then what is legal on {where}", columns, rows
+    )
 
 
 def _legal(problem: Problem, device: torch.device) -> tuple[list[Choice], str]:

@@ -101,6 +101,21 @@ class Band(KernelForm):
     def shared_bytes(self, problem: Problem, config: Config) -> int:
         return band_geometry.shared_bytes(problem, config)
 
+    def step_bytes(self, problem: Problem, config: Config) -> int:
+        return band_geometry.stage_bytes(problem, config)
+
+    def thread_sums(self, problem: Problem, config: Config) -> int:
+        return band_geometry.thread_sums(problem, config)
+
+    def sum_bytes(self, problem: Problem, config: Config) -> int:
+        """The diagonals of the bands: a copy of the weights for each column of each split."""
+        weights = problem.K * problem.O * problem.taps * problem.C
+        return 4 * config.splits * bands(problem, config).columns * weights
+
+    def launches(self, problem: Problem, config: Config) -> int:
+        """Bands are expanded by a launch of their own; those of wgrad are folded, unless they are added up at once."""
+        return 1 + (not config.atomic if problem.kind == "wgrad" else bands(problem, config).expand)
+
     def moments_pieces(self, problem: Problem, config: Config) -> int:
         """A piece for each tile, or each column of its pixels."""
         p = bands(problem, config)

@@ -199,10 +199,24 @@ def programs(problem: Problem, config: Config) -> int:
 def thread_values(problem: Problem, config: Config) -> int:
     """Values that a thread adds up or loads in one step."""
     p = bands(problem, config)
-    sums = p.product_rows * p.run * p.stack
-    if problem.kind == "wgrad":
-        sums = row_groups(p, config)[0] * p.block_read * p.run
-    return (sums + _stage_bytes(p, config) // problem.element_size) // (32 * config.warps)
+    return (_sums(p, config) + _stage_bytes(p, config) // problem.element_size) // (32 * config.warps)
+
+
+def thread_sums(problem: Problem, config: Config) -> int:
+    """Values that a thread adds up."""
+    return _sums(bands(problem, config), config) // (32 * config.warps)
+
+
+def _sums(p: Bands, config: Config) -> int:
+    """Values that a program adds up."""
+    if p.problem.kind == "wgrad":
+        return row_groups(p, config)[0] * p.block_read * p.run
+    return p.product_rows * p.run * p.stack
+
+
+def stage_bytes(problem: Problem, config: Config) -> int:
+    """What a program loads in one step of its loop, weights included."""
+    return _stage_bytes(bands(problem, config), config)
 
 
 def _stage_bytes(p: Bands, config: Config) -> int:

@@ -185,7 +185,7 @@ def conv_band(
         acc = tl.maximum(acc, 0.0, propagate_nan=tl.PropagateNan.ALL)
     if DGRAD:
         acc = gradient(
-            acc, address, live, free, full, piece * (2 * F) + of_channel, kept, F,
+            acc, 0, address, live, free, full, piece * (2 * F) + of_channel, kept, F,
             added, raw, joined, mean, rstd, gamma, beta, sums, GATED, FOLD, Y.dtype if STORE else Y.dtype.element_ty,
         )  # fmt: skip
     if STORE:

@@ -7,10 +7,9 @@ them. A new form is one file with a class, and one line in `kernels.conv.FORMS`.
 from __future__ import annotations
 
 import functools
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Protocol, TypeVar
 
 from torch import Tensor
@@ -19,9 +18,12 @@ from ...cost.formulas import OpCost, conv_bytes, conv_flops
 from .. import device as devices
 from ..device import Device
 from ..launch import GRID_LIMIT
-from ..problem import PLAIN, PLAIN_GRADIENT, Config, Epilogue, GradientEpilogue, Offsets, Problem, Prologue
+from ..problem import PLAIN, PLAIN_GRADIENT, Config, Epilogue, GradientEpilogue, Offsets, Problem, Prologue, cdiv
+from ..resources import MOST, Resources, compiled
+from .model import LATENCY_MS, LAUNCH_MS, Work
 
 C = TypeVar("C", bound="Config | None")
+Terms = tuple[tuple[str, float], ...]  # what a prediction is made of, and its milliseconds
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,7 @@ class Prediction:
     ms: float
     reason: str
     cost: OpCost | None = None
+    terms: Terms = ()
 
 
 class Form(Protocol[C]):
@@ -112,6 +115,7 @@ class Choice:
     ms: float
     reason: str
     cost: OpCost | None = None
+    terms: Terms = ()
 
     @property
     def backend(self) -> str:
@@ -123,14 +127,25 @@ class Choice:
         return self.form.sums(self.config)
 
 
-# The model of a GPU until it is tuned: nothing of it is measured.
-LAUNCH_MS = 0.003
 RATES = {"float32": 0.06, "tf32": 0.5}  # of the dense 16-bit rate: exact float32 has no tensor cores
 
 
 def matrix_rate(problem: Problem, device: Device) -> float:
     """TFLOP/s of matrix products in the problem's dtype."""
     return device.tensor_tflops * RATES.get(problem.dtype, 1)
+
+
+PIECES = 512  # that the kernel which merges moments reads at once
+# Found by compiling for sm_90. Instructions of a warp for moments: so many, and for each sum of a thread; registers of
+# a thread where no table has the kernel: so many, for each sum, and for each sum whose moments are taken.
+MOMENTS, MOMENTS_A_SUM = 150, 17
+BASE, A_SUM, A_FUSED_SUM = 40, 1.2, 1.0
+
+
+def merge_ms(problem: Problem, pieces: int, device: Device) -> float:
+    """Milliseconds to write pieces of what is fused and to read them again; the launch that does it runs anyway."""
+    values = problem.K * (3 * problem.O if problem.kind == "fprop" else 2 * problem.C)
+    return 8 * pieces * values / device.l2_gbps / 1e6 + (cdiv(pieces, PIECES) - 1) * LATENCY_MS
 
 
 class _Listed:
@@ -207,18 +222,54 @@ class KernelForm(_Listed, ABC):
         """What programs load."""
 
     @abstractmethod
+    def step_bytes(self, problem: Problem, config: Config) -> int:
+        """What a program loads in one step of its loop."""
+
+    @abstractmethod
     def shared_bytes(self, problem: Problem, config: Config) -> int:
         """An upper bound of a program's shared memory."""
+
+    @abstractmethod
+    def thread_sums(self, problem: Problem, config: Config) -> int:
+        """Values that a thread adds up."""
 
     def thread_values(self, problem: Problem, config: Config) -> int:
         """Values that a thread adds up or loads in one step, where `thread_bytes` limits them."""
         raise NotImplementedError
+
+    def thread_limit(self, problem: Problem, capability: int) -> int | None:
+        """Bytes of `thread_values`; None where nothing spills."""
+        return self.thread_bytes.get(capability)
 
     @abstractmethod
     def moments_pieces(self, problem: Problem, config: Config) -> int: ...
 
     def sums(self, config: Config) -> int:
         return 1 if config.atomic else config.splits
+
+    def sum_bytes(self, problem: Problem, config: Config) -> int:
+        """float32 sums that all programs of wgrad store, or add to others'."""
+        return 4 * 32 * config.warps * self.thread_sums(problem, config) * self.programs(problem, config)
+
+    def launches(self, problem: Problem, config: Config) -> int:
+        """Of a pass in training: wgrad's splits are summed up, unless they are added to what another launch cleared."""
+        return 1 + (problem.kind == "wgrad" and self.sums(config) > 1)
+
+    def resources(self, problem: Problem, config: Config, device: Device) -> Resources:
+        """Of a CTA: as compiled where a table has it, else by a rule of thumb."""
+        if found := compiled(problem, config, device.capability):
+            return found
+        sums = self.thread_sums(problem, config)
+        if problem.fused:
+            plain = self.resources(replace(problem, fused=""), config, device)
+            return Resources(min(MOST, plain.registers + int(A_FUSED_SUM * sums)), plain.shared)
+        loaded = self.l2_bytes(problem, config) // self.programs(problem, config)  # no more is kept of one program
+        shared = max(loaded, 32 * config.warps * sums * problem.element_size)  # nor of what it writes
+        return Resources(min(MOST, BASE + int(A_SUM * sums)), min(shared, self.shared_bytes(problem, config)))
+
+    def ctas(self, problem: Problem, config: Config, device: Device) -> int:
+        """That a multiprocessor holds at once."""
+        return self.resources(problem, config, device).ctas(config.warps, device)
 
     def powers(self, config: Config) -> tuple[int, ...]:
         """What of a config has to be powers of two."""
@@ -242,7 +293,7 @@ class KernelForm(_Listed, ABC):
             return reason
         if self.wants_copy_engine and problem.element_size == 4 and not device.descriptors:
             return "without a copy engine the addresses of 4-byte tiles spill"
-        limit = self.thread_bytes.get(max(c for c in devices.KNOWN if c <= max(80, device.capability)))
+        limit = self.thread_limit(problem, max(c for c in devices.KNOWN if c <= max(80, device.capability)))
         if limit and self.thread_values(problem, config) * problem.element_size > limit:
             return f"more than {limit} bytes of sums and operands a thread spill on sm_{device.capability}"
         if self.programs(problem, config) > GRID_LIMIT:
@@ -253,16 +304,32 @@ class KernelForm(_Listed, ABC):
         return None
 
     def predict(self, problem: Problem, config: Config, device: Device) -> Prediction:
-        """Device memory, L2 or arithmetic, the last wave of programs filled up."""
-        useful = conv_bytes(problem), conv_flops(problem)
-        cost = OpCost(*useful, self.executed_flops(problem, config), self.l2_bytes(problem, config))
-        rate = matrix_rate(problem, device) * self.rate(problem, config, device)
-        bounds = {
-            "device memory": cost.compulsory_bytes / device.memory_gbps / 1e6,
-            "L2": cost.l2_bytes / device.l2_gbps / 1e6 * self.l2_slowdown,
-            "arithmetic": cost.executed_flops / rate / 1e9,
-        }
+        """The launches, the waves of the one that multiplies matrices, and what is fused into it."""
+        executed, loaded = self.executed_flops(problem, config), self.l2_bytes(problem, config)
+        memory, instructions, merged = conv_bytes(problem), 0.0, 0.0
+        if problem.fused:
+            sums = self.thread_sums(problem, config)
+            instructions = (MOMENTS + MOMENTS_A_SUM * sums) * config.warps
+            pieces = self.moments_pieces(problem, config)
+            merged = merge_ms(problem, pieces, device)
+            if problem.fused == "sums":  # x̂ is read beside dx
+                memory += problem.K * problem.N * problem.C * problem.H * problem.W * problem.element_size
+        work = Work(
+            programs=self.programs(problem, config),
+            ctas=self.ctas(problem, config, device),
+            memory_bytes=memory,
+            l2_bytes=loaded * self.l2_slowdown,
+            step_bytes=self.step_bytes(problem, config) * max(1, config.stages - 1),
+            flops=executed,
+            tflops=matrix_rate(problem, device) * self.rate(problem, config, device),
+            sum_bytes=self.sum_bytes(problem, config) if problem.kind == "wgrad" else 0,
+            instructions=instructions,
+        )
+        ms, bounds = work.run(device)
         binding = max(bounds, key=bounds.__getitem__)
-        waves = self.programs(problem, config) / device.processors
-        ms = LAUNCH_MS + bounds[binding] * math.ceil(waves) / waves
-        return Prediction(ms, f"bound by {binding}, {waves:.1f} waves", cost)
+        launched = LAUNCH_MS * self.launches(problem, config)
+        bounds["moments"] += merged
+        waves = f"{work.waves(device):.3g} waves × {work.ctas} CTAs"
+        terms = (("launches", launched), *((name, spent) for name, spent in bounds.items() if spent))
+        cost = OpCost(conv_bytes(problem), conv_flops(problem), executed, loaded)
+        return Prediction(launched + ms + merged, f"bound by {binding}, {waves}", cost, terms)

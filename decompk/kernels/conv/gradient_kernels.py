@@ -6,23 +6,23 @@ import triton.language as tl
 
 @triton.jit
 def gradient(
-    acc, at, live, channel, exists, record, kept, CHANNELS, added, raw, joined, mean, rstd, gamma, beta, sums,
+    acc, start, at, live, channel, exists, record, kept, CHANNELS, added, raw, joined, mean, rstd, gamma, beta, sums,
     RELU: tl.constexpr, FOLD: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """`GradientEpilogue` of acc (pixels, columns) at the offsets `at`, which are there where `live`.
+    """`GradientEpilogue` of acc (pixels, columns) at the offsets start + at, which are there where `live`.
 
     channel: where each column's vectors are, if it `exists`. FOLD columns of one channel are added up. record: where
     Σg of what is left goes if it is `kept`, and CHANNELS behind it Σg·x̂.
     """
     if added is not None:
-        acc += tl.load(added + at, live, 0.0).to(tl.float32)
+        acc += tl.load(added + start + at, live, 0.0).to(tl.float32)
     if raw is not None:
         center = tl.load(mean + channel, exists, 0.0)
         scale = tl.load(rstd + channel, exists, 0.0)
-        away = tl.load(raw + at, live, 0.0).to(tl.float32) - center[None, :]
+        away = tl.load(raw + start + at, live, 0.0).to(tl.float32) - center[None, :]
         g = acc.to(DTYPE).to(tl.float32)  # the sums are those of what is stored
         if joined is not None:
-            g = tl.where(tl.load(joined + at, live, 0.0).to(tl.float32) <= 0.0, 0.0, g)
+            g = tl.where(tl.load(joined + start + at, live, 0.0).to(tl.float32) <= 0.0, 0.0, g)
         elif RELU:
             slope = scale
             if gamma is not None:

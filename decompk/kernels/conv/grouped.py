@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from ...cost.formulas import conv_bytes
+from ..device import Device
 from ..layout import side_by_side
 from ..problem import Geometry, Problem
 from ..torch_limits import mixes_groups
-from .form import LAUNCH_MS
 from .loop import Loop, convolution, gradients
-from .torch_form import TorchForm
+from .torch_form import TorchForm, copied_ms, product_ms
 
 GROUPED_SLOWDOWN = 3.0  # of cuDNN's: a tile project's public figure, 19.7 against 6.6 µs
 
@@ -40,7 +41,9 @@ class Grouped(TorchForm):
             None if dw is None else dw.view(weight.shape),
         )
 
-    def predicted(self, problem: Problem, moved: float, computed: float) -> tuple[float, str]:
-        lies_so = problem.layout == "channel-grouped"
-        ms = LAUNCH_MS + GROUPED_SLOWDOWN * max(moved, computed) + (0 if lies_so else 2 * moved)
-        return ms, "one grouped call" + ("" if lies_so else ", copied to channel groups and back")
+    def predicted(self, problem: Problem, device: Device) -> tuple[int, dict[str, float], str]:
+        spent = {"library": product_ms(problem, device, problem.kind == "wgrad", GROUPED_SLOWDOWN)}
+        if problem.layout == "channel-grouped":
+            return 1, spent, "one grouped call"
+        spent["memory"] = copied_ms(2 * conv_bytes(problem), device)
+        return 3, spent, "one grouped call, copied to channel groups and back"

@@ -108,7 +108,10 @@ class Halo(KernelForm):
 
     def thread_values(self, problem: Problem, config: Config) -> int:
         """Values that a thread adds up or loads in one step."""
-        return ROWS * LANES * min(_free(problem, config), WARP_CHANNELS) // 32 + 24
+        return self.thread_sums(problem, config) + 24
+
+    def thread_sums(self, problem: Problem, config: Config) -> int:
+        return ROWS * LANES * min(_free(problem, config), WARP_CHANNELS) // 32
 
     def executed_flops(self, problem: Problem, config: Config) -> int:
         """What the matrix products compute, padding of tiles and blocks included."""
@@ -118,6 +121,15 @@ class Halo(KernelForm):
         """What tiles load: their input with its halo, once. Weights stay with a CTA, and few CTAs are resident."""
         reduced = problem.C if problem.kind == "fprop" else problem.O
         return self.programs(problem, config) * _loaded_pixels(problem, config) * reduced * problem.element_size
+
+    def step_bytes(self, problem: Problem, config: Config) -> int:
+        """A tile's input: the next tile's is loaded while it is multiplied."""
+        reduced = problem.C if problem.kind == "fprop" else problem.O
+        return _loaded_pixels(problem, config) * reduced * problem.element_size
+
+    def launches(self, problem: Problem, config: Config) -> int:
+        """In dgrad the weights are flipped first, and copied."""
+        return 3 if problem.kind == "dgrad" else 1
 
     def shared_bytes(self, problem: Problem, config: Config) -> int:
         """An upper bound: the stages, the weights, the staged output and the moments of the warps."""

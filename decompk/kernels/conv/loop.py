@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
+from ..device import Device
 from ..problem import Geometry, Problem
 from ..torch_limits import as_torch_can, overruns
-from .form import LAUNCH_MS
-from .torch_form import CUDNN_SLOWDOWN, TorchForm
+from .torch_form import TorchForm, copied_ms, product_ms, result_bytes
 
 
 class Loop(TorchForm):
@@ -31,9 +33,10 @@ class Loop(TorchForm):
         dx, dw = zip(*members, strict=True)
         return (torch.cat(dx).view(x.shape) if wanted[0] else None), (torch.stack(dw) if wanted[1] else None)
 
-    def predicted(self, problem: Problem, moved: float, computed: float) -> tuple[float, str]:
-        ms = problem.K * LAUNCH_MS + CUDNN_SLOWDOWN * max(moved, computed) + moved
-        return ms, f"{problem.K} launches, then side by side in memory"
+    def predicted(self, problem: Problem, device: Device) -> tuple[int, dict[str, float], str]:
+        one = product_ms(replace(problem, K=1), device, split=problem.kind == "wgrad")
+        spent = {"library": problem.K * one, "memory": copied_ms(2 * result_bytes(problem), device)}
+        return problem.K + 1, spent, f"{problem.K} launches, then side by side in memory"
 
 
 def convolution(

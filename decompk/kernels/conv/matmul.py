@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from math import prod
+
 import torch
 from torch import Tensor
 
 from ..device import Device
 from ..problem import Geometry, Pair, Problem
-from .form import LAUNCH_MS
-from .torch_form import CUDNN_SLOWDOWN, TorchForm
+from .torch_form import TorchForm, copied_ms, product_ms, result_bytes
 
 
 class Matmul(TorchForm):
@@ -43,8 +44,15 @@ class Matmul(TorchForm):
             dw = torch.bmm(flat.mT, _rows(x, stride)[0]).view(weight.shape)
         return dx, dw
 
-    def predicted(self, problem: Problem, moved: float, computed: float) -> tuple[float, str]:
-        return LAUNCH_MS + CUDNN_SLOWDOWN * max(moved, computed), "one batched product"
+    def predicted(self, problem: Problem, device: Device) -> tuple[int, dict[str, float], str]:
+        p = problem
+        spent = {"library": product_ms(p, device, split=False)}
+        if p.stride == (1, 1):
+            return 1, spent, "one batched product"
+        # What is read of x is copied together; in dgrad it is written between zeros.
+        read = p.K * p.N * prod(p.out_size) * p.C * p.element_size
+        spent["memory"] = copied_ms(2 * read + (result_bytes(p) if p.kind == "dgrad" else 0), device)
+        return 3 if p.kind == "dgrad" else 2, spent, "one batched product, its pixels copied"
 
 
 def _rows(x: Tensor, stride: Pair) -> tuple[Tensor, tuple[int, ...]]:

@@ -89,6 +89,16 @@ class Pointer(KernelForm):
         other = config.pixels if problem.kind == "wgrad" else reduced
         return _products(problem, config) * (config.pixels * reduced + other * free) * problem.element_size
 
+    def step_bytes(self, problem: Problem, config: Config) -> int:
+        """Both operands of one product."""
+        pixels, a, b = config.pixels, config.block_in, config.block_out
+        other = {"fprop": a * b + pixels * a, "dgrad": a * b + pixels * b, "wgrad": pixels * (a + b)}
+        return other[problem.kind] * problem.element_size
+
+    def thread_sums(self, problem: Problem, config: Config) -> int:
+        pixels, a, b = config.pixels, config.block_in, config.block_out
+        return {"fprop": pixels * b, "dgrad": pixels * a, "wgrad": a * b}[problem.kind] // (32 * config.warps)
+
     def shared_bytes(self, problem: Problem, config: Config) -> int:
         """An upper bound: the operands of each stage and a staged result."""
         pixels, a, b = config.pixels, config.block_in, config.block_out

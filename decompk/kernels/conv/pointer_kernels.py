@@ -107,7 +107,7 @@ def conv_pointer(
     at = k.to(tl.int64) * yk + (n * yn + h * yh + w * yw)[:, None] + f[None, :]
     if BACKWARD:
         acc = gradient(
-            acc, at, mask, k * F + f, f < F, tile.to(tl.int64) * (2 * F) + f, f < F, F,
+            acc, 0, at, mask, k * F + f, f < F, tile.to(tl.int64) * (2 * F) + f, f < F, F,
             added, raw, joined, mean, rstd, gamma, beta, sums, GATED, 1, y.dtype.element_ty,
         )  # fmt: skip
     tl.store(y + at, acc.to(y.dtype.element_ty), mask)

@@ -78,7 +78,10 @@ class Tile(KernelForm):
             return "a descriptor's block has at most 256 values a dimension"
         if min(config.block_in, config.block_out, config.pixels) < 16:
             return "blocks below 16 have no matrix product"
+        if problem.kind == "dgrad" and config.tile[0] * problem.H * problem.W * problem.C * max(1, problem.K) >= 2**31:
+            return "a tile's images are 2³¹ values or more"
         sums = SUMS if size == 2 else SUMS // 2
+        sums = sums // 2 if problem.fused == "sums" else sums  # beside them lies what they are taken with
         if config.pixels * _free(problem, config) > sums * 32 * config.warps:
             return f"more than {sums} sums a thread leave no registers for what is fused"
         return None
@@ -120,7 +123,12 @@ class Tile(KernelForm):
         if problem.kind == "wgrad":
             return (taps * a * b + pixels * (taps * a + b)) // (32 * config.warps)
         reduced, free = (a, b) if problem.kind == "fprop" else (b, a)
-        return (pixels * free + pixels * reduced + a * b) // (32 * config.warps)
+        weights = a * b * (2 if problem.fused and problem.element_size == 2 else 1)  # float32 in training
+        return (pixels * free + pixels * reduced + weights) // (32 * config.warps)
+
+    def thread_limit(self, problem: Problem, capability: int) -> int | None:
+        limit = self.thread_bytes.get(capability)
+        return limit and limit - (32 if problem.fused else 0)
 
     def executed_flops(self, problem: Problem, config: Config) -> int:
         """What the matrix products compute, padding of tiles and blocks included."""
@@ -134,6 +142,15 @@ class Tile(KernelForm):
             return _products(problem, config) * tile * (config.block_in + config.block_out // _shared_taps(problem))
         reduced = config.block_in if problem.kind == "fprop" else config.block_out
         return _products(problem, config) * (tile * reduced + weights)
+
+    def step_bytes(self, problem: Problem, config: Config) -> int:
+        return _stage_bytes(problem, config)
+
+    def thread_sums(self, problem: Problem, config: Config) -> int:
+        sums = config.pixels * _free(problem, config)
+        if problem.kind == "wgrad":
+            sums = _shared_taps(problem) * config.block_in * config.block_out
+        return sums // (32 * config.warps)
 
     def shared_bytes(self, problem: Problem, config: Config) -> int:
         """An upper bound: the stages of the pipeline and the staged output."""

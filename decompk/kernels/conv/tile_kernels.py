@@ -126,14 +126,15 @@ def conv_tile(
                 acc = tl.maximum(acc, 0.0, propagate_nan=tl.PropagateNan.ALL)
             if DGRAD and (added is not None or raw is not None):
                 p = tl.arange(0, pixels)
-                n = n0 + p // (BW * BH)
+                n = p // (BW * BH)
                 row = (h0 + p // BW % BH) * SH + out // SW
                 column = (w0 + p % BW) * SW + out % SW
-                at = k.to(tl.int64) * gk + (n.to(tl.int64) * gn + row * gh + column * gw)[:, None] + f[None, :]
-                live = ((n < N) & (row < HQ) & (column < WQ))[:, None] & (f < F)[None, :]
+                start = k.to(tl.int64) * gk + n0.to(tl.int64) * gn
+                at = (n * gn + row * gh + column * gw)[:, None] + f[None, :]
+                live = ((n < N - n0) & (row < HQ) & (column < WQ))[:, None] & (f < F)[None, :]
                 piece = tile.to(tl.int64) * rank(LIVE, SH * SW) + rank(LIVE, out)
                 acc = gradient(
-                    acc, at, live, k * F + f, f < F, piece * (2 * F) + f, f < F, F,
+                    acc, start, at, live, k * F + f, f < F, piece * (2 * F) + f, f < F, F,
                     added, raw, joined, mean, rstd, gamma, beta, sums, GATED, 1, Y.dtype,
                 )  # fmt: skip
             if MERGED_OUT:

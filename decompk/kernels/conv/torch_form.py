@@ -5,18 +5,33 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import replace
 from itertools import chain
+from math import prod
 
 import torch
 from torch import Tensor
 
-from ...cost.formulas import conv_bytes, conv_flops
+from ...cost.formulas import conv_bytes
 from ..device import Device
 from ..layout import cut
-from ..problem import PLAIN, PLAIN_GRADIENT, Epilogue, Geometry, GradientEpilogue, Offsets, Problem, Prologue
-from .form import PlainForm, Prediction, matrix_rate
+from ..problem import (
+    PLAIN,
+    PLAIN_GRADIENT,
+    Epilogue,
+    Geometry,
+    GradientEpilogue,
+    Offsets,
+    Problem,
+    Prologue,
+    cdiv,
+    power_of_two,
+)
+from .form import PlainForm, Prediction, matrix_rate, merge_ms
+from .model import LAUNCH_MS, Work
 from .steps import after, before, folded
 
 CUDNN_SLOWDOWN = 1.5  # not measured
+ROWS, COLUMNS, DEPTH_BYTES, STAGES = 128, 128, 64, 3  # of a library's tile of a product, and of one step along its sum
+LIBRARY_CTAS = 2  # that a multiprocessor holds at once
 
 
 class TorchForm(PlainForm, ABC):
@@ -39,15 +54,22 @@ class TorchForm(PlainForm, ABC):
         """(dx, dweight) as wanted, one of them or both, their strides as they come; None for what is not."""
 
     @abstractmethod
-    def predicted(self, problem: Problem, moved: float, computed: float) -> tuple[float, str]:
-        """Milliseconds and reason; moved, computed: milliseconds of the compulsory bytes, and of the arithmetic."""
+    def predicted(self, problem: Problem, device: Device) -> tuple[int, dict[str, float], str]:
+        """Launches, milliseconds of what they do one after the other, and reason."""
 
     def why_not(self, problem: Problem, config: None, device: Device) -> str | None:
         return None
 
     def predict(self, problem: Problem, config: None, device: Device) -> Prediction:
-        moved = conv_bytes(problem) / device.memory_gbps / 1e6
-        return Prediction(*self.predicted(problem, moved, conv_flops(problem) / matrix_rate(problem, device) / 1e9))
+        """As the form says, and what is fused in passes of its own over the result."""
+        launches, spent, reason = self.predicted(problem, device)
+        if problem.fused:
+            passes, moved = _fused_apart(problem)
+            launches += passes
+            spent["moments"] = copied_ms(moved, device) + merge_ms(problem, 1, device)
+            reason += f", {problem.fused} by {passes} more"
+        terms = {"launches": launches * LAUNCH_MS, **spent}
+        return Prediction(sum(terms.values()), reason, None, tuple((name, ms) for name, ms in terms.items() if ms))
 
     def fprop(
         self,
@@ -103,6 +125,52 @@ class TorchForm(PlainForm, ABC):
         """`convolve` with what stands around it; residual and result (K, N, O, H', W')."""
         weight, epilogue = folded(weight, epilogue)
         return after(self.convolve(before(x, prologue), weight, epilogue.bias, geometry, differentiable), epilogue)
+
+
+def result_bytes(problem: Problem) -> int:
+    """Of y, dx or dweight."""
+    p = problem
+    y, x, weight = p.N * p.O * prod(p.out_size), p.N * p.C * p.H * p.W, p.O * p.C * p.taps
+    return p.K * {"fprop": y, "dgrad": x, "wgrad": weight}[p.kind] * p.element_size
+
+
+def copied_ms(moved: float, device: Device) -> float:
+    """Milliseconds of so many bytes of device memory."""
+    return moved / device.memory_gbps / 1e6
+
+
+def product_ms(problem: Problem, device: Device, split: bool, slowdown: float = CUDNN_SLOWDOWN) -> float:
+    """Milliseconds of K matrix products of a library in one launch: tiles of a small output do not fill a GPU.
+
+    split: whether several CTAs share a sum where there are too few. slowdown: beside the model's own tiles.
+    """
+    p = problem
+    y, x, taps = p.N * prod(p.out_size), p.N * p.H * p.W, p.C * p.taps
+    rows, columns, depth = {
+        "fprop": (y, p.O, taps),
+        "dgrad": (x, p.C, cdiv(p.O * p.taps, prod(p.stride))),
+        "wgrad": (p.O, taps, y),
+    }[p.kind]
+    tile = power_of_two(min(rows, ROWS), 16), power_of_two(min(columns, COLUMNS), 16)
+    products = p.K * cdiv(rows, tile[0]) * cdiv(columns, tile[1])
+    splits = max(1, LIBRARY_CTAS * device.processors // products) if split else 1
+    work = Work(
+        programs=products * splits,
+        ctas=LIBRARY_CTAS,
+        memory_bytes=conv_bytes(p),
+        l2_bytes=products * sum(tile) * depth * p.element_size,
+        step_bytes=sum(tile) * DEPTH_BYTES * STAGES,
+        flops=2 * products * prod(tile) * depth,
+        tflops=matrix_rate(p, device),
+    )
+    return slowdown * work.run(device)[0]
+
+
+def _fused_apart(problem: Problem) -> tuple[int, int]:
+    """Launches and bytes of what is fused, where it takes passes of its own over the result."""
+    if problem.fused == "moments":
+        return 1, result_bytes(problem)  # y is read again
+    return 1, 2 * result_bytes(problem)  # dx and x̂ are read
 
 
 def _geometry(problem: Problem) -> Geometry:
