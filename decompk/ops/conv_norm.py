@@ -106,13 +106,14 @@ class _ConvNorm(torch.autograd.Function):
         ctx.call, ctx.asked, ctx.eps, ctx.relu = call, asked, norm.eps, relu
         ctx.has_residual, ctx.has_bias, ctx.below, ctx.above = residual is not None, bias is not None, below, None
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, weight, y, gamma, beta, mean, rstd, z if relu and residual is not None else None)
+        joined = z if relu and residual is not None else None
+        ctx.save_for_backward(x, weight, y, gamma, beta, mean, rstd, joined, bias)
         return z, x if passes else None
 
     @staticmethod
     def backward(ctx, dz: Tensor | None, other: Tensor | None) -> tuple[Tensor | None, ...]:
         above, ctx.above = ctx.above, None
-        x, weight, y, gamma, beta, *_, z = ctx.saved_tensors
+        x, weight, y, *_, z, _ = ctx.saved_tensors
         if dz is None:
             return other, *(None,) * 10
         if follows(dz, other):
@@ -138,7 +139,7 @@ def _convolved(call: Call, choice: Choice, x: Tensor, weight: Tensor, epilogue: 
 
 def _backward(ctx: Any, dz: Tensor, other: Tensor | None, above: _Above | None) -> tuple[Tensor | None, ...]:
     """Gradients of x, weight, bias, gamma, beta and residual."""
-    x, weight, y, gamma, beta, mean, rstd, z = ctx.saved_tensors
+    x, weight, y, gamma, beta, mean, rstd, z, _ = ctx.saved_tensors
     needs, asked, norm = ctx.needs_input_grad, ctx.asked, kernels()
     x, call = call_again(ctx.call, x, weight)  # hooks of saved tensors may have given back what lies otherwise
     dz, y, z = settle(dz), settle(y), None if z is None else settle(z)
@@ -185,7 +186,7 @@ def _input_gradient(ctx: Any, call: Call, dy: Tensor, weight: Tensor, other: Ten
         return dx if other is None else dx.add_(other)
     epilogue, sums = PLAIN_GRADIENT if other is None else GradientEpilogue(settle(other)), None
     if below is not None:
-        _, _, raw, gamma, beta, mean, rstd, joined = below.saved_tensors
+        _, _, raw, gamma, beta, mean, rstd, joined, _ = below.saved_tensors
         if all(t is None or (t.stride() == dgrad.strides and t.dtype == dy.dtype) for t in (raw, joined)):
             pieces = (len(weight), dgrad.moments_pieces(choice), 2, weight.shape[2])
             sums = mean.new_empty(pieces)
@@ -202,28 +203,27 @@ def _input_gradient(ctx: Any, call: Call, dy: Tensor, weight: Tensor, other: Ten
 
 def _followed(ctx: Any, dz: Tensor, other: Tensor | None) -> Sequence[Tensor | None]:
     """Gradients by torch's own operators, differentiable again."""
-    x, weight, _, gamma, beta, _, _, z = ctx.saved_tensors
+    x, weight, _, gamma, beta, _, _, z, bias = ctx.saved_tensors
     ends, K = ctx.call.ends, len(weight)
 
-    def layer(x: Tensor, weight: Tensor, gamma: Tensor | None, beta: Tensor | None) -> Tensor:
+    def layer(x: Tensor, weight: Tensor, bias: Tensor | None, gamma: Tensor | None, beta: Tensor | None) -> Tensor:
         read = cut(x, ends.window) if ends.window else x.unflatten(0, (K, -1))
-        y = by_torch(read, weight.to(x.dtype), None, *ends.geometry)  # of a bias the norm leaves nothing
+        y = by_torch(read, weight.to(x.dtype), None if bias is None else bias.to(x.dtype), *ends.geometry)
         return torch_norm(y, gamma, beta, None, None, True, 0.0, ctx.eps).flatten(0, 1)
 
     g = dz.masked_fill(z <= 0, 0) if z is not None else dz
     gate = ctx.relu and z is None
     needs = ctx.needs_input_grad
     with resumed(ctx.asked or ANY):
-        inputs, wanted = (x, weight, gamma, beta), [needs[i] for i in (0, 1, 3, 4)]
-        dx, dw, dgamma, dbeta = gradients(lambda *a: layer(*a).relu() if gate else layer(*a), inputs, g, wanted)
+        inputs, wanted = (x, weight, bias, gamma, beta), needs[:5]
+        dx, dw, dbias, dgamma, dbeta = gradients(lambda *a: layer(*a).relu() if gate else layer(*a), inputs, g, wanted)
     dx = other if dx is None else dx if other is None else dx + other
-    dbias = weight.new_zeros(weight.shape[:2]) if ctx.has_bias and needs[2] else None
     return dx, dw, dbias, dgamma, dbeta, g if ctx.has_residual and needs[5] else None
 
 
 def _seen(ctx: Any, dz: Tensor, other: Tensor | None) -> Sequence[Tensor | None]:
     """Gradients by the operators of either part, which modes see."""
-    x, weight, *tensors = ctx.saved_tensors
+    x, weight, *tensors, _ = ctx.saved_tensors
     K = len(weight)
     y, gamma, beta, mean, rstd, z = (t if t is None or t.dim() == 2 else t.unflatten(0, (K, -1)) for t in tensors)
     dz = settle(dz).unflatten(0, (K, -1))
