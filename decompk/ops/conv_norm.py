@@ -78,6 +78,20 @@ class _Above:
         return lies and dz._version == self.version
 
 
+class _Saved(NamedTuple):
+    """What a forward keeps: y is what its norm normalises, joined its result where a residual came before the ReLU."""
+
+    x: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    gamma: Tensor | None
+    beta: Tensor | None
+    y: Tensor
+    mean: Tensor
+    rstd: Tensor
+    joined: Tensor | None
+
+
 class _ConvNorm(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -107,20 +121,22 @@ class _ConvNorm(torch.autograd.Function):
         ctx.has_residual, ctx.has_bias, ctx.below, ctx.above = residual is not None, bias is not None, below, None
         ctx.set_materialize_grads(False)
         joined = z if relu and residual is not None else None
-        ctx.save_for_backward(x, weight, y, gamma, beta, mean, rstd, joined, bias)
+        ctx.save_for_backward(*_Saved(x, weight, bias, gamma, beta, y, mean, rstd, joined))
+        # Whoever packs what is saved, as checkpointing does, gives it back once, to its own backward.
+        ctx.packed = torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
         return z, x if passes else None
 
     @staticmethod
     def backward(ctx, dz: Tensor | None, other: Tensor | None) -> tuple[Tensor | None, ...]:
         above, ctx.above = ctx.above, None
-        x, weight, y, *_, z, _ = ctx.saved_tensors
         if dz is None:
             return other, *(None,) * 10
+        saved = _Saved(*ctx.saved_tensors)
         if follows(dz, other):
-            return *_followed(ctx, dz, other), *(None,) * 5
-        if not unwatched(dz, other, x, weight, y, z):
-            return *_seen(ctx, dz, other), *(None,) * 5
-        return *_backward(ctx, dz, other, above), *(None,) * 5
+            return *_followed(ctx, saved, dz, other), *(None,) * 5
+        if not unwatched(dz, other, saved.x, saved.weight, saved.y, saved.joined):
+            return *_seen(ctx, saved, dz, other), *(None,) * 5
+        return *_backward(ctx, saved, dz, other, above), *(None,) * 5
 
 
 _NODE: Any = _ConvNorm._backward_cls
@@ -137,9 +153,11 @@ def _convolved(call: Call, choice: Choice, x: Tensor, weight: Tensor, epilogue: 
     return _rows(call.fprop(choice, x, weight, replace(epilogue, moments=moments))), moments
 
 
-def _backward(ctx: Any, dz: Tensor, other: Tensor | None, above: _Above | None) -> tuple[Tensor | None, ...]:
+def _backward(
+    ctx: Any, saved: _Saved, dz: Tensor, other: Tensor | None, above: _Above | None
+) -> tuple[Tensor | None, ...]:
     """Gradients of x, weight, bias, gamma, beta and residual."""
-    x, weight, y, gamma, beta, mean, rstd, z, _ = ctx.saved_tensors
+    x, weight, _, gamma, beta, y, mean, rstd, z = saved
     needs, asked, norm = ctx.needs_input_grad, ctx.asked, kernels()
     x, call = call_again(ctx.call, x, weight)  # hooks of saved tensors may have given back what lies otherwise
     dz, y, z = settle(dz), settle(y), None if z is None else settle(z)
@@ -178,7 +196,7 @@ def _input_gradient(ctx: Any, call: Call, dy: Tensor, weight: Tensor, other: Ten
     """dx + other; where x came out of another of these layers, past its ReLU, its norm's sums left there."""
     dgrad = dgrad_call(call, dy)
     below = ctx.below
-    if below is not None and not torch._C._will_engine_execute_node(below):
+    if below is not None and (below.packed or not torch._C._will_engine_execute_node(below)):
         below = None
     choice = chosen(dgrad, ctx.asked, "" if below is None else "sums")
     if not choice.form.gradient_epilogue:
@@ -186,12 +204,13 @@ def _input_gradient(ctx: Any, call: Call, dy: Tensor, weight: Tensor, other: Ten
         return dx if other is None else dx.add_(other)
     epilogue, sums = PLAIN_GRADIENT if other is None else GradientEpilogue(settle(other)), None
     if below is not None:
-        _, _, raw, gamma, beta, mean, rstd, joined, _ = below.saved_tensors
-        if all(t is None or (t.stride() == dgrad.strides and t.dtype == dy.dtype) for t in (raw, joined)):
+        theirs = _Saved(*below.saved_tensors)
+        read = theirs.y, theirs.joined
+        if all(t is None or (t.stride() == dgrad.strides and t.dtype == dy.dtype) for t in read):
             pieces = (len(weight), dgrad.moments_pieces(choice), 2, weight.shape[2])
-            sums = mean.new_empty(pieces)
-            vectors = mean, rstd, *_dense(gamma, beta)
-            epilogue = GradientEpilogue(epilogue.added, raw, joined, *vectors, below.relu, sums)
+            sums = theirs.mean.new_empty(pieces)
+            vectors = theirs.mean, theirs.rstd, *_dense(theirs.gamma, theirs.beta)
+            epilogue = GradientEpilogue(epilogue.added, *read, *vectors, below.relu, sums)
     dx = dgrad.dgrad(choice, dy, weight, epilogue)
     if sums is not None:
         below.above = _Above(dx, dx._version, sums)
@@ -201,9 +220,9 @@ def _input_gradient(ctx: Any, call: Call, dy: Tensor, weight: Tensor, other: Ten
 # ---- for who looks on at a backward ---------------------------------------------------------------------------------
 
 
-def _followed(ctx: Any, dz: Tensor, other: Tensor | None) -> Sequence[Tensor | None]:
+def _followed(ctx: Any, saved: _Saved, dz: Tensor, other: Tensor | None) -> Sequence[Tensor | None]:
     """Gradients by torch's own operators, differentiable again."""
-    x, weight, _, gamma, beta, _, _, z, bias = ctx.saved_tensors
+    x, weight, bias, gamma, beta, *_, z = saved
     ends, K = ctx.call.ends, len(weight)
 
     def layer(x: Tensor, weight: Tensor, bias: Tensor | None, gamma: Tensor | None, beta: Tensor | None) -> Tensor:
@@ -221,11 +240,11 @@ def _followed(ctx: Any, dz: Tensor, other: Tensor | None) -> Sequence[Tensor | N
     return dx, dw, dbias, dgamma, dbeta, g if ctx.has_residual and needs[5] else None
 
 
-def _seen(ctx: Any, dz: Tensor, other: Tensor | None) -> Sequence[Tensor | None]:
+def _seen(ctx: Any, saved: _Saved, dz: Tensor, other: Tensor | None) -> Sequence[Tensor | None]:
     """Gradients by the operators of either part, which modes see."""
-    x, weight, *tensors, _ = ctx.saved_tensors
+    x, weight, _, gamma, beta, y, mean, rstd, z = saved
     K = len(weight)
-    y, gamma, beta, mean, rstd, z = (t if t is None or t.dim() == 2 else t.unflatten(0, (K, -1)) for t in tensors)
+    y, z = (t if t is None else t.unflatten(0, (K, -1)) for t in (y, z))
     dz = settle(dz).unflatten(0, (K, -1))
     ends, needs, asked = ctx.call.ends, ctx.needs_input_grad, ctx.asked or ANY
     around = mean, rstd, gamma, beta, ctx.relu, True, asked
