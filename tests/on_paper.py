@@ -14,11 +14,12 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
 import paper_gpu
 
 import decompk
-from decompk.kernels import block, conv, norm
+from decompk.kernels import block, conv, handles, norm
 from decompk.kernels import device as devices
 from decompk.kernels import launch as launching
 from decompk.kernels.conv import band, pointer, tile
-from decompk.kernels.launch import Fixed, descriptor, launch, recording
+from decompk.kernels.descriptors import descriptor
+from decompk.kernels.launch import Fixed, launch, recording
 from decompk.kernels.problem import Config, Epilogue, Problem, Prologue
 
 PAPER = paper_gpu.activate()
@@ -224,10 +225,8 @@ def test_the_stream_and_the_device_are_those_of_the_launch(monkeypatch):
 
 def test_a_descriptor_is_encoded_once_for_each_address(monkeypatch):
     encoded = []
-    before = launching._encode
-    monkeypatch.setattr(
-        launching, "_encode", lambda one, said: encoded.append(one.base.data_ptr()) or before(one, said)
-    )
+    before = handles._encode
+    monkeypatch.setattr(handles, "_encode", lambda one, said: encoded.append(one.base.data_ptr()) or before(one, said))
     problem = Problem("fprop", "bfloat16", 2, 4, 16, 16, 8, 8, (3, 3), (1, 1), (1, 1), layout="member")
     config = Config("tile", (1, 8, 8), 16, 16, stages=2)
     monkeypatch.setattr(tile, "launch", both)
@@ -251,7 +250,7 @@ def test_views_of_one_address_are_encoded_apart(monkeypatch):
 
 @pytest.mark.parametrize("name", ["_launchers_are_called_alike", "_encodes_alike"])
 def test_where_triton_is_not_as_known_it_launches_or_encodes_itself(name, monkeypatch):
-    monkeypatch.setattr(launching, name, lambda: False)
+    monkeypatch.setattr(handles, name, lambda: False)
     monkeypatch.setattr(tile, "launch", both if name == "_encodes_alike" else launch)
     x, w, y = tensors((2, 4, 8, 8, 16), (2, 16, 3, 3, 16), (2, 4, 8, 8, 16))
     problem = Problem("fprop", "bfloat16", 2, 4, 16, 16, 8, 8, (3, 3), (1, 1), (1, 1))
@@ -262,8 +261,8 @@ def test_where_triton_is_not_as_known_it_launches_or_encodes_itself(name, monkey
             conv.named("tile").fprop(problem, config, x, w, y)
         assert bool(seen) or name == "_encodes_alike"
     calls = tile._convolution(problem, config)[0].calls.values()
-    handles = [handle for call in calls for handle in call.handles.values()]
-    assert handles and all(handle is None or not handle.parts for handle in handles)
+    found = [handle for call in calls for handle in call.handles.values()]
+    assert found and all(handle is None or not handle.parts for handle in found)
 
 
 def test_whoever_watches_launches_hears_of_each_of_them(monkeypatch):

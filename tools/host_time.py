@@ -96,8 +96,8 @@ def launch_times() -> None:
     print(f"triton {triton.__version__}: µs a launch, alone and with what calls it")
     for name, call in launches().items():
         found = []
-        for watched in (lambda kernel: True, launching._watched):
-            with replaced(launching, "_watched", watched):
+        for watched in (lambda kernel: True, launching.watched):
+            with replaced(launching, "watched", watched):
                 call(), call()
                 found += [fastest(alone(call)), fastest(call)]
         print(f"{name}: by Triton {found[0]:.1f} and {found[1]:.1f}, kept {found[2]:.1f} and {found[3]:.1f}")

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch._C import _functorch
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
@@ -20,6 +20,7 @@ from ..errors import DecompkError
 from . import cpu
 from .backend import forced
 from .conv.form import Choice, Form
+from .descriptors import TENSORS
 from .launch import onlookers
 from .layout import aligned, as_one_image, channels_inside, check_alike, check_shapes, layout_of, nhwc, strides_of
 from .problem import (
@@ -38,7 +39,6 @@ from .problem import (
 View = tuple[tuple[int, ...], tuple[int, ...]]  # sizes and strides
 About = tuple[tuple[int, ...], tuple[int, ...], bool, torch.dtype, torch.device]  # a tensor: see `about`
 
-TENSORS = (Tensor, nn.Parameter)
 HALVES = (torch.float16, torch.bfloat16)
 _DEVICES = ("cpu", "cuda")
 

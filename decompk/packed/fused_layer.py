@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from .. import ops
 from ..crops import Crop
 from ..kernels.backend import asked_for
-from ..kernels.call import TENSORS, runs_cpu, unwatched
+from ..kernels.call import runs_cpu, unwatched
+from ..kernels.descriptors import TENSORS
 from ..kernels.layout import output_shape
 from ..kernels.problem import Geometry
 from ..ops.conv import arguments, autocast, autocast_now

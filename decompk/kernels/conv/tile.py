@@ -37,7 +37,8 @@ from typing import Any
 
 from torch import Tensor
 
-from ..launch import Fixed, around, descriptor, launch
+from ..descriptors import descriptor
+from ..launch import Fixed, around, launch
 from ..problem import (
     PLAIN,
     PLAIN_GRADIENT,
