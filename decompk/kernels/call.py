@@ -201,7 +201,7 @@ class Call:
         view = dx.as_strided(*out)
         if epilogue is not PLAIN_GRADIENT:
             activations = {name: getattr(epilogue, name) for name in ("added", "raw", "joined")}
-            seen = {name: None if t is None else t.as_strided(*out) for name, t in activations.items()}
+            seen: dict[str, Any] = {name: None if t is None else t.as_strided(*out) for name, t in activations.items()}
             epilogue = replace(epilogue, **seen)
         found = choice.form.dgrad(problem, choice.config, dy.as_strided(*into), self.weight(weight), view, epilogue)
         return dx if found is view else _kept(found, view, dx)

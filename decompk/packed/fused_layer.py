@@ -46,7 +46,7 @@ def run_shared_layer(
     passes: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """`run_layer`, and x for others that read it: their gradient is then added where this one's is written."""
-    y, x = _run_layer(x, crops, conv, norm, *further, passes)
+    y, x = _run_layer(x, crops, conv, norm, passes, *further)
     return y.contiguous() if (conv if norm is None else norm)._twin_contiguous else y, x
 
 
@@ -55,11 +55,11 @@ def _run_layer(
     crops: Sequence[Crop] | None,
     conv: PackedConv2d,
     norm: PackedBatchNorm2d | None,
+    passes: bool,
     affine: tuple[Tensor, Tensor] | None,
     residual: Any,
     add_in_place: bool,
     relu: nn.Module | str | None,
-    passes: bool,
 ) -> tuple[Tensor, Tensor]:
     """relu(norm(conv(x)) + residual) and x: x (K·N, C, H, W), or with crops the image (N, C, H, W) → (K·N, O, H', W').
 

@@ -280,6 +280,7 @@ class Fusion:
             affine = {norm: graph.call_function(operator.getitem, (every, i)) for i, norm in enumerate(norms)}
         for chain in chains:
             conv, add, last = chain.nodes[0], chain.add, chain.nodes[-1]
+            read: Any = conv.args[0]
             with graph.inserting_before(last):
                 call = (
                     *(conv.args[0], crops if chain.reads_image else None, graph.get_attr(str(conv.target))),
@@ -293,7 +294,7 @@ class Fusion:
                     y, x = (graph.call_function(operator.getitem, (pair, i)) for i in range(2))
                     last.replace_all_uses_with(y)
                     for user in shared:
-                        user.replace_input_with(conv.args[0], x)
+                        user.replace_input_with(read, x)
                 else:
                     last.replace_all_uses_with(graph.call_function(run_layer, call))
             for node in reversed(chain.nodes):
@@ -301,14 +302,15 @@ class Fusion:
         for node, module in self._modules.items():
             if _only_argument(node) and pools(module):
                 with graph.inserting_before(node):
-                    call = node.args[0], graph.get_attr(str(node.target))
-                    node.replace_all_uses_with(graph.call_function(run_pool, call))
+                    pool = graph.get_attr(str(node.target))
+                    node.replace_all_uses_with(graph.call_function(run_pool, (node.args[0], pool)))
                 graph.erase_node(node)
 
     def _sharers(self, chain: _Chain, chains: list[_Chain]) -> list[fx.Node]:
         """The others that read the chain's input, where all of them do so after it and write into nothing."""
         conv = chain.nodes[0]
-        x, order = conv.args[0], self._nodes
+        x: Any = conv.args[0]
+        order = self._nodes
         if chain.reads_image or x.op == "placeholder":
             return []
         later = set(order[order.index(chain.nodes[-1]) + 1 :])
