@@ -27,7 +27,7 @@ from decompk.kernels.choose import candidates
 from decompk.kernels.conv.form import Choice
 from decompk.kernels.conv.steps import moments_of
 from decompk.kernels.layout import ORDERS, strides_of
-from decompk.kernels.problem import PASSES, Config, Epilogue, Problem, Prologue, key_of
+from decompk.kernels.problem import PASSES, Config, Epilogue, GradientEpilogue, Problem, Prologue, key_of
 from decompk.models.basic import BasicResNet
 
 PADDED, STRIDED = dict(padding=(1, 1)), dict(padding=(1, 1), stride=(2, 2))
@@ -108,7 +108,7 @@ class Checks:
             found += [self.config(one, config) for config in self.configs(one)[0]]
         found.sort(key=lambda check: check.needs)  # the extension may still be compiling
         one = problem("fprop", self.dtype, self.first, (3, 3), **PADDED)
-        found += [self.fused(one, flags) for flags in FUSED[-3:]] + [self.moments(one)]
+        found += [self.fused(one, flags) for flags in FUSED[-3:]] + [self.moments(one), self.sums(one.of("dgrad"))]
         found += [self.norm(NORMED[-1], self.dtype, True, True, layout) for layout in ORDERS]
         found += [self.block(*BLOCKS[-1], self.dtype)]
         return [*found, *(self.operator(one.of(kind)) for kind in PASSES)]
@@ -134,6 +134,7 @@ class Checks:
         found = [check for check in self.networks(self.dtype) if "8 warps" not in check.marks]
         found += [self.config(one, config) for one in self.odd(self.dtype) for config in self.configs(one)[0]]
         found += [self.moments(one) for one in self.odd(self.dtype, "fprop")]
+        found += [self.sums(one) for one in self.odd(self.dtype, "dgrad")]
         found += [self.fused(one, FUSED[-1]) for one in self.odd(self.dtype, "fprop")]
         found += [self.norm(shape, self.dtype, *how) for shape, how in itertools.product(NORMED, self._norms())]
         found += [self.block(*how, self.dtype) for how in BLOCKS]
@@ -290,6 +291,44 @@ class Checks:
             for name, own, exact in zip(("count", "mean", "m2"), (total, mean, m2), wanted, strict=True):
                 if not torch.allclose(own, exact, rtol=1e-4, atol=1e-5):
                     return f"{config.form}, {config.warps} warps: {name} is off by {(own - exact).abs().max():.1e}"
+        return None
+
+    def sums(self, one: Problem) -> Check:
+        """What dgrad does to its result for the batch norm below: of both ways to know what a ReLU let pass."""
+        return Check("sums", key_of(one), partial(self._sums, one))
+
+    def _sums(self, one: Problem) -> str | None:
+        trial = Trial(one, self.device)
+        added, raw, joined = (torch.randn_like(trial.call.empty()) for _ in range(3))
+        mean, rstd, gamma, beta = (torch.randn(one.K, one.C, device=self.device) for _ in range(4))
+        away = raw.double() - mean.double()[:, None, :, None, None]
+        z = away * (rstd * gamma).double()[:, None, :, None, None] + beta.double()[:, None, :, None, None]
+        known = z.abs() > 1e-2  # else rounding decides
+        passes = {True: joined > 0, False: z > 0}
+
+        for config, by_value in itertools.product(self._runnable(one), passes):
+            form = conv.named(config.form)
+            if not form.gradient_epilogue:
+                continue
+            found = torch.full(
+                (one.K, form.moments_pieces(trial.asked, config), 2, one.C), torch.nan, device=self.device
+            )
+            around = added, raw, joined if by_value else None, mean, rstd, gamma, beta, True, found
+            trial.poison()
+            dx = trial.by_config(config, GradientEpilogue(*around))
+            exact, own = (
+                (trial.by_torch(dtype) + added.to(dtype)).where(passes[by_value], 0)
+                for dtype in (torch.float64, trial.dtype)
+            )
+            compared = torch.ones_like(known) if by_value else known
+            what = f"{config.form}, {config.warps} warps: "
+            if fault := Gate(exact.where(compared, 0), own.where(compared, 0))(dx.where(compared, 0))[1]:
+                return what + fault
+            x = away * rstd.double()[:, None, :, None, None]
+            for name, total, value in zip(("Σg", "Σg·x̂"), found.double().sum(1).unbind(1), (1, x), strict=True):
+                wanted = (dx.double() * value).sum((1, 3, 4))
+                if not (total - wanted).norm() <= 1e-4 * ((dx.double() * value).abs().sum((1, 3, 4))).norm():
+                    return f"{what}{name} is off by {(total - wanted).abs().max():.1e}"
         return None
 
     def repeated(self, one: Problem) -> Check:
