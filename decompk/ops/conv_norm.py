@@ -46,19 +46,21 @@ def conv_norm(
     relu: bool = False,
     window: tuple[int, ...] = (),
     passes: bool = False,
+    private: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """relu(batch_norm(conv(x)) + residual) of K members, and x for whoever reads it next.
 
     x rows (K·N, C, H, W), or with a window of crops the image (N, C, H, W) that all members share; weight
     (K, O, C, kh, kw), bias (K, O); residual as the result, rows (K·N, O, H', W'). For what is `unwatched` and runs on
     Triton. passes: whether other layers read x, too, from the second result, whose gradient is then added in the
-    launch that writes x's.
+    launch that writes x's. private: whether nobody but these layers sees the result or its gradient, which then comes
+    without what the ReLU did not let pass.
     """
     # What x came out of: its backward wants the sums of the gradient that this one's writes.
-    below = x.grad_fn if type(x.grad_fn) is _NODE and x.output_nr == 0 else None
+    below = x.grad_fn if type(x.grad_fn) is _NODE and x.output_nr == 0 and x.grad_fn.private else None
     read, call = settled_call(x.unsqueeze(0) if window else x, weight, bias, geometry, window, master=True)
     residual = None if residual is None else settle(residual)
-    around = call, norm, relu, passes and read is x, below
+    around = call, norm, relu, passes and read is x and x.requires_grad, private, below
     z, passed = _ConvNorm.apply(read, weight, bias, norm.weight, norm.bias, residual, *around)
     return z, x if passed is None else passed
 
@@ -106,6 +108,7 @@ class _ConvNorm(torch.autograd.Function):
         norm: Norm,
         relu: bool,
         passes: bool,
+        private: bool,
         below: Any,
     ) -> tuple[Tensor, Tensor | None]:
         asked = forced.get()
@@ -122,6 +125,7 @@ class _ConvNorm(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         joined = z if relu and residual is not None else None
         ctx.save_for_backward(*_Saved(x, weight, bias, gamma, beta, y, mean, rstd, joined))
+        ctx.private = private
         # Whoever packs what is saved, as checkpointing does, gives it back once, to its own backward.
         ctx.packed = torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
         return z, x if passes else None
@@ -130,13 +134,13 @@ class _ConvNorm(torch.autograd.Function):
     def backward(ctx, dz: Tensor | None, other: Tensor | None) -> tuple[Tensor | None, ...]:
         above, ctx.above = ctx.above, None
         if dz is None:
-            return other, *(None,) * 10
+            return other, *(None,) * 11
         saved = _Saved(*ctx.saved_tensors)
         if follows(dz, other):
-            return *_followed(ctx, saved, dz, other), *(None,) * 5
+            return *_followed(ctx, saved, dz, other), *(None,) * 6
         if not unwatched(dz, other, saved.x, saved.weight, saved.y, saved.joined):
-            return *_seen(ctx, saved, dz, other), *(None,) * 5
-        return *_backward(ctx, saved, dz, other, above), *(None,) * 5
+            return *_seen(ctx, saved, dz, other), *(None,) * 6
+        return *_backward(ctx, saved, dz, other, above), *(None,) * 6
 
 
 _NODE: Any = _ConvNorm._backward_cls

@@ -96,6 +96,7 @@ class _Program(Rewritten):
     _notes: dict[bool, dict[str, str]]
     _reads_image: dict[bool, bool]
     _modal: bool
+    _called: dict[bool, list[nn.Module]]
     _plain: dict[bool, list[tuple[nn.Module, dict[str, Any]]]]
 
     def __init__(self, net: nn.Module, crops: Sequence[Crop] | None):
@@ -111,12 +112,14 @@ class _Program(Rewritten):
             _notes={mode: fusion.notes for mode, fusion in fusions.items()},
             _reads_image={mode: fusion.reads_image for mode, fusion in fusions.items()},
             _modal=self._source[True][0] != self._source[False][0],
+            _called={mode: fusion.called for mode, fusion in fusions.items()},
             _plain={mode: [(m, plain_attributes(m)) for m in fusion.entered] for mode, fusion in fusions.items()},
         )
 
     def forward(self, x: Tensor, crops: Sequence[Crop] | None = None) -> Any:
         """x: rows of all members (K·N, …), or with crops the image (N, …) that they share."""
-        return self._code[self._inner.training](self._inner, x, crops)
+        mode = self._inner.training
+        return self._code[mode](self._inner, x, crops, all(map(unhooked, self._called[mode])))
 
     def applies(self) -> bool:
         """Whether the graph is what the code would do now: no hooks on the way, modes and values as it was read."""

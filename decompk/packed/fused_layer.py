@@ -30,32 +30,36 @@ if TYPE_CHECKING:
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def run_layer(
-    x: Tensor, crops: Sequence[Crop] | None, conv: PackedConv2d, norm: PackedBatchNorm2d | None, *further: Any
-) -> Tensor:
-    """`_run_layer`, laid out as its last twin is to be."""
-    return run_shared_layer(x, crops, conv, norm, *further, passes=False)[0]
+def run_layer(*arguments: Any) -> Tensor:
+    """The result of `run_shared_layer`."""
+    return run_shared_layer(False, *arguments)[0]
 
 
 def run_shared_layer(
+    passes: bool,
+    private: bool,
     x: Tensor,
     crops: Sequence[Crop] | None,
     conv: PackedConv2d,
     norm: PackedBatchNorm2d | None,
     *further: Any,
-    passes: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """`run_layer`, and x for others that read it: their gradient is then added where this one's is written."""
-    y, x = _run_layer(x, crops, conv, norm, passes, *further)
+    """`_run_layer`, laid out as its last twin is to be, and x for others that read it.
+
+    passes: whether their gradient is added where this one's is written. private: whether the result is for such layers
+    alone, none of which has hooks.
+    """
+    y, x = _run_layer(passes, private, x, crops, conv, norm, *further)
     return y.contiguous() if (conv if norm is None else norm)._twin_contiguous else y, x
 
 
 def _run_layer(
+    passes: bool,
+    private: bool,
     x: Tensor,
     crops: Sequence[Crop] | None,
     conv: PackedConv2d,
     norm: PackedBatchNorm2d | None,
-    passes: bool,
     affine: tuple[Tensor, Tensor] | None,
     residual: Any,
     add_in_place: bool,
@@ -75,7 +79,7 @@ def _run_layer(
             return fused_rows(*call[:-1], affine or (None, None), residual, relu is not None), x
         if norm is not None and on_kernels(x) and _takes_moments(norm, call):
             if _here(call, norm, residual):
-                return _conv_norm(call, x, norm, residual, relu is not None, passes)
+                return _conv_norm(call, x, norm, residual, relu is not None, passes, private)
             return _by_moments(call, crops, norm, residual, relu is not None), x
 
     if crops is None:
@@ -216,7 +220,13 @@ def _here(call: _Call, norm: PackedBatchNorm2d, residual: Tensor | None) -> bool
 
 
 def _conv_norm(
-    call: _Call, given: Tensor, norm: PackedBatchNorm2d, residual: Tensor | None, relu: bool, passes: bool
+    call: _Call,
+    given: Tensor,
+    norm: PackedBatchNorm2d,
+    residual: Tensor | None,
+    relu: bool,
+    passes: bool,
+    private: bool,
 ) -> tuple[Tensor, Tensor]:
     """The layer by one operator each way, and x for others: as it was given, where autocast changed it."""
     x, weight, bias, geometry, window, _ = call
@@ -225,8 +235,9 @@ def _conv_norm(
         *(norm.weight, norm.bias, *_tracked(norm), norm.num_batches_tracked if tracked else None),
         *(0.0 if norm.momentum is None else norm.momentum, norm.eps),
     )
-    y, passed = conv_norm(x, weight, bias, geometry, around, residual, relu, window, passes and x is given)
-    return y, passed if passes and x is given else given
+    passes = passes and x is given
+    y, passed = conv_norm(x, weight, bias, geometry, around, residual, relu, window, passes, private)
+    return y, passed if passes else given
 
 
 def _by_moments(

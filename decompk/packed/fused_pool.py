@@ -20,8 +20,11 @@ def pools(module: nn.Module) -> bool:
         return module.output_size in (1, (1, 1))
     if type(module) is not nn.MaxPool2d or module.return_indices or module.ceil_mode:
         return False
-    (kh, kw), dilation = _pair(module.kernel_size), _pair(module.dilation)
-    return kh * kw < 255 and dilation == (1, 1)
+    (kh, kw), stride, padding = window = _window(module)
+    if not all(type(n) is int for n in (*sum(window, ()), *_pair(module.dilation))):
+        return False  # torch says what is wrong with them
+    fits = all(0 <= 2 * p <= k for k, p in zip((kh, kw), padding, strict=True))
+    return 0 < kh * kw < 255 and min(stride) > 0 and fits and _pair(module.dilation) == (1, 1)
 
 
 def run_pool(x: Tensor, pool: nn.Module) -> Tensor:
@@ -30,16 +33,20 @@ def run_pool(x: Tensor, pool: nn.Module) -> Tensor:
         return pool(x)
     if isinstance(pool, nn.AdaptiveAvgPool2d):
         return _Mean.apply(x)
-    window = _pair(pool.kernel_size), _pair(pool.stride), _pair(pool.padding)
-    if not x.numel() or any(
-        n + 2 * p < k or k < 2 * p for n, k, p in zip(x.shape[2:], window[0], window[2], strict=True)
-    ):
-        return pool(x)  # torch says what is wrong
-    return _Subsample.apply(x, window[1]) if window[::2] == ((1, 1), (0, 0)) else _MaxPool.apply(settle(x), *window)
+    kernel, stride, padding = window = _window(pool)
+    if not x.numel() or any(n + 2 * p < k for n, k, p in zip(x.shape[2:], kernel, padding, strict=True)):
+        return pool(x)
+    return _Subsample.apply(x, stride) if kernel == (1, 1) else _MaxPool.apply(settle(x), *window)
+
+
+def _window(pool: Any) -> tuple[Pair, Pair, Pair]:
+    """Kernel, stride and padding."""
+    return _pair(pool.kernel_size), _pair(pool.stride), _pair(pool.padding)
 
 
 def _pair(value: Any) -> Pair:
-    return tuple(value) if isinstance(value, tuple | list) else (value, value)
+    values = tuple(value) if isinstance(value, tuple | list) else (value,)
+    return values * 2 if len(values) == 1 else values
 
 
 class _Mean(torch.autograd.Function):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partialmethod
 from typing import TYPE_CHECKING, Any
@@ -160,7 +160,7 @@ class _Chain:
 class Fusion:
     """The graph of `net` in one mode with its chains replaced by calls of `run_layer`.
 
-    entered: modules whose code the graph stands for. notes: path of a twin → what became of it. reads_image: whether
+    entered: modules whose code the graph stands for; called: those that it calls or that its chains are made of. notes: path of a twin → what became of it. reads_image: whether
     the first layer takes the uncut image.
     """
 
@@ -169,6 +169,7 @@ class Fusion:
         self.notes: dict[str, str] = {}
         called = [n for n in self.graph.nodes if n.op == "call_module"]
         self._modules: dict[Any, Any] = {n: net.get_submodule(n.target) for n in called}
+        self.called = list(dict.fromkeys(self._modules.values()))
         self._calls = Counter(self._modules.values())
         self._owners = Counter(id(t) for m in net.modules() for t in m._buffers.values() if t is not None)
         self._nodes = list(self.graph.nodes)
@@ -274,15 +275,19 @@ class Fusion:
         norms: list[Any] = [chain.norm for chain in chains if chain.norm is not None]
         with graph.inserting_after(image):
             crops = graph.placeholder("crops", default_value=None)
-        with graph.inserting_before(crops.next):
+        with graph.inserting_after(crops):
+            alone = graph.placeholder("alone", default_value=False)
+        private = [self._is_private(chain, chains) for chain in chains]
+        with graph.inserting_before(alone.next):
             modules = {norm: graph.get_attr(norm.target) for norm in norms}
             every = graph.call_function(affines, tuple(modules.values()))
             affine = {norm: graph.call_function(operator.getitem, (every, i)) for i, norm in enumerate(norms)}
-        for chain in chains:
+        for chain, is_private in zip(chains, private, strict=True):
             conv, add, last = chain.nodes[0], chain.add, chain.nodes[-1]
             read: Any = conv.args[0]
             with graph.inserting_before(last):
                 call = (
+                    alone if is_private else False,
                     *(conv.args[0], crops if chain.reads_image else None, graph.get_attr(str(conv.target))),
                     *(modules.get(chain.norm), affine.get(chain.norm)),
                     None if add is None else next(node for node in _addends(add) if node not in chain.nodes),
@@ -290,7 +295,7 @@ class Fusion:
                     self._activation(chain.relu),
                 )
                 if shared := self._sharers(chain, chains):
-                    pair = graph.call_function(run_shared_layer, call)
+                    pair = graph.call_function(run_shared_layer, (alone, *call))
                     y, x = (graph.call_function(operator.getitem, (pair, i)) for i in range(2))
                     last.replace_all_uses_with(y)
                     for user in shared:
@@ -307,7 +312,7 @@ class Fusion:
                 graph.erase_node(node)
 
     def _sharers(self, chain: _Chain, chains: list[_Chain]) -> list[fx.Node]:
-        """The others that read the chain's input, where all of them do so after it and write into nothing."""
+        """The others that read the chain's input, where all of them do so after it and only read."""
         conv = chain.nodes[0]
         x: Any = conv.args[0]
         order = self._nodes
@@ -315,15 +320,21 @@ class Fusion:
             return []
         later = set(order[order.index(chain.nodes[-1]) + 1 :])
         fused = {node: one.nodes[-1] for one in chains for node in one.nodes}  # it runs where its last node stood
-
-        def only_reads(user: fx.Node) -> bool:
-            module = self._modules.get(user)
-            if type(module) is nn.Identity:
-                return user in later and all(map(only_reads, user.users))
-            return fused.get(user, user) in later and (user in fused or isinstance(module, _READERS))
-
         others = [user for user in x.users if user is not conv]
-        return others if all(map(only_reads, others)) else []
+        read_later = all(fused.get(user, user) in later for user in others)
+        return others if read_later and all(self._only_reads(user, fused) for user in others) else []
+
+    def _is_private(self, chain: _Chain, chains: list[_Chain]) -> bool:
+        """Whether only layers that read it see the chain's result."""
+        fused = {node for one in chains for node in one.nodes}
+        return all(self._only_reads(user, fused) for user in chain.nodes[-1].users)
+
+    def _only_reads(self, user: fx.Node, fused: Collection[fx.Node]) -> bool:
+        """Whether it neither writes into what it is given nor hands it on, but to others of that kind."""
+        module = self._modules.get(user)
+        if type(module) is nn.Identity:
+            return all(self._only_reads(reader, fused) for reader in user.users)
+        return user in fused or isinstance(module, _READERS)
 
     def _activation(self, relu: fx.Node | None) -> Any:
         """The ReLU as `run_layer` takes it: a module, the name of a function of torch, or None."""
