@@ -414,3 +414,70 @@ def test_pools_give_torchs_values_and_gradients(pool):
     torch.testing.assert_close(found, wanted)
     torch.testing.assert_close(followed, wanted)
     assert torch.autograd.grad(followed.sum(), dy)[0].unique().tolist() == [1.0]
+
+
+@pytest.mark.parametrize("reader", ["plain", "pool", "conv2"])
+def test_whoever_looks_at_an_activation_sees_all_of_its_gradient(reader):
+    x, packed = torch.randn(2, 3, 5, 4), packed_of(lambda: Readers("conv2", "plain", "pool"))
+    seen = []
+
+    def look(net):
+        def note(module, inputs):
+            inputs[0].register_hook(lambda g: seen.append(g.clone()) or g / g.norm())
+
+        net._inner.get_submodule(reader).register_forward_pre_hook(note)
+        loss(net(x)).backward()
+        return seen.pop(), {name: p.grad for name, p in net.named_parameters()}
+
+    wanted = look(packed)
+    with decompk.backend("triton"):
+        found = look(decompk.fuse(packed_of(lambda: Readers("conv2", "plain", "pool"))))
+    torch.testing.assert_close(found[0], wanted[0], rtol=1e-3, atol=1e-4)
+    for name in ("stem.weight", "bn.weight", "bn.bias"):
+        torch.testing.assert_close(found[1][name], wanted[1][name], rtol=1e-3, atol=1e-4)
+
+
+def test_an_activation_that_the_network_returns_has_all_its_gradients():
+    class Features(Readers):
+        def forward(self, x):
+            z = F.relu(self.bn(self.stem(x)))
+            return z, self.bn2(self.conv2(z))
+
+    x, found = torch.randn(2, 3, 5, 4), []
+    for net in (packed_of(Features), decompk.fuse(packed_of(Features))):
+        with decompk.backend("triton"):
+            z, y = net(x)
+            found.append(torch.autograd.grad(loss(y) + loss(z), net._inner.stem.weight)[0])
+    torch.testing.assert_close(*found, rtol=1e-3, atol=1e-4)
+
+
+def test_what_needs_no_gradient_is_passed_on_without_one():
+    net = packed_of(lambda: Readers("conv2", "plain"))
+    for name, p in net.named_parameters():
+        p.requires_grad_(name.startswith(("conv2", "bn2")))
+    fused, plain = decompk.fuse(net), []
+    fused._inner.plain.register_forward_hook(lambda module, inputs, out: plain.append(out.requires_grad))
+    with decompk.backend("triton"):
+        fused(torch.randn(2, 3, 5, 4))
+    assert plain == [False]
+
+
+@pytest.mark.parametrize("arguments", [(2, 2, -1), (0, 1), (2, 0), (2.0,), (2, 2, 2)], ids=str)
+def test_pools_that_torch_refuses_are_refused_as_torch_does(arguments):
+    pool, x = nn.MaxPool2d(*arguments), torch.randn(4, 3, 6, 6)
+    with pytest.raises(Exception) as theirs:  # noqa: B017 (whatever torch raises)
+        pool(x)
+    with pytest.raises(theirs.type, match=str(theirs.value).split("(")[0][:30]), decompk.backend("triton"):
+        run_pool(x, pool)
+
+
+def test_a_pool_may_be_given_tuples_of_one():
+    x = torch.randn(4, 3, 6, 6)
+    with decompk.backend("triton"):
+        torch.testing.assert_close(run_pool(x, nn.MaxPool2d((3,), (2,), (1,))), nn.MaxPool2d(3, 2, 1)(x))
+
+
+def test_a_linear_layer_of_another_dtype_is_refused_as_by_torch():
+    layer = decompk.pack([nn.Sequential(nn.Linear(4, 3)) for _ in range(K)], rehearse=False)._inner[0]
+    with decompk.backend("triton"), pytest.raises(RuntimeError, match="dtype"):
+        layer(torch.randn(K * N, 4, dtype=torch.float16))

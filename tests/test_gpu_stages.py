@@ -113,7 +113,7 @@ def test_checks_find_what_is_wrong_and_each_has_a_name_of_its_own(monkeypatch):
     plan = in_miniature()
     found = plan.checks()
     firsts = found.firsts()
-    kinds = {"fprop", "dgrad", "wgrad", "fused", "moments", "batch norm", "block", "operator"}
+    kinds = {"fprop", "dgrad", "wgrad", "fused", "moments", "sums", "batch norm", "block", "operator"}
     assert {check.kind for check in firsts} == kinds
     names = [(check.kind, check.name) for check in found.every()]
     assert len(set(names)) == len(names) > 500

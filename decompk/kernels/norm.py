@@ -309,10 +309,12 @@ def merge_sums_kernel(
         sum_gx += tl.load(at + CHANNELS, mask=inside, other=0.0)
         sums += PIECES * (2 * CHANNELS)
     at = stream * CHANNELS + channel
-    tl.store(dbias + at, tl.sum(sum_g, 0), mask=exists)
-    tl.store(dweight + at, tl.sum(sum_gx, 0), mask=exists)
+    total_g = tl.sum(sum_g, 0)
+    total_gx = tl.sum(sum_gx, 0)
+    tl.store(dbias + at, total_g, mask=exists)
+    tl.store(dweight + at, total_gx, mask=exists)
     if nought is not None:
-        tl.store(nought + at, 0.0, mask=exists)
+        tl.store(nought + at, (total_g + total_gx) * 0.0, mask=exists)  # NaN of a member that has diverged
 
 
 @triton.jit

@@ -160,8 +160,8 @@ class _Chain:
 class Fusion:
     """The graph of `net` in one mode with its chains replaced by calls of `run_layer`.
 
-    entered: modules whose code the graph stands for; called: those that it calls or that its chains are made of. notes: path of a twin → what became of it. reads_image: whether
-    the first layer takes the uncut image.
+    entered: modules whose code the graph stands for; called: those that it calls or that its chains are made of. notes:
+    path of a twin → what became of it. reads_image: whether the first layer takes the uncut image.
     """
 
     def __init__(self, net: nn.Module, training: bool, crops: Sequence[Crop] | None):

@@ -71,7 +71,7 @@ class Band(KernelForm):
     """Rows of pixels times a banded matrix of weights."""
 
     name = "band"
-    thread_bytes = {80: 144}
+    thread_bytes = {80: 144, 100: 200}
 
     def powers(self, config: Config) -> tuple[int, ...]:
         return *config.tile[:2], config.block_in, config.block_out  # columns end within their block
@@ -92,6 +92,11 @@ class Band(KernelForm):
 
     def thread_values(self, problem: Problem, config: Config) -> int:
         return band_geometry.thread_values(problem, config)
+
+    def thread_limit(self, problem: Problem, capability: int) -> int | None:
+        if (capability, problem.taps) == (80, 1):  # two programs of 8 warps fit with 128 registers a thread, no more
+            return 96
+        return self.thread_bytes.get(capability)
 
     def executed_flops(self, problem: Problem, config: Config) -> int:
         return band_geometry.executed_flops(problem, config)
