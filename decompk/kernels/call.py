@@ -82,11 +82,11 @@ def unwatched(*tensors: Tensor | None) -> bool:
 
 def runs_cpu(*tensors: Tensor | None) -> bool:
     """Whether the C++ kernels for processors take these: float32, on the CPU, and nobody looks on."""
-    if not unwatched(*tensors) or forced.get() not in (None, "cpu") or cpu.why_not() is not None:
+    if forced.get() not in (None, "cpu"):
         return False
-    if torch.is_autocast_enabled("cpu"):
+    if any(t is not None and (t.dtype is not torch.float32 or t.device.type != "cpu") for t in tensors):
         return False
-    return all(t is None or (t.dtype is torch.float32 and t.device.type == "cpu") for t in tensors)
+    return unwatched(*tensors) and cpu.why_not() is None and not torch.is_autocast_enabled("cpu")
 
 
 def follows(*grads: Tensor | None) -> bool:
@@ -200,9 +200,9 @@ class Call:
         problem, (into, out) = self._seen_by(choice.form)
         view = dx.as_strided(*out)
         if epilogue is not PLAIN_GRADIENT:
-            activations = {name: getattr(epilogue, name) for name in ("added", "raw", "joined")}
-            seen: dict[str, Any] = {name: None if t is None else t.as_strided(*out) for name, t in activations.items()}
-            epilogue = replace(epilogue, **seen)
+            e = epilogue
+            added, raw, joined = (None if t is None else t.as_strided(*out) for t in (e.added, e.raw, e.joined))
+            epilogue = GradientEpilogue(added, raw, joined, e.mean, e.rstd, e.gamma, e.beta, e.gated, e.sums)
         found = choice.form.dgrad(problem, choice.config, dy.as_strided(*into), self.weight(weight), view, epilogue)
         return dx if found is view else _kept(found, view, dx)
 

@@ -8,7 +8,7 @@ layer above is one of these, too; they are added up; then the norm's input gradi
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -19,7 +19,7 @@ from ..kernels.call import Call, adds_to_zero, dgrad_call, follows, settle, unwa
 from ..kernels.conv.form import Choice
 from ..kernels.layout import cut, pieces_of
 from ..kernels.problem import PLAIN_GRADIENT, Epilogue, Geometry, GradientEpilogue
-from .conv import call_again, chosen, gradients_seen, settled_call, with_bias
+from .conv import call_again, chosen, gradients_seen, settled_call
 from .followed import by_torch, gradients
 from .norm import kernels, torch_norm
 
@@ -112,7 +112,7 @@ class _ConvNorm(torch.autograd.Function):
         below: Any,
     ) -> tuple[Tensor, Tensor | None]:
         asked = forced.get()
-        y, moments = _convolved(call, chosen(call, asked, "moments"), x, weight, with_bias(bias))
+        y, moments = _convolved(call, chosen(call, asked, "moments"), x, weight, bias)
         members, moved = _members(y, weight), (norm.running_mean, norm.running_var, norm.counter)
         mean, rstd = moments.new_empty((2, *weight.shape[:2]))
         kernels().launch_finalise(moments, *moved[:2], norm.momentum, norm.eps, (mean, rstd), norm.counter)
@@ -146,15 +146,16 @@ class _ConvNorm(torch.autograd.Function):
 _NODE: Any = _ConvNorm._backward_cls
 
 
-def _convolved(call: Call, choice: Choice, x: Tensor, weight: Tensor, epilogue: Epilogue) -> tuple[Tensor, Tensor]:
+def _convolved(call: Call, choice: Choice, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     """y, rows (K·N, O, H', W'), and its moments (K, S, 3, O)."""
     K, O = weight.shape[:2]
+    (bias,) = _dense(bias)
     if choice.backend == "torch":  # whose moments are a pass of several operators
-        y = _rows(call.fprop(choice, x, weight, epilogue))
+        y = _rows(call.fprop(choice, x, weight, Epilogue(bias)))
         members = y.view(_members(y, weight))
         return y, kernels().launch_moments(members, pieces_of(members))
     moments = x.new_empty((K, call.moments_pieces(choice), 3, O), dtype=torch.float32)
-    return _rows(call.fprop(choice, x, weight, replace(epilogue, moments=moments))), moments
+    return _rows(call.fprop(choice, x, weight, Epilogue(bias, moments=moments))), moments
 
 
 def _backward(
@@ -211,7 +212,7 @@ def _input_gradient(ctx: Any, call: Call, dy: Tensor, weight: Tensor, other: Ten
         theirs = _Saved(*below.saved_tensors)
         read = theirs.y, theirs.joined
         if all(t is None or (t.stride() == dgrad.strides and t.dtype == dy.dtype) for t in read):
-            pieces = (len(weight), dgrad.moments_pieces(choice), 2, weight.shape[2])
+            pieces = (weight.shape[0], dgrad.moments_pieces(choice), 2, weight.shape[2])
             sums = theirs.mean.new_empty(pieces)
             vectors = theirs.mean, theirs.rstd, *_dense(theirs.gamma, theirs.beta)
             epilogue = GradientEpilogue(epilogue.added, *read, *vectors, below.relu, sums)
@@ -227,7 +228,7 @@ def _input_gradient(ctx: Any, call: Call, dy: Tensor, weight: Tensor, other: Ten
 def _followed(ctx: Any, saved: _Saved, dz: Tensor, other: Tensor | None) -> Sequence[Tensor | None]:
     """Gradients by torch's own operators, differentiable again."""
     x, weight, bias, gamma, beta, *_, z = saved
-    ends, K = ctx.call.ends, len(weight)
+    ends, K = ctx.call.ends, weight.shape[0]
 
     def layer(x: Tensor, weight: Tensor, bias: Tensor | None, gamma: Tensor | None, beta: Tensor | None) -> Tensor:
         read = cut(x, ends.window) if ends.window else x.unflatten(0, (K, -1))
@@ -247,7 +248,7 @@ def _followed(ctx: Any, saved: _Saved, dz: Tensor, other: Tensor | None) -> Sequ
 def _seen(ctx: Any, saved: _Saved, dz: Tensor, other: Tensor | None) -> Sequence[Tensor | None]:
     """Gradients by the operators of either part, which modes see."""
     x, weight, _, gamma, beta, y, mean, rstd, z = saved
-    K = len(weight)
+    K = weight.shape[0]
     y, z = (t if t is None else t.unflatten(0, (K, -1)) for t in (y, z))
     dz = settle(dz).unflatten(0, (K, -1))
     ends, needs, asked = ctx.call.ends, ctx.needs_input_grad, ctx.asked or ANY
@@ -277,7 +278,7 @@ def _rows(y: Tensor) -> Tensor:
 
 def _members(y: Tensor, weight: Tensor) -> tuple[int, ...]:
     """(K, N, O, H', W') of rows."""
-    K = len(weight)
+    K = weight.shape[0]
     return K, y.shape[0] // K, *y.shape[1:]
 
 

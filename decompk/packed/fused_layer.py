@@ -145,14 +145,14 @@ def _call(x: Tensor, crops: Sequence[Crop] | None, conv: PackedConv2d) -> _Call 
     geometry: Any = conv.stride, conv.padding, conv.dilation
     if isinstance(conv.padding, str):
         geometry = arguments(conv.kernel_size, *geometry)
-    window = () if crops is None else window_of(crops, x.shape, len(weight))
+    window = () if crops is None else window_of(crops, x.shape, weight.shape[0])
     return x, weight, bias, geometry, window, here
 
 
 def _shape(call: _Call) -> tuple[int, ...]:
     """(K, N, O, H', W') of what a call gives."""
     x, weight, _, geometry, window, _ = call
-    K, N = len(weight), x.shape[0] if window else x.shape[0] // len(weight)
+    K, N = weight.shape[0], x.shape[0] if window else x.shape[0] // weight.shape[0]
     find = output_shape if torch.compiler.is_compiling() else _output_shape  # no cache holds symbols
     return find((K, N, x.shape[1], *(window[:2] or x.shape[2:])), weight.shape, *geometry)
 
@@ -245,7 +245,7 @@ def _by_moments(
 ) -> Tensor:
     """A batch norm by its batch's statistics, which the convolution takes while it writes what they are of."""
     x, weight, bias, geometry, *_ = call
-    members = (len(weight), -1)
+    members = (weight.shape[0], -1)
     y, moments = ops.conv2d_moments(x if crops else x.unflatten(0, members), weight, bias, *geometry, crops=crops)
     if norm.training and norm.track_running_stats and norm.num_batches_tracked is not None:
         norm.num_batches_tracked.add_(1)
