@@ -145,7 +145,7 @@ def test_launches_around_a_kernel_are_counted():
     wgrad = SPATIAL.of("wgrad")
     tile = conv.named("tile")
     config = tile.configs(wgrad)[0]
-    given = {(1, False): 2, (4, False): 3, (4, True): 3}  # a cast; a sum and a cast; a zero-fill and a cast
+    given = {(1, False): 1, (4, False): 2, (4, True): 1}  # splits are summed up, or added to what is zero already
     for (splits, atomic), launches in given.items():
         assert tile.launches(wgrad, replace(config, splits=splits, atomic=atomic)) == launches
     assert tile.launches(SPATIAL, config) == 1
@@ -160,7 +160,8 @@ def test_what_is_fused_costs_torch_passes_over_the_result_and_our_kernels_little
         y = SPATIAL.K * SPATIAL.N * SPATIAL.O * SPATIAL.H * SPATIAL.W * 2 / H100.memory_gbps / 1e6
         plain = {(c.form, c.config): c.ms for c in candidates(replace(problem, fused=""), H100)}
         added = {c: c.ms - plain[c.form, c.config] for c in candidates(problem, H100)}
-        assert all(ms > 2 * y for c, ms in added.items() if c.backend == "torch")
+        reads = 1 if problem is moments else 2  # of y; of dx and x̂
+        assert all(ms > reads * y for c, ms in added.items() if c.backend == "torch")
         assert min(added.values()) < y and all(ms >= 0 for c, ms in added.items())
 
 

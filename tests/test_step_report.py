@@ -27,11 +27,11 @@ needs_interpreter = pytest.mark.skipif(not interpreted(), reason="takes Triton's
 # (launches, GB) that a fused step of 128 images may come to, bf16 with SGD: no more than it was. bench/results/steps.md
 # is made by `python tools/step_report.py --table --before bench/results/steps-before.json`.
 BOUNDS = {
-    Case("resnet50", 4, 140): (868, 17.03),
-    Case("resnet50", (2, 4), 96): (868, 7.9),
-    Case("resnet50", 16, 70): (868, 5.03),
-    Case("vgg16", 4, 112): (267, 12.4),
-    Case("resnet32", 4, 16): (640, 1.46),
+    Case("resnet50", 4, 140): (420, 13.95),
+    Case("resnet50", (2, 4), 96): (420, 6.5),
+    Case("resnet50", 16, 70): (420, 4.18),
+    Case("vgg16", 4, 112): (167, 11.31),
+    Case("resnet32", 4, 16): (262, 1.152),
 }
 IN_TESTS = Case("resnet32", 4, 16)  # the others take too long to build
 
