@@ -12,6 +12,7 @@ from decompk.kernels.conv.form import Choice
 from decompk.kernels.layout import in_layout
 from decompk.kernels.problem import Epilogue
 from decompk.ops import conv as conv_op
+from decompk.ops import conv_norm as conv_norm_op
 from decompk.ops import fused as fused_op
 from decompk.packed.pack import pack
 from decompk.packed.twin import deep_copy
@@ -63,7 +64,7 @@ def asked_by_operators(monkeypatch):
         found.append((call.problem, choice))
         return choice
 
-    for module in (conv_op, fused_op):
+    for module in (conv_op, conv_norm_op, fused_op):
         monkeypatch.setattr(module, "chosen", seen)
     return found
 

@@ -18,8 +18,7 @@ from decompk.kernels import block, conv, handles, norm
 from decompk.kernels import device as devices
 from decompk.kernels import launch as launching
 from decompk.kernels.conv import band, pointer, tile
-from decompk.kernels.descriptors import descriptor
-from decompk.kernels.launch import Fixed, launch, recording
+from decompk.kernels.launch import Fixed, descriptor, launch, recording
 from decompk.kernels.problem import Config, Epilogue, Problem, Prologue
 
 PAPER = paper_gpu.activate()

@@ -123,12 +123,13 @@ def dense(function, keep, dtype, *geometry):
 
 
 def assert_right(found, wanted, torchs):
-    """At most twice torch's own error in the same dtype, plus 1e-6, relative to the norm."""
+    """At most twice torch's own error in the same dtype, plus 1e-6 (of 16 bits 2e-5), relative to the norm."""
     for what, a, right, own in zip(("y", "dx", "dweight", "dbias"), found, wanted, torchs, strict=True):
         assert a.shape == right.shape and not a.isnan().any(), what
         norm = right.double().norm().clamp_min(1e-30)
         error, theirs = ((t.double() - right.double()).norm() / norm for t in (a, own))
-        assert error <= 2 * theirs + 1e-6, f"{what}: {error:.1e}, torch's own {theirs:.1e}"
+        floor = 2e-5 if a.dtype is torch.float16 else 1e-6  # some processors' torch rounds a few values otherwise
+        assert error <= 2 * theirs + floor, f"{what}: {error:.1e}, torch's own {theirs:.1e}"
 
 
 def check_conv(mask, out_block, in_block, geometry, dtype=torch.float32, N=2):

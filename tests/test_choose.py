@@ -162,8 +162,8 @@ def test_the_extension_is_asked_for_in_a_thread_of_autograds_own(name, asked, mo
 def test_a_whole_networks_backward_runs_where_its_forward_ran(asked, monkeypatch):
     from decompk.kernels import norm as batch_norm
 
-    launched, backward = [], batch_norm.launch_backward
-    monkeypatch.setattr(batch_norm, "launch_backward", lambda *a: launched.append(1) or backward(*a))
+    launched, backward = [], batch_norm.launch_input
+    monkeypatch.setattr(batch_norm, "launch_input", lambda *a: launched.append(1) or backward(*a))
     parts = torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.ReLU(), torch.nn.Conv2d(4, 4, 1)
     packed = decompk.pack([torch.nn.Sequential(*parts) for _ in range(2)])
     x = torch.randn(2, 3, 6, 6)

@@ -284,7 +284,9 @@ def test_what_is_fused_errs_at_most_twice_as_much_as_torch(shape, what):
         assert untouched(e.moments)
         assert (count.sum(1) == value[0, ..., 0].numel()).all()
         merged = (count * mean).sum(1) / count.sum(1)
-        assert_right(merged, value.mean((1, 2, 3)), rounded.double().mean((1, 2, 3)))
+        exact, theirs = value.mean((1, 2, 3)), rounded.double().mean((1, 2, 3))
+        spread = value.var((1, 2, 3), unbiased=False).sqrt().norm()  # of what is averaged: the mean itself may be tiny
+        assert (merged - exact).norm() <= 2 * (theirs - exact).norm() + 1e-6 * spread
         variance = (squares + count * (mean - merged[:, None]) ** 2).sum(1) / count.sum(1)
         theirs = rounded.double().var((1, 2, 3), unbiased=False)
         assert_right(variance, value.var((1, 2, 3), unbiased=False), theirs)

@@ -20,7 +20,7 @@ from ..errors import DecompkError
 from . import cpu
 from .backend import forced
 from .conv.form import Choice, Form
-from .descriptors import TENSORS
+from .handles import TENSORS
 from .launch import onlookers
 from .layout import aligned, as_one_image, channels_inside, check_alike, check_shapes, layout_of, nhwc, strides_of
 from .problem import (
@@ -82,7 +82,7 @@ def unwatched(*tensors: Tensor | None) -> bool:
 
 def runs_cpu(*tensors: Tensor | None) -> bool:
     """Whether the C++ kernels for processors take these: float32, on the CPU, and nobody looks on."""
-    if forced.get() not in (None, "cpu"):
+    if torch.compiler.is_compiling() or forced.get() not in (None, "cpu"):
         return False
     if any(t is not None and (t.dtype is not torch.float32 or t.device.type != "cpu") for t in tensors):
         return False

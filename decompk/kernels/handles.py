@@ -23,8 +23,24 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.nn import Parameter
 
-from .descriptors import TENSORS, descriptor_class, make_room
+TENSORS = (Tensor, Parameter)  # a subclass may mean anything by its address
+ROOM = 1024  # entries of a table that grows with what is met
+
+
+def make_room(table: dict[Any, Any]) -> None:
+    if len(table) >= ROOM:
+        table.clear()
+
+
+@functools.cache
+def descriptor_class() -> Any:
+    """Triton's tensor descriptor, loaded with the first kernel that is launched."""
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    return TensorDescriptor
 
 
 class Signature:

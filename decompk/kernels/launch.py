@@ -6,7 +6,7 @@ import contextlib
 import contextvars
 import functools
 import operator
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from ..errors import BackendError
-from .descriptors import descriptor_class, make_room
-from .handles import Signature, kept, triton_parts, watched
+from .handles import TENSORS, Signature, descriptor_class, kept, make_room, triton_parts, watched
 from .problem import PLAIN, PLAIN_GRADIENT, Epilogue, GradientEpilogue, Prologue
 
 GRID_LIMIT = 2**31 - 1  # programs along x, where all that grows with the batch lies
@@ -51,6 +50,35 @@ class Launch:
             if divisible:
                 attributes[(i,)] = [["tt.divisibility", 16]]
         return signature, constants, attributes
+
+
+class _View:
+    """A descriptor that Triton found right, without its tensor."""
+
+    def __init__(self, made: Any):
+        self.fields = {name: value for name, value in vars(made).items() if name != "base"}
+        self.fields["view"] = self
+
+
+_views: dict[tuple[Any, ...], _View] = {}
+
+
+def descriptor(x: Tensor, shape: Sequence[int], strides: Sequence[int], block: Sequence[int]) -> Any:
+    """Memory of x, seen in `shape` and `strides`, as the copy engine reads it and writes it, a block at a time."""
+    if type(x) not in TENSORS or x.data_ptr() % 16:
+        return descriptor_class()(x, list(shape), list(strides), list(block))
+    key = tuple(shape), tuple(strides), tuple(block), x.dtype
+    view = _views.get(key)
+    if view is None:
+        made = descriptor_class()(x, *map(list, key[:3]))
+        if not hasattr(made, "__dict__"):
+            return made
+        make_room(_views)
+        view = _views[key] = _View(made)
+    made = object.__new__(descriptor_class())
+    made.__dict__.update(view.fields)
+    made.base = x
+    return made
 
 
 def around(

@@ -13,7 +13,7 @@ from .. import ops
 from ..crops import Crop
 from ..kernels.backend import asked_for
 from ..kernels.call import runs_cpu, unwatched
-from ..kernels.descriptors import TENSORS
+from ..kernels.handles import TENSORS
 from ..kernels.layout import output_shape
 from ..kernels.problem import Geometry
 from ..ops.conv import arguments, autocast, autocast_now

@@ -24,11 +24,11 @@ class PackedLinear(Twin, nn.Linear):
         if linear_form(rows, self.in_features, self.out_features, x.dtype, x.is_cuda) == "loop":
             return self._twin_each(F.linear, x, self.weight, self.bias)
         x, weight = x.reshape(self._twin_K, rows, self.in_features), self.weight.mT
-        autocast = torch.is_autocast_enabled(x.device.type)
-        alike = autocast or all(t is None or t.dtype == x.dtype for t in (self.weight, self.bias))
-        if alike and runs_triton(x) and unwatched(x, self.weight, self.bias):
-            x = x.to(torch.get_autocast_dtype(x.device.type)) if autocast else x
-            return _Linear.apply(x, self.weight, self.bias).view(*shape, self.out_features)
+        if unwatched(x, self.weight, self.bias) and runs_triton(x):
+            autocast = torch.is_autocast_enabled(x.device.type)
+            if autocast or all(t is None or t.dtype == x.dtype for t in (self.weight, self.bias)):
+                x = x.to(torch.get_autocast_dtype(x.device.type)) if autocast else x
+                return _Linear.apply(x, self.weight, self.bias).view(*shape, self.out_features)
         y = torch.bmm(x, weight) if self.bias is None else torch.baddbmm(self.bias.unsqueeze(1), x, weight)
         return y.view(*shape, self.out_features)
 

@@ -39,9 +39,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from .. import device
-from ..descriptors import descriptor
 from ..device import Device
-from ..launch import Fixed, Launch, around, launch, recording
+from ..launch import Fixed, Launch, around, descriptor, launch, recording
 from ..problem import (
     PLAIN,
     PLAIN_GRADIENT,

@@ -162,9 +162,11 @@ def conv_band(
         off = tl.where(live, rounded - mean[None, :], 0.0)
         m2 = tl.sum(off * off, 0)
         if FOLDED:
-            number, mean, m2 = union(
-                tl.reshape(number, (FOLD, F)), tl.reshape(mean, (FOLD, F)), tl.reshape(m2, (FOLD, F))
-            )
+            means = tl.reshape(mean, (FOLD, F))
+            # Differences from the first lose nothing to a large common mean.
+            origin = tl.sum(tl.where((tl.arange(0, FOLD) == 0)[:, None], means, 0.0), 0)
+            number, mean, m2 = union(tl.reshape(number, (FOLD, F)), means - origin[None, :], tl.reshape(m2, (FOLD, F)))
+            mean += origin
         record = moments + piece * (3 * F) + of_channel
         tl.store(record, number, kept)
         tl.store(record + F, mean, kept)

@@ -211,8 +211,9 @@ def _run(
     bias = e.bias
     if bias is not None and bias.dtype not in (torch.float32, x.dtype):
         bias = bias.float()
+    weight = weight.to(x.dtype) if weight.dtype is torch.float32 else weight
     torch.ops.decompk.halo_conv2d(
-        *(x, weight.to(x.dtype), y, bias, e.scale, e.shift, e.residual, e.relu, e.moments),
+        *(x, weight, y, bias, e.scale, e.shift, e.residual, e.relu, e.moments),
         *((p.scale, p.shift, p.relu) if p else (None, None, False)),
         *(stride, *padding, config.tile, config.warps),
     )

@@ -37,8 +37,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..descriptors import descriptor
-from ..launch import Fixed, around, launch
+from ..launch import Fixed, around, descriptor, launch
 from ..problem import (
     PLAIN,
     PLAIN_GRADIENT,
