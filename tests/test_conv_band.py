@@ -289,7 +289,9 @@ def test_what_is_fused_errs_at_most_twice_as_much_as_torch(shape, what):
         assert (merged - exact).norm() <= 2 * (theirs - exact).norm() + 1e-6 * spread
         variance = (squares + count * (mean - merged[:, None]) ** 2).sum(1) / count.sum(1)
         theirs = rounded.double().var((1, 2, 3), unbiased=False)
-        assert_right(variance, value.var((1, 2, 3), unbiased=False), theirs)
+        exact = value.var((1, 2, 3), unbiased=False)
+        off, own = ((t - exact).norm() / exact.norm() for t in (variance, theirs))
+        assert off <= 2 * own + 2e-6  # a tile's pieces are merged in float32
 
 
 # ---- who reads whom -------------------------------------------------------------------------------------------------
