@@ -478,3 +478,21 @@ def test_a_linear_layer_of_another_dtype_is_refused_as_by_torch():
     layer = decompk.pack([nn.Sequential(nn.Linear(4, 3)) for _ in range(K)], rehearse=False)._inner[0]
     with decompk.backend("triton"), pytest.raises(RuntimeError, match="dtype"):
         layer(torch.randn(K * N, 4, dtype=torch.float16))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_weights_of_another_dtype_are_refused_where_no_autocast_casts(training):
+    packed = decompk.pack([nn.Sequential(*stem(4)) for _ in range(K)], rehearse=False).train(training)
+    x = torch.randn(2, 3, 4, 4, dtype=torch.float16)
+    sentences = []
+    for net in (packed, decompk.fuse(packed)):
+        with decompk.backend("triton"), torch.no_grad(), pytest.raises(decompk.DecompkError) as refused:
+            net(x)
+        sentences.append(str(refused.value))
+    assert "one floating dtype" in sentences[0] and sentences[0] == sentences[1]
+
+
+def test_operators_refuse_weights_of_another_dtype():
+    x, weight = torch.randn(K, 2, 3, 4, 4, dtype=torch.float16), torch.randn(K, 4, 3, 3, 3)
+    with decompk.backend("triton"), pytest.raises(decompk.DecompkError, match="one floating dtype"):
+        decompk.ops.fused_conv2d(x, weight)

@@ -21,7 +21,7 @@ from ..kernels.layout import cut, pieces_of
 from ..kernels.problem import PLAIN_GRADIENT, Epilogue, Geometry, GradientEpilogue
 from .conv import call_again, chosen, gradients_seen, settled_call
 from .followed import by_torch, gradients
-from .norm import kernels, torch_norm
+from .norm import contiguous, kernels, torch_norm
 
 
 class Norm(NamedTuple):
@@ -58,7 +58,8 @@ def conv_norm(
     """
     # What x came out of: its backward wants the sums of the gradient that this one's writes.
     below = x.grad_fn if type(x.grad_fn) is _NODE and x.output_nr == 0 and x.grad_fn.private else None
-    read, call = settled_call(x.unsqueeze(0) if window else x, weight, bias, geometry, window, master=True)
+    master = torch.is_autocast_enabled(x.device.type)
+    read, call = settled_call(x.unsqueeze(0) if window else x, weight, bias, geometry, window, master=master)
     residual = None if residual is None else settle(residual)
     around = call, norm, relu, passes and read is x and x.requires_grad, private, below
     z, passed = _ConvNorm.apply(read, weight, bias, norm.weight, norm.bias, residual, *around)
@@ -119,7 +120,7 @@ class _ConvNorm(torch.autograd.Function):
         torch.autograd.graph.increment_version([t for t in moved if t is not None])
         z = torch.empty_like(y)
         added = None if residual is None else residual.view(members)
-        kernels().launch_apply(y.view(members), mean, rstd, *_dense(gamma, beta), added, relu, z.view(members))
+        kernels().launch_apply(y.view(members), mean, rstd, *contiguous(gamma, beta), added, relu, z.view(members))
         ctx.call, ctx.asked, ctx.eps, ctx.relu = call, asked, norm.eps, relu
         ctx.has_residual, ctx.has_bias, ctx.below, ctx.above = residual is not None, bias is not None, below, None
         ctx.set_materialize_grads(False)
@@ -149,7 +150,7 @@ _NODE: Any = _ConvNorm._backward_cls
 def _convolved(call: Call, choice: Choice, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     """y, rows (K·N, O, H', W'), and its moments (K, S, 3, O)."""
     K, O = weight.shape[:2]
-    (bias,) = _dense(bias)
+    (bias,) = contiguous(bias)
     if choice.backend == "torch":  # whose moments are a pass of several operators
         y = _rows(call.fprop(choice, x, weight, Epilogue(bias)))
         members = y.view(_members(y, weight))
@@ -167,7 +168,7 @@ def _backward(
     x, call = call_again(ctx.call, x, weight)  # hooks of saved tensors may have given back what lies otherwise
     dz, y, z = settle(dz), settle(y), None if z is None else settle(z)
     members = _members(y, weight)
-    raw, vectors = y.view(members), (mean, rstd, *_dense(gamma, beta))
+    raw, vectors = y.view(members), (mean, rstd, *contiguous(gamma, beta))
     if above is not None and above.is_of(dz):
         sums, g, gated = above.sums, dz.view(members), False
     else:
@@ -214,7 +215,7 @@ def _input_gradient(ctx: Any, call: Call, dy: Tensor, weight: Tensor, other: Ten
         if all(t is None or (t.stride() == dgrad.strides and t.dtype == dy.dtype) for t in read):
             pieces = (weight.shape[0], dgrad.moments_pieces(choice), 2, weight.shape[2])
             sums = theirs.mean.new_empty(pieces)
-            vectors = theirs.mean, theirs.rstd, *_dense(theirs.gamma, theirs.beta)
+            vectors = theirs.mean, theirs.rstd, *contiguous(theirs.gamma, theirs.beta)
             epilogue = GradientEpilogue(epilogue.added, *read, *vectors, below.relu, sums)
     dx = dgrad.dgrad(choice, dy, weight, epilogue)
     if sums is not None:
@@ -280,7 +281,3 @@ def _members(y: Tensor, weight: Tensor) -> tuple[int, ...]:
     """(K, N, O, H', W') of rows."""
     K = weight.shape[0]
     return K, y.shape[0] // K, *y.shape[1:]
-
-
-def _dense(*vectors: Tensor | None) -> list[Tensor | None]:
-    return [t if t is None or t.is_contiguous() else t.contiguous() for t in vectors]

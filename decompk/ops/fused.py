@@ -122,13 +122,15 @@ def fused_now(
     window: tuple[int, ...],
     moments: bool,
     geometry: Geometry,
+    master: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """y and moments (empty if not wanted, never with scale), without a gradient, of what is `unwatched`.
 
     x (K, N, C, H, W) or rows (K·N, C, H, W), and residual and y like it; with a window the image (1, N, C, H, W).
+    master: as in `fprop_call`.
     """
     residual = epilogue.residual
-    x, call = settled_call(x, weight, epilogue.bias, geometry, window, residual, master=True)
+    x, call = settled_call(x, weight, epilogue.bias, geometry, window, residual, master=master)
     K, O, C = weight.shape[:3]
     _check_around(epilogue, prologue, call.shape, call.dtype, call.device, (K, O), (K, C))
     if residual is not None and residual.stride() != call.strides:
@@ -209,11 +211,12 @@ def fused_rows(
         residual = None if residual is None else residual.unflatten(0, (len(weight), -1))
         around = *affine, residual, relu, None, None, False, window, False
         return _operator(x, weight, bias, *around, *geometry)[0].flatten(0, 1)
+    master = torch.is_autocast_enabled(x.device.type)
     if not window:
-        return fused_now(x, weight, Epilogue(bias, *affine, residual, relu), None, (), False, geometry)[0]
+        return fused_now(x, weight, Epilogue(bias, *affine, residual, relu), None, (), False, geometry, master)[0]
     residual = None if residual is None else residual.unflatten(0, (len(weight), -1))
     epilogue = Epilogue(bias, *affine, residual, relu)
-    return fused_now(x.unsqueeze(0), weight, epilogue, None, window, False, geometry)[0].flatten(0, 1)
+    return fused_now(x.unsqueeze(0), weight, epilogue, None, window, False, geometry, master)[0].flatten(0, 1)
 
 
 def _operator(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:

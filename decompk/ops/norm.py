@@ -165,7 +165,7 @@ def batch_norm_apply(
     _check_layout(x, residual)
     if runs_triton(x) and x.numel():
         return kernels().launch_apply(
-            x, *_contiguous(mean, rstd, weight, bias), residual, relu, empty_like_layout(x, x.shape)
+            x, *contiguous(mean, rstd, weight, bias), residual, relu, empty_like_layout(x, x.shape)
         )
     y = _affine(_centered(x, mean), rstd, weight, bias)
     y = y if residual is None else y + residual
@@ -202,7 +202,7 @@ def batch_norm_backward(
         triton = runs_triton(x)
     if triton and x.numel():
         *results, g = kernels().launch_backward(
-            dy, x, y, *_contiguous(mean, rstd, weight, bias), relu, training, pieces_of(x)
+            dy, x, y, *contiguous(mean, rstd, weight, bias), relu, training, pieces_of(x)
         )
         return *results, dy.new_empty(0) if g is None else g
     dx, dweight, dbias, g = _gradients(dy, x, y, mean, rstd, weight, bias, relu, training)
@@ -369,7 +369,7 @@ def _moments_shape(x: Tensor) -> tuple[int, ...]:
     return (x.shape[0], pieces_of(x), 3, x.shape[2])
 
 
-def _contiguous(*vectors: Tensor | None) -> list[Tensor | None]:
+def contiguous(*vectors: Tensor | None) -> list[Tensor | None]:
     return [None if t is None else t.contiguous() for t in vectors]
 
 
@@ -415,7 +415,7 @@ class _BatchNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, residual, running_mean, running_var, K, training, momentum, eps, relu) -> Tensor:
         y, saved = torch.empty_like(x), x.new_empty((4, K, x.shape[1]))
-        vectors = [None if t is None else t.contiguous() for t in (weight, bias)]
+        vectors = contiguous(weight, bias)
         cpu.batch_norm(x, *vectors, running_mean, running_var, residual, y, saved, training, relu, momentum, eps)
         if training and running_mean is not None:
             torch.autograd.graph.increment_version((running_mean, running_var))
