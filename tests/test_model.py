@@ -16,7 +16,7 @@ from layers import CASES, layers
 
 import decompk
 from decompk import ops
-from decompk.kernels import conv, resources, tables
+from decompk.kernels import call, conv, resources, tables
 from decompk.kernels import device as devices
 from decompk.kernels.choose import candidates
 from decompk.kernels.conv.form import PIECES, merge_ms
@@ -193,6 +193,7 @@ def test_what_is_fused_is_no_part_of_a_tables_key(monkeypatch, tmp_path):
 def test_the_choice_knows_which_moments_are_asked_for(monkeypatch):
     fused, choose = [], conv_op.choose
     monkeypatch.setattr(conv_op, "choose", lambda problem, *a: fused.append(problem.fused) or choose(problem, *a))
+    call._fprop_call.cache_clear()  # a Call keeps its choices, whoever made it
     x, weight = torch.randn(2, 3, 6, 6, 8).movedim(-1, 2), torch.randn(2, 8, 8, 3, 3)
     ops.conv2d_moments(x, weight)
     ops.fused_conv2d(x, weight)

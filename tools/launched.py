@@ -16,10 +16,11 @@ from torch._library.custom_ops import OPDEFS
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from decompk.kernels.conv.model import LAUNCH_MS
 from decompk.kernels.launch import Launch, recording
 
-LAUNCH_MS = 0.0025  # of a kernel in a captured graph; like the rates, assumed and not measured
-MEMORY, L2, CACHED = 2.8e9, 4.5e9, 25e6  # bytes a millisecond, and the bytes up to which a launch is served by L2
+# Bytes a millisecond, assumed and not measured, and the bytes up to which a launch is served by L2.
+MEMORY, L2, CACHED = 2.8e9, 4.5e9, 25e6
 
 # One call of a foreach or fused function is several kernels: so many tensors each, by tensors in a row (depth), and so
 # many blocks of so many elements. As torch is built for CUDA 12; for CUDA 13 a kernel takes seven times as much.

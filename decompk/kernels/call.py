@@ -26,7 +26,6 @@ from .layout import aligned, as_one_image, channels_inside, check_alike, check_s
 from .problem import (
     DTYPES,
     PLAIN,
-    PLAIN_GRADIENT,
     Epilogue,
     Geometry,
     GradientEpilogue,
@@ -192,18 +191,20 @@ class Call:
         found = form.fprop(problem, choice.config, x.as_strided(*into), weight, view, epilogue, prologue, self.offsets)
         return y if found is view else _kept(found, view, y)
 
-    def dgrad(self, choice: Choice, dy: Tensor, weight: Tensor, epilogue: GradientEpilogue = PLAIN_GRADIENT) -> Tensor:
-        """dx; what the epilogue reads lies as x does, and its sums are (K, S, 2, C) for the S of the form."""
+    def dgrad(self, choice: Choice, dy: Tensor, weight: Tensor, epilogue: GradientEpilogue | None = None) -> Tensor:
+        """dx; an epilogue is for forms that take one: it reads what lies as x does, its sums are (K, S, 2, C)."""
         dx = self.empty()
         if not dy.numel():
             return dx.zero_()
         problem, (into, out) = self._seen_by(choice.form)
         view = dx.as_strided(*out)
-        if epilogue is not PLAIN_GRADIENT:
+        behind: list[GradientEpilogue] = []
+        if epilogue is not None:
             e = epilogue
             added, raw, joined = (None if t is None else t.as_strided(*out) for t in (e.added, e.raw, e.joined))
-            epilogue = GradientEpilogue(added, raw, joined, e.mean, e.rstd, e.gamma, e.beta, e.gated, e.sums)
-        found = choice.form.dgrad(problem, choice.config, dy.as_strided(*into), self.weight(weight), view, epilogue)
+            behind = [GradientEpilogue(added, raw, joined, e.mean, e.rstd, e.gamma, e.beta, e.gated, e.sums)]
+        form: Any = choice.form
+        found = form.dgrad(problem, choice.config, dy.as_strided(*into), self.weight(weight), view, *behind)
         return dx if found is view else _kept(found, view, dx)
 
     def wgrad(self, choice: Choice, dy: Tensor, x: Tensor, dw: Tensor | None = None) -> Tensor:
@@ -237,14 +238,13 @@ def wgrad(
     form, config, parts = choice.form, choice.config, choice.sums
     if not parts:
         return form.wgrad(problem, config, dy, x, dw, offsets)
-    if parts == 1 and dw.dtype is torch.float32:
-        if not zero and adds_to_zero(choice, dw.dtype):
-            dw.zero_()
-        form.wgrad(problem, config, dy, x, dw.unsqueeze(0), offsets)
-        return dw
-    make = torch.zeros if config is not None and config.atomic else torch.empty
-    sums = make((parts, *dw.shape), dtype=torch.float32, device=dw.device)
+    direct = parts == 1 and dw.dtype is torch.float32
+    sums = dw.unsqueeze(0) if direct else dw.new_empty((parts, *dw.shape), dtype=torch.float32)
+    if config is not None and config.atomic and not zero:
+        sums.zero_()
     form.wgrad(problem, config, dy, x, sums, offsets)
+    if direct:
+        return dw
     if dw.dtype is torch.float32:
         return torch.sum(sums, 0, out=dw)
     return dw.copy_(sums[0] if parts == 1 else sums.sum(0))

@@ -18,7 +18,7 @@ from ..kernels.backend import ANY, forced, resumed
 from ..kernels.call import Call, adds_to_zero, dgrad_call, follows, settle, unwatched, wgrad_call
 from ..kernels.conv.form import Choice
 from ..kernels.layout import cut, pieces_of
-from ..kernels.problem import PLAIN_GRADIENT, Epilogue, Geometry, GradientEpilogue
+from ..kernels.problem import Epilogue, Geometry, GradientEpilogue
 from .conv import call_again, chosen, gradients_seen, settled_call
 from .followed import by_torch, gradients
 from .norm import contiguous, kernels, torch_norm
@@ -208,7 +208,8 @@ def _input_gradient(ctx: Any, call: Call, dy: Tensor, weight: Tensor, other: Ten
     if not choice.form.gradient_epilogue:
         dx = dgrad.dgrad(choice, dy, weight)
         return dx if other is None else dx.add_(other)
-    epilogue, sums = PLAIN_GRADIENT if other is None else GradientEpilogue(settle(other)), None
+    added, sums = None if other is None else settle(other), None
+    epilogue = None if added is None else GradientEpilogue(added)
     if below is not None:
         theirs = _Saved(*below.saved_tensors)
         read = theirs.y, theirs.joined
@@ -216,7 +217,7 @@ def _input_gradient(ctx: Any, call: Call, dy: Tensor, weight: Tensor, other: Ten
             pieces = (weight.shape[0], dgrad.moments_pieces(choice), 2, weight.shape[2])
             sums = theirs.mean.new_empty(pieces)
             vectors = theirs.mean, theirs.rstd, *contiguous(theirs.gamma, theirs.beta)
-            epilogue = GradientEpilogue(epilogue.added, *read, *vectors, below.relu, sums)
+            epilogue = GradientEpilogue(added, *read, *vectors, below.relu, sums)
     dx = dgrad.dgrad(choice, dy, weight, epilogue)
     if sums is not None:
         below.above = _Above(dx, dx._version, sums)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .. import cpu
 from ..device import Device
-from ..problem import PLAIN, PLAIN_GRADIENT, Epilogue, GradientEpilogue, Offsets, Problem, Prologue
+from ..problem import PLAIN, Epilogue, Offsets, Problem, Prologue
 from .form import PlainForm, Prediction
 from .steps import after, before, folded
 
@@ -70,15 +70,7 @@ class Direct(PlainForm):
         rest = replace(epilogue, residual=None if residual is None else residual.movedim(-1, 2))
         return after(y.movedim(-1, 2), rest).movedim(2, -1)
 
-    def dgrad(
-        self,
-        problem: Problem,
-        config: None,
-        dy: Tensor,
-        weight: Tensor,
-        dx: Tensor,
-        epilogue: GradientEpilogue = PLAIN_GRADIENT,
-    ) -> Tensor:
+    def dgrad(self, problem: Problem, config: None, dy: Tensor, weight: Tensor, dx: Tensor) -> Tensor:
         function = getattr(cpu.library(), self.functions[1])
         function(dy.data_ptr(), weight.data_ptr(), dx.data_ptr(), _sizes(problem))
         return dx

@@ -18,7 +18,7 @@ from ...cost.formulas import OpCost, conv_bytes, conv_flops
 from .. import device as devices
 from ..device import Device
 from ..launch import GRID_LIMIT
-from ..problem import PLAIN, PLAIN_GRADIENT, Config, Epilogue, GradientEpilogue, Offsets, Problem, Prologue, cdiv
+from ..problem import PLAIN, Config, Epilogue, Offsets, Problem, Prologue, cdiv
 from ..resources import MOST, Resources, compiled
 from .model import LATENCY_MS, LAUNCH_MS, Work
 
@@ -44,7 +44,7 @@ class Form(Protocol[C]):
     devices: tuple[str, ...]  # torch device types whose tensors it takes where no backend is asked for
     configurable: bool  # whether it takes a Config; else its config is None
     one_image: bool  # whether it takes a pointwise convolution's pixels as one image: `Problem.one_image`
-    gradient_epilogue: bool  # whether its dgrad takes a GradientEpilogue
+    gradient_epilogue: bool  # whether its dgrad takes a GradientEpilogue behind dx, whose tensors lie as dx does
 
     def missing(self) -> str | None:
         """Why it is not installed, built or buildable here; None if it is there."""
@@ -80,19 +80,8 @@ class Form(Protocol[C]):
         With `offsets`, of crops, x is the shared image (1, N, H_image, W_image, C).
         """
 
-    def dgrad(
-        self,
-        problem: Problem,
-        config: C,
-        dy: Tensor,
-        weight: Tensor,
-        dx: Tensor,
-        epilogue: GradientEpilogue = PLAIN_GRADIENT,
-    ) -> Tensor:
-        """epilogue(dx) from dy (K, N, H', W', O) and weight: dx itself, or another tensor of its shape.
-
-        epilogue: plain where the form takes none; its tensors lie as dx does.
-        """
+    def dgrad(self, problem: Problem, config: C, dy: Tensor, weight: Tensor, dx: Tensor) -> Tensor:
+        """dx from dy (K, N, H', W', O) and weight: dx itself, or another tensor of its shape."""
 
     def wgrad(
         self,

@@ -14,18 +14,7 @@ from torch import Tensor
 
 from .. import device as devices
 from .. import extension
-from ..problem import (
-    PLAIN,
-    PLAIN_GRADIENT,
-    Config,
-    Epilogue,
-    GradientEpilogue,
-    Offsets,
-    Problem,
-    Prologue,
-    cdiv,
-    power_of_two,
-)
+from ..problem import PLAIN, Config, Epilogue, Offsets, Problem, Prologue, cdiv, power_of_two
 from .form import KernelForm
 
 ROWS, LANES = 4, 16  # output pixels of a warp: rows, and columns times images
@@ -169,15 +158,7 @@ class Halo(KernelForm):
         _run(x, weight, y, problem.stride[0], problem.padding, config, epilogue, prologue)
         return y
 
-    def dgrad(
-        self,
-        problem: Problem,
-        config: Config,
-        dy: Tensor,
-        weight: Tensor,
-        dx: Tensor,
-        epilogue: GradientEpilogue = PLAIN_GRADIENT,
-    ) -> Tensor:
+    def dgrad(self, problem: Problem, config: Config, dy: Tensor, weight: Tensor, dx: Tensor) -> Tensor:
         """The convolution of dy with the flipped weights, their input and output channels exchanged."""
         flipped = weight.permute(0, 4, 2, 3, 1).flip((2, 3)).contiguous()
         padding = tuple(2 - p for p in problem.padding)

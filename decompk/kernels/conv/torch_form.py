@@ -13,18 +13,7 @@ from torch import Tensor
 from ...cost.formulas import conv_bytes
 from ..device import Device
 from ..layout import cut
-from ..problem import (
-    PLAIN,
-    PLAIN_GRADIENT,
-    Epilogue,
-    Geometry,
-    GradientEpilogue,
-    Offsets,
-    Problem,
-    Prologue,
-    cdiv,
-    power_of_two,
-)
+from ..problem import PLAIN, Epilogue, Geometry, Offsets, Problem, Prologue, cdiv, power_of_two
 from .form import PlainForm, Prediction, matrix_rate, merge_ms
 from .model import LAUNCH_MS, Work
 from .steps import after, before, folded
@@ -89,15 +78,7 @@ class TorchForm(PlainForm, ABC):
         x, weight = _members(problem, x, offsets), weight.to(x.dtype).movedim(-1, 2)
         return self.around(x, weight, _geometry(problem), epilogue, prologue).movedim(2, -1)
 
-    def dgrad(
-        self,
-        problem: Problem,
-        config: None,
-        dy: Tensor,
-        weight: Tensor,
-        dx: Tensor,
-        epilogue: GradientEpilogue = PLAIN_GRADIENT,
-    ) -> Tensor:
+    def dgrad(self, problem: Problem, config: None, dy: Tensor, weight: Tensor, dx: Tensor) -> Tensor:
         x = dx.movedim(-1, 2)  # its values are not read
         weight = weight.to(dy.dtype).movedim(-1, 2)
         found, _ = self.backward(dy.movedim(-1, 2), x, weight, _geometry(problem), (True, False))
