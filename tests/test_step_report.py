@@ -19,6 +19,7 @@ from layers import Case
 from timing import HostTimer
 
 import decompk
+from decompk.kernels.conv import model
 from decompk.kernels.device import interpreted
 from decompk.kernels.launch import recording
 
@@ -277,7 +278,7 @@ def test_operators_inside_our_own_are_counted_with_the_kernels_between_them():
 
 
 def test_a_launch_is_modelled_by_its_bytes_in_memory_or_in_l2():
-    assert Row("a", 1, 0).ms == launched.LAUNCH_MS
+    assert Row("a", 1, 0).ms == launched.LAUNCH_MS == model.LAUNCH_MS
     assert Row("a", 1, 28_000_000).ms == pytest.approx(0.0125)
     assert Row("a", 1, 9_000_000).ms == pytest.approx(0.0045)
     assert Row("a", 4, 36_000_000).ms == pytest.approx(4 * 0.0045)  # each of them in L2
