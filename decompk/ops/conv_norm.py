@@ -191,9 +191,9 @@ def _backward(
     return (
         dx,
         dw,
-        None if dbias is None else dbias.to(weight.dtype),
-        dgamma.to(gamma.dtype) if needs[3] else None,
-        dbeta.to(beta.dtype) if needs[4] else None,
+        None if dbias is None else _as(dbias, weight),
+        _as(dgamma, gamma) if needs[3] else None,
+        _as(dbeta, beta) if needs[4] else None,
         g.flatten(0, 1) if ctx.has_residual and needs[5] else None,
     )
 
@@ -268,6 +268,11 @@ def _seen(ctx: Any, saved: _Saved, dz: Tensor, other: Tensor | None) -> Sequence
     residual = (dz if z is None else g).flatten(0, 1) if ctx.has_residual else None
     found = dx, dw, dbias, dgamma, dbeta, residual
     return [t if wants else None for t, wants in zip(found, needs, strict=False)]
+
+
+def _as(gradient: Tensor, of: Tensor) -> Tensor:
+    """In the dtype of what it is the gradient of; looked at first, as `to` takes its time where it is so already."""
+    return gradient if gradient.dtype is of.dtype else gradient.to(of.dtype)
 
 
 # ---- how they lie ---------------------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,10 +22,6 @@ from ..ops.fused import fused_rows, window_of
 from .conv import PackedConv2d
 from .norm import PackedBatchNorm2d
 from .twin import HOOKS, batch_rows
-
-if TYPE_CHECKING:
-    pass
-
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -77,10 +73,11 @@ def _run_layer(
         gradient = torch.is_grad_enabled() and any(map(_needs_gradient, (x, conv.weight, conv.bias, residual)))
         if not gradient and (norm is None or affine is not None):
             return fused_rows(*call[:-1], affine or (None, None), residual, relu is not None), x
-        if norm is not None and on_kernels(x) and _takes_moments(norm, call):
-            if _here(call, norm, residual):
-                return _conv_norm(call, x, norm, residual, relu is not None, passes, private)
-            return _by_moments(call, crops, norm, residual, relu is not None), x
+        around = _by_batch(norm, call) if norm is not None and on_kernels(x) else None
+        if around is not None:
+            if _here(call, around, residual):
+                return _conv_norm(call, x, around, residual, relu is not None, passes, private)
+            return _by_moments(call, crops, around, residual, relu is not None), x
 
     if crops is None:
         y = conv(x)
@@ -115,7 +112,8 @@ def plain_attributes(module: nn.Module) -> dict[str, Any]:
 
 
 def unhooked(module: nn.Module) -> bool:
-    return "forward" not in vars(module) and not any(getattr(module, hooks) for hooks in HOOKS)
+    own = vars(module)
+    return "forward" not in own and not any(map(own.get, HOOKS))
 
 
 def unchanged(part: nn.Module | str | None, kind: type[nn.Module]) -> bool:
@@ -195,23 +193,22 @@ def _is_affine(norm: nn.Module) -> bool:
     return not gradient and norm.running_var.dtype in DTYPES
 
 
-def _takes_moments(norm: PackedBatchNorm2d, call: _Call) -> bool:
-    """Whether it normalises by its batch's statistics, in a way that the operator does, too."""
-    if not norm.training and (norm.running_mean is not None or norm.running_var is not None):
-        return False
-    statistics = [t for t in (*_tracked(norm), norm.num_batches_tracked) if t is not None]
-    if statistics and (norm.momentum is None or not all(t.is_contiguous() for t in statistics)):
-        return False
+def _by_batch(norm: PackedBatchNorm2d, call: _Call) -> Norm | None:
+    """It, where it normalises by its batch's statistics, in a way that the operators do, too."""
+    mean, var = norm.running_mean, norm.running_var
+    if not norm.training and (mean is not None or var is not None):
+        return None
+    moved = (mean, var, norm.num_batches_tracked) if norm.training and norm.track_running_stats else (None,) * 3
+    for t in moved:  # without momentum a step of another size for every batch
+        if t is not None and (norm.momentum is None or not t.is_contiguous()):
+            return None
     _, N, _, H, W = _shape(call)
-    return N * H * W > 1
+    if N * H * W <= 1:
+        return None
+    return Norm(norm.weight, norm.bias, *moved, 0.0 if norm.momentum is None else norm.momentum, norm.eps)
 
 
-def _tracked(norm: PackedBatchNorm2d) -> tuple[Tensor | None, Tensor | None]:
-    """The running statistics that a batch moves."""
-    return (norm.running_mean, norm.running_var) if norm.training and norm.track_running_stats else (None, None)
-
-
-def _here(call: _Call, norm: PackedBatchNorm2d, residual: Tensor | None) -> bool:
+def _here(call: _Call, norm: Norm, residual: Tensor | None) -> bool:
     """Whether nobody looks on at the one operator of a layer; of an image's own gradient the others know."""
     *_, window, here = call
     if not here or any(t is not None and type(t) not in TENSORS for t in (norm.weight, norm.bias, residual)):
@@ -220,38 +217,22 @@ def _here(call: _Call, norm: PackedBatchNorm2d, residual: Tensor | None) -> bool
 
 
 def _conv_norm(
-    call: _Call,
-    given: Tensor,
-    norm: PackedBatchNorm2d,
-    residual: Tensor | None,
-    relu: bool,
-    passes: bool,
-    private: bool,
+    call: _Call, given: Tensor, norm: Norm, residual: Tensor | None, relu: bool, passes: bool, private: bool
 ) -> tuple[Tensor, Tensor]:
     """The layer by one operator each way, and x for others: as it was given, where autocast changed it."""
     x, weight, bias, geometry, window, _ = call
-    tracked = norm.training and norm.track_running_stats
-    around = Norm(
-        *(norm.weight, norm.bias, *_tracked(norm), norm.num_batches_tracked if tracked else None),
-        *(0.0 if norm.momentum is None else norm.momentum, norm.eps),
-    )
     passes = passes and x is given
-    y, passed = conv_norm(x, weight, bias, geometry, around, residual, relu, window, passes, private)
+    y, passed = conv_norm(x, weight, bias, geometry, norm, residual, relu, window, passes, private)
     return y, passed if passes else given
 
 
-def _by_moments(
-    call: _Call, crops: Sequence[Crop] | None, norm: PackedBatchNorm2d, residual: Tensor | None, relu: bool
-) -> Tensor:
+def _by_moments(call: _Call, crops: Sequence[Crop] | None, norm: Norm, residual: Tensor | None, relu: bool) -> Tensor:
     """A batch norm by its batch's statistics, which the convolution takes while it writes what they are of."""
     x, weight, bias, geometry, *_ = call
     members = (weight.shape[0], -1)
     y, moments = ops.conv2d_moments(x if crops else x.unflatten(0, members), weight, bias, *geometry, crops=crops)
-    if norm.training and norm.track_running_stats and norm.num_batches_tracked is not None:
-        norm.num_batches_tracked.add_(1)
-    momentum = 0.0 if norm.momentum is None else norm.momentum
+    if norm.counter is not None:
+        norm.counter.add_(1)
     added = None if residual is None else residual.unflatten(0, members)
-    statistics = _tracked(norm)
-    return ops.batch_norm(
-        y, norm.weight, norm.bias, *statistics, True, momentum, norm.eps, added, relu, moments
-    ).flatten(0, 1)
+    vectors = norm.weight, norm.bias, norm.running_mean, norm.running_var
+    return ops.batch_norm(y, *vectors, True, norm.momentum, norm.eps, added, relu, moments).flatten(0, 1)
