@@ -101,6 +101,13 @@ def test_the_command_prints_json(capsys, monkeypatch):
     assert any(r["name"] == "_fused_adam_" for r in found["rows"])
 
 
+def test_a_network_of_ones_own_is_reported_by_its_callable(capsys):
+    own = "--model decompk.models:cifar_resnet8 --partitions 4 --crop 16 --image 32 --batch 4 --fused --format json"
+    assert step_report.main(own.split()) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["launches"] < 120 and found["case"]["model"] == "decompk.models:cifar_resnet8"
+
+
 def test_what_a_gpu_measures_stands_beside_what_is_counted(monkeypatch):
     events = [("conv", 500.0), ("Memcpy DtoD", 20.0), ("conv", 400.0)]
     monkeypatch.setattr(step_report.steps, "launches", lambda step: (step(), step_report.steps.tally(events))[1])
@@ -141,7 +148,9 @@ def test_a_page_shows_what_was_before_an_arrow(tmp_path):
         ("--model resnet32 --partitions 4x --crop 16", "'4x' is neither a number of partitions nor rows,columns"),
         ("--model resnet32 --partitions 4 --crop 0", "'0' is not a whole number of at least 1"),
         ("--model resnet32 --crop 16", "--model, --partitions and --crop say which step"),
-        ("--table --before nowhere.json", "No such file or directory: 'nowhere.json'"),
+        ("--table --before nowhere.json", "nowhere.json cannot be read: No such file or directory"),
+        ("--model resnet32 --partitions 4 --crop 16 --before nowhere.json", "--before is of a --table"),
+        ("--table --model resnet32", "--table has its own steps"),
         (f"--table --before {ROOT / 'pyproject.toml'}", "is no table of steps"),
     ],
 )

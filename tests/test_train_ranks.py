@@ -12,6 +12,7 @@ from torch import nn
 
 from decompk import train
 from decompk.cli import main
+from decompk.errors import DecompkError
 from decompk.train.ranks import Ranks, SyncedBatchNorm, start, stop
 
 SETTINGS = {
@@ -106,6 +107,12 @@ def test_ranks_take_runs_of_members_in_order_and_share_out_the_rest():
         shares = [list(r.share(K)) for r in ranks]
         assert sum(shares, []) == list(range(K))
         assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+@pytest.mark.parametrize("device", ["gpu", "mps", "meta", "cuda:x"])
+def test_a_device_that_none_trains_on_is_refused_in_a_sentence(device):
+    with pytest.raises(DecompkError, match=f"^'{device}' is none of the devices that are trained on"):
+        start(device)
 
 
 def test_members_begun_by_other_processes_are_not_begun_anew(digits, tmp_path):

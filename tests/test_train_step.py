@@ -258,6 +258,126 @@ def test_a_loop_of_ones_own_gets_its_loss_any_criterion_and_every_kind_of_target
         step(*batches(1)[0])
 
 
+@pytest.mark.parametrize(
+    "classes,loss,targets",
+    [
+        (1, lambda o, t: losses.each(nn.BCEWithLogitsLoss())(o.squeeze(-1), t.float()), torch.arange(6) % 2),
+        (1, lambda o, t: losses.each(nn.BCEWithLogitsLoss())(o.squeeze(-1), t.float()), torch.arange(6) % 2 == 0),
+        (1, lambda o, t: losses.mse(o.squeeze(-1), t.float()), torch.arange(6)),
+        (5, lambda o, t: losses.cross_entropy(o, t["labels"]), {"labels": torch.arange(6) % 5}),
+        (5, lambda o, t: o.pow(2).mean((1, 2)).sum(), None),
+    ],
+)
+def test_targets_that_are_no_classes_are_trained_on_and_counted(classes, loss, targets):
+    net = decompk.pack([nn.Sequential(nn.Flatten(), nn.Linear(256, classes)) for _ in range(2)])
+    step = capturing(decompk.Step(net, torch.optim.SGD(net.parameters(), lr=0.1), loss))
+    if isinstance(targets, torch.Tensor):
+        step.graph = False  # else it would be captured
+    for x, _ in batches(5):
+        assert step(x, targets).isfinite()
+    assert step.read() == steps.Sums([], [], 30) and step.reasons == {}
+
+
+@pytest.mark.parametrize(
+    "absent,dtype", [(-100, torch.int64), (255, torch.int64), (255, torch.uint8), (-1, torch.int32)]
+)
+@pytest.mark.parametrize("own", [False, True])
+def test_labels_of_no_class_count_for_nothing(absent, dtype, own):
+    net = decompk.pack([nn.Sequential(nn.Flatten(), nn.Linear(256, 5)) for _ in range(2)])
+    criterion = losses.each(nn.CrossEntropyLoss(ignore_index=absent))
+    step = decompk.Step(net, torch.optim.SGD(net.parameters(), lr=0.0), lambda o, t: criterion(o, t.long()))
+    (x, _), labels = batches(1)[0], torch.tensor([0, 1, absent, 4, absent, absent])
+    labels = torch.stack([labels, labels.flip(0)]) if own else labels
+    logits = net(x).detach()
+    loss, sums = step(x, labels.to(dtype)), step.read()
+    each = [
+        nn.functional.cross_entropy(o, t, ignore_index=absent) for o, t in zip(logits, labels.expand(2, 6), strict=True)
+    ]
+    right = [(o.argmax(-1) == t)[t != absent].float().mean() for o, t in zip(logits, labels.expand(2, 6), strict=True)]
+    assert sums.loss == pytest.approx([float(one) for one in each]) and sum(sums.loss) == pytest.approx(float(loss))
+    assert sums.accuracy == pytest.approx([100 * float(one) for one in right]) and sums.images == 6
+    resumed = decompk.Step(net, step.optimizer)
+    resumed.set_sums(step.sums())
+    assert resumed.read() == sums
+
+
+def test_a_class_that_is_ruled_out_costs_nothing_where_no_label_names_one():
+    class Ruled(nn.Sequential):
+        def forward(self, x):
+            y = super().forward(x)
+            return torch.cat([torch.full_like(y[..., :1], -torch.inf), y], -1)
+
+    net = decompk.pack([Ruled(nn.Flatten(), nn.Linear(256, 4)) for _ in range(2)])
+    step = decompk.Step(net, torch.optim.SGD(net.parameters(), lr=0.0))
+    step(batches(1)[0][0], torch.tensor([1, 2, -100, 4, -100, 3]))
+    assert all(0 < loss < 4 for loss in step.read().loss)
+
+
+def test_the_loss_reads_every_output_in_float32():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(256, 5)
+
+        def forward(self, x):
+            y = self.layer(x.flatten(1))
+            return {"logits": y, "further": (y, y.argmax(-1))}
+
+    net, seen = decompk.pack([Two() for _ in range(2)]), []
+
+    def loss(out, y):
+        seen.extend([out["logits"].dtype, out["further"][0].dtype, out["further"][1].dtype])
+        return losses.cross_entropy(out["logits"], y % 5)
+
+    decompk.Step(net, torch.optim.SGD(net.parameters(), lr=0.1), loss, precision="bf16")(*batches(1)[0])
+    assert seen == [torch.float32, torch.float32, torch.int64]
+
+
+def test_clipping_reads_no_gradients_of_steps_before():
+    """Those of parameters that the optimizer does not train, and so does not clear."""
+    net, other = packed(), packed()
+    head = list(net.classifier.parameters())
+    step = decompk.Step(net, torch.optim.SGD(head, lr=0.1), clip=torch.tensor([0.1, 0.2, 0.3, 0.4]))
+    assert step.clip == pytest.approx([0.1, 0.2, 0.3, 0.4])
+    optimizer = torch.optim.SGD(other.classifier.parameters(), lr=0.1)
+    for x, y in batches(3):
+        step(x, y)
+        other.zero_grad()
+        losses.cross_entropy(other(x), y).backward()
+        optim.clip_grad_norm_(other, step.clip)
+        optimizer.step()
+    assert_same(net, other)
+
+
+NET, PLAIN = packed(), nn.Linear(4, 2)
+SGD = torch.optim.SGD(NET.parameters(), lr=0.1)
+
+
+@pytest.mark.parametrize(
+    "arguments,how,sentence",
+    [
+        ((None, SGD), {}, r"^Step trains a network, not NoneType"),
+        (([PLAIN], SGD), {}, r"^Step trains a network, not list: decompk.pack\(members\) makes one of many"),
+        ((nn.Flatten(), SGD), {}, r"^Flatten has no parameters"),
+        ((NET, None), {}, r"^Step takes \(net, optimizer, loss\); NoneType is no optimizer"),
+        ((NET, losses.cross_entropy, SGD), {}, r"; cross_entropy is no optimizer"),
+        ((NET, torch.optim.SGD), {}, r"; SGD is no optimizer"),
+        ((NET, torch.optim.LBFGS(NET.parameters())), {}, r"^LBFGS calls the network"),
+        ((NET, torch.optim.SGD(PLAIN.parameters())), {}, r"^the optimizer has none of this network's parameters"),
+        ((NET, optim.Adam(packed())), {}, r"^the optimizer has none of this network's parameters"),
+        ((NET, SGD, "cross_entropy"), {}, r"^loss is a function \(output, target\) → scalar, not str"),
+        ((NET, SGD, nn.CrossEntropyLoss), {}, r"^loss is a function .* not CrossEntropyLoss"),
+        ((NET, SGD, nn.CrossEntropyLoss()), {}, r"^CrossEntropyLoss reads the outputs of one network: .*losses.each"),
+        ((NET, SGD, nn.functional.mse_loss), {}, r"^mse_loss reads the outputs of one network"),
+        ((NET, SGD), {"precision": "fp16"}, r"^precision 'fp16' is none of"),
+        ((PLAIN, torch.optim.SGD(PLAIN.parameters())), {"clip": [1.0]}, r"^clip is one number"),
+    ],
+)
+def test_what_no_step_can_train_is_refused_in_a_sentence_before_anything_is_trained(arguments, how, sentence):
+    with pytest.raises(DecompkError, match=sentence):
+        decompk.Step(*arguments, **how)
+
+
 def test_torchs_optimizers_and_schedulers_are_followed_by_a_captured_step(monkeypatch):
     FakeGraph.made = []
     monkeypatch.setattr(steps, "_Graph", FakeGraph)

@@ -21,11 +21,12 @@ BATCH = 128  # images a member
 
 @dataclass(frozen=True)
 class Case:
-    """A registered network and how it is cut, as `decompose` takes it."""
+    """A network and how it is cut, as `decompose` takes it; image: side of what an own one, module:callable, sees."""
 
     model: str
     partitions: int | tuple[int, int]
     crop: int
+    image: int = 224
 
     @property
     def K(self) -> int:
@@ -35,9 +36,14 @@ class Case:
     def title(self) -> str:
         return f"{self.model} K={self.K}@{self.crop}"
 
+    @property
+    def input_size(self) -> tuple[int, ...]:
+        own = (3, self.image, self.image)
+        return own if ":" in self.model else decompk.models.spec(self.model).input_size
+
     def decomposition(self) -> decompk.Decomposition:
-        size = decompk.models.spec(self.model).input_size
-        return decompk.decompose(decompk.models.build(self.model), size, self.partitions, crop_size=self.crop)
+        model = decompk.models.build(self.model)
+        return decompk.decompose(model, self.input_size, self.partitions, crop_size=self.crop)
 
 
 CASES = (
@@ -106,7 +112,7 @@ def layers(case: Case, dtype: str = "bfloat16", batch: int = BATCH) -> list[Laye
             leaf = member.get_submodule(entry.name.partition("#")[0])
             sides = (case.K, batch, leaf.in_channels, leaf.out_channels, *entry.in_shape[1:])
             found[sides, leaf.kernel_size, leaf.stride, leaf.padding, leaf.dilation, entry.role == "first conv"] += 1
-    image = decompk.models.spec(case.model).input_size[1:]
+    image = case.input_size[1:]
     return [
         Layer(problem("fprop", dtype, sides, kernel, layout, stride=s, padding=p, dilation=d), count, first, image)
         for (sides, kernel, s, p, d, first), count in found.items()
@@ -130,7 +136,7 @@ def _member(case: Case) -> tuple[nn.Module, list[LayerCost]]:
     """One member, without data, and what its layers cost in training."""
     with torch.device("meta"):
         member = case.decomposition().member_skeleton()
-    return member, walk.layers(member, (decompk.models.spec(case.model).input_size[0], case.crop, case.crop), True)
+    return member, walk.layers(member, (case.input_size[0], case.crop, case.crop), True)
 
 
 def fitting_batch(case: Case, memory: float, batch: int = BATCH) -> int:

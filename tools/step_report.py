@@ -309,9 +309,14 @@ def earlier(path: Path) -> dict[str, Any]:
     """A table as `--table --format json` wrote it. Raises DecompkError for any other file."""
     try:
         found = json.loads(path.read_text())
+    except OSError as error:
+        raise DecompkError(f"{path} cannot be read: {error.strerror}.") from None
+    except ValueError:
+        found = None
+    try:
         if all(r.keys() >= {*SAID} for r in found["steps"]) and found["commit"]:
             return found
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (KeyError, TypeError, AttributeError):
         pass
     raise DecompkError(f"{path} is no table of steps; write one by --table --format json.")
 
@@ -358,18 +363,25 @@ def partitions(text: str) -> int | tuple[int, int]:
 
 def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="a registered network, as resnet50")
+    parser.add_argument("--model", help="a registered network, as resnet50, or your own as module:callable")
     parser.add_argument("--partitions", type=partitions, help="K, or rows,columns")
     parser.add_argument("--crop", type=between(int, 1), help="side of a member's crop")
+    parser.add_argument(
+        "--image", type=between(int, 1), default=224, help="side of a network of your own's images; 224"
+    )
     parser.add_argument("--batch", type=between(int, 1), default=BATCH, help=f"images; {BATCH} by default")
-    parser.add_argument("--dtype", choices=PRECISIONS, default="bf16")
+    parser.add_argument("--dtype", choices=PRECISIONS, default="bf16", help="of the forward pass; bf16 by default")
     parser.add_argument("--fused", action="store_true", help="of the network that decompk.fuse makes")
-    parser.add_argument("--optimizer", choices=OPTIMIZERS, default="sgd")
+    parser.add_argument("--optimizer", choices=OPTIMIZERS, default="sgd", help="of decompk.optim; sgd by default")
     parser.add_argument("--every", action="store_true", help="every launch, too, in order and with its tensors")
     parser.add_argument("--table", action="store_true", help="of the papers' networks, packed and fused, as Markdown")
     parser.add_argument("--before", type=Path, help="what --table --format json said of another commit")
-    parser.add_argument("--format", choices=("table", "json"), default="table")
+    parser.add_argument("--format", choices=("table", "json"), default="table", help="to be read, by default, or JSON")
     given = parser.parse_args(argv)
+    if given.before and not given.table:
+        parser.error("--before is of a --table")
+    if given.table and (given.model or given.partitions or given.crop or given.every):
+        parser.error("--table has its own steps: leave the other options out")
     try:
         if given.table:
             before = earlier(given.before) if given.before else None
@@ -378,9 +390,9 @@ def main(argv: Sequence[str]) -> int:
             return 0
         if None in (given.model, given.partitions, given.crop):
             parser.error("--model, --partitions and --crop say which step, or --table several of them")
-        case = Case(given.model, given.partitions, given.crop)
+        case = Case(given.model, given.partitions, given.crop, given.image)
         found = report(Setting(case, given.batch, given.dtype, given.fused, given.optimizer), given.every)
-    except (DecompkError, OSError) as error:
+    except DecompkError as error:
         print(error, file=sys.stderr)
         return 2
     print(json.dumps(found, indent=1) if given.format == "json" else text(found))
@@ -388,4 +400,9 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    try:
+        code = main(sys.argv[1:])
+    except BrokenPipeError:  # the reader of a pipe, as head, has seen enough
+        sys.stderr.close()
+        code = 0
+    sys.exit(code)

@@ -278,10 +278,10 @@ class Fit:
         return sums
 
     def _whole_sums(self) -> Tensor:
-        """The step's sums (3, members), over all ranks that share the network; a new tensor."""
+        """The step's sums (4, members), over all ranks that share the network; a new tensor."""
         own = self.step.sums()
         if own is None:
-            own = torch.zeros(3, len(self.members), dtype=torch.float64, device=self.ranks.device)
+            own = torch.zeros(4, len(self.members), dtype=torch.float64, device=self.ranks.device)
         return self.ranks.sum(own.clone()) if self.shared else own.clone()
 
     def _remedy(self) -> str:

@@ -76,7 +76,12 @@ def start(device: str | None = None) -> Ranks:
 
     device: "cpu", "cuda" or "cuda:1"; the GPU where there is one by default. Raises DecompkError.
     """
-    chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    try:
+        chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError:  # torch knows no device of that name
+        chosen = torch.device("meta")
+    if chosen.type not in ("cpu", "cuda"):
+        raise DecompkError(f"'{device}' is none of the devices that are trained on: give cpu, cuda or cuda:1.")
     if chosen.type == "cuda" and not torch.cuda.is_available():
         raise DecompkError("there is no GPU that torch can use here; leave --device out, or give cpu.")
     size = int(os.environ.get("WORLD_SIZE", "1"))
