@@ -51,7 +51,7 @@ class _Call(NamedTuple):
     """One fused call: what of a run lies on one device in one dtype."""
 
     member: int  # the run's first
-    first: bool  # whether this is the first step
+    first: bool  # whether this is the first step that moves their state
     parts: list[int]  # of the gradients
     columns: list[list[Tensor]]  # parameters, each state, steps
 
@@ -79,7 +79,8 @@ class _MemberOptimizer(torch.optim.Optimizer):
 
     _stacks: dict[Tensor, _Stack]
     _plans: dict[int, _Plan]
-    _division: list[tuple[list[tuple[int, int]], tuple[str, ...]]] | Any  # None before the first step
+    # Runs, names of the state, and the runs that move it; None before the first step.
+    _division: list[tuple[list[tuple[int, int]], tuple[str, ...], list[tuple[int, int]]]] | Any
     _pointers: list[int] | None
     _lr: Tensor | Any  # None before the first step
     _storage: int
@@ -166,7 +167,7 @@ class _MemberOptimizer(torch.optim.Optimizer):
                 lr = self._lr[i] if self.defaults["capturable"] else self.param_groups[i]["lr"]
                 self._update(self.param_groups[i], lr, call.first, [grads[n] for n in call.parts], *call.columns)
             if self._fresh:
-                self._fresh -= {(id(p), k) for p in live for a, b in how[0] for k in range(a, b)}
+                self._fresh -= {(id(p), k) for p in live for a, b in how[2] for k in range(a, b)}
         self._put_back()
         return loss
 
@@ -184,9 +185,7 @@ class _MemberOptimizer(torch.optim.Optimizer):
         names = (*self._numbers, *self._flags)
         constants = [tuple(group[name] for name in names) for group in self.param_groups]
         sets = range(0, len(constants), self.K)
-        division = [
-            (self._runs(constants[j : j + self.K]), self._state_names(self.param_groups[j : j + self.K])) for j in sets
-        ]
+        division = [self._divided(self.param_groups[j : j + self.K], constants[j : j + self.K]) for j in sets]
         if division != self._division:
             self._division = division
             self._stacks, self._plans = {}, {}
@@ -194,15 +193,21 @@ class _MemberOptimizer(torch.optim.Optimizer):
             for j, how in zip(sets, division, strict=True):
                 for p in self.param_groups[j]["params"]:
                     if self.state.get(p):
-                        self._stack(p, *how)
+                        self._stack(p, *how[:2])
         if self.defaults["capturable"]:
             self._upload()
-        runs = [[(a, b, *constants[j + a][1:]) for a, b in runs] for j, (runs, _) in zip(sets, division, strict=True)]
+        runs = [[(a, b, *constants[j + a][1:]) for a, b in how[0]] for j, how in zip(sets, division, strict=True)]
         return self._storage, tuple(map(tuple, runs))
+
+    def _divided(self, groups: list[dict[str, Any]], constants: list[tuple]) -> tuple[list, tuple[str, ...], list]:
+        """An entry of `_division`, of the groups of one set of stacks."""
+        runs = self._runs(constants)
+        return runs, self._state_names(groups), [run for run in runs if self._moves_state(groups[run[0]])]
 
     def _runs(self, constants: list[tuple]) -> list[tuple[int, int]]:
         """[a, b) of adjacent active members whose constants and step counts are equal."""
-        kind = list(zip(constants, self._ages, strict=True))
+        fresh = [{p for p, member in self._fresh if member == k} for k in range(self.K)] if self._fresh else self._ages
+        kind = list(zip(constants, self._ages, fresh, strict=True))
         runs: list[tuple[int, int]] = []
         for k in range(self.K):
             if k in self._saved:
@@ -279,12 +284,13 @@ class _MemberOptimizer(torch.optim.Optimizer):
         if j in self._plans and self._plans[j].live == ids:
             return self._plans[j]
         how = self._division[j]
-        stacks = [self._stack(p, *how) for p in live]
+        stacks = [self._stack(p, *how[:2]) for p in live]
         found: dict[tuple, tuple[list, list]] = {}
         offset = 0
         for p, stack in zip(live, stacks, strict=True):
-            for (a, _), parts in zip(how[0], stack.rows, strict=True):
-                indices, rows = found.setdefault((a, (id(p), a) in self._fresh, p.device, p.dtype), ([], []))
+            for run, parts in zip(how[0], stack.rows, strict=True):
+                first = run in how[2] and (id(p), run[0]) in self._fresh
+                indices, rows = found.setdefault((run[0], first, p.device, p.dtype), ([], []))
                 indices += [offset + part[0] for part in parts]
                 rows += [part[1:] for part in parts]
             offset += len(stack.sizes)
@@ -301,6 +307,10 @@ class _MemberOptimizer(torch.optim.Optimizer):
     def _state_names(self, groups: list[dict[str, Any]]) -> tuple[str, ...]:
         """The state of a stack besides its step count."""
         raise NotImplementedError
+
+    def _moves_state(self, group: dict[str, Any]) -> bool:
+        """Whether a step by these hyperparameters does."""
+        return True
 
     def _update(self, group: dict[str, Any], lr: float | Tensor, first: bool, *columns: list[Tensor]) -> None:
         """The fused call for a part of one run: its gradients, parameters, state by name, and steps, counting this."""
@@ -343,7 +353,6 @@ class _MemberOptimizer(torch.optim.Optimizer):
         """Read which members have taken equally many steps: they go on doing so until one of them stops."""
         counts = {id(p): state["step"].tolist() for p, state in self.state.items() if "step" in state}
         self._ages = [tuple(self._age(steps[k]) for steps in counts.values()) for k in range(self.K)]
-        self._fresh = {(p, k) for p, steps in counts.items() for k in range(self.K) if steps[k] == 0}
 
     def _forget(self) -> None:
         """Drop all that is derived from param_groups and state."""
@@ -351,10 +360,29 @@ class _MemberOptimizer(torch.optim.Optimizer):
         self._pointers = self._division = self._lr = None
         self._storage = getattr(self, "_storage", 0) + 1
         self._compare_steps()
+        counts = {id(p): state["step"].tolist() for p, state in self.state.items() if "step" in state}
+        self._fresh = {(p, k) for p, steps in counts.items() for k in range(self.K) if steps[k] == 0}
+
+    def _fresh_by_place(self) -> list[tuple[int, int]]:
+        """`_fresh` of what has state to move, each parameter by its place in param_groups: ids change."""
+        stacks = enumerate(p for group in self.param_groups for p in group["params"])
+        return [
+            (i, k)
+            for i, p in stacks
+            if len(self.state.get(p, ())) > 1
+            for k in range(self.K)
+            if (id(p), k) in self._fresh
+        ]
+
+    def _add_fresh(self, places: Iterable[tuple[int, int]]) -> None:
+        stacks = [p for group in self.param_groups for p in group["params"]]
+        self._fresh |= {(id(stacks[i]), k) for i, k in places}
 
     def state_dict(self) -> dict[str, Any]:
-        """torch's, with "stopped": member number → its saved buffers by name."""
-        return {**super().state_dict(), "stopped": {k: dict(saved) for k, saved in self._saved.items()}}
+        """torch's, with "stopped": member number → its saved buffers by name, and "fresh": (parameter, member) that
+        have not moved their state yet."""
+        stopped = {k: dict(saved) for k, saved in self._saved.items()}
+        return {**super().state_dict(), "stopped": stopped, "fresh": self._fresh_by_place()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict` returned, to the bit; without "stopped" no member is. Raises CheckpointError."""
@@ -376,13 +404,17 @@ class _MemberOptimizer(torch.optim.Optimizer):
                 _check_shape(f"'{name}' of member {k}", t, buffers[name].shape[1:])
         super().load_state_dict({**state_dict, "state": copy.deepcopy(state_dict["state"])})
         self._saved = {k: {n: t.to(buffers[n]) for n, t in saved.items()} for k, saved in stopped.items()}
+        self._add_fresh(state_dict.get("fresh", ()))
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "packed": self.packed, "_saved": self._saved}
+        kept = {"packed": self.packed, "_saved": self._saved, "fresh": self._fresh_by_place()}
+        return {**super().__getstate__(), **kept}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+        fresh = state.get("fresh", ())
+        super().__setstate__({name: value for name, value in state.items() if name != "fresh"})
         self._forget()
+        self._add_fresh(fresh)
 
 
 class SGD(_MemberOptimizer):
@@ -422,9 +454,11 @@ class SGD(_MemberOptimizer):
     def _state_names(self, groups: list[dict[str, Any]]) -> tuple[str, ...]:
         return ("momentum_buffer",) if any(group["momentum"] for group in groups) else ()
 
+    def _moves_state(self, group: dict[str, Any]) -> bool:
+        return group["momentum"] != 0
+
     def _update(self, group: dict[str, Any], lr: float | Tensor, first: bool, *columns: list[Tensor]) -> None:
         grads, params, *state = columns
-        first = first and group["momentum"] != 0
         if first and _capturing():
             raise DecompkError("the first step with momentum differs from the others: take it before capturing one.")
         constants = {name: group[name] for name in (*self._numbers[1:], *self._flags)}

@@ -16,6 +16,7 @@ from torch.testing import assert_close
 import decompk
 from decompk import ops
 from decompk.crops import Crop
+from decompk.kernels.device import interpreted
 
 K, N = 3, 4
 TOLERANCE = {torch.float32: 2e-4, torch.float64: 1e-10}
@@ -464,6 +465,17 @@ def test_gradients_of_skipped_blocks_are_the_dense_operators_at_every_turn(opera
     assert_close(grad(lambda w: ours(x, w).sin().sum())(weight), reference)
 
 
+@pytest.mark.parametrize("backend", ["cpu", "triton", "torch"])
+def test_gradients_of_many_outputs_at_once_go_through_a_packed_convolution(backend):
+    if backend == "triton" and not interpreted():
+        pytest.skip("needs TRITON_INTERPRET=1")
+    packed = decompk.pack([nn.Sequential(nn.Conv2d(4, 4, 1), nn.ReLU(), nn.Conv2d(4, 4, 3)) for _ in range(K)])
+    x = torch.randn(1, 4, 3, 3)
+    with decompk.backend(backend):
+        together = torch.autograd.functional.jacobian(packed, x, vectorize=True)
+        assert_close(together, torch.autograd.functional.jacobian(packed, x), rtol=1e-4, atol=1e-5)
+
+
 def test_under_a_transform_operands_are_cast_and_checked_as_ever():
     x, weight = operands(((2, 2, 4, 5, 5), (2, 4, 4, 3, 3)), torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
@@ -483,7 +495,12 @@ def test_under_a_transform_operands_are_cast_and_checked_as_ever():
 @pytest.mark.parametrize("shared", [True, False], ids=["shared", "own"])
 def test_an_export_holds_torchs_operators_alone_and_takes_other_batches(case, shared):
     sizes = ({0 if shared else 1: torch.export.Dim("samples", min=2, max=64)},)
-    exported = torch.export.export(case.packed, (case.x[0] if shared else case.x,), dynamic_shapes=sizes)
+    try:
+        exported = torch.export.export(case.packed, (case.x[0] if shared else case.x,), dynamic_shapes=sizes)
+    except RuntimeError:
+        with pytest.raises(RuntimeError):  # torch 2.11: an LSTM's last state has a dimension more in an export
+            torch.export.export(case.members[0], (case.x[0],), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))
+        pytest.skip("torch exports no such member alone")
     assert not [node for node in exported.graph.nodes if "decompk" in str(node.target)]
     for samples in (2, 7):
         x = torch.randn(*([] if shared else [K]), samples, 3, 6, 6)

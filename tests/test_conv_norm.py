@@ -496,3 +496,66 @@ def test_operators_refuse_weights_of_another_dtype():
     x, weight = torch.randn(K, 2, 3, 4, 4, dtype=torch.float16), torch.randn(K, 4, 3, 3, 3)
     with decompk.backend("triton"), pytest.raises(decompk.DecompkError, match="one floating dtype"):
         decompk.ops.fused_conv2d(x, weight)
+
+
+@pytest.mark.parametrize(("stride", "size"), [(1, 4), (2, 1)])
+def test_a_pool_of_single_pixels_gives_memory_of_its_own(stride, size):
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.norm, self.shortcut = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.MaxPool2d(1, stride)
+
+        def forward(self, x):
+            z = torch.sigmoid(self.norm(self.conv(x)))
+            short = self.shortcut(z)
+            short *= 3
+            return short + z[..., ::stride, ::stride]
+
+    member, x = Block(), torch.randn(N, 3, size, size)
+    fused = decompk.fuse(decompk.pack([copy.deepcopy(member) for _ in range(K)]))
+    with decompk.backend("triton"):
+        found = fused(x)
+        found.sum().backward()
+    expected = member(x)
+    expected.sum().backward()
+    assert torch.allclose(found[1], expected, atol=1e-5)
+    assert torch.allclose(fused.get_parameter("conv.weight").grad[1], member.conv.weight.grad, atol=1e-5)
+
+
+def test_a_hook_may_write_into_the_gradient_below_a_mean():
+    def net():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+    def double(module, inputs, output):
+        output.register_hook(lambda grad: (grad.mul_(2), None)[1])
+
+    alone, fused = net(), decompk.fuse(decompk.pack([net() for _ in range(K)]))
+    alone[1].register_forward_hook(double)
+    fused._inner[1].register_forward_hook(double)
+    x = torch.randn(N, 3, 6, 6)
+    alone(x).square().sum().backward()
+    with decompk.backend("triton"):
+        fused(x).square().sum().backward()
+    assert torch.allclose(fused.get_parameter("1.weight").grad[1], alone[1].weight.grad, rtol=1e-4, atol=1e-5)
+
+
+def test_what_no_gradient_reads_may_change_before_the_backward():
+    def net():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(16, 2))
+
+    alone, fused = net(), decompk.fuse(decompk.pack([net() for _ in range(K)]))
+    first = decompk.pack([nn.Linear(3, 2) for _ in range(K)])
+    x = torch.randn(N, 3, 4, 4)
+    with decompk.backend("triton"):
+        losses = [net(x).square().sum() for net in (alone, fused)]
+        rows = first(torch.randn(N, 3)).sum()
+        with torch.no_grad():
+            for one in (alone, fused):
+                one.get_parameter("0.bias").add_(0.1)
+                one.get_parameter("3.bias").add_(0.1)
+            first.get_parameter("weight").add_(0.1)
+        for loss in (*losses, rows):
+            loss.backward()
+    assert torch.allclose(fused.get_parameter("0.weight").grad[1], alone[0].weight.grad, rtol=1e-4, atol=1e-5)

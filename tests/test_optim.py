@@ -483,6 +483,32 @@ def test_momentum_that_is_switched_on_later_starts_with_the_gradient():
     assert_members(packed, members, torch.float64)
 
 
+@pytest.mark.parametrize("on_the_way", ["nothing", "a checkpoint", "a copy", "another member's pause"])
+def test_momentum_that_one_member_gets_later_starts_with_its_gradient(on_the_way):
+    alone = [nn.Linear(3, 2) for _ in range(3)]
+    packed = decompk.pack(alone)
+    ours = decompk.optim.SGD(packed, lr=0.1, momentum=[0.9, 0.0, 0.9], dampening=0.5)
+    theirs = [torch.optim.SGD(member.parameters(), lr=0.1, momentum=0.9, dampening=0.5) for member in alone]
+    theirs[1].param_groups[0]["momentum"] = 0.0
+    for step in range(5):
+        if step == 2:
+            ours.param_groups[1]["momentum"] = theirs[1].param_groups[0]["momentum"] = 0.9
+            if on_the_way == "a checkpoint":
+                ours.load_state_dict(copy.deepcopy(ours.state_dict()))
+            elif on_the_way == "a copy":
+                packed, ours = copy.deepcopy((packed, ours))
+            elif on_the_way == "another member's pause":
+                ours.stop(0)
+                ours.resume(0)
+        x = torch.randn(4, 3)
+        for optimizer, net in ((ours, packed), *zip(theirs, alone, strict=True)):
+            optimizer.zero_grad()
+            net(x).square().sum().backward()
+            optimizer.step()
+    for k, member in enumerate(alone):
+        assert torch.allclose(packed.get_parameter("weight")[k], member.weight, rtol=1e-6, atol=1e-7), k
+
+
 def test_all_members_can_stop():
     _, packed = members_and_packed()
     optimizer = optim.Adam(packed, LR)

@@ -276,6 +276,9 @@ def test_targets_that_are_no_classes_are_trained_on_and_counted(classes, loss, t
     for x, _ in batches(5):
         assert step(x, targets).isfinite()
     assert step.read() == steps.Sums([], [], 30) and step.reasons == {}
+    step.graph = False
+    step(torch.randn(2, 6, 1, 16, 16), targets)  # images of their own
+    assert step.read().images == 36
 
 
 @pytest.mark.parametrize(

@@ -145,9 +145,10 @@ def _as_members(
     """dx, dweight, dbias by a function of members (K, N, C, H, W), also of rows (K·N, C, H, W)."""
     if x.dim() == 5:
         return gradients(dy, x, weight, *more)
+    # What is_grads_batched batches has rules for views, and none for unflatten.
     members = (len(weight), x.shape[0] // len(weight))
-    dx, *others = gradients(*(t.unflatten(0, members) for t in (dy, x)), weight, *more)
-    return [None if dx is None else dx.flatten(0, 1), *others]
+    dx, *others = gradients(*(t.view(*members, *t.shape[1:]) for t in (dy, x)), weight, *more)
+    return [None if dx is None else dx.reshape(-1, *dx.shape[2:]), *others]
 
 
 def _by_operator(

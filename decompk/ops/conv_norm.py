@@ -86,7 +86,6 @@ class _Saved(NamedTuple):
 
     x: Tensor
     weight: Tensor
-    bias: Tensor | None
     gamma: Tensor | None
     beta: Tensor | None
     y: Tensor
@@ -122,10 +121,11 @@ class _ConvNorm(torch.autograd.Function):
         added = None if residual is None else residual.view(members)
         kernels().launch_apply(y.view(members), mean, rstd, *contiguous(gamma, beta), added, relu, z.view(members))
         ctx.call, ctx.asked, ctx.eps, ctx.relu = call, asked, norm.eps, relu
-        ctx.has_residual, ctx.has_bias, ctx.below, ctx.above = residual is not None, bias is not None, below, None
+        ctx.has_residual, ctx.below, ctx.above = residual is not None, below, None
+        ctx.bias = bias  # not saved: the norm takes off whatever it is, so it may change
         ctx.set_materialize_grads(False)
         joined = z if relu and residual is not None else None
-        ctx.save_for_backward(*_Saved(x, weight, bias, gamma, beta, y, mean, rstd, joined))
+        ctx.save_for_backward(*_Saved(x, weight, gamma, beta, y, mean, rstd, joined))
         ctx.private = private
         # Whoever packs what is saved, as checkpointing does, gives it back once, to its own backward.
         ctx.packed = torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
@@ -163,7 +163,7 @@ def _backward(
     ctx: Any, saved: _Saved, dz: Tensor, other: Tensor | None, above: _Above | None
 ) -> tuple[Tensor | None, ...]:
     """Gradients of x, weight, bias, gamma, beta and residual."""
-    x, weight, _, gamma, beta, y, mean, rstd, z = saved
+    x, weight, gamma, beta, y, mean, rstd, z = saved
     needs, asked, norm = ctx.needs_input_grad, ctx.asked, kernels()
     x, call = call_again(ctx.call, x, weight)  # hooks of saved tensors may have given back what lies otherwise
     dz, y, z = settle(dz), settle(y), None if z is None else settle(z)
@@ -183,7 +183,9 @@ def _backward(
     adds = needs[1] and adds_to_zero(choice, weight.dtype)
     dw = wgrad.empty() if adds else None
     dgamma, dbeta = torch.empty_like(mean), torch.empty_like(mean)
-    dbias = torch.empty_like(mean) if ctx.has_bias and needs[2] else None  # zero: the norm takes off what it adds
+    dbias = (
+        torch.empty_like(mean) if ctx.bias is not None and needs[2] else None
+    )  # zero: the norm takes off what it adds
     norm.launch_merge(sums, dgamma, dbeta, dbias, dw)
     norm.launch_input(g, raw, *vectors, dgamma, dbeta, gated, True, rows.view(members))
     dx = _input_gradient(ctx, call, dy, weight, other) if needs[0] else None
@@ -229,7 +231,7 @@ def _input_gradient(ctx: Any, call: Call, dy: Tensor, weight: Tensor, other: Ten
 
 def _followed(ctx: Any, saved: _Saved, dz: Tensor, other: Tensor | None) -> Sequence[Tensor | None]:
     """Gradients by torch's own operators, differentiable again."""
-    x, weight, bias, gamma, beta, *_, z = saved
+    x, weight, gamma, beta, *_, z = saved
     ends, K = ctx.call.ends, weight.shape[0]
 
     def layer(x: Tensor, weight: Tensor, bias: Tensor | None, gamma: Tensor | None, beta: Tensor | None) -> Tensor:
@@ -241,7 +243,7 @@ def _followed(ctx: Any, saved: _Saved, dz: Tensor, other: Tensor | None) -> Sequ
     gate = ctx.relu and z is None
     needs = ctx.needs_input_grad
     with resumed(ctx.asked or ANY):
-        inputs, wanted = (x, weight, bias, gamma, beta), needs[:5]
+        inputs, wanted = (x, weight, ctx.bias, gamma, beta), needs[:5]
         dx, dw, dbias, dgamma, dbeta = gradients(lambda *a: layer(*a).relu() if gate else layer(*a), inputs, g, wanted)
     dx = other if dx is None else dx if other is None else dx + other
     return dx, dw, dbias, dgamma, dbeta, g if ctx.has_residual and needs[5] else None
@@ -249,7 +251,7 @@ def _followed(ctx: Any, saved: _Saved, dz: Tensor, other: Tensor | None) -> Sequ
 
 def _seen(ctx: Any, saved: _Saved, dz: Tensor, other: Tensor | None) -> Sequence[Tensor | None]:
     """Gradients by the operators of either part, which modes see."""
-    x, weight, _, gamma, beta, y, mean, rstd, z = saved
+    x, weight, gamma, beta, y, mean, rstd, z = saved
     K = weight.shape[0]
     y, z = (t if t is None else t.unflatten(0, (K, -1)) for t in (y, z))
     dz = settle(dz).unflatten(0, (K, -1))
@@ -263,7 +265,7 @@ def _seen(ctx: Any, saved: _Saved, dz: Tensor, other: Tensor | None) -> Sequence
     else:
         dx, dw, _ = gradients_seen(dy.flatten(0, 1), x, weight, ctx.call, (*needs[:2], False), ctx.asked)
         dx = dx if other is None or dx is None else dx + other
-    dbias = weight.new_zeros(weight.shape[:2]) if ctx.has_bias and needs[2] else None
+    dbias = weight.new_zeros(weight.shape[:2]) if ctx.bias is not None and needs[2] else None
     dgamma, dbeta = dgamma if gamma is None else dgamma.to(gamma.dtype), dbeta if beta is None else dbeta.to(beta.dtype)
     residual = (dz if z is None else g).flatten(0, 1) if ctx.has_residual else None
     found = dx, dw, dbias, dgamma, dbeta, residual

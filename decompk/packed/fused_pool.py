@@ -50,7 +50,7 @@ def _pair(value: Any) -> Pair:
 
 
 class _Mean(torch.autograd.Function):
-    """Over an image; the gradient of a pixel is a view, written by whoever needs it in memory."""
+    """Over an image."""
 
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:
@@ -59,7 +59,11 @@ class _Mean(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy: Tensor) -> Tensor:
-        return (dy / (ctx.shape[2] * ctx.shape[3])).expand(ctx.shape)
+        pixels, spread = ctx.shape[2] * ctx.shape[3], dy.expand(ctx.shape)
+        if follows(dy) or not unwatched(dy):
+            return spread / pixels
+        dx = torch.empty(ctx.shape, dtype=dy.dtype, device=dy.device, memory_format=torch.channels_last)
+        return torch.div(spread, pixels, out=dx)  # as layers below read it, and memory of its own for hooks
 
 
 class _Subsample(torch.autograd.Function):
@@ -68,7 +72,7 @@ class _Subsample(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, stride: Pair) -> Tensor:
         ctx.shape, ctx.stride = x.shape, stride
-        return x[..., :: stride[0], :: stride[1]].contiguous(memory_format=torch.channels_last)
+        return x[..., :: stride[0], :: stride[1]].clone(memory_format=torch.channels_last)  # x's own where stride is 1
 
     @staticmethod
     def backward(ctx, dy: Tensor) -> tuple[Tensor, None]:

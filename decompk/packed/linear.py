@@ -38,21 +38,25 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.cast = weight.to(x.dtype)
-        ctx.save_for_backward(x, weight, bias)
+        read, written, _ = ctx.needs_input_grad
+        cast = weight.to(x.dtype)
+        ctx.cast, ctx.dtypes = cast if read else None, (weight.dtype, None if bias is None else bias.dtype)
+        ctx.save_for_backward(x if written else None, weight if read else None)  # what is not read may change
         if bias is None:
-            return torch.bmm(x, ctx.cast.mT)
-        return torch.baddbmm(bias.unsqueeze(1).to(x.dtype), x, ctx.cast.mT)
+            return torch.bmm(x, cast.mT)
+        return torch.baddbmm(bias.unsqueeze(1).to(x.dtype), x, cast.mT)
 
     @staticmethod
     def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, bias = ctx.saved_tensors
-        needs = ctx.needs_input_grad
-        cast = weight.to(dy.dtype) if torch.is_grad_enabled() else ctx.cast
+        x, weight = ctx.saved_tensors
+        needs, (dtype, of_bias) = ctx.needs_input_grad, ctx.dtypes
+        dx = None
+        if needs[0]:
+            dx = torch.bmm(dy, weight.to(dy.dtype) if torch.is_grad_enabled() else ctx.cast)
         return (
-            torch.bmm(dy, cast) if needs[0] else None,
-            torch.bmm(dy.mT, x).to(weight.dtype) if needs[1] else None,
-            dy.sum(1, dtype=bias.dtype) if needs[2] else None,
+            dx,
+            torch.bmm(dy.mT, x).to(dtype) if needs[1] else None,
+            dy.sum(1, dtype=of_bias) if needs[2] else None,
         )
 
 

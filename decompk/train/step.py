@@ -177,7 +177,7 @@ class Step:
             what = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
             raise DecompkError(f"the loss is {what}, not a scalar: let it return the sum of the members' losses.")
         loss.backward(self._scalar(weight, loss))
-        return loss.detach(), output.detach() if isinstance(output, Tensor) else None
+        return loss.detach(), tree_map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, output)
 
     def _scalar(self, value: float, like: Tensor) -> Tensor:
         """One number on the device, kept: it takes no launch, and a graph nothing from the host."""
@@ -195,9 +195,9 @@ class Step:
 
     @torch.no_grad()
     def _note(self, output: Any, x: Any, y: Any) -> None:
-        logits = output if self._packed or output is None else output.unsqueeze(0)
+        logits = output if self._packed or not isinstance(output, Tensor) else output.unsqueeze(0)
         if not _are_classes(logits, y):
-            self._images += next((len(t) for t in tensors_of(x) if t.dim()), 0)
+            self._images += next((t.shape[self._packed] for t in tensors_of(output) if t.dim() > self._packed), 0)
             return
         K, N, classes = logits.shape
         self._images += N
@@ -297,9 +297,9 @@ class _Graph:
         return self.loss.clone()  # the next replay writes over it
 
 
-def _are_classes(logits: Tensor | None, y: Any) -> bool:
+def _are_classes(logits: Any, y: Any) -> bool:
     """Whether logits (K, N, classes) and labels y, (N,) or (K, N), say who is right."""
-    if logits is None or logits.dim() != 3 or logits.shape[2] < 2 or not isinstance(y, Tensor):
+    if not (isinstance(logits, Tensor) and isinstance(y, Tensor)) or logits.dim() != 3 or logits.shape[2] < 2:
         return False
     whole = not (y.is_floating_point() or y.is_complex() or y.dtype is torch.bool)
     return whole and logits.is_floating_point() and y.shape in (logits.shape[1:2], logits.shape[:2])
