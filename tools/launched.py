@@ -69,7 +69,8 @@ class Onlooker(TorchDispatchMode):
         results = tree_leaves(written) if written else _unfilled(operator, args, kwargs)
         outputs = _tensors(results)
         if any(t.numel() for t in outputs):
-            inputs = _read(name, args, kwargs)
+            fresh = {a.name for a in schema.arguments if a.is_out}  # written over, not read
+            inputs = _read(name, args, {k: value for k, value in kwargs.items() if k not in fresh})
             moved = sum(map(_size, [*inputs, *outputs]))  # what is changed in place stands in both
             self.launches.append(Row(name, _kernels(name, args), moved, _described([*inputs, *outputs])))
         if not written:

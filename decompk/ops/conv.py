@@ -33,6 +33,7 @@ from ..kernels.layout import (
     channels_inside,
     check_alike,
     check_shapes,
+    cut,
     empty_like_layout,
     empty_weight,
     kind_of,
@@ -83,12 +84,17 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry)
     return torch.ops.decompk.grouped_conv2d(channels_inside(x), weight, bias, *geometry)
 
 
-def convolve_now(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
-    """`convolve` of what is `unwatched`: x (K, N, C, H, W), or rows (K·N, C, H, W), and y like it."""
+def convolve_now(
+    x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, window: tuple[int, ...] = ()
+) -> Tensor:
+    """`convolve` of what is `unwatched`: x (K, N, C, H, W), or rows (K·N, C, H, W), and y like it.
+
+    With a window of crops x is the image (N, C, H, W) that all share, which needs no gradient, and y (K, N, O, H', W').
+    """
     if master := torch.is_autocast_enabled(x.device.type):
         x, weight, bias = autocast_now(x, weight, bias)
     # What has to be copied is copied out here, where autograd sees it: a Function has to save what it got.
-    x, call = settled_call(x, weight, bias, geometry, master=master)
+    x, call = settled_call(x.unsqueeze(0) if window else x, weight, bias, geometry, window, master=master)
     return _Conv.apply(x, weight, bias, call)
 
 
@@ -126,6 +132,8 @@ def gradients_seen(
     dy: Tensor, x: Tensor, weight: Tensor, call: Call, wanted: Sequence[bool], asked: str | None
 ) -> list[Tensor | None]:
     """dx, dweight and dbias behind `call` for who looks on: differentiable where somebody differentiates again."""
+    if window := call.ends.window:
+        x = cut(x, window)
     run = conv_gradients if follows(dy) else _by_operator
     found = _as_members(run, dy, x, weight.to(x.dtype), call.ends.geometry, wanted, asked or ANY)
     return [None if t is None else t.to(like.dtype) for t, like in zip(found, (x, weight, weight), strict=True)]

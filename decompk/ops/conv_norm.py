@@ -255,16 +255,12 @@ def _seen(ctx: Any, saved: _Saved, dz: Tensor, other: Tensor | None) -> Sequence
     K = weight.shape[0]
     y, z = (t if t is None else t.unflatten(0, (K, -1)) for t in (y, z))
     dz = settle(dz).unflatten(0, (K, -1))
-    ends, needs, asked = ctx.call.ends, ctx.needs_input_grad, ctx.asked or ANY
-    around = mean, rstd, gamma, beta, ctx.relu, True, asked
+    needs = ctx.needs_input_grad
+    around = mean, rstd, gamma, beta, ctx.relu, True, ctx.asked or ANY
     dy, dgamma, dbeta, g = torch.ops.decompk.batch_norm_backward(dz, y, z, *around)
-    if ends.window:
-        dx = None
-        dw = torch.ops.decompk.crop_conv2d_backward(dy, x, weight.to(x.dtype), ends.window, *ends.geometry, asked)
-        dw = dw.to(weight.dtype)
-    else:
-        dx, dw, _ = gradients_seen(dy.flatten(0, 1), x, weight, ctx.call, (*needs[:2], False), ctx.asked)
-        dx = dx if other is None or dx is None else dx + other
+    dy = dy if ctx.call.ends.window else dy.flatten(0, 1)
+    dx, dw, _ = gradients_seen(dy, x, weight, ctx.call, (*needs[:2], False), ctx.asked)
+    dx = dx if other is None or dx is None else dx + other
     dbias = weight.new_zeros(weight.shape[:2]) if ctx.bias is not None and needs[2] else None
     dgamma, dbeta = dgamma if gamma is None else dgamma.to(gamma.dtype), dbeta if beta is None else dbeta.to(beta.dtype)
     residual = (dz if z is None else g).flatten(0, 1) if ctx.has_residual else None

@@ -16,7 +16,7 @@ from ..kernels.call import runs_cpu, unwatched
 from ..kernels.handles import TENSORS
 from ..kernels.layout import output_shape
 from ..kernels.problem import Geometry
-from ..ops.conv import arguments, autocast, autocast_now
+from ..ops.conv import arguments, autocast, autocast_now, convolve_now
 from ..ops.conv_norm import Norm, conv_norm
 from ..ops.fused import fused_rows, window_of
 from .conv import PackedConv2d
@@ -75,15 +75,19 @@ def _run_layer(
             return fused_rows(*call[:-1], affine or (None, None), residual, relu is not None), x
         around = _by_batch(norm, call) if norm is not None and on_kernels(x) else None
         if around is not None:
-            if _here(call, around, residual):
+            if call[-1] and all(t is None or type(t) in TENSORS for t in (around.weight, around.bias, residual)):
                 return _conv_norm(call, x, around, residual, relu is not None, passes, private)
             return _by_moments(call, crops, around, residual, relu is not None), x
 
     if crops is None:
         y = conv(x)
     elif call is not None and on_kernels(x):
-        image, weight, bias, geometry, *_ = call
-        y = ops.conv2d_moments(image, weight, bias, *geometry, crops=crops, moments=False)[0].flatten(0, 1)
+        image, weight, bias, geometry, window, here = call
+        if here:
+            y = convolve_now(image, weight, bias, geometry, window)
+        else:
+            y, _ = ops.conv2d_moments(image, weight, bias, *geometry, crops=crops, moments=False)
+        y = y.flatten(0, 1)
     else:
         y = conv(torch.cat([crop.cut(x) for crop in crops]))
     if joins and (residual is None or (isinstance(residual, Tensor) and residual.shape == y.shape)):
@@ -130,7 +134,8 @@ _Call = tuple[Tensor, Tensor, Tensor | None, Geometry, tuple[int, ...], bool]
 def _call(x: Tensor, crops: Sequence[Crop] | None, conv: PackedConv2d) -> _Call | None:
     """x, rows (K·N, C, H, W) or the image, weight, bias, stride, padding and dilation, the window of crops.
 
-    And whether they are `unwatched`. None where no operator takes them.
+    And whether nobody looks on at one operator of all; of an image's own gradient the others know. None where no
+    operator takes them.
     """
     compiled = torch.compiler.is_compiling()  # which reads no ContextVar
     if crops is None and (compiled or x.dim() != 4 or x.shape[0] % (batch_rows.get() or conv._twin_K)):
@@ -138,7 +143,7 @@ def _call(x: Tensor, crops: Sequence[Crop] | None, conv: PackedConv2d) -> _Call 
     weight, bias = conv.weight, conv.bias
     if x.device.type not in ("cpu", "cuda") or any(t is not None and t.dtype not in DTYPES for t in (x, weight, bias)):
         return None
-    here = unwatched(x, weight, bias)
+    here = unwatched(x, weight, bias) and (crops is None or not (x.requires_grad and torch.is_grad_enabled()))
     x, weight, bias = (autocast_now if here else autocast)(x, weight, bias)
     geometry: Any = conv.stride, conv.padding, conv.dilation
     if isinstance(conv.padding, str):
@@ -206,14 +211,6 @@ def _by_batch(norm: PackedBatchNorm2d, call: _Call) -> Norm | None:
     if N * H * W <= 1:
         return None
     return Norm(norm.weight, norm.bias, *moved, 0.0 if norm.momentum is None else norm.momentum, norm.eps)
-
-
-def _here(call: _Call, norm: Norm, residual: Tensor | None) -> bool:
-    """Whether nobody looks on at the one operator of a layer; of an image's own gradient the others know."""
-    *_, window, here = call
-    if not here or any(t is not None and type(t) not in TENSORS for t in (norm.weight, norm.bias, residual)):
-        return False
-    return not (window and call[0].requires_grad and torch.is_grad_enabled())
 
 
 def _conv_norm(

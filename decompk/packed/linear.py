@@ -21,10 +21,11 @@ class PackedLinear(Twin, nn.Linear):
         self._twin_check(x)
         shape = x.shape[:-1]
         rows = prod(shape) // self._twin_K  # torch.Size.numel() would fix the batch of an export
-        if linear_form(rows, self.in_features, self.out_features, x.dtype, x.is_cuda) == "loop":
+        here = unwatched(x, self.weight, self.bias) and runs_triton(x)
+        if linear_form(rows, self.in_features, self.out_features, x.dtype, x.is_cuda or here) == "loop":
             return self._twin_each(F.linear, x, self.weight, self.bias)
         x, weight = x.reshape(self._twin_K, rows, self.in_features), self.weight.mT
-        if unwatched(x, self.weight, self.bias) and runs_triton(x):
+        if here:
             autocast = torch.is_autocast_enabled(x.device.type)
             if autocast or all(t is None or t.dtype == x.dtype for t in (self.weight, self.bias)):
                 x = x.to(torch.get_autocast_dtype(x.device.type)) if autocast else x
