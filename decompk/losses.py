@@ -201,11 +201,6 @@ def _kind(criterion: Any) -> tuple:
     return next((kind for function, kind in FUNCTIONS.items() if function is criterion), ())
 
 
-def of_one_network(criterion: Any) -> bool:
-    """Whether it is one of torch's own, to which the members' dimension is the batch."""
-    return bool(_kind(criterion))
-
-
 def _expected(kind: tuple, out: Tensor, target: Tensor, first: bool) -> torch.Size | None:
     """The shape of a target that all members share, the first one or a further one; None if nobody knows."""
     if kind is SEQUENCES and out.dim() == 4:

@@ -47,6 +47,14 @@ class _Stack(NamedTuple):
     steps: list[Tensor]  # the step counts of all active members
 
 
+class _Division(NamedTuple):
+    """How the members of one set of stacks are updated."""
+
+    runs: list[tuple[int, int]]  # [a, b) of members that are updated together
+    names: tuple[str, ...]  # of the state beside the step count
+    moving: list[tuple[int, int]]  # the runs whose state moves
+
+
 class _Call(NamedTuple):
     """One fused call: what of a run lies on one device in one dtype."""
 
@@ -79,8 +87,8 @@ class _MemberOptimizer(torch.optim.Optimizer):
 
     _stacks: dict[Tensor, _Stack]
     _plans: dict[int, _Plan]
-    # Runs, names of the state, and the runs that move it; None before the first step.
-    _division: list[tuple[list[tuple[int, int]], tuple[str, ...], list[tuple[int, int]]]] | Any
+    _division: list[_Division] | Any  # None before the first step
+    _fresh: list[set[int]]  # of each member the stacks, by id, whose state has not moved yet
     _pointers: list[int] | None
     _lr: Tensor | Any  # None before the first step
     _storage: int
@@ -166,8 +174,9 @@ class _MemberOptimizer(torch.optim.Optimizer):
                 i = j * self.K + call.member
                 lr = self._lr[i] if self.defaults["capturable"] else self.param_groups[i]["lr"]
                 self._update(self.param_groups[i], lr, call.first, [grads[n] for n in call.parts], *call.columns)
-            if self._fresh:
-                self._fresh -= {(id(p), k) for p in live for a, b in how[2] for k in range(a, b)}
+            for a, b in how.moving:
+                for fresh in filter(None, self._fresh[a:b]):
+                    fresh.difference_update(plan.live)
         self._put_back()
         return loss
 
@@ -193,21 +202,19 @@ class _MemberOptimizer(torch.optim.Optimizer):
             for j, how in zip(sets, division, strict=True):
                 for p in self.param_groups[j]["params"]:
                     if self.state.get(p):
-                        self._stack(p, *how[:2])
+                        self._stack(p, how)
         if self.defaults["capturable"]:
             self._upload()
-        runs = [[(a, b, *constants[j + a][1:]) for a, b in how[0]] for j, how in zip(sets, division, strict=True)]
+        runs = [[(a, b, *constants[j + a][1:]) for a, b in how.runs] for j, how in zip(sets, division, strict=True)]
         return self._storage, tuple(map(tuple, runs))
 
-    def _divided(self, groups: list[dict[str, Any]], constants: list[tuple]) -> tuple[list, tuple[str, ...], list]:
-        """An entry of `_division`, of the groups of one set of stacks."""
+    def _divided(self, groups: list[dict[str, Any]], constants: list[tuple]) -> _Division:
         runs = self._runs(constants)
-        return runs, self._state_names(groups), [run for run in runs if self._moves_state(groups[run[0]])]
+        return _Division(runs, self._state_names(groups), [run for run in runs if self._moves_state(groups[run[0]])])
 
     def _runs(self, constants: list[tuple]) -> list[tuple[int, int]]:
         """[a, b) of adjacent active members whose constants and step counts are equal."""
-        fresh = [{p for p, member in self._fresh if member == k} for k in range(self.K)] if self._fresh else self._ages
-        kind = list(zip(constants, self._ages, fresh, strict=True))
+        kind = list(zip(constants, self._ages, self._fresh, strict=True))
         runs: list[tuple[int, int]] = []
         for k in range(self.K):
             if k in self._saved:
@@ -229,16 +236,17 @@ class _MemberOptimizer(torch.optim.Optimizer):
             self._lr.copy_(torch.tensor(rates, dtype=self._lr.dtype), non_blocking=True)
             self._rates = rates
 
-    def _stack(self, p: Tensor, runs: list[tuple[int, int]], names: tuple[str, ...]) -> _Stack:
+    def _stack(self, p: Tensor, how: _Division) -> _Stack:
         """The views of a parameter and its state, which is made or brought into the parameter's layout if need be."""
         if p in self._stacks:
             return self._stacks[p]
         self._check(p)
         if _capturing():
             raise DecompkError(f"{self._name(p)} has no state yet: take one step() before capturing one.")
-        state = self.state[p]
-        if not state.keys() >= {"step", *names}:
-            self._fresh |= {(id(p), k) for k in range(self.K)}
+        state, (runs, names, _) = self.state[p], how
+        if not state.keys() >= {*names}:
+            for fresh in self._fresh:
+                fresh.add(id(p))
         if "step" not in state:
             state["step"] = torch.zeros(self.K, dtype=torch.float32, device=p.device)
         state["step"] = state["step"].to(p.device)
@@ -284,12 +292,12 @@ class _MemberOptimizer(torch.optim.Optimizer):
         if j in self._plans and self._plans[j].live == ids:
             return self._plans[j]
         how = self._division[j]
-        stacks = [self._stack(p, *how[:2]) for p in live]
+        stacks = [self._stack(p, how) for p in live]
         found: dict[tuple, tuple[list, list]] = {}
         offset = 0
         for p, stack in zip(live, stacks, strict=True):
-            for run, parts in zip(how[0], stack.rows, strict=True):
-                first = run in how[2] and (id(p), run[0]) in self._fresh
+            for run, parts in zip(how.runs, stack.rows, strict=True):
+                first = run in how.moving and id(p) in self._fresh[run[0]]
                 indices, rows = found.setdefault((run[0], first, p.device, p.dtype), ([], []))
                 indices += [offset + part[0] for part in parts]
                 rows += [part[1:] for part in parts]
@@ -361,22 +369,17 @@ class _MemberOptimizer(torch.optim.Optimizer):
         self._storage = getattr(self, "_storage", 0) + 1
         self._compare_steps()
         counts = {id(p): state["step"].tolist() for p, state in self.state.items() if "step" in state}
-        self._fresh = {(p, k) for p, steps in counts.items() for k in range(self.K) if steps[k] == 0}
+        self._fresh = [{p for p, steps in counts.items() if steps[k] == 0} for k in range(self.K)]
 
     def _fresh_by_place(self) -> list[tuple[int, int]]:
-        """`_fresh` of what has state to move, each parameter by its place in param_groups: ids change."""
-        stacks = enumerate(p for group in self.param_groups for p in group["params"])
-        return [
-            (i, k)
-            for i, p in stacks
-            if len(self.state.get(p, ())) > 1
-            for k in range(self.K)
-            if (id(p), k) in self._fresh
-        ]
+        """(place in param_groups, member) of all `_fresh`: ids change."""
+        stacks = [p for group in self.param_groups for p in group["params"]]
+        return [(i, k) for i, p in enumerate(stacks) for k in range(self.K) if id(p) in self._fresh[k]]
 
     def _add_fresh(self, places: Iterable[tuple[int, int]]) -> None:
         stacks = [p for group in self.param_groups for p in group["params"]]
-        self._fresh |= {(id(stacks[i]), k) for i, k in places}
+        for i, k in places:
+            self._fresh[k].add(id(stacks[i]))
 
     def state_dict(self) -> dict[str, Any]:
         """torch's, with "stopped": member number → its saved buffers by name, and "fresh": (parameter, member) that

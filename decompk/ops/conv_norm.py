@@ -183,9 +183,8 @@ def _backward(
     adds = needs[1] and adds_to_zero(choice, weight.dtype)
     dw = wgrad.empty() if adds else None
     dgamma, dbeta = torch.empty_like(mean), torch.empty_like(mean)
-    dbias = (
-        torch.empty_like(mean) if ctx.bias is not None and needs[2] else None
-    )  # zero: the norm takes off what it adds
+    # Of the convolution's bias zero, as the norm takes off what it adds.
+    dbias = torch.empty_like(mean) if ctx.bias is not None and needs[2] else None
     norm.launch_merge(sums, dgamma, dbeta, dbias, dw)
     norm.launch_input(g, raw, *vectors, dgamma, dbeta, gated, True, rows.view(members))
     dx = _input_gradient(ctx, call, dy, weight, other) if needs[0] else None

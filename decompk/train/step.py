@@ -327,7 +327,8 @@ def _checked(net: Any, optimizer: Any, loss: Any, packed: bool) -> set[int]:
         raise DecompkError("the optimizer has none of this network's parameters: make it of net.parameters().")
     if isinstance(loss, type) or not (loss is None or callable(loss)):
         raise DecompkError(f"loss is a function (output, target) → scalar, not {name_of(loss)}.")
-    if packed and losses.of_one_network(loss):
+    of_one = isinstance(loss, (*losses.INDICES, *losses.ALIKE, *losses.SEQUENCES))
+    if packed and (of_one or any(loss is function for function in losses.FUNCTIONS)):
         raise DecompkError(
             f"{name_of(loss)} reads the outputs of one network: decompk.losses.each makes of it the members' sum."
         )
