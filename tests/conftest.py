@@ -1,3 +1,4 @@
+import contextlib
 import os
 
 import pytest
@@ -9,6 +10,35 @@ if not torch.cuda.is_available():
 os.environ["DECOMPK_MEASURE"] = "0"  # which kernel runs does not depend on what else the machine does
 
 torch.set_num_threads(1)  # pytest-xdist already uses every core
+
+
+def _hasten_interpreter():
+    """A quarter off Triton's interpreter, which builds a table anew for every dtype that it is asked of, and at every
+    call of a device function puts its own operators where they are already."""
+    from triton import language
+    from triton.runtime import interpreter
+
+    patch = interpreter._patch_lang
+
+    def patch_what_is_not_yet(fn):
+        seen = [value for value in fn.__globals__.values() if value is language or value is language.core]
+        mine = any(language.core.is_builtin(value.load) for value in seen)
+        return patch(fn) if mine or not seen else interpreter._LangPatchScope()
+
+    interpreter._patch_lang = patch_what_is_not_yet
+    find, known = interpreter._get_np_dtype, {}
+
+    def remembered(dtype):
+        name = dtype.scalar.name
+        if name not in known:
+            known[name] = find(dtype)
+        return known[name]
+
+    interpreter._get_np_dtype = remembered
+
+
+with contextlib.suppress(ImportError, AttributeError):  # no Triton here, or another
+    _hasten_interpreter()
 
 
 @pytest.fixture(autouse=True)

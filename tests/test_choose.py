@@ -15,6 +15,7 @@ from helpers import asked_by_operators
 
 sys.path[:0] = [str(Path(__file__).parents[1] / "tools")]
 
+from launched import Onlooker
 from layers import CASES, Case, layers, problem
 from timing import Trial
 
@@ -59,11 +60,12 @@ def test_networks_ask_for_the_problems_that_tools_measure(case, asked):
     d, size = case.decomposition(), decompk.models.spec(case.model).input_size
     image = torch.randn(BATCH, *size).contiguous(memory_format=torch.channels_last)
     wanted = {first: _keys(case, first) for first in (False, True)}
+    packed = decompk.pack(d.subnets(seed=0), crops=d.crops, rehearse=False).train()
     for fused in (False, True):
-        packed = decompk.pack(d.subnets(seed=0), crops=d.crops, rehearse=False).train()
+        net = decompk.fuse(packed) if fused else packed
         asked.clear()
-        with backend("triton"), recording(), torch.autocast("cpu", torch.bfloat16):
-            logits = (decompk.fuse(packed) if fused else packed)(image)
+        with backend("triton"), recording(Onlooker()), torch.autocast("cpu", torch.bfloat16):
+            logits = net(image)
             losses.cross_entropy(logits.float(), torch.zeros(BATCH, dtype=torch.long)).backward()
         keys = {key_of(one) for one, _ in asked}
         assert len(keys & wanted[True]) == 2  # of the crops or of the image, fprop and wgrad

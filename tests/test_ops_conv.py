@@ -41,8 +41,7 @@ def assert_close(found, wanted, tolerance=2e-5):
     assert (found.double() - wanted.double()).abs().max() <= tolerance * max(1, wanted.abs().max())
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("layout", ["member", "channel-grouped"])
+@pytest.mark.parametrize(("dtype", "layout"), [(torch.float32, "member"), (torch.float64, "channel-grouped")])
 def test_the_operators_keep_torchs_contract(dtype, layout):
     x, weight, bias = case(layout=layout, dtype=dtype)
     geometry = [2, 1], [1, 1], [1, 1]
@@ -312,8 +311,8 @@ def test_every_problem_is_answered_with_something_legal():
         )
         for kind in ("fprop", "dgrad", "wgrad")
         for dtype in ("bfloat16", "tf32")
-        for K in (1, 3, 256)
-        for C, O in ((1, 3), (3, 16), (4, 4), (24, 40), (512, 2048))
+        for K in (1, 256)
+        for C, O in ((1, 3), (3, 16), (24, 40), (512, 2048))
         for H, k, s in ((1, 1, 1), (7, 3, 2), (33, 7, 2), (18, 1, 1))
         for layout in ("member", "channel-grouped", "strided", "crops")
     ]

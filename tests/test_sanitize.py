@@ -16,7 +16,7 @@ from decompk.kernels import cpu
 from decompk.kernels.problem import PASSES
 
 THREADS = [1, 2, 4]
-SEEDS = {"address": 60, "thread": 60, "halo": 15}  # fibers take their time
+SEEDS = {"address": 40, "thread": 40, "halo": 8}  # fibers take their time
 
 
 def built(sanitizer, into, sources=()):

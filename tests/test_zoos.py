@@ -46,7 +46,7 @@ TIMM = {  # networks of several habits: (pixels, options)
     "test_mambaout": (64, {}),
     "test_nfnet": (64, {}),
     "test_resnet": (64, {}),
-    "test_vit_relpos": (160, {}),
+    "test_vit_relpos": (64, dict(img_size=64)),
     "swin_tiny_patch4_window7_224": (
         32,
         dict(img_size=32, window_size=4, embed_dim=8, depths=(2, 2), num_heads=(1, 2)),
