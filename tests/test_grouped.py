@@ -31,11 +31,9 @@ def test_packed_members_train_as_if_alone(name):
 SMALL = {
     "vgg16": (models.vgg16(10, (3, 64, 64), width=8, fc=32), (3, 64, 64), 4, None),
     "resnet50": (models.resnet50(10, width=8), (3, 64, 64), 4, 40),
-    "resnet101": (models.resnet101(10, width=8), (3, 64, 64), 4, 40),
     "resnet50_food101": (models.resnet50(11, width=8, variant="table3.4"), (3, 96, 96), (2, 4), 48),
     "resnet101_food101": (models.resnet101(11, width=8, variant="table3.4"), (3, 64, 64), 4, 40),
     "resnet32": (models.cifar_resnet32(width=8), (3, 32, 32), 4, 20),
-    "resnet56": (models.cifar_resnet56(width=8), (3, 16, 16), 4, None),
     "resnet110": (models.cifar_resnet110(width=8), (3, 16, 16), 4, None),
 }
 

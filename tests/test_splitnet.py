@@ -679,7 +679,7 @@ SHORT = ["--width", "1", "--epochs", "1,2,1", "--seeds", "0"]
 
 def test_the_command_trains_every_variant_and_goes_on_where_it_was(tmp_path, capsys, monkeypatch):
     out = tmp_path / "out"
-    names = ("dense", "FC", "Deep", "Hierarchical", "Deep random", "Deep overlap", "SSL 1.1")
+    names = ("dense", "FC", "Deep", "Deep random", "Deep overlap", "SSL 1.1")
     assert set(names) < set(DEFAULT["wrn_16_8"])
     command = ["split", "--out", str(out), "--variants", ",".join(names), "--width", "1", "--epochs", "1,1,1"]
     assert main([*command, "--seeds", "0"]) == 0
@@ -688,7 +688,7 @@ def test_the_command_trains_every_variant_and_goes_on_where_it_was(tmp_path, cap
     known = json.loads((out / "result.json").read_text())["runs"]
     assert set(known) == {f"{name} 0" for name in names}
     dense = known["dense 0"]
-    for name in ("FC", "Deep", "Hierarchical", "Deep random"):
+    for name in ("FC", "Deep", "Deep random"):
         assert known[f"{name} 0"]["params"] < dense["params"] and known[f"{name} 0"]["flops"] < dense["flops"]
         assert known[f"{name} 0"]["flops"] <= known[f"{name} 0"]["done"] <= dense["done"] == dense["flops"]
     assert known["Deep random 0"]["done"] < dense["done"]
