@@ -18,12 +18,12 @@ def _hasten_interpreter():
     from triton import language
     from triton.runtime import interpreter
 
-    patch = interpreter._patch_lang
+    patch, nothing = interpreter._patch_lang, interpreter._LangPatchScope
 
     def patch_what_is_not_yet(fn):
         seen = [value for value in fn.__globals__.values() if value is language or value is language.core]
         mine = any(language.core.is_builtin(value.load) for value in seen)
-        return patch(fn) if mine or not seen else interpreter._LangPatchScope()
+        return patch(fn) if mine or not seen else nothing()
 
     interpreter._patch_lang = patch_what_is_not_yet
     find, known = interpreter._get_np_dtype, {}
