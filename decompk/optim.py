@@ -187,7 +187,7 @@ class _MemberOptimizer(torch.optim.Optimizer):
         With capturable=True call it before every replay of a CUDA graph of `step`. What it returns changes whenever
         that graph must be captured again: other runs, stopped members, constants or storage, but not learning rates.
         """
-        pointers = [p.data_ptr() for group in self.param_groups for p in group["params"]]
+        pointers = [p.data_ptr() for p in self._in_order()]
         if pointers != self._pointers or any(s.state is not self.state.get(p) for p, s in self._stacks.items()):
             self._pointers, self._storage = pointers, self._storage + 1
             self._stacks, self._plans = {}, {}
@@ -371,13 +371,17 @@ class _MemberOptimizer(torch.optim.Optimizer):
         counts = {id(p): state["step"].tolist() for p, state in self.state.items() if "step" in state}
         self._fresh = [{p for p, steps in counts.items() if steps[k] == 0} for k in range(self.K)]
 
+    def _in_order(self) -> list[Tensor]:
+        """All stacks, as param_groups have them."""
+        return [p for group in self.param_groups for p in group["params"]]
+
     def _fresh_by_place(self) -> list[tuple[int, int]]:
         """(place in param_groups, member) of all `_fresh`: ids change."""
-        stacks = [p for group in self.param_groups for p in group["params"]]
+        stacks = self._in_order()
         return [(i, k) for i, p in enumerate(stacks) for k in range(self.K) if id(p) in self._fresh[k]]
 
     def _add_fresh(self, places: Iterable[tuple[int, int]]) -> None:
-        stacks = [p for group in self.param_groups for p in group["params"]]
+        stacks = self._in_order()
         for i, k in places:
             self._fresh[k].add(id(stacks[i]))
 
@@ -394,7 +398,7 @@ class _MemberOptimizer(torch.optim.Optimizer):
         if [len(group["params"]) for group in saved_groups if group.keys() >= needed] != sizes:
             raise CheckpointError("the checkpoint is of another optimizer, other members or other parameter groups.")
         ids = [i for group in saved_groups for i in group["params"]]
-        stacks = [p for group in self.param_groups for p in group["params"]]
+        stacks = self._in_order()
         for i, p in zip(ids, stacks, strict=True):
             for name, t in state_dict["state"].get(i, {}).items():
                 _check_shape(f"{name} of {self._name(p)}", t, p.shape[:1] if name == "step" else p.shape)

@@ -171,7 +171,7 @@ class Step:
             p.grad = None
         with autocast(self._device, self.precision):
             output = self._run(x)
-        output = _in_float32(output) if isinstance(output, Tensor) else tree_map(_in_float32, output)
+        output = tree_map(_in_float32, output)
         loss = self.loss(output, y)
         if not isinstance(loss, Tensor) or loss.dim():
             what = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
