@@ -14,6 +14,10 @@ struct Shape {
   explicit Shape(const Long* sizes) {
     for (int* field : {&K, &N, &C, &O, &H, &W, &kh, &kw, &stride_h, &stride_w, &pad_h, &pad_w, &rows, &columns})
       *field = int(*sizes++);
+    if (kh * kw == 1 && stride_h * stride_w == 1 && !pad_h && !pad_w) {  // whose images are one, a column of all pixels
+      H = rows = N * H * W;
+      N = W = columns = 1;
+    }
   }
 };
 
@@ -77,7 +81,7 @@ const float* sums_of(int K, const std::vector<Unit>& units, int parts, Long size
 
 // `tall` rows of `wide` pixels of every image from (top, left) on, with zeros outside of it, without gaps.
 inline const float* window(const float* image, int images, int H, int W, int C, Long top, Long left, Long tall, Long wide) {
-  float* buffer = scratch<float, WINDOW>(images * tall * wide * C + 32);  // vectors may read behind the last row
+  float* buffer = scratch<float, WINDOW>(images * tall * wide * C + 3 * LANES);  // vectors may read behind the last row
   float* to = buffer;
   Long begin = std::min(std::max(-left, 0L), wide), end = std::max(std::min(W - left, wide), begin);
   for (int i = 0; i < images; ++i)
@@ -94,16 +98,18 @@ inline const float* window(const float* image, int images, int H, int W, int C, 
   return buffer;
 }
 
-// As many sums as registers hold: 6 pixels of 16 outputs, or 8 of 8 or 4.
-constexpr int PIXELS = 6, NARROW = 8;
+// Outputs are computed in blocks of one or two of the widest vectors, of 8 or of 4; PIXELS of them at once, or twice as
+// many where a block is one vector of those: as many sums as registers hold.
+constexpr int BLOCK = 2 * LANES, PIXELS = LANES == 16 ? 12 : 6;
 
-inline int width_of(int left) { return left >= 16 ? 16 : left >= 8 ? 8 : 4; }
-inline size_t filled_up(size_t count, int outputs) {  // whole tiles of either kind
-  size_t each = outputs % 16 ? PIXELS * NARROW / 2 : PIXELS;
-  return (count + each - 1) / each * each;
+inline int width_of(int left) {
+  for (int width = BLOCK; width > 4; width /= 2)
+    if (left >= width) return width;
+  return 4;
 }
+inline size_t filled_up(size_t count) { return (count + 2 * PIXELS - 1) / (2 * PIXELS) * (2 * PIXELS); }  // whole tiles
 
-// Every member's weights in blocks of 16, 8 or 4 outputs, [block][taps][inputs][block's outputs]; `taps` counts both
+// Every member's weights in blocks of outputs, [block][taps][inputs][block's outputs]; `taps` counts both
 // middle ones. fill(k, first output, how many, to) writes a block.
 template <Place place, typename Fill>
 const float* in_blocks(int K, int O, Long taps, Fill fill) {
@@ -156,14 +162,14 @@ struct Pixels {
     Long tall = Long(u.rows - 1) * j.stride_h + j.taps_h, wide = Long(j.columns - 1) * j.stride_w + j.taps_w;
     Long top = Long(u.row) * j.stride_h - j.pad_h, left = -j.pad_w;
     inside = top >= 0 && top + tall <= j.H && left >= 0 && left + wide <= j.W;
-    bool in_place = inside && j.C % 8 == 0;  // else the last vector would reach behind the image
+    bool in_place = inside && j.C % LANES == 0;  // else the last vector would reach behind the image
     step = (in_place ? Long(j.W) : wide) * j.C;
     Long image_step = (in_place ? Long(j.H) : tall) * step;
     const float* image = j.src + (Long(u.k) * N + u.n) * j.H * j.W * j.C;
     const float* start = in_place ? image + top * step + left * j.C
                                   : window(image, u.images, j.H, j.W, j.C, top, left, tall, wide);
     float* result = j.dst + ((Long(u.k) * N + u.n) * j.dst_H + j.h0) * j.dst_W * j.O + j.w0 * j.O;
-    size_t full = filled_up(count, j.O), p = 0;
+    size_t full = filled_up(count), p = 0;
     in = scratch<const float*, IN_ROWS>(full), out = scratch<float*, OUT_ROWS>(full);
     for (int i = 0; i < u.images; ++i)
       for (int h = 0; h < u.rows; ++h)
@@ -175,83 +181,107 @@ struct Pixels {
   }
 };
 
-// out[p][…] = start + Σ_row Σ_l in[p][row · step + l] · weight[row][l][…], for P pixels and V vectors of outputs
-template <typename vec, int P, int V>
+// out[p][…] = start + Σ_row Σ_l in[p][row · step + l] · weight[row][l][…], for P pixels and V vectors of outputs; U of
+// l at a time, which saves looking up where a pixel is
+template <typename vec, int P, int V, int U>
 inline void tile(const float* const* in, Long from, Long step, int rows, int length, const float* weight,
                  const float* start, float* const* out, Long to) {
   constexpr int lanes = sizeof(vec) / sizeof(float);
   vec sum[P][V];
-#pragma GCC unroll 16
+#pragma GCC unroll 32
   for (int v = 0; v < V; ++v) {
     vec first = start ? load<vec>(start + v * lanes) : vec{};
-#pragma GCC unroll 16
+#pragma GCC unroll 32
     for (int p = 0; p < P; ++p) sum[p][v] = first;
   }
   for (int row = 0; row < rows; ++row) {
-    const float* at[P];
-#pragma GCC unroll 16
-    for (int p = 0; p < P; ++p) at[p] = in[p] + from + row * step;
-    for (int l = 0; l < length; ++l, weight += V * lanes) {
-      vec w[V];
-#pragma GCC unroll 16
-      for (int v = 0; v < V; ++v) w[v] = load<vec>(weight + v * lanes);
-#pragma GCC unroll 16
+    Long at = from + row * step;
+    int l = 0;
+    for (; l + U <= length; l += U, at += U, weight += U * V * lanes) {
+      vec w[U][V];
+#pragma GCC unroll 32
+      for (int u = 0; u < U; ++u)
+#pragma GCC unroll 32
+        for (int v = 0; v < V; ++v) w[u][v] = load<vec>(weight + (u * V + v) * lanes);
+#pragma GCC unroll 32
       for (int p = 0; p < P; ++p) {
-        vec value = at[p][l] - vec{};
-#pragma GCC unroll 16
+        const float* values = in[p] + at;
+#pragma GCC unroll 32
+        for (int u = 0; u < U; ++u) {
+          vec value = values[u] - vec{};
+#pragma GCC unroll 32
+          for (int v = 0; v < V; ++v) sum[p][v] += value * w[u][v];
+        }
+      }
+    }
+    for (; l < length; ++l, ++at, weight += V * lanes) {
+      vec w[V];
+#pragma GCC unroll 32
+      for (int v = 0; v < V; ++v) w[v] = load<vec>(weight + v * lanes);
+#pragma GCC unroll 32
+      for (int p = 0; p < P; ++p) {
+        vec value = in[p][at] - vec{};
+#pragma GCC unroll 32
         for (int v = 0; v < V; ++v) sum[p][v] += value * w[v];
       }
     }
   }
-#pragma GCC unroll 16
+#pragma GCC unroll 32
   for (int p = 0; p < P; ++p)
-#pragma GCC unroll 16
+#pragma GCC unroll 32
     for (int v = 0; v < V; ++v) store(out[p] + to + v * lanes, sum[p][v]);
 }
 
-// `tile` for all of `count` pixels, which are followed by enough more, and `width` outputs: 16, 8 or 4.
+// `tile` for all of `count` pixels, which are followed by enough more, and `width` outputs.
 inline void tiles(const float* const* in, Long from, Long step, int rows, int length, const float* weight,
                   const float* start, float* const* out, Long to, size_t count, int width) {
-  auto one = width == 16 ? tile<vec8, PIXELS, 2> : width == 8 ? tile<vec8, NARROW, 1> : tile<vec4, NARROW, 1>;
-  for (size_t p = 0, each = width == 16 ? PIXELS : NARROW; p < count; p += each)
+  auto one = width == BLOCK ? tile<widest, PIXELS, 2, 2> : width == LANES ? tile<widest, 2 * PIXELS, 1, 4>
+             : width == 8 ? tile<vec8, PIXELS, 1, 4> : tile<vec4, PIXELS, 1, 4>;
+  for (size_t p = 0, each = width == LANES ? 2 * PIXELS : PIXELS; p < count; p += each)
     one(in + p, from, step, rows, length, weight, start, out + p, to);
 }
 
-// dw[i][l] += Σ over pixels of dy[o + i] · x[offset + l], for 4 outputs and V vectors of a kernel row, `length` of it
-template <int V>
+// dw[i][l] += Σ over pixels of dy[o + i] · x[offset + l], for R outputs and V vectors of a kernel row, `length` of it
+template <int R, int V>
 inline void outer(const float* const* x, Long from, const float* const* dy, Long o, size_t count, float* dw, Long row,
                   int length) {
-  vec8 sum[4][V] = {};
+  widest sum[R][V] = {};
   for (size_t p = 0; p < count; ++p) {
     const float *in = x[p] + from, *g = dy[p] + o;
-    vec8 value[V];
-#pragma GCC unroll 16
-    for (int v = 0; v < V; ++v) value[v] = load<vec8>(in + v * 8);
-#pragma GCC unroll 16
-    for (int i = 0; i < 4; ++i) {
-      vec8 each = g[i] - vec8{};
-#pragma GCC unroll 16
+    widest value[V];
+#pragma GCC unroll 32
+    for (int v = 0; v < V; ++v) value[v] = load<widest>(in + v * LANES);
+#pragma GCC unroll 32
+    for (int i = 0; i < R; ++i) {
+      widest each = g[i] - widest{};
+#pragma GCC unroll 32
       for (int v = 0; v < V; ++v) sum[i][v] += each * value[v];
     }
   }
-  for (int i = 0; i < 4; ++i)
-#pragma GCC unroll 16
+#pragma GCC unroll 32
+  for (int i = 0; i < R; ++i)
+#pragma GCC unroll 32
     for (int v = 0; v < V; ++v) {
-      float* to = dw + i * row + v * 8;
-      if (length >= (v + 1) * 8) store(to, load<vec8>(to) + sum[i][v]);
+      float* to = dw + i * row + v * LANES;
+      if (length >= (v + 1) * LANES) store(to, load<widest>(to) + sum[i][v]);
       else
-        for (int l = 0; l < length - v * 8; ++l) to[l] += sum[i][v][l];
+        for (int l = 0; l < length - v * LANES; ++l) to[l] += sum[i][v][l];
     }
 }
 
 // `outer` for every output and all of a kernel row: dw[o][l], `row` floats from output to output.
 inline void outers(const float* const* x, Long from, const float* const* dy, Long o, size_t count, float* dw, Long row,
                    int length, int outputs) {
-  for (int l = 0; l < length; l += 24)
-    for (int i = 0; i < outputs; i += 4) {
-      auto add = length - l > 16 ? outer<3> : length - l > 8 ? outer<2> : outer<1>;
-      add(x, from + l, dy, o + i, count, dw + i * row + l, row, std::min(24, length - l));
+  constexpr int MOST = LANES == 16 ? 8 : 4;  // outputs at once: 24 or 12 sums
+  for (int l = 0; l < length; l += 3 * LANES) {
+    int left = std::min(3 * LANES, length - l), V = (left + LANES - 1) / LANES;
+    auto many = V == 3 ? outer<MOST, 3> : V == 2 ? outer<MOST, 2> : outer<MOST, 1>;
+    auto few = V == 3 ? outer<4, 3> : V == 2 ? outer<4, 2> : outer<4, 1>;
+    for (int i = 0, R; i < outputs; i += R) {
+      R = outputs - i >= MOST ? MOST : 4;
+      (R == MOST ? many : few)(x, from + l, dy, o + i, count, dw + i * row + l, row, left);
     }
+  }
 }
 
 // ---- NaN and infinity -----------------------------------------------------------------------------------------------

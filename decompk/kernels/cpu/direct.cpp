@@ -7,7 +7,7 @@
 
 namespace {
 
-// weights: of every member [outputs in blocks of 16, 8 or 4][taps][C][block]
+// weights: of every member [outputs in blocks][taps][C][block]
 void run(const Job& j, int K, int N, const float* weights, const float* bias) {
   Long taps = Long(j.taps_h) * j.taps_w * j.C;
   auto units = units_of(K, N, j.rows, j.columns, 240);
@@ -68,7 +68,7 @@ void dgrad(const float* dy, const float* w, float* dx, const Long* sizes) {
 void wgrad(const float* x, const float* dy, float* dw, const Long* sizes) {
   Shape s(sizes);
   Job j = forward_job(s, x, const_cast<float*>(dy));
-  int length = s.kw * s.C, target = std::clamp(8192 / (s.C + s.O), 32, 160);  // what a unit reads stays in L1
+  int length = s.kw * s.C, target = std::clamp(32768 / (s.C + s.O), 64, 512);  // what a unit reads stays in L2
   Long size = Long(s.O) * s.kh * length;
   auto units = units_of(s.K, s.N, s.rows, s.columns, target);
   int parts = parts_of(s, int(units.size() / s.K));

@@ -1,13 +1,20 @@
-// Eight or four floats as one value, in GCC's and Clang's own notation: AVX, AVX-512 and NEON alike.
+// Sixteen, eight or four floats as one value, in GCC's and Clang's own notation: AVX, AVX-512 and NEON alike.
 #pragma once
 
 #include <cstring>
 #include <memory>
 
 using Long = long;
+typedef float vec16 __attribute__((vector_size(64)));
 typedef float vec8 __attribute__((vector_size(32)));
 typedef float vec4 __attribute__((vector_size(16)));
 typedef double double8 __attribute__((vector_size(64)));
+#ifdef __AVX512F__
+typedef vec16 widest;  // what a register holds
+#else
+typedef vec8 widest;
+#endif
+constexpr int LANES = sizeof(widest) / sizeof(float);
 
 template <typename to, typename from>  // in another precision
 inline to as(from value) {

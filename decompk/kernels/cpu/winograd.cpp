@@ -57,7 +57,7 @@ struct Tiles : Shapes {
   float** out_rows;
 
   Tiles(const Shapes& shapes, const Unit& u)
-      : Shapes(shapes), u(u), count(size_t(u.images) * u.rows * columns()), full(filled_up(count, O)) {
+      : Shapes(shapes), u(u), count(size_t(u.images) * u.rows * columns()), full(filled_up(count)) {
     in = scratch<float, INPUTS>(F * full * C), out = scratch<float, OUTPUTS>(F * full * O);
     in_rows = scratch<const float*, IN_ROWS>(full), out_rows = scratch<float*, OUT_ROWS>(full);
     for (size_t t = 0; t < full; ++t) in_rows[t] = in + t * C, out_rows[t] = out + t * O;
@@ -140,8 +140,10 @@ const float* frequencies(int K, int O, int C, const float* blocks) {
 #pragma omp parallel for collapse(2)
   for (int k = 0; k < K; ++k)
     for (int o = 0; o < O; o += 8) {
-      int first = o / 16 * 16, width = width_of(O - first);
-      if (o > first && width > 8) continue;  // a part of the block before
+      int first = o / BLOCK * BLOCK;  // of the block that o is in
+      while (first + width_of(O - first) <= o) first += width_of(O - first);
+      int width = width_of(O - first);
+      if (o > first) continue;  // done with its block
       Long size = Long(C) * width;
       const float* from = blocks + (Long(k) * O + first) * 9 * C;
       for (Long i = 0; i < size; i += 8) {
