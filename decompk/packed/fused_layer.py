@@ -17,6 +17,7 @@ from ..kernels.handles import TENSORS
 from ..kernels.layout import output_shape
 from ..kernels.problem import Geometry
 from ..ops.conv import arguments, autocast, autocast_now, convolve_now
+from ..ops.cpu_layer import call_of, cpu_layer
 from ..ops.conv_norm import Norm, conv_norm
 from ..ops.fused import fused_rows, window_of
 from .conv import PackedConv2d
@@ -68,11 +69,17 @@ def _run_layer(
     """
     known = unchanged(conv, PackedConv2d) and unchanged(norm, PackedBatchNorm2d) and unchanged(relu, nn.ReLU)
     joins = known and norm is not None and runs_cpu(x)  # the norm takes what follows it
-    call = _call(x, crops, conv) if known and not joins else None
+    if crops is not None and runs_cpu(x):  # whose kernels read no windows
+        x, crops = torch.cat([crop.cut(x) for crop in crops]), None
+    call = _call(x, crops, conv) if known else None
     if call is not None and (residual is None or _fits(residual, call)):
         gradient = torch.is_grad_enabled() and any(map(_needs_gradient, (x, conv.weight, conv.bias, residual)))
         if not gradient and (norm is None or affine is not None):
             return fused_rows(*call[:-1], affine or (None, None), residual, relu is not None), x
+        if runs_cpu(x, call[1], call[2]):
+            y = _on_cpu(x, call, norm, residual, relu is not None)
+            if y is not None:
+                return y, x
         around = _by_batch(norm, call) if norm is not None and on_kernels(x) else None
         if around is not None:
             if call[-1] and all(t is None or type(t) in TENSORS for t in (around.weight, around.bias, residual)):
@@ -211,6 +218,18 @@ def _by_batch(norm: PackedBatchNorm2d, call: _Call) -> Norm | None:
     if N * H * W <= 1:
         return None
     return Norm(norm.weight, norm.bias, *moved, 0.0 if norm.momentum is None else norm.momentum, norm.eps)
+
+
+def _on_cpu(x: Tensor, call: _Call, norm: PackedBatchNorm2d | None, residual: Any, relu: bool) -> Tensor | None:
+    """The layer by the CPU's one operator each way, None where there is none for it."""
+    _, weight, bias, geometry, window, here = call
+    around = None if norm is None else _by_batch(norm, call)
+    if not here or window or (norm is None) != (around is None) or (norm is None and not (relu and residual is None)):
+        return None
+    if not runs_cpu(residual, *(around or ())[:4]):
+        return None
+    made = call_of(x, weight, bias, geometry, around, x.requires_grad)
+    return None if made is None else cpu_layer(x, weight, bias, made, around, residual, relu)
 
 
 def _conv_norm(

@@ -63,7 +63,7 @@ class Direct(PlainForm):
         bias = None if epilogue.bias is None else epilogue.bias.contiguous()
         pointer = None if bias is None else bias.data_ptr()
         function = getattr(cpu.library(), self.functions[0])
-        function(x.data_ptr(), weight.data_ptr(), pointer, y.data_ptr(), _sizes(problem))
+        function(x.data_ptr(), weight.data_ptr(), pointer, y.data_ptr(), sizes_of(problem))
         if epilogue.residual is None and epilogue.moments is None and not epilogue.relu:
             return y
         residual = epilogue.residual
@@ -72,19 +72,19 @@ class Direct(PlainForm):
 
     def dgrad(self, problem: Problem, config: None, dy: Tensor, weight: Tensor, dx: Tensor) -> Tensor:
         function = getattr(cpu.library(), self.functions[1])
-        function(dy.data_ptr(), weight.data_ptr(), dx.data_ptr(), _sizes(problem))
+        function(dy.data_ptr(), weight.data_ptr(), dx.data_ptr(), sizes_of(problem))
         return dx
 
     def wgrad(
         self, problem: Problem, config: None, dy: Tensor, x: Tensor, out: Tensor, offsets: Offsets | None = None
     ) -> Tensor:
         function = getattr(cpu.library(), self.functions[2])
-        function(x.data_ptr(), dy.data_ptr(), out.data_ptr(), _sizes(problem))
+        function(x.data_ptr(), dy.data_ptr(), out.data_ptr(), sizes_of(problem))
         return out
 
 
 @functools.lru_cache(maxsize=4096)
-def _sizes(problem: Problem) -> Any:
+def sizes_of(problem: Problem) -> Any:
     """A convolution as the kernels take it: Shape in conv.h."""
     p = problem
     values = (p.K, p.N, p.C, p.O, p.H, p.W, *p.kernel, *p.stride, *p.padding, *p.out_size)

@@ -13,6 +13,7 @@ import subprocess
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,6 +41,8 @@ _SIGNATURES = {
     "winograd_fprop": [_pointer] * 5,
     "winograd_dgrad": [_pointer] * 4,
     "winograd_wgrad": [_pointer] * 4,
+    "layer": [_pointer] * 11 + [_int, _double, _double, _pointer],
+    "layer_backward": [_pointer] * 6 + [_int] + [_pointer] * 7,
     "batch_norm": [_pointer] * 8 + [_int, _int, _double, _double] + [_long] * 3,
     "batch_norm_backward": [_pointer] * 4 + [_int, _int] + [_pointer] * 4 + [_long] * 3,
 }
@@ -243,3 +246,51 @@ def batch_norm_backward(
     library().batch_norm_backward(
         *before, training, relu, *map(_at, (dx, dweight, dbias, g)), K, x.numel() // (K * C), C
     )
+
+
+def layer(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    norm: Sequence[Tensor | None],
+    residual: Tensor | None,
+    y: Tensor,
+    z: Tensor | None,
+    saved: Tensor | None,
+    relu: bool,
+    momentum: float,
+    eps: float,
+    sizes: Any,
+) -> None:
+    """y = conv(x), and z = relu(norm(y) + residual) by its batch's moments; saved (4, K, O) is filled for the backward.
+
+    x, y, z, residual NHWC without gaps, weight (K, O, kh, kw, C), the rest (K, O); norm: weight, bias, running_mean and
+    running_var, which move. Without a norm, saved and z None, y is relu(conv(x) + residual). sizes: Shape in conv.h.
+    """
+    tensors = map(_at, (x, weight, bias, *norm, residual, y, z, saved))
+    library().layer(*tensors, relu, momentum, eps, sizes)
+
+
+def layer_backward(
+    dz: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    y: Tensor | None,
+    z: Tensor | None,
+    saved: Tensor | None,
+    relu: bool,
+    dx: Tensor | None,
+    dw: Tensor,
+    dgamma: Tensor | None,
+    dbeta: Tensor | None,
+    g: Tensor | None,
+    dy: Tensor | None,
+    sizes: Any,
+) -> None:
+    """Of dz, the gradient of what `layer` gave: dw, and what is not None of dx, dgamma, dbeta, and g, the residual's.
+
+    z: where it says what the ReLU let pass, behind a residual or without a norm; then dbeta is the bias's gradient.
+    dy: room for the gradient of y, as y, where the convolution is strided or its result of another size than x.
+    """
+    before = map(_at, (dz, x, weight, y, z, saved))
+    library().layer_backward(*before, relu, *map(_at, (dx, dw, dgamma, dbeta, g, dy)), sizes)

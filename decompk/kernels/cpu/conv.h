@@ -158,11 +158,12 @@ struct Pixels {
   Long step;
   size_t count;
 
-  Pixels(const Job& j, const Unit& u, int N) : count(size_t(u.images) * u.rows * j.columns) {
+  // vectors: whether whole vectors of an input's pixel are read, which must not reach behind the image
+  Pixels(const Job& j, const Unit& u, int N, bool vectors = false) : count(size_t(u.images) * u.rows * j.columns) {
     Long tall = Long(u.rows - 1) * j.stride_h + j.taps_h, wide = Long(j.columns - 1) * j.stride_w + j.taps_w;
     Long top = Long(u.row) * j.stride_h - j.pad_h, left = -j.pad_w;
     inside = top >= 0 && top + tall <= j.H && left >= 0 && left + wide <= j.W;
-    bool in_place = inside && j.C % LANES == 0;  // else the last vector would reach behind the image
+    bool in_place = inside && (!vectors || j.C % LANES == 0);
     step = (in_place ? Long(j.W) : wide) * j.C;
     Long image_step = (in_place ? Long(j.H) : tall) * step;
     const float* image = j.src + (Long(u.k) * N + u.n) * j.H * j.W * j.C;

@@ -1,90 +1,16 @@
 // Convolutions of K members on a CPU: fprop, dgrad, wgrad in float32; x (K, N, H, W, C), w (K, O, kh, kw, C).
-//
-// A row of the kernel, kw taps times C channels, lies in memory as the same row of any pixel's surroundings does. So a
-// convolution is a sum over kernel rows of plain products whose operands are read where they lie. Where the padding
-// comes in, a few rows of the image are copied, with zeros around them, into a buffer that stays in cache.
-#include "conv.h"
-
-namespace {
-
-// weights: of every member [outputs in blocks][taps][C][block]
-void run(const Job& j, int K, int N, const float* weights, const float* bias) {
-  Long taps = Long(j.taps_h) * j.taps_w * j.C;
-  auto units = units_of(K, N, j.rows, j.columns, 240);
-  std::vector<char> exact(K, true);  // whether padding multiplied by a member's weights adds what is nothing
-  if (j.padded())
-#pragma omp parallel for
-    for (int k = 0; k < K; ++k) {
-      const float* weight = weights + k * taps * j.O;
-      exact[k] = all_finite(weight, taps * j.O) || (all_nan(weight, taps * j.O) && all_meet(j));
-    }
-#pragma omp parallel for schedule(dynamic)
-  for (size_t i = 0; i < units.size(); ++i) {
-    const Unit& u = units[i];
-    Pixels p(j, u, N);
-    const float *weight = weights + u.k * taps * j.O, *start = bias ? bias + Long(u.k) * j.O : nullptr;
-    if (!p.inside && !exact[u.k]) {
-      tap_by_tap(j, u, N, weight, start);
-      continue;
-    }
-    for (int o = 0, width; o < j.O; o += width) {
-      width = width_of(j.O - o);
-      tiles(p.in, 0, p.step, j.taps_h, j.taps_w * j.C, weight + taps * o, start ? start + o : nullptr, p.out, o, p.count, width);
-    }
-  }
-}
-
-}  // namespace
+#include "direct.h"
 
 extern "C" {
 
 // y (K, N, H', W', O) of x and w, bias (K, O) or null. O is a multiple of 4. sizes: as Shape has them.
 void fprop(const float* x, const float* w, const float* bias, float* y, const Long* sizes) {
   Shape s(sizes);
-  run(forward_job(s, x, y), s.K, s.N, forward_blocks<WEIGHTS>(s, w), bias);
+  run(forward_job(s, x, y), s.K, s.N, units_of(s.K, s.N, s.rows, s.columns, TARGET), forward_blocks<WEIGHTS>(s, w), bias);
 }
 
-// dx of dy and w. C is a multiple of 4. Every phase of the stride is a convolution of its own, without zeros.
-void dgrad(const float* dy, const float* w, float* dx, const Long* sizes) {
-  Shape s(sizes);
-  for (int a = 0; a < s.stride_h; ++a)
-    for (int b = 0; b < s.stride_w; ++b) {
-      int first_h = (a + s.pad_h) % s.stride_h, first_w = (b + s.pad_w) % s.stride_w;  // the first tap that lands here
-      int taps_h = first_h < s.kh ? (s.kh - first_h - 1) / s.stride_h + 1 : 0;
-      int taps_w = first_w < s.kw ? (s.kw - first_w - 1) / s.stride_w + 1 : 0;
-      int rows = (s.H - a + s.stride_h - 1) / s.stride_h, columns = (s.W - b + s.stride_w - 1) / s.stride_w;
-      if (rows <= 0 || columns <= 0) continue;
-      if (!taps_h || !taps_w) taps_h = taps_w = 0;  // nothing lands here: zeros
-      auto weights = backward_blocks<WEIGHTS>(s, w, first_h, first_w, taps_h, taps_w);
-      int pad_h = taps_h - 1 - (a + s.pad_h - first_h) / s.stride_h;
-      int pad_w = taps_w - 1 - (b + s.pad_w - first_w) / s.stride_w;
-      run({dy, s.rows, s.columns, s.O, dx, s.H, s.W, s.C, s.stride_h, s.stride_w, a, b, rows, columns,
-           taps_h, taps_w, 1, 1, pad_h, pad_w},
-          s.K, s.N, weights, nullptr);
-    }
-}
+void dgrad(const float* dy, const float* w, float* dx, const Long* sizes) { input_gradient(Shape(sizes), dy, w, dx); }
 
-// dw of x and dy. O is a multiple of 4. How the sums are cut does not depend on the number of threads.
-void wgrad(const float* x, const float* dy, float* dw, const Long* sizes) {
-  Shape s(sizes);
-  Job j = forward_job(s, x, const_cast<float*>(dy));
-  int length = s.kw * s.C, target = std::clamp(32768 / (s.C + s.O), 64, 512);  // what a unit reads stays in L2
-  Long size = Long(s.O) * s.kh * length;
-  auto units = units_of(s.K, s.N, s.rows, s.columns, target);
-  int parts = parts_of(s, int(units.size() / s.K));
-  const float* sums = sums_of(s.K, units, parts, size, [&](const Unit& u, float* sum) {
-    Pixels p(j, u, s.N);
-    for (int r = 0; r < s.kh; ++r)
-      outers(p.in, r * p.step, p.out, 0, p.count, sum + r * length, Long(s.kh) * length, length, s.O);
-  });
-#pragma omp parallel for collapse(2)
-  for (int k = 0; k < s.K; ++k)
-    for (Long i = 0; i < size; ++i) {
-      float sum = 0;
-      for (int part = 0; part < parts; ++part) sum += sums[(k * parts + part) * size + i];
-      dw[k * size + i] = sum;
-    }
-  mend_weights(s, x, dy, dw);
-}
+void wgrad(const float* x, const float* dy, float* dw, const Long* sizes) { weight_gradient(Shape(sizes), x, dy, dw); }
 
 }  // extern "C"

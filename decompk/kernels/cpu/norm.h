@@ -33,7 +33,7 @@ struct Repeated {
 
   const float* fill(const Rows& r, const float* of_channel) {
     values.resize(r.wide);
-    for (Long i = 0; i < r.wide; ++i) values[i] = of_channel[i % r.C];
+    for (Long i = 0; i < r.wide; i += r.C) std::copy_n(of_channel, r.C, &values[i]);
     return values.data();
   }
 };
@@ -216,8 +216,10 @@ struct Gradients {
   std::vector<float> shares, slopes;
 
   Gradients(const Rows& r, const float* dy, const float* x, const float* y, const float* saved)
-      : dy(dy), x(x), y(y), mean(saved), rstd(mean + r.K * r.C), scale(rstd + r.K * r.C), bias(scale + r.K * r.C),
+      : dy(dy), x(x), y(y), mean(saved), rstd(of(saved, 1, r)), scale(of(saved, 2, r)), bias(of(saved, 3, r)),
         shares(r.K * r.C), slopes(r.K * r.C) {}
+
+  static const float* of(const float* saved, Long i, const Rows& r) { return saved ? saved + i * r.K * r.C : nullptr; }
 
   const float* decides(Mask mask) const { return mask == FROM_Y ? y : x; }
 

@@ -1,0 +1,183 @@
+// A convolution and what stands behind it, batch norm of the batch, residual and ReLU, of K members on a CPU, both ways.
+//
+// Forward the moments are taken of what is still in cache, so that the norm is one pass. Backward the gradient of the
+// convolution's output is never written: dgrad and wgrad of a few rows form it from that of the layer's output.
+#include "direct.h"
+#include "norm.h"
+
+namespace {
+
+// The gradient of a convolution's output, formed row by row: behind a norm as Gradients has it, or, without one, what
+// the ReLU lets pass.
+struct Rising {
+  const Rows& r;
+  const Gradients& t;
+  Mask mask;
+  bool norm;
+  float* g;  // where what the ReLU lets pass goes, or null
+  std::vector<float> vectors;  // [member][mean, scale, bias, share, slope][wide]
+
+  Rising(const Rows& r, const Gradients& t, Mask mask, bool norm, float* g)
+      : r(r), t(t), mask(mask), norm(norm), g(g), vectors(norm ? r.K * 5 * r.wide : 0) {
+    if (!norm) return;
+    for (Long k = 0; k < r.K; ++k) {
+      const float* of[] = {t.mean, t.scale, t.bias, t.shares.data(), t.slopes.data()};
+      for (int v = 0; v < 5; ++v)
+        for (Long i = 0; i < r.wide; i += r.C) std::copy_n(of[v] + k * r.C, r.C, &vectors[(k * 5 + v) * r.wide + i]);
+    }
+  }
+
+  template <Mask mask, typename vec>
+  void one(Long d, const float* own, Long c, float* to, float* passes) const {
+    vec value = load<vec>(t.dy + d);
+    if (!norm) {
+      store(to, passed(mask, value, t.y + d, vec{}, vec{}, vec{}));
+      return;
+    }
+    vec mean = load<vec>(own + c), scale = load<vec>(own + r.wide + c), bias = load<vec>(own + 2 * r.wide + c);
+    value = passed(mask, value, t.decides(mask) + d, mean, scale, bias);
+    if (passes) store(passes + d, value);
+    vec share = load<vec>(own + 3 * r.wide + c), slope = load<vec>(own + 4 * r.wide + c);
+    store(to, (value - share - (load<vec>(t.x + d) - mean) * slope) * scale);
+  }
+
+  template <Mask mask>
+  void fill(int k, Long at, Long count, bool keeps, float* to) const {
+    const float* own = vectors.data() + k * 5 * r.wide;
+    float* passes = keeps ? g : nullptr;
+    Long i = 0, c = 0;
+    for (; i + LANES <= count; i += LANES, c = c + LANES < r.wide ? c + LANES : 0)
+      one<mask, widest>(at + i, own, c, to + i, passes);
+    for (; i < count; ++i, ++c) one<mask, float>(at + i, own, c, to + i, passes);
+  }
+
+  // `count` numbers from `at` on, the beginning of a row; keeps: whether g gets its part of them.
+  void row(int k, Long at, Long count, bool keeps, float* to) const {
+    if (mask == FROM_Y) fill<FROM_Y>(k, at, count, keeps, to);
+    else if (mask == FROM_X) fill<FROM_X>(k, at, count, keeps, to);
+    else fill<EVERYWHERE>(k, at, count, keeps, to);
+  }
+
+  void all(float* to) const {
+#pragma omp parallel for
+    for (Long unit = 0; unit < r.units(); ++unit)
+      row(int(r.member(unit)), r.start(unit), r.count(unit) * r.C, true, to + r.start(unit));
+  }
+};
+
+// dx where it is wanted and nothing is strided, dw, and without a norm dbias, in one go over the pixels. Without dx, or
+// where it is found later, `dy` is filled unless it is null. False where numbers are not finite: see conv.h.
+bool both(const Shape& s, const Rising& rising, const float* x, const float* w, float* dx, float* dw, float* dbias,
+          float* dy) {
+  Job j = forward_job(s, x, nullptr);
+  Long length = Long(s.kw) * s.C, size = Long(s.O) * s.kh * length, stride = size + (dbias ? s.O : 0);
+  auto units = gradient_units(s);
+  int parts = parts_of(s, int(units.size() / s.K));
+  int halo_h = dx ? s.kh - 1 : 0, halo_w = dx ? s.kw - 1 : 0;  // rows and columns around those of the unit
+  int top = dx ? s.kh - 1 - s.pad_h : 0, left = dx ? s.kw - 1 - s.pad_w : 0;  // of them on this side
+  const float* weights = dx ? backward_blocks<WEIGHTS>(s, w, 0, 0, s.kh, s.kw) : nullptr;
+  const float* sums = sums_of(s.K, units, parts, stride, [&](const Unit& u, float* sum) {
+    Pixels p(j, u, s.N, true);
+    Long first = Long(u.k) * s.N + u.n, tall = u.rows + halo_h, wide = s.columns + halo_w, row = Long(s.columns) * s.O;
+    float* d = dy ? dy + (first * s.rows + u.row) * row : scratch<float, RISING>(u.images * tall * wide * s.O);
+    size_t full = filled_up(p.count), at = 0;
+    auto from = scratch<const float*, RISING_ROWS>(2 * full), into = from + full;
+    auto to = scratch<float*, TO_ROWS>(full);
+    for (int i = 0; i < u.images; ++i)
+      for (Long h = 0; h < tall; ++h) {
+        Long of = u.row - top + h;
+        float* line = d + (i * tall + h) * wide * s.O;
+        if (of < 0 || of >= s.rows) {
+          std::fill(line, line + wide * s.O, 0.f);
+          continue;
+        }
+        std::fill(line, line + left * s.O, 0.f);
+        bool own = of >= u.row && of < u.row + u.rows;
+        rising.row(u.k, ((first + i) * s.rows + of) * row, row, own, line + left * s.O);
+        std::fill(line + left * s.O + row, line + wide * s.O, 0.f);
+        if (!own) continue;
+        for (int w = 0; w < s.columns; ++w, ++at) {
+          into[at] = line + (left + w) * s.O;
+          if (!dx) continue;
+          from[at] = into[at] - (top * wide + left) * s.O;
+          to[at] = dx + (((first + i) * s.H + of) * s.W + w) * s.C;
+        }
+      }
+    for (int r = 0; r < s.kh; ++r)
+      outers(p.in, r * p.step, into, 0, p.count, sum + r * length, s.kh * length, int(length), s.O);
+    if (dbias)
+      for (size_t i = 0; i < p.count; ++i)
+        for (int o = 0; o < s.O; ++o) sum[size + o] += into[i][o];
+    if (!dx) return;
+    for (; at < full; ++at) from[at] = from[at - 1], to[at] = to[at - 1];
+    for (int c = 0, width; c < s.C; c += width) {
+      width = width_of(s.C - c);
+      const float* weight = weights + (Long(u.k) * s.C + c) * s.kh * s.kw * s.O;
+      tiles(from, 0, wide * s.O, s.kh, s.kw * s.O, weight, nullptr, to, c, p.count, width);
+    }
+  });
+  add_parts(s.K, parts, sums, stride, size, dw);
+  if (dbias) add_parts(s.K, parts, sums + size, stride, s.O, dbias);
+  return all_finite(dw, s.K * size) && (!dx || all_finite(w, s.K * size));
+}
+
+}  // namespace
+
+extern "C" {
+
+// z = relu(norm(y) + residual) of y = x ∗ w + bias. bias, gamma, beta, the running statistics, which move, and residual
+// may be null. saved (4, K, O): as Norm has it, or null where there is no norm: then y is the result, and z null.
+void layer(const float* x, const float* w, const float* bias, const float* gamma, const float* beta, float* running_mean,
+           float* running_var, const float* residual, float* y, float* z, float* saved, int relu, double momentum, double eps,
+           const Long* sizes) {
+  Shape s(sizes);
+  Rows r(s.K, Long(s.N) * s.rows * s.columns, s.O);
+  auto units = units_of(s.K, s.N, s.rows, s.columns, TARGET);
+  auto start = [&](const Unit& u) { return y + ((Long(u.k) * s.N + u.n) * s.rows + u.row) * s.columns * s.O; };
+  auto count = [&](const Unit& u) { return Long(u.images) * u.rows * s.columns; };
+  auto convolve = [&](auto then) {
+    run(forward_job(s, x, y), s.K, s.N, units, forward_blocks<WEIGHTS>(s, w), bias, then);
+  };
+  if (!saved) {
+    convolve([&](size_t, const Unit& u) {
+      float* values = start(u);
+      const float* more = residual ? residual + (values - y) : nullptr;
+      Long size = count(u) * s.O;
+      for (Long i = 0; more && i < size; ++i) values[i] += more[i];
+      for (Long i = 0; relu && i < size; ++i) values[i] = 0 > values[i] ? 0 : values[i];  // NaN stays
+    });
+    return;
+  }
+  Moments moments(units.size(), s.O);
+  convolve([&](size_t i, const Unit& u) {
+    Repeated repeated;
+    moments.take(r, i, start(u), count(u), repeated);
+  });
+  Norm{gamma, beta, running_mean, running_var, saved, momentum, eps}.settle(r, &moments);
+  normalise(r, y, saved, residual, relu, z);
+}
+
+// Of dz: dx unless it is null, dw, dgamma, dbeta, and g, dz as the ReLU lets it pass, unless that is null. y: what the
+// norm normalised; z: the result, where it decides what the ReLU let pass, or null. dy: room for the gradient of y where
+// `both` cannot find dx, else null. Without a norm saved, dgamma and g are null, and dbeta is the bias's or null.
+void layer_backward(const float* dz, const float* x, const float* w, const float* y, const float* z, const float* saved,
+                    int relu, float* dx, float* dw, float* dgamma, float* dbeta, float* g, float* dy, const Long* sizes) {
+  Shape s(sizes);
+  Rows r(s.K, Long(s.N) * s.rows * s.columns, s.O);
+  Gradients t(r, dz, y, z, saved);
+  Mask mask = !relu ? EVERYWHERE : z ? FROM_Y : FROM_X;
+  auto sum = mask == FROM_Y ? &Gradients::sum<FROM_Y> : mask == FROM_X ? &Gradients::sum<FROM_X> : &Gradients::sum<EVERYWHERE>;
+  if (saved) (t.*sum)(r, dgamma, dbeta);
+  Rising rising(r, t, mask, saved, g);
+  if (both(s, rising, x, w, dy ? nullptr : dx, dw, saved ? nullptr : dbeta, dy)) {
+    if (dy && dx) input_gradient(s, dy, w, dx);
+    return;
+  }
+  std::vector<float> room(dy ? 0 : r.K * r.rows * r.C);
+  float* all = dy ? dy : room.data();
+  rising.all(all);
+  weight_gradient(s, x, all, dw);
+  if (dx) input_gradient(s, all, w, dx);
+}
+
+}  // extern "C"

@@ -1,0 +1,138 @@
+"""A convolution on a CPU and what stands behind it, batch norm of the batch, residual, ReLU: one operator each way."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..kernels import conv, cpu
+from ..kernels import device as devices
+from ..kernels.backend import ANY, forced, resumed
+from ..kernels.call import Call, about, follows, fprop_call, settle, unwatched
+from ..kernels.conv.direct import sizes_of
+from ..kernels.problem import Geometry, Problem
+from .conv_norm import Norm
+from .followed import by_torch, gradients
+from .norm import contiguous, torch_norm
+
+
+def call_of(
+    x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, norm: Norm | None, gradient: bool
+) -> Call | None:
+    """The Call of a layer that `cpu_layer` takes, None of any other; all tensors float32 on the CPU, and unwatched.
+
+    gradient: whether x's is wanted.
+    """
+    laid = x if x.is_contiguous(memory_format=torch.channels_last) else settle(x.detach())
+    call = fprop_call(laid, weight, bias, geometry)
+    if not call.problem.N or not _takes(call.problem, gradient):
+        return None
+    if norm is None:
+        return call
+    shape = weight.shape[:2]
+    vectors = norm.weight, norm.bias, norm.running_mean, norm.running_var
+    fit = all(t is None or (t.shape == shape and t.dtype is torch.float32) for t in vectors)
+    dense = all(t is None or t.is_contiguous() for t in vectors[2:])
+    return call if fit and dense else None
+
+
+@functools.lru_cache(maxsize=4096)
+def _takes(problem: Problem, gradient: bool) -> bool:
+    direct, here = conv.named("direct"), devices.of(torch.device("cpu"))
+    passes = ("fprop", "wgrad", "dgrad") if gradient else ("fprop", "wgrad")
+    return direct.missing() is None and all(direct.why_not(problem.of(kind), None, here) is None for kind in passes)
+
+
+def cpu_layer(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    call: Call,
+    norm: Norm | None = None,
+    residual: Tensor | None = None,
+    relu: bool = False,
+) -> Tensor:
+    """relu(batch_norm(conv(x)) + residual) of K members, rows (K·N, O, H', W'), for what `call_of` took.
+
+    x rows (K·N, C, H, W), weight (K, O, C, kh, kw), bias (K, O); residual, only beside a norm, as the result.
+    """
+    x, residual = settle(x), None if residual is None else settle(residual)
+    gamma, beta = (None, None) if norm is None else (norm.weight, norm.bias)
+    return _Layer.apply(x, weight, bias, gamma, beta, residual, call, norm, relu)
+
+
+class _Layer(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        gamma: Tensor | None,
+        beta: Tensor | None,
+        residual: Tensor | None,
+        call: Call,
+        norm: Norm | None,
+        relu: bool,
+    ) -> Tensor:
+        K, O = weight.shape[:2]
+        y, z, saved = call.empty(), None, None
+        moved: tuple[Tensor | None, ...] = (None, None)
+        if norm is not None:
+            z, saved, moved = torch.empty_like(y), x.new_empty(4, K, O), (norm.running_mean, norm.running_var)
+        momentum, eps = (0.0, 0.0) if norm is None else (norm.momentum, norm.eps)
+        affine, around = (*contiguous(gamma, beta), *moved), (relu, momentum, eps, sizes_of(call.problem))
+        cpu.layer(x, call.weight(weight), *contiguous(bias), affine, residual, y, z, saved, *around)
+        if norm is not None and norm.counter is not None:
+            norm.counter.add_(1)
+        torch.autograd.graph.increment_version([t for t in moved if t is not None])
+        ctx.call, ctx.relu, ctx.eps, ctx.asked = call, relu, eps, forced.get()
+        ctx.has_norm, ctx.has_residual, ctx.bias = norm is not None, residual is not None, bias
+        result = y if z is None else z
+        decides = result if relu and (norm is None or residual is not None) else None
+        ctx.save_for_backward(x, weight, gamma, beta, None if z is None else y, decides, saved)
+        return result
+
+    @staticmethod
+    def backward(ctx, dz: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, gamma, beta, y, z, saved = ctx.saved_tensors
+        needs = ctx.needs_input_grad
+        if follows(dz) or not needs[1] or not unwatched(dz, x, weight, y, z):
+            return *_followed(ctx, dz, x, weight, gamma, beta, z), None, None, None
+        call = ctx.call
+        p = call.problem
+        dz, x = settle(dz), settle(x)  # hooks of saved tensors may have given back what lies otherwise
+        y, z = (None if t is None else settle(t) for t in (y, z))
+        dx = torch.empty_like(x) if needs[0] else None
+        dw = weight.new_empty(p.K, p.O, *p.kernel, p.C)
+        dgamma = None if saved is None else torch.empty_like(saved[0])
+        dbeta = x.new_empty(p.K, p.O) if saved is not None or needs[2] else None
+        g = torch.empty_like(dz) if ctx.has_residual and needs[5] else None
+        in_one = p.stride == (1, 1) and p.out_size == (p.H, p.W)
+        dy = None if dx is None or in_one else torch.empty_like(dz)
+        found = dx, dw, dgamma, dbeta, g, dy, sizes_of(p)
+        cpu.layer_backward(dz, x, call.weight(weight), y, z, saved, ctx.relu, *found)
+        dbias = dbeta if saved is None else torch.zeros_like(dbeta) if needs[2] else None  # the norm takes it off again
+        affine = (dgamma if needs[3] else None, dbeta if saved is not None and needs[4] else None)
+        return dx, dw.movedim(-1, 2), dbias if needs[2] else None, *affine, g, None, None, None
+
+
+def _followed(ctx: Any, dz: Tensor, x: Any, weight: Any, gamma: Any, beta: Any, z: Any) -> Sequence[Tensor | None]:
+    """Gradients by torch's own operators, differentiable again."""
+
+    def layer(x: Tensor, weight: Tensor, bias: Tensor | None, gamma: Tensor | None, beta: Tensor | None) -> Tensor:
+        y = by_torch(x.unflatten(0, (weight.shape[0], -1)), weight, bias, *ctx.call.ends.geometry)
+        if ctx.has_norm:
+            y = torch_norm(y, gamma, beta, None, None, True, 0.0, ctx.eps)
+        y = y.flatten(0, 1)
+        return y.relu() if ctx.relu and z is None else y
+
+    g = dz if z is None else dz.masked_fill(z <= 0, 0)
+    needs = ctx.needs_input_grad
+    with resumed(ctx.asked or ANY):
+        found = gradients(layer, (x, weight, ctx.bias, gamma, beta), g, needs[:5])
+    return *found, g if ctx.has_residual and needs[5] else None
