@@ -83,7 +83,13 @@ bool both(const Shape& s, const Rising& rising, const float* x, const float* w, 
     size_t full = filled_up(p.count), at = 0;
     auto from = scratch<const float*, RISING_ROWS>(2 * full), into = from + full;
     auto to = scratch<float*, TO_ROWS>(full);
-    for (int i = 0; i < u.images; ++i)
+    bool gapless = tall == u.rows && wide == s.columns;
+    if (gapless) rising.row(u.k, (first * s.rows + u.row) * row, p.count * s.O, true, d);
+    for (; gapless && at < p.count; ++at) {
+      into[at] = d + at * s.O;
+      if (dx) from[at] = into[at], to[at] = dx + ((first * s.H + u.row) * s.W + at) * s.C;
+    }
+    for (int i = 0; i < (gapless ? 0 : u.images); ++i)
       for (Long h = 0; h < tall; ++h) {
         Long of = u.row - top + h;
         float* line = d + (i * tall + h) * wide * s.O;

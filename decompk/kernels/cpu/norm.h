@@ -39,29 +39,30 @@ struct Repeated {
 };
 
 // sums[s][c] = Σ over `count` rows of what term(kind, place in the data, place in its group, found) leaves in found[s],
-// vectors of 8 or, for the rows that fill no group, single numbers.
+// vectors or, for the rows that fill no group, single numbers.
 template <typename vec, typename one, int S, typename F>
 void add_up(const Rows& r, Long count, F term, double* const (&sums)[S]) {
   Long groups = count / r.merged;
   for (double* sum : sums) std::fill(sum, sum + r.C, 0.);
+  constexpr int V = 32 / LANES;
   for (Long b = 0; b < r.wide; b += 32) {
-    double8 total[S][4] = {};
+    doubles total[S][V] = {};
     for (Long first = 0; first < groups; first += 32) {  // so many are added up in their own precision
-      vec sum[S][4] = {};
+      vec sum[S][V] = {};
       for (Long g = first; g < std::min(first + 32, groups); ++g)
 #pragma GCC unroll 4
-        for (int v = 0; v < 4; ++v) {
+        for (int v = 0; v < V; ++v) {
           vec found[S];
-          term(vec8{}, g * r.wide + b + v * 8, b + v * 8, found);
+          term(widest{}, g * r.wide + b + v * LANES, b + v * LANES, found);
 #pragma GCC unroll 4
           for (int s = 0; s < S; ++s) sum[s][v] += found[s];
         }
       for (int s = 0; s < S; ++s)
-        for (int v = 0; v < 4; ++v) total[s][v] += as<double8>(sum[s][v]);
+        for (int v = 0; v < V; ++v) total[s][v] += as<doubles>(sum[s][v]);
     }
     Long c = b % r.C;
     for (int i = 0; i < 32; ++i, c = c + 1 < r.C ? c + 1 : 0)
-      for (int s = 0; s < S; ++s) sums[s][c] += total[s][i / 8][i % 8];
+      for (int s = 0; s < S; ++s) sums[s][c] += total[s][i / LANES][i % LANES];
   }
   for (Long i = 0; i < (count - groups * r.merged) * r.C; ++i) {
     one found[S];
@@ -74,11 +75,11 @@ void add_up(const Rows& r, Long count, F term, double* const (&sums)[S]) {
 // not where NaN has come in, as it has everywhere once training has diverged.
 template <int S, typename F>
 void column_sums(const Rows& r, Long count, double least, F term, double* const (&sums)[S]) {
-  add_up<vec8, float>(r, count, term, sums);
+  add_up<widest, float>(r, count, term, sums);
   for (Long c = 0; c < r.C; ++c) {
     double first = sums[0][c], last = std::abs(sums[S - 1][c]);
     if (first == first && (!(last < 1e37) || (last < least && first != 0)))
-      return add_up<double8, double>(r, count, term, sums);
+      return add_up<doubles, double>(r, count, term, sums);
   }
 }
 
@@ -87,7 +88,7 @@ template <typename F>
 void each(const Rows& r, Long count, F body) {
   Long groups = count / r.merged;
   for (Long g = 0; g < groups; ++g)
-    for (Long i = 0; i < r.wide; i += 8) body(vec8{}, g * r.wide + i, i);
+    for (Long i = 0; i < r.wide; i += LANES) body(widest{}, g * r.wide + i, i);
   for (Long i = 0; i < (count - groups * r.merged) * r.C; ++i) body(0.f, groups * r.wide + i, i);
 }
 

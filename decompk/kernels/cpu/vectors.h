@@ -8,13 +8,13 @@ using Long = long;
 typedef float vec16 __attribute__((vector_size(64)));
 typedef float vec8 __attribute__((vector_size(32)));
 typedef float vec4 __attribute__((vector_size(16)));
-typedef double double8 __attribute__((vector_size(64)));
 #ifdef __AVX512F__
 typedef vec16 widest;  // what a register holds
 #else
 typedef vec8 widest;
 #endif
 constexpr int LANES = sizeof(widest) / sizeof(float);
+typedef double doubles __attribute__((vector_size(sizeof(double) * LANES)));  // of `widest`, in double precision
 
 template <typename to, typename from>  // in another precision
 inline to as(from value) {
