@@ -56,6 +56,22 @@ def fastest(problem: Problem, choices: Sequence[Choice], measure: bool = True) -
     return replace(best, ms=known[best.form.name], reason=f"measured here, ms: {times}")
 
 
+def times(key: str, contestants: Callable[[], dict[str, Callable[[], object]]]) -> dict[str, float]:
+    """Median milliseconds by name of what is measured for `key`, once, and kept; empty where nothing may be measured.
+
+    contestants: by name, what runs each once.
+    """
+    file = path()
+    known = _known(file, key)
+    if not known and allowed():
+        with one_at_a_time():  # two that measure at once would measure each other
+            known = _known(file, key)
+            if not known:
+                known = medians(contestants())
+                _keep(file, key, known)
+    return known
+
+
 def _known(file: Path, key: str) -> dict[str, float]:
     return entries(file).get(key) or _not_kept.get((file, key), {})
 
@@ -102,9 +118,14 @@ def _keep(file: Path, key: str, times: dict[str, float]) -> None:
 
 def time_each(problem: Problem, forms: Sequence[Form[Any]]) -> dict[str, float]:
     """Median milliseconds of each form on random values, in turns, by its name."""
+    return medians(contestants(problem, forms))
+
+
+def medians(calls: dict[str, Callable[[], object]]) -> dict[str, float]:
+    """Median milliseconds of each call, in turns, by its name."""
     cpu = torch.device("cpu")
-    calls = {name: partial(wall_seconds, call, cpu) for name, call in contestants(problem, forms).items()}
-    found = in_turns(calls, ROUNDS, seconds=SECONDS, warm=True, hopeless=HOPELESS)
+    timed = {name: partial(wall_seconds, call, cpu) for name, call in calls.items()}
+    found = in_turns(timed, ROUNDS, seconds=SECONDS, warm=True, hopeless=HOPELESS)
     return {name: 1e3 * sorted(seconds)[len(seconds) // 2] for name, seconds in found.items()}
 
 

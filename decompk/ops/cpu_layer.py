@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..kernels import conv, cpu
-from ..kernels import device as devices
+from ..kernels import cpu
 from ..kernels.backend import ANY, forced, resumed
-from ..kernels.call import Call, about, follows, fprop_call, settle, unwatched
+from ..kernels.call import Call, follows, fprop_call, settle, unwatched
 from ..kernels.conv.direct import sizes_of
-from ..kernels.problem import Geometry, Problem
+from ..kernels.layer_choice import WINOGRAD, Ways, in_one_go, ways
+from ..kernels.problem import Geometry
 from .conv_norm import Norm
 from .followed import by_torch, gradients
 from .norm import contiguous, torch_norm
@@ -22,36 +21,30 @@ from .norm import contiguous, torch_norm
 
 def call_of(
     x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, norm: Norm | None, gradient: bool
-) -> Call | None:
-    """The Call of a layer that `cpu_layer` takes, None of any other; all tensors float32 on the CPU, and unwatched.
+) -> tuple[Call, Ways] | None:
+    """How `cpu_layer` runs a layer, None where it does not; all tensors are float32 on the CPU, and unwatched.
 
     gradient: whether x's is wanted.
     """
     laid = x if x.is_contiguous(memory_format=torch.channels_last) else settle(x.detach())
     call = fprop_call(laid, weight, bias, geometry)
-    if not call.problem.N or not _takes(call.problem, gradient):
+    if not call.as_given.N:
         return None
-    if norm is None:
-        return call
-    shape = weight.shape[:2]
-    vectors = norm.weight, norm.bias, norm.running_mean, norm.running_var
-    fit = all(t is None or (t.shape == shape and t.dtype is torch.float32) for t in vectors)
-    dense = all(t is None or t.is_contiguous() for t in vectors[2:])
-    return call if fit and dense else None
-
-
-@functools.lru_cache(maxsize=4096)
-def _takes(problem: Problem, gradient: bool) -> bool:
-    direct, here = conv.named("direct"), devices.of(torch.device("cpu"))
-    passes = ("fprop", "wgrad", "dgrad") if gradient else ("fprop", "wgrad")
-    return direct.missing() is None and all(direct.why_not(problem.of(kind), None, here) is None for kind in passes)
+    if norm is not None:
+        shape, vectors = weight.shape[:2], norm[:4]
+        if any(t is not None and (t.shape != shape or t.dtype is not torch.float32) for t in vectors):
+            return None
+        if any(t is not None and not t.is_contiguous() for t in vectors[2:]):
+            return None
+    found = ways(call.as_given, norm is not None, gradient)
+    return None if found is None else (call, found)
 
 
 def cpu_layer(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    call: Call,
+    how: tuple[Call, Ways],
     norm: Norm | None = None,
     residual: Tensor | None = None,
     relu: bool = False,
@@ -62,7 +55,7 @@ def cpu_layer(
     """
     x, residual = settle(x), None if residual is None else settle(residual)
     gamma, beta = (None, None) if norm is None else (norm.weight, norm.bias)
-    return _Layer.apply(x, weight, bias, gamma, beta, residual, call, norm, relu)
+    return _Layer.apply(x, weight, bias, gamma, beta, residual, how, norm, relu)
 
 
 class _Layer(torch.autograd.Function):
@@ -75,22 +68,23 @@ class _Layer(torch.autograd.Function):
         gamma: Tensor | None,
         beta: Tensor | None,
         residual: Tensor | None,
-        call: Call,
+        how: tuple[Call, Ways],
         norm: Norm | None,
         relu: bool,
     ) -> Tensor:
         K, O = weight.shape[:2]
+        call, way = how
         y, z, saved = call.empty(), None, None
         moved: tuple[Tensor | None, ...] = (None, None)
         if norm is not None:
             z, saved, moved = torch.empty_like(y), x.new_empty(4, K, O), (norm.running_mean, norm.running_var)
         momentum, eps = (0.0, 0.0) if norm is None else (norm.momentum, norm.eps)
-        affine, around = (*contiguous(gamma, beta), *moved), (relu, momentum, eps, sizes_of(call.problem))
+        affine, around = (*contiguous(gamma, beta), *moved), (relu, momentum, eps, way.forward == WINOGRAD, sizes_of(call.as_given))
         cpu.layer(x, call.weight(weight), *contiguous(bias), affine, residual, y, z, saved, *around)
         if norm is not None and norm.counter is not None:
             norm.counter.add_(1)
         torch.autograd.graph.increment_version([t for t in moved if t is not None])
-        ctx.call, ctx.relu, ctx.eps, ctx.asked = call, relu, eps, forced.get()
+        ctx.call, ctx.way, ctx.relu, ctx.eps, ctx.asked = call, way, relu, eps, forced.get()
         ctx.has_norm, ctx.has_residual, ctx.bias = norm is not None, residual is not None, bias
         result = y if z is None else z
         decides = result if relu and (norm is None or residual is not None) else None
@@ -104,7 +98,7 @@ class _Layer(torch.autograd.Function):
         if follows(dz) or not needs[1] or not unwatched(dz, x, weight, y, z):
             return *_followed(ctx, dz, x, weight, gamma, beta, z), None, None, None
         call = ctx.call
-        p = call.problem
+        p = call.as_given
         dz, x = settle(dz), settle(x)  # hooks of saved tensors may have given back what lies otherwise
         y, z = (None if t is None else settle(t) for t in (y, z))
         dx = torch.empty_like(x) if needs[0] else None
@@ -112,9 +106,8 @@ class _Layer(torch.autograd.Function):
         dgamma = None if saved is None else torch.empty_like(saved[0])
         dbeta = x.new_empty(p.K, p.O) if saved is not None or needs[2] else None
         g = torch.empty_like(dz) if ctx.has_residual and needs[5] else None
-        in_one = p.stride == (1, 1) and p.out_size == (p.H, p.W)
-        dy = None if dx is None or in_one else torch.empty_like(dz)
-        found = dx, dw, dgamma, dbeta, g, dy, sizes_of(p)
+        dy = None if dx is None or in_one_go(p) else torch.empty_like(dz)
+        found = dx, dw, dgamma, dbeta, g, dy, ctx.way.backward == WINOGRAD, sizes_of(p)
         cpu.layer_backward(dz, x, call.weight(weight), y, z, saved, ctx.relu, *found)
         dbias = dbeta if saved is None else torch.zeros_like(dbeta) if needs[2] else None  # the norm takes it off again
         affine = (dgamma if needs[3] else None, dbeta if saved is not None and needs[4] else None)

@@ -41,8 +41,8 @@ _SIGNATURES = {
     "winograd_fprop": [_pointer] * 5,
     "winograd_dgrad": [_pointer] * 4,
     "winograd_wgrad": [_pointer] * 4,
-    "layer": [_pointer] * 11 + [_int, _double, _double, _pointer],
-    "layer_backward": [_pointer] * 6 + [_int] + [_pointer] * 7,
+    "layer": [_pointer] * 11 + [_int, _double, _double, _int, _pointer],
+    "layer_backward": [_pointer] * 6 + [_int] + [_pointer] * 6 + [_int, _pointer],
     "batch_norm": [_pointer] * 8 + [_int, _int, _double, _double] + [_long] * 3,
     "batch_norm_backward": [_pointer] * 4 + [_int, _int] + [_pointer] * 4 + [_long] * 3,
 }
@@ -260,15 +260,17 @@ def layer(
     relu: bool,
     momentum: float,
     eps: float,
+    winograd: bool,
     sizes: Any,
 ) -> None:
     """y = conv(x), and z = relu(norm(y) + residual) by its batch's moments; saved (4, K, O) is filled for the backward.
 
     x, y, z, residual NHWC without gaps, weight (K, O, kh, kw, C), the rest (K, O); norm: weight, bias, running_mean and
-    running_var, which move. Without a norm, saved and z None, y is relu(conv(x) + residual). sizes: Shape in conv.h.
+    running_var, which move. Without a norm, saved and z None, y is relu(conv(x) + residual). winograd: by
+    that algorithm, where it may. sizes: Shape in conv.h.
     """
     tensors = map(_at, (x, weight, bias, *norm, residual, y, z, saved))
-    library().layer(*tensors, relu, momentum, eps, sizes)
+    library().layer(*tensors, relu, momentum, eps, winograd, sizes)
 
 
 def layer_backward(
@@ -285,6 +287,7 @@ def layer_backward(
     dbeta: Tensor | None,
     g: Tensor | None,
     dy: Tensor | None,
+    winograd: bool,
     sizes: Any,
 ) -> None:
     """Of dz, the gradient of what `layer` gave: dw, and what is not None of dx, dgamma, dbeta, and g, the residual's.
@@ -293,4 +296,4 @@ def layer_backward(
     dy: room for the gradient of y, as y, where the convolution is strided or its result of another size than x.
     """
     before = map(_at, (dz, x, weight, y, z, saved))
-    library().layer_backward(*before, relu, *map(_at, (dx, dw, dgamma, dbeta, g, dy)), sizes)
+    library().layer_backward(*before, relu, *map(_at, (dx, dw, dgamma, dbeta, g, dy)), winograd, sizes)

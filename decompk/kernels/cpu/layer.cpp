@@ -2,8 +2,8 @@
 //
 // Forward the moments are taken of what is still in cache, so that the norm is one pass. Backward the gradient of the
 // convolution's output is never written: dgrad and wgrad of a few rows form it from that of the layer's output.
-#include "direct.h"
 #include "norm.h"
+#include "winograd.h"
 
 namespace {
 
@@ -65,7 +65,7 @@ struct Rising {
   }
 };
 
-// dx where it is wanted and nothing is strided, dw, and without a norm dbias, in one go over the pixels. Without dx, or
+// dx where it is wanted and y is as large as x, dw, and without a norm dbias, in one go over the pixels. Without dx, or
 // where it is found later, `dy` is filled unless it is null. False where numbers are not finite: see conv.h.
 bool both(const Shape& s, const Rising& rising, const float* x, const float* w, float* dx, float* dw, float* dbias,
           float* dy) {
@@ -127,22 +127,63 @@ bool both(const Shape& s, const Rising& rising, const float* x, const float* w, 
   return all_finite(dw, s.K * size) && (!dx || all_finite(w, s.K * size));
 }
 
+// `both` for 3×3 of stride 1 by Winograd's algorithm.
+bool both_by_winograd(const Shape& s, const Rising& rising, const float* x, const float* w, float* dx, float* dw,
+                      float* dbias) {
+  Side forward = forward_side(s), backward = backward_side(s);
+  Long size = Long(F) * s.O * s.C, stride = size + (dbias ? s.O : 0);
+  auto units = forward.units(s.K);
+  int parts = parts_of(s, int(units.size() / s.K));
+  const float* weights = dx ? frequencies(s.K, s.C, s.O, backward_blocks<BLOCKS>(s, w, 0, 0, 3, 3)) : nullptr;
+  std::vector<char> finite(units.size() / s.K * s.K, true);
+  const float* sums = sums_of(s.K, units, parts, stride, [&](const Unit& u, float* sum) {
+    Tiles t(forward, u), back(backward, u);
+    Long top = backward.pad_h, left = backward.pad_w, row = Long(s.columns) * s.O, first = Long(u.k) * s.N + u.n;
+    float* d = scratch<float, RISING>(u.images * back.tall * back.wide * s.O);
+    for (int i = 0; i < u.images; ++i)
+      for (Long h = 0; h < back.tall; ++h) {
+        Long of = 2 * u.row - top + h;
+        float* line = d + (i * back.tall + h) * back.wide * s.O;
+        if (of < 0 || of >= s.rows) {
+          std::fill(line, line + back.wide * s.O, 0.f);
+          continue;
+        }
+        std::fill(line, line + left * s.O, 0.f);
+        bool own = of >= 2 * u.row && of < 2 * (u.row + u.rows);
+        rising.row(u.k, ((first + i) * s.rows + of) * row, row, own, line + left * s.O);
+        std::fill(line + left * s.O + row, line + back.wide * s.O, 0.f);
+        for (Long w = left; own && dbias && w < left + s.columns; ++w)
+          for (int o = 0; o < s.O; ++o) sum[size + o] += line[w * s.O + o];
+      }
+    auto at = [&](int i, int h, int w) { return d + ((i * back.tall + top + h) * back.wide + left + w) * s.O; };
+    t.correlate(t.window_of(x), at, sum);
+    if (dx && !back.convolve(d, weights + u.k * size, nullptr, dx)) finite[&u - units.data()] = false;
+  });
+  from_frequencies(s.K, s.O, s.C, parts, sums, stride, dw);
+  if (dbias) add_parts(s.K, parts, sums + size, stride, s.O, dbias);
+  return all_finite(dw, Long(s.K) * s.O * 9 * s.C) && std::all_of(finite.begin(), finite.end(), [](char one) { return one; });
+}
+
 }  // namespace
 
 extern "C" {
 
 // z = relu(norm(y) + residual) of y = x ∗ w + bias. bias, gamma, beta, the running statistics, which move, and residual
 // may be null. saved (4, K, O): as Norm has it, or null where there is no norm: then y is the result, and z null.
+// winograd: whether by that algorithm, see winograd.h.
 void layer(const float* x, const float* w, const float* bias, const float* gamma, const float* beta, float* running_mean,
            float* running_var, const float* residual, float* y, float* z, float* saved, int relu, double momentum, double eps,
-           const Long* sizes) {
+           int winograd, const Long* sizes) {
   Shape s(sizes);
   Rows r(s.K, Long(s.N) * s.rows * s.columns, s.O);
-  auto units = units_of(s.K, s.N, s.rows, s.columns, TARGET);
+  Side side = forward_side(s);
+  auto units = winograd ? side.units(s.K) : units_of(s.K, s.N, s.rows, s.columns, TARGET);
   auto start = [&](const Unit& u) { return y + ((Long(u.k) * s.N + u.n) * s.rows + u.row) * s.columns * s.O; };
   auto count = [&](const Unit& u) { return Long(u.images) * u.rows * s.columns; };
   auto convolve = [&](auto then) {
-    run(forward_job(s, x, y), s.K, s.N, units, forward_blocks<WEIGHTS>(s, w), bias, then);
+    const float* blocks = forward_blocks<BLOCKS>(s, w);
+    if (winograd) run_winograd(x, s.K, side, units, blocks, bias, y, then);
+    else run(forward_job(s, x, y), s.K, s.N, units, blocks, bias, then);
   };
   if (!saved) {
     convolve([&](size_t, const Unit& u) {
@@ -165,9 +206,10 @@ void layer(const float* x, const float* w, const float* bias, const float* gamma
 
 // Of dz: dx unless it is null, dw, dgamma, dbeta, and g, dz as the ReLU lets it pass, unless that is null. y: what the
 // norm normalised; z: the result, where it decides what the ReLU let pass, or null. dy: room for the gradient of y where
-// `both` cannot find dx, else null. Without a norm saved, dgamma and g are null, and dbeta is the bias's or null.
+// `both` cannot find dx, else null. winograd: whether by that algorithm, see winograd.h. Without a norm saved, dgamma and g are null, and dbeta is the bias's or null.
 void layer_backward(const float* dz, const float* x, const float* w, const float* y, const float* z, const float* saved,
-                    int relu, float* dx, float* dw, float* dgamma, float* dbeta, float* g, float* dy, const Long* sizes) {
+                    int relu, float* dx, float* dw, float* dgamma, float* dbeta, float* g, float* dy, int winograd,
+                    const Long* sizes) {
   Shape s(sizes);
   Rows r(s.K, Long(s.N) * s.rows * s.columns, s.O);
   Gradients t(r, dz, y, z, saved);
@@ -175,7 +217,8 @@ void layer_backward(const float* dz, const float* x, const float* w, const float
   auto sum = mask == FROM_Y ? &Gradients::sum<FROM_Y> : mask == FROM_X ? &Gradients::sum<FROM_X> : &Gradients::sum<EVERYWHERE>;
   if (saved) (t.*sum)(r, dgamma, dbeta);
   Rising rising(r, t, mask, saved, g);
-  if (both(s, rising, x, w, dy ? nullptr : dx, dw, saved ? nullptr : dbeta, dy)) {
+  float* dbias = saved ? nullptr : dbeta;
+  if (winograd ? both_by_winograd(s, rising, x, w, dx, dw, dbias) : both(s, rising, x, w, dy ? nullptr : dx, dw, dbias, dy)) {
     if (dy && dx) input_gradient(s, dy, w, dx);
     return;
   }

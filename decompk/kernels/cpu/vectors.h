@@ -49,7 +49,7 @@ inline bool all_finite(const float* values, Long count) {
   return true;
 }
 
-enum Place { WEIGHTS, BLOCKS, SUMS, WINDOW, INPUTS, OUTPUTS, IN_ROWS, OUT_ROWS, RISING, RISING_ROWS, TO_ROWS };
+enum Place { WEIGHTS, BLOCKS, SUMS, WINDOW, INPUTS, OUTPUTS, IN_ROWS, OUT_ROWS, DY_ROWS, FREQUENCIES, RISING, RISING_ROWS, TO_ROWS };
 
 // `count` values at one place of the calling thread's own, kept from call to call: fresh pages cost more than most layers.
 template <typename T, Place place>
