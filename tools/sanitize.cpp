@@ -25,6 +25,12 @@ using Forward = void(const float* x, const float* w, const float* bias, float* y
 using Backward = void(const float* a, const float* b, float* to, const Long* sizes);
 Forward fprop, winograd_fprop;
 Backward dgrad, wgrad, winograd_dgrad, winograd_wgrad;
+void layer(const float* x, const float* w, const float* bias, const float* gamma, const float* beta, float* running_mean,
+           float* running_var, const float* residual, float* y, float* z, float* saved, int relu, double momentum, double eps,
+           int winograd, const Long* sizes);
+void layer_backward(const float* dz, const float* x, const float* w, const float* y, const float* z, const float* saved,
+                    int relu, float* dx, float* dw, float* dgamma, float* dbeta, float* g, float* dy, int winograd,
+                    const Long* sizes);
 void batch_norm(const float* x, const float* weight, const float* bias, float* running_mean, float* running_var,
                 const float* residual, float* y, float* saved, int training, int relu, double momentum, double eps,
                 Long K, Long rows, Long C);
@@ -316,6 +322,79 @@ UNSANITIZED void norm(std::istream& line) {
   if (relu && added) compare("g", backward["g"], g, 0);
 }
 
+// ---- layers: a convolution with what stands behind it ----------------------------------------------------------------
+
+// form, with norm, bias, ReLU, residual or not, whether dx is wanted, and Shape's numbers
+UNSANITIZED void whole_layer(std::istream& line) {
+  std::string form;
+  bool normed, biased, relu, added, wants;
+  Long s[14];
+  line >> form >> normed >> biased >> relu >> added >> wants;
+  for (Long& value : s) line >> value;
+  Long vectors = s[0] * s[3], rows = s[1] * s[12] * s[13], count = vectors * rows, taps = s[6] * s[7] * s[2];
+  bool same = s[8] * s[9] == 1 && s[12] == s[4] && s[13] == s[5], winograd = form == "winograd";
+  bool decides = relu && (added || !normed);
+  auto if_wanted = [](bool wanted, Floats made) { return wanted ? std::move(made) : Floats(); };
+  Named in, out;
+  in["x"] = random(s[0] * s[1] * s[4] * s[5] * s[2], 1, 0.5), in["w"] = random(vectors * taps);
+  in["bias"] = if_wanted(biased, random(vectors)), in["residual"] = if_wanted(added, random(count));
+  in["gamma"] = if_wanted(normed, random(vectors, 0.3, 1)), in["beta"] = if_wanted(normed, random(vectors));
+  out["y"] = Floats(count), out["z"] = if_wanted(normed, Floats(count)), out["saved"] = if_wanted(normed, Floats(4 * vectors));
+  Named forward = run_on_threads(in, out, [&](Named& in, Named& out) {
+    layer(in["x"].get(), in["w"].get(), in["bias"].get(), in["gamma"].get(), in["beta"].get(), nullptr, nullptr,
+          in["residual"].get(), out["y"].get(), out["z"].get(), out["saved"].get(), relu, 0, 1e-5, winograd, s);
+  });
+
+  using Doubles = std::vector<double>;
+  auto each = [&](auto body) {
+    for (Long i = 0; i < count; ++i) body(i, i / (rows * s[3]) * s[3] + i % s[3]);
+  };
+  Products products = plain("fprop", s, in["x"], in["w"], Floats(count));
+  Doubles y = products.sums, mean(vectors), var(vectors), rstd(vectors, 1), before(count), z(count);
+  each([&](Long i, Long c) { y[i] += biased ? in["bias"][c] : 0, mean[c] += y[i] / rows; });
+  each([&](Long i, Long c) { var[c] += (y[i] - mean[c]) * (y[i] - mean[c]) / rows; });
+  double slack = 1 + largest(products.sizes);
+  for (Long c = 0; c < vectors; ++c) rstd[c] = normed ? 1 / std::sqrt(var[c] + 1e-5) : 1;
+  if (normed) slack *= largest(rstd);
+  each([&](Long i, Long c) {
+    before[i] = normed ? (y[i] - mean[c]) * rstd[c] * in["gamma"][c] + in["beta"][c] : y[i];
+    if (added) before[i] += in["residual"][i];
+    z[i] = relu ? std::max(before[i], 0.) : before[i];
+  });
+  if (normed) compare("y", forward["y"], y, 1e-5 * (1 + largest(products.sizes)));
+  compare("z", forward[normed ? "z" : "y"], z, 1e-5 * slack * (1 + largest(z)));
+
+  in["dz"] = random(count), in["y"] = if_wanted(normed, forward["y"]), in["saved"] = std::move(forward["saved"]);
+  in["z"] = if_wanted(decides, std::move(forward[normed ? "z" : "y"]));
+  each([&](Long i, Long) { if (relu && std::abs(before[i]) < 1e-4 * slack) in["dz"][i] = 0; });  // either side is right
+  out.clear();
+  out["dx"] = if_wanted(wants, Floats(in["x"].size)), out["dw"] = Floats(in["w"].size);
+  out["dgamma"] = if_wanted(normed, Floats(vectors)), out["dbeta"] = if_wanted(normed || biased, Floats(vectors));
+  out["g"] = if_wanted(normed && added, Floats(count));
+  Named backward = run_on_threads(in, out, [&](Named& in, Named& out) {
+    Floats dy = if_wanted(wants && !same, Floats(count));
+    layer_backward(in["dz"].get(), in["x"].get(), in["w"].get(), in["y"].get(), in["z"].get(), in["saved"].get(), relu,
+                   out["dx"].get(), out["dw"].get(), out["dgamma"].get(), out["dbeta"].get(), out["g"].get(), dy.get(),
+                   winograd, s);
+  });
+  Doubles g(count), dgamma(vectors), dbeta(vectors);
+  Floats dy(count);
+  each([&](Long i, Long c) {
+    g[i] = relu && before[i] <= 0 ? 0 : in["dz"][i];
+    dbeta[c] += g[i], dgamma[c] += g[i] * (y[i] - mean[c]) * rstd[c];
+  });
+  each([&](Long i, Long c) {
+    double normalised = (y[i] - mean[c]) * rstd[c];
+    dy[i] = float(normed ? in["gamma"][c] * rstd[c] * (g[i] - (dbeta[c] + normalised * dgamma[c]) / rows) : g[i]);
+  });
+  Products dx = plain("dgrad", s, in["x"], in["w"], dy), dw = plain("wgrad", s, in["x"], in["w"], dy);
+  if (wants) compare("dx", backward["dx"], dx.sums, 1e-5 * slack * (1 + largest(dx.sizes)));
+  compare("dw", backward["dw"], dw.sums, 1e-5 * slack * (1 + largest(dw.sizes)));
+  if (normed) compare("dgamma", backward["dgamma"], dgamma, 1e-5 * slack * rows);
+  if (normed || biased) compare("dbeta", backward["dbeta"], dbeta, 1e-5 * slack * rows);
+  if (normed && added) compare("g", backward["g"], g, 0);
+}
+
 }  // namespace
 
 // Arguments: the numbers of threads.
@@ -327,7 +406,7 @@ int main(int, char** arguments) {
     unsigned seed;
     line >> seed >> op;
     engine.seed(seed), faults.clear();
-    op == "conv" ? convolution(line) : norm(line);
+    op == "conv" ? convolution(line) : op == "layer" ? whole_layer(line) : norm(line);
     std::cout << "answer: " << (line ? faults : "a line of too few numbers") << std::endl;
   }
 }

@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -62,7 +63,7 @@ class Found:
 def line_of(seed: int, sanitizer: str) -> str:
     """The problem of this seed, as the driver reads it."""
     rng = random.Random(seed)
-    draw = _halo if sanitizer == "halo" else _conv if rng.random() < 0.75 else _norm
+    draw = _halo if sanitizer == "halo" else rng.choices((_conv, _norm, _layer), (2, 1, 2))[0]
     return f"{seed} {draw(rng)}"
 
 
@@ -70,8 +71,25 @@ FORMS = [form.name for form in conv.FORMS if form.backend == "cpu"]
 
 
 def _conv(rng: random.Random) -> str:
-    large = rng.random() < 0.1  # enough pixels for sums in several parts
     kind, form = rng.choice(PASSES), rng.choice(FORMS)
+    sizes = _sizes(rng, form, (kind,))
+    hot = f"{rng.choice(('x', 'w', 'dy'))} {rng.choice(('nan', 'inf'))} {rng.choice((0, 0, 0, 0.01, 0.3, 1))}"
+    return f"conv {kind} {form} {rng.randint(0, 1)} {hot} {sizes}"
+
+
+def _layer(rng: random.Random) -> str:
+    form, normed = rng.choice(FORMS), rng.randint(0, 1)
+    flags = rng.randint(0, 1), rng.randint(0, 1), normed and rng.randint(0, 1), rng.randint(0, 1)
+    sizes = _sizes(rng, form, PASSES, same=form == "winograd", least=8 if normed else 1)
+    return f"layer {form} {normed} {' '.join(map(str, flags))} {sizes}"
+
+
+def _sizes(rng: random.Random, form: str, passes: Sequence[str], same: bool = False, least: int = 1) -> str:
+    """A convolution's, as Shape has them, that `form` computes in these passes; y has `least` pixels or more.
+
+    same: whether y is as large as x.
+    """
+    large = rng.random() < 0.1  # enough pixels for sums in several parts
     while True:
         step = 8 if form == "winograd" else rng.choice((1, 4))
         most = 2 if large else 4 if rng.random() < 0.7 else 24
@@ -79,15 +97,14 @@ def _conv(rng: random.Random) -> str:
         sides = [rng.randint(*((20, 40) if large else (1, rng.choice((3, 9, 16))))) for _ in "HW"]
         kernel = (3, 3) if form == "winograd" else tuple(rng.choice((1, 1, 2, 3, 3, 5, 7)) for _ in "HW")
         stride = (1, 1) if form == "winograd" else tuple(rng.choice((1, 1, 2, 3, 4)) for _ in "HW")
-        padding = tuple(rng.choice((0, 0, k // 2, rng.randint(0, k))) for k in kernel)
+        padding = tuple(k // 2 if same else rng.choice((0, 0, k // 2, rng.randint(0, k))) for k in kernel)
         K, N = rng.randint(1, 2 if large else 5), rng.randint(1, 6)
-        p = Problem(kind, "float32", K, N, C, O, *sides, kernel, stride, padding)
-        macs = K * N * C * O * p.taps * max(p.out_size[0], 0) * max(p.out_size[1], 0)
-        if 0 < macs < (4e6 if large else 2e5) and _legal(p, form):
-            break
-    sizes = (K, N, C, O, *sides, *kernel, *stride, *padding, *p.out_size)
-    hot = f"{rng.choice(('x', 'w', 'dy'))} {rng.choice(('nan', 'inf'))} {rng.choice((0, 0, 0, 0.01, 0.3, 1))}"
-    return f"conv {kind} {form} {rng.randint(0, 1)} {hot} {' '.join(map(str, sizes))}"
+        p = Problem(passes[0], "float32", K, N, C, O, *sides, kernel, stride, padding)
+        pixels = N * max(p.out_size[0], 0) * max(p.out_size[1], 0)
+        if pixels < least or K * C * O * p.taps * pixels > (4e6 if large else 2e5):
+            continue
+        if all(_legal(p.of(kind), form) for kind in passes):
+            return " ".join(map(str, (K, N, C, O, *sides, *kernel, *stride, *padding, *p.out_size)))
 
 
 def _legal(problem: Problem, form: str) -> bool:
