@@ -18,11 +18,13 @@ ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT / "bench"), str(ROOT / "tools")]
 
 import convolutions
+import networks
 import race
-from contestants import TRAINING, Case, Setting, job, members_alone, side, who_trains
+from contestants import TRAINING, Case, Setting, ensemble, job, members_alone, side, who_trains
 from layers import Layer, problem
 
 import decompk
+from decompk import models
 from decompk.cli import main
 from decompk.report import bench as page
 
@@ -128,24 +130,54 @@ class Tiny(Case):
 
 
 @pytest.fixture
-def exactly():
-    """A tiny training step in float64."""
+def doubles():
+    """New tensors are in float64."""
     torch.set_default_dtype(torch.float64)
-    yield job(Tiny("tiny", (1, 2), 10), 4, CPU)
+    yield
     torch.set_default_dtype(torch.float32)
 
 
-@pytest.mark.parametrize(
-    "name", [n for n in who_trains(CPU, compiled=False) if side(n) != "global" and "compiled" not in n]
-)
-def test_every_contestant_trains_the_members_as_if_each_were_alone(exactly, name):
+@pytest.fixture
+def exactly(doubles):
+    """A tiny training step in float64."""
+    return job(Tiny("tiny", (1, 2), 10), 4, CPU)
+
+
+TRAINERS = [name for name in who_trains(CPU, compiled=False) if side(name) != "global"]
+
+
+@pytest.mark.parametrize("name", TRAINERS)
+def test_every_contestant_trains_the_members_as_if_each_were_alone(exactly, name, monkeypatch):
     threads, reference = torch.get_num_threads(), members_alone(exactly)
     contestant = TRAINING[name](exactly)
+    monkeypatch.setattr(decompk.Crop, "cut", None)  # crops were cut before the race
     for _ in range(2):  # gradients do not pile up
         found = race.errors(contestant.result(contestant.run()), reference)
     assert max(found.values()) < 1e-10
     assert all(value.abs().max() > 0 for value in reference.values())
     assert torch.get_num_threads() == threads
+
+
+@pytest.mark.parametrize("name", TRAINERS)
+@pytest.mark.parametrize("make, size", [(lambda: networks.mobilenet(2), (3, 8, 8)), (lambda: models.mlp(6, 10), (6,))])
+def test_every_contestant_trains_an_ensemble_on_the_batch_that_all_share(name, make, size, doubles):
+    step = ensemble(make, 3, size, 4, CPU)
+    if name == "ours, fused" and len(size) == 1:
+        pytest.skip("there is nothing to fuse")
+    contestant, reference = TRAINING[name](step), members_alone(step)
+    assert max(race.errors(contestant.result(contestant.run()), reference).values()) < 1e-10
+
+
+@pytest.mark.parametrize("make, size", [(networks.ViT, (3, 32, 32)), (lambda: models.Recurrent(4, 10, 8), (5, 4))])
+def test_what_torch_cannot_group_is_left_out_with_the_reason(make, size):
+    step = ensemble(make, 2, size, 4, CPU)
+    found = race.race(
+        {name: lambda name=name: TRAINING[name](step) for name in ("members in turn", "grouped")},
+        *(members_alone(step), ["members in turn"]),
+        rounds=1,
+    )
+    assert list(found.seconds) == ["members in turn"]
+    assert found.failed["grouped"].startswith("NotImplementedError: torch groups no ")
 
 
 def test_everybody_has_the_same_work_but_the_global_network():

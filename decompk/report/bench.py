@@ -20,6 +20,7 @@ from .table import Column, Table, decimals
 PAPER_SECONDS = {1: 2723, 4: 1347, 8: 987, 16: 1277}  # Table 3.4, ResNet50 on one GPU: ten epochs of all K members
 PARTS = {  # of the bench, in the page's order
     "training": "training steps",
+    "ensembles": "training steps of ensembles",
     "K": "training steps by K",
     "batch": "training steps by batch",
     "recurrent": "recurrent training steps",
@@ -307,7 +308,7 @@ INTRODUCTION = """# decompk beside its peers
 
 This page is written by `decompk bench-report`; nothing in it is typed by hand. All contestants of a case are timed in
 turns, in the same minutes, and only after their outputs and gradients were compared with those of the members alone in
-float64. A ratio is the median of the ratios of the rounds, with their quartiles; above 1 decompk is faster. "Ours" and
+float64. All are given their inputs ready: crops are cut, and laid out for each, before the clock runs. A ratio is the median of the ratios of the rounds, with their quartiles; above 1 decompk is faster. "Ours" and
 "best peer" are the fastest of each side. "% of roof": the time in which the machine could move the compulsory bytes
 or compute the useful FLOPs, whichever takes longer, by the measured time; it may pass 100, as Winograd's convolutions
 multiply less than is counted, and a machine that is shared may have been slower when its roof was measured.
@@ -331,7 +332,7 @@ def write_page(runs: Sequence[Run], out: Path) -> list[Path]:
             return f"![{alt}]({path.name})\n"
 
         text += [f"## {run.device}\n", run.made_with() + "\n", summary(run.entries).to_markdown()]
-        for part in ("training", "K", "batch", "recurrent", "composed", "split"):
+        for part in ("training", "ensembles", "K", "batch", "recurrent", "composed", "split"):
             if standings(run.entries, part):
                 text.append(peers(run.entries, part).to_markdown())
         if standings(run.entries, "training"):
