@@ -209,9 +209,9 @@ def entry(part, case, contestant, seconds, **more):
     return {"extra_info": {"part": part, "case": case, "contestant": contestant, "seconds": seconds, **known, **more}}
 
 
-def result(path):
+def result(path, device="CPU Abacus, 2 cores", date="2026-01-02", without=""):
     """Two training cases that ours wins 2.00 and loses 0.50, a layer, and a global network of four times our time."""
-    machine = {"device": "CPU Abacus, 2 cores", "torch": "2.13.0", "python_version": "3.11.7", "threads": 2}
+    machine = {"device": device, "torch": "2.13.0", "python_version": "3.11.7", "threads": 2}
     machine |= {"precision": "float32", "copy_gbps": 10.0, "matmul_gflops": 100.0}
     entries = [
         entry("training", "won", "ours", [1.0, 2.0, 1.0]),
@@ -224,7 +224,8 @@ def result(path):
         entry("layers", "a layer", "ours", [0.001] * 3, layer="16→16", count=2),
         entry("layers", "a layer", "grouped", [0.003] * 3, layer="16→16", count=2),
     ]
-    known = {"machine_info": machine, "commit_info": {"id": "0123456789abcdef"}, "datetime": "2026-01-02T03:04:05"}
+    entries = [one for one in entries if one["extra_info"]["case"] != without]
+    known = {"machine_info": machine, "commit_info": {"id": "0123456789abcdef"}, "datetime": f"{date}T03:04:05"}
     known |= {"command": "pytest bench --benchmark-only", "benchmarks": entries}
     known["left_out"] = [{"part": "training", "case": "lost", "contestant": "vmap", "why": "RuntimeError: no"}]
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -276,6 +277,31 @@ def test_readme_is_rewritten_between_its_marks_alone_and_to_the_same_text_again(
     assert text.startswith(f"# before\n\n{page.BEGIN}\n") and text.endswith(f"{page.END}\n\nafter\n")
     assert "| won |" in text and "old" not in text and "[page/README.md](page/README.md)" in text
     assert main(call) == 0 and readme.read_text() == text
+
+
+def test_two_processors_stand_side_by_side_each_with_its_newest_result(tmp_path):
+    new = result(tmp_path / "abacus" / "new" / "bench.json", date="2026-03-01", without="won")
+    text = new.read_text()
+    new.write_text(text.replace("[2.0, 2.0, 2.0]", "[4.0, 4.0, 4.0]"))
+    result(tmp_path / "abacus" / "bench.json")
+    result(tmp_path / "rule" / "bench.json", device="CPU Slide rule, 1 core", without="lost")
+    runs = page.read([tmp_path])
+    rows = {row["case"]: row for row in page.side_by_side(runs).objects()}
+    assert list(rows) == ["won", "lost", "training steps: geometric mean", "convolutions: geometric mean"]
+    assert (
+        rows["won"]["Abacus, 2 cores: peer ÷ ours"]
+        == rows["won"]["Slide rule, 1 core: peer ÷ ours"]
+        == ("2.00 (1.75–2.25)")
+    )
+    assert rows["lost"]["Abacus, 2 cores: ours ms"] == 4000 and rows["lost"]["Slide rule, 1 core: ours ms"] is None
+    assert rows["lost"]["Abacus, 2 cores: best peer"] == "grouped"
+    mean = rows["training steps: geometric mean"]
+    assert mean["Abacus, 2 cores: peer ÷ ours"] == "0.71 of 2"  # of 2 and 1/4
+    assert mean["Slide rule, 1 core: peer ÷ ours"] == "2.00 of 1"
+    page.write_page(runs, tmp_path / "README.md")
+    assert (tmp_path / "README.md").read_text().count("| won | 2.00 (1.75–2.25) | 1,000.00 | grouped | 2.00") == 1
+    page.write_page(runs[:1], tmp_path / "README.md")
+    assert "All devices" not in (tmp_path / "README.md").read_text()
 
 
 def test_wrong_files_end_in_one_sentence(tmp_path, capsys):
