@@ -27,7 +27,7 @@ DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
 
 def pytest_addoption(parser):
     group = parser.getgroup("decompk")
-    group.addoption("--full", action="store_true", help="every network, batch 16 and 64")
+    group.addoption("--full", action="store_true", help="every network and layer, batch 16 and 64")
     group.addoption("--compiled", action="store_true", help="on a CPU, too, what torch.compile builds, and the global")
     group.addoption("--precision", choices=list(DTYPES), help="default: bf16 on a GPU, float32 on a CPU")
 

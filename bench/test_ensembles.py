@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 from contestants import OWN, Setting, builds, ensemble, members_alone, side, who_trains
 from networks import ViT, lenet, mobilenet, resnet
-from race import CLOCK, Race, Spec, race
+from race import CLOCK, HOPELESS, Race, Spec, race
 from torch import nn
 
 from decompk import models
@@ -66,7 +66,8 @@ def contestants(case: Ensemble, setting: Setting, compiled: bool) -> list[str]:
 def run(case: Ensemble, batch: int, setting: Setting, compiled: bool) -> Race:
     step, names = ensemble(case.make, case.K, case.size, batch, setting), contestants(case, setting, compiled)
     own = [name for name in OWN if name in names]
-    return race(builds(step, names), members_alone(step), own, typical=True, rounds=ROUNDS, least=LEAST, most=MOST)
+    times = {"rounds": ROUNDS, "least": LEAST, "most": MOST, "hopeless": HOPELESS}
+    return race(builds(step, names), members_alone(step), own, typical=True, **times)
 
 
 @pytest.mark.benchmark(timer=CLOCK)
