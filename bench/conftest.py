@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import functools
-import os
 import shlex
 import subprocess
 import sys
@@ -19,7 +18,7 @@ sys.path[:0] = [str(BENCH.parent), str(BENCH.parent / "tools")]
 from contestants import Setting
 from race import LEFT_OUT, Work, enter, entries
 
-from decompk.kernels.cache import processor, slug
+from decompk.kernels.cache import cores, processor, slug
 from decompk.profile.roofs import measure_roofs
 from decompk.report import bench as page
 
@@ -28,7 +27,7 @@ DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
 
 def pytest_addoption(parser):
     group = parser.getgroup("decompk")
-    group.addoption("--full", action="store_true", help="every network, batch 16 and 64")
+    group.addoption("--full", action="store_true", help="every network and layer, batch 16 and 64")
     group.addoption("--compiled", action="store_true", help="on a CPU, too, what torch.compile builds, and the global")
     group.addoption("--precision", choices=list(DTYPES), help="default: bf16 on a GPU, float32 on a CPU")
 
@@ -66,10 +65,8 @@ def entry(benchmark, spec, name, pytestconfig):
 
 
 def _device() -> str:
-    """The GPU's name, or the processor's and how many cores of it there are."""
-    return (
-        torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU {processor()[0]}, {os.cpu_count()} cores"
-    )
+    """The GPU's name, or the processor's, with its generation, and how many cores of it there are."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU {processor().name}, {cores()} cores"
 
 
 @functools.cache

@@ -22,7 +22,7 @@ from decompk.cost.figures import total
 from decompk.crops import by
 from decompk.losses import cross_entropy
 
-CL = torch.channels_last
+NCHW, CL = torch.contiguous_format, torch.channels_last
 
 
 @dataclass(frozen=True)
@@ -78,23 +78,26 @@ class Setting:
 
 @dataclass
 class Job:
-    """K members and a batch: images (N, C, H, W) that every member sees its crop of, labels (N,)."""
+    """K members and a batch: inputs (N, …), whole or as each member's crop, and labels (N,)."""
 
     setting: Setting
-    net: nn.Module  # the global network
     members: list[nn.Module]
-    crops: tuple[decompk.Crop, ...]
-    images: Tensor
+    crops: tuple[decompk.Crop, ...] | None  # None: all read the whole of it
+    inputs: Tensor
     labels: Tensor
     work: Work  # of one step of all members
-    global_work: Work
+    net: nn.Module | None = None  # the global network
+    global_work: Work | None = None
 
     @property
     def K(self) -> int:
         return len(self.members)
 
     def cuts(self, format: torch.memory_format) -> list[Tensor]:
-        return [crop.cut(self.images).contiguous(memory_format=format) for crop in self.crops]
+        """A contiguous input for every member, one for all where they share it. They are made before the race."""
+        if self.crops is None:
+            return [laid(self.inputs, format)] * self.K
+        return [laid(crop.cut(self.inputs), format) for crop in self.crops]
 
     def copies(self, format: torch.memory_format) -> list[nn.Module]:
         return [copy.deepcopy(member).to(memory_format=format) for member in self.members]
@@ -110,6 +113,11 @@ class Job:
         return {"output": logits, **gradients}
 
 
+def laid(x: Tensor, format: torch.memory_format) -> Tensor:
+    """`x`, contiguous; images in `format`."""
+    return x.contiguous(memory_format=format if x.dim() == 4 else NCHW)
+
+
 def job(case: Case, batch: int, setting: Setting) -> Job:
     """Fresh members of `case` and random images. Dropout is off: everybody has to compute the same."""
     torch.manual_seed(0)
@@ -123,14 +131,24 @@ def job(case: Case, batch: int, setting: Setting) -> Job:
     one = training_work(d.member_skeleton(), d.member_size, batch, size)
     return Job(
         setting,
-        d.model.to(setting.device).train(),
         [member.to(setting.device).train() for member in members],
         d.crops,
         images.to(setting.device),
         labels.to(setting.device),
         Work(d.K * one.bytes, d.K * one.flops),
+        d.model.to(setting.device).train(),
         training_work(d.model, d.input_size, batch, size),
     )
+
+
+def ensemble(make: Callable[[], nn.Module], K: int, size: tuple[int, ...], batch: int, setting: Setting) -> Job:
+    """K networks that `make` makes, all on one random batch (N, *size) of ten classes."""
+    torch.manual_seed(0)
+    members = [make().to(setting.device).train() for _ in range(K)]
+    inputs, labels = torch.randn(batch, *size), torch.randint(10, (batch,))
+    one = training_work(members[0], size, batch, 2 if setting.dtype == torch.bfloat16 else 4)
+    work = Work(K * one.bytes, K * one.flops)
+    return Job(setting, members, None, inputs.to(setting.device), labels.to(setting.device), work)
 
 
 def training_work(net: nn.Module, size: tuple[int, ...], batch: int, element_size: int) -> Work:
@@ -143,9 +161,9 @@ def training_work(net: nn.Module, size: tuple[int, ...], batch: int, element_siz
 def members_alone(job: Job) -> Result:
     """The reference: every member by itself, in float64."""
     logits, gradients = [], []
-    for member, crop in zip(job.members, job.crops, strict=True):
+    for member, x in zip(job.members, job.cuts(NCHW), strict=True):
         net = copy.deepcopy(member).double()
-        logits.append(net(crop.cut(job.images).double()))
+        logits.append(net(x.double()))
         F.cross_entropy(logits[-1], job.labels).backward()
         logits[-1] = logits[-1].detach()
         gradients.append({name: p.grad for name, p in net.named_parameters()})
@@ -169,34 +187,39 @@ def train(job: Job, net: nn.Module, forward: Callable[[], Tensor], captured: boo
 
 
 def packed(job: Job, fused: bool = False, compiled: bool = False, captured: bool = False) -> Contestant:
-    """Ours: one module, which also cuts the crops; the others get theirs cut before the race."""
-    net = decompk.pack(job.members, job.crops, input_dims=job.images.dim()).train()
+    """Ours: one module, on crops (K, N, …) cut before the race as everybody's are, or on the inputs that all share."""
+    net = decompk.pack(job.members, input_dims=job.inputs.dim()).train()
     net = decompk.fuse(net) if fused else net
     call = torch.compile(net, dynamic=False) if compiled else net
-    return train(job, net, lambda: call(job.images), captured)
+    cuts = job.cuts(CL)
+    x = cuts[0] if job.crops is None else laid(torch.cat(cuts), CL).unflatten(0, (job.K, -1))
+    return train(job, net, lambda: call(x), captured)
 
 
 def grouped(job: Job, format: torch.memory_format, compiled: bool = False, captured: bool = False) -> Contestant:
     """The members' channels side by side, with torch's grouped convolutions and one batch norm over all."""
     net = grouped_network(job.members).to(job.setting.device, memory_format=format).train()
-    images = torch.cat(job.cuts(format), 1).contiguous(memory_format=format)
+    x = laid(torch.cat(job.cuts(format), 1), format)
     call = torch.compile(net, dynamic=False) if compiled else net
-    return train(job, net, lambda: call(images).unflatten(1, (job.K, -1)).transpose(0, 1), captured)
+    return train(job, net, lambda: call(x).unflatten(1, (job.K, -1)).transpose(0, 1), captured)
 
 
 def vmapped(job: Job) -> Contestant:
     """torch.func.vmap over stacked members; running statistics are stacked too, or vmap could not update them."""
     parameters, buffers = torch.func.stack_module_state(job.members)
-    shell, images = copy.deepcopy(job.members[0]).to("meta"), torch.stack(job.cuts(torch.contiguous_format))
-
-    def forward(parameters: dict, buffers: dict, x: Tensor) -> Tensor:
-        return torch.func.functional_call(shell, (parameters, buffers), (x,))
+    shell, cuts = copy.deepcopy(job.members[0]).to("meta"), job.cuts(NCHW)
+    x = cuts[0] if job.crops is None else torch.stack(cuts)
+    stepped = torch.func.vmap(
+        lambda parameters, buffers, x: torch.func.functional_call(shell, (parameters, buffers), (x,)),
+        in_dims=(0, 0, None if job.crops is None else 0),
+        randomness="different",
+    )
 
     def run() -> Tensor:
         for parameter in parameters.values():
             parameter.grad = None
         with job.setting.autocast():
-            logits = torch.func.vmap(forward, randomness="different")(parameters, buffers, images)
+            logits = stepped(parameters, buffers, x)
             loss = job.loss(logits)
         loss.backward()
         return logits.detach()
@@ -265,7 +288,7 @@ def on_streams(job: Job) -> Callable[[Callable[[int], Tensor]], list]:
 
 def whole(job: Job, compiled: bool = False) -> Contestant:
     """The global network on the same images: the time that decomposition is meant to save."""
-    net, images = copy.deepcopy(job.net).to(memory_format=CL), job.images.contiguous(memory_format=CL)
+    net, images = copy.deepcopy(job.net).to(memory_format=CL), laid(job.inputs, CL)
     call = torch.compile(net, dynamic=False) if compiled else net
 
     def run() -> None:
@@ -277,7 +300,6 @@ def whole(job: Job, compiled: bool = False) -> Contestant:
     return Contestant(run, None, job.global_work)
 
 
-NCHW = torch.contiguous_format
 TRAINING: dict[str, Callable[[Job], Contestant]] = {
     "ours": packed,
     "ours, fused": partial(packed, fused=True),

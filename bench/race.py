@@ -19,6 +19,7 @@ from decompk.kernels.timer import in_turns, wall_seconds
 
 Result = dict[str, Tensor]  # "output" and "gradient of …", each (K, …)
 FAIR = {"output": 1e-4, "gradient": 5e-2}  # float32: one ReLU that flips moves a gradient by a hundredth
+HOPELESS = 2.0  # who takes that many times as long as the fastest wins nothing: two rounds say how much it loses
 SANE = 0.3  # torch's own output further off than this means that the reference does not describe what is run
 
 # ---- who runs -------------------------------------------------------------------------------------------------------
@@ -103,13 +104,15 @@ def race(
     rounds: int = 5,
     least: float = 0.0,
     most: float = math.inf,
+    hopeless: float = math.inf,
 ) -> Race:
     """Build everybody, compare their results with `reference` in float64, then time those who are right.
 
     own: contestants that are torch's own layers, one member at a time. An error is allowed up to three times theirs,
     plus `slack`: what rounding alone does to a deep network's gradients depends on the network. `typical`: as in
     `errors`. A round takes every contestant once, each time another one first; a time is the mean of as many runs as
-    take `least` seconds. Who needs more than `most` seconds for all rounds takes part in fewer, but in three.
+    take `least` seconds. Who needs more than `most` seconds for all rounds takes part in fewer, but in three; who takes
+    `hopeless` times as long as the fastest, in two.
     """
     found = Race()
     runs: dict[str, Callable[[], Any]] = {}
@@ -138,7 +141,8 @@ def race(
     gc.collect()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     once = {name: max(wall_seconds(run, device), 1e-6) for name, run in runs.items()}
-    plans = {name: _plan(seconds, rounds, least, most) for name, seconds in once.items()}
+    limit = hopeless * min(once.values())
+    plans = {name: _plan(s, rounds if s < limit else min(2, rounds), least, most) for name, s in once.items()}
     first = 1 if all(count == 1 for _, count in plans.values()) else 0  # these were a round already
     names = [*list(runs)[first:], *list(runs)[:first]]
     timed = {name: partial(wall_seconds, runs[name], device, plans[name][1]) for name in names}

@@ -4,7 +4,7 @@ from functools import partial
 
 import pytest
 import torch
-from contestants import NCHW, TRAINING, Job, Setting, in_turn, members_alone, on_threads, side, training_work
+from contestants import Job, Setting, builds, members_alone, side, training_work
 from race import CLOCK, Race, Spec, Work, race
 from torch import nn
 
@@ -18,10 +18,7 @@ CASES = {  # name: options of models.Recurrent, K
     "RNN": ({"kind": "RNN"}, 8),
     "GRU, 2 layers, bidirectional": ({"num_layers": 2, "bidirectional": True}, 4),
 }
-CONTESTANTS = {
-    **{name: TRAINING[name] for name in ("ours", "members in turn")},
-    "members on threads": partial(in_turn, format=NCHW, spread=on_threads),
-}
+CONTESTANTS = ("ours", "members in turn", "members on threads")
 
 
 def specs(setting: Setting, full: bool, compiled: bool) -> list[Spec]:
@@ -43,12 +40,11 @@ def run(options: dict, K: int, batch: int, setting: Setting) -> Race:
     size = (STEPS, K * 8)
     d = decompk.decompose(models.Recurrent(size[1], CLASSES, K * MEMBER, **options), size, K)
     x, y = torch.randn(batch, *size), torch.randint(CLASSES, (batch,))
-    one, whole = (training_work(*of, batch, 4) for of in ((d.member_skeleton(), d.member_size), (d.model, size)))
+    one = training_work(d.member_skeleton(), d.member_size, batch, 4)
     members: list[nn.Module] = [member.to(setting.device) for member in d.subnets(seed=0)]
     work = Work(K * one.bytes, K * one.flops)
-    step = Job(setting, d.model, members, d.crops, x.to(setting.device), y.to(setting.device), work, whole)
-    contestants = {name: partial(build, step) for name, build in CONTESTANTS.items()}
-    return race(contestants, members_alone(step), ("members in turn",), rounds=7, least=0.05, most=4.0)
+    step = Job(setting, members, d.crops, x.to(setting.device), y.to(setting.device), work)
+    return race(builds(step, CONTESTANTS), members_alone(step), ("members in turn",), rounds=7, least=0.05, most=1.0)
 
 
 @pytest.mark.benchmark(timer=CLOCK)

@@ -8,7 +8,7 @@ from test_training import spec
 PARTS = {1: 1, 2: (1, 2), 4: 4, 8: (2, 4), 16: 16, 32: (4, 8), 64: 64}  # K: rows and columns of crops without overlap
 SMALL = {"model": "resnet8", "width": 64}  # wide enough for 64 members
 BATCHES = (1, 4, 16, 64)
-MOST = 1.0  # seconds of a contestant's rounds
+MOST = 0.5  # seconds of a contestant's rounds
 
 
 def crop(parts: int | tuple[int, int], pixels: int = 32) -> int | tuple[int, int]:

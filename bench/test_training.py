@@ -4,12 +4,12 @@ from functools import partial
 
 import pytest
 from contestants import OWN, PAPERS, Case, Setting, builds, job, members_alone, side, who_trains
-from race import CLOCK, Race, Spec, race
+from race import CLOCK, HOPELESS, Race, Spec, race
 
 CASES = (*PAPERS, Case("resnet32", 4, 20))
 DEEP = (Case("resnet110", 4, 16), Case("resnet110", 4, 20))
 ROUNDS = 5
-LEAST, MOST = 0.05, 2.5  # seconds of a round, and of a contestant's rounds
+LEAST, MOST = 0.05, 1.5  # seconds of a round, and of a contestant's rounds
 
 
 def specs(setting: Setting, full: bool, compiled: bool) -> list[Spec]:
@@ -31,7 +31,8 @@ def spec(part: str, case: Case, batch: int, setting: Setting, names: list[str], 
 def run(case: Case, batch: int, setting: Setting, names: list[str], most: float) -> Race:
     step = job(case, batch, setting)
     own = [name for name in OWN if name in names]
-    return race(builds(step, names), members_alone(step), own, typical=True, rounds=ROUNDS, least=LEAST, most=most)
+    times = {"rounds": ROUNDS, "least": LEAST, "most": most, "hopeless": HOPELESS}
+    return race(builds(step, names), members_alone(step), own, typical=True, **times)
 
 
 @pytest.mark.benchmark(timer=CLOCK)

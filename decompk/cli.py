@@ -21,6 +21,7 @@ from .divide.decompose import Decomposition, decompose
 from .errors import DecompkError
 from .profile import draw_roofline, measure, write_trace
 from .report.bench import fill_readme, read, write_page
+from .report.crowd import crowded
 from .report.info import info
 from .report.paper import paper_report
 from .report.splitnet import splitnet_report
@@ -228,6 +229,7 @@ def _epochs(text: str) -> tuple[int, int]:
 
 def _demo(arguments: argparse.Namespace) -> int:
     """`train` with the preset quick and one seed; what is there already is not trained again. Or another network."""
+    _advise(None)
     if arguments.network != NETWORKS[0]:
         result = demos.run(arguments.network, arguments.out, arguments.seed, arguments.epochs)
         print(result.table.render().rstrip("\n"))
@@ -241,7 +243,16 @@ def _demo(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _advise(device: str | None) -> None:
+    """Say on stderr, before a training on a CPU, that its threads will get in the way of other work."""
+    on_cpu = device == "cpu" if device else not torch.cuda.is_available()
+    advice = crowded() if on_cpu else None
+    if advice:
+        print(f"decompk: {advice}", file=sys.stderr)
+
+
 def _train(arguments: argparse.Namespace) -> int:
+    _advise(arguments.device)
     changes = dict(_setting(text) for text in arguments.set)
     if arguments.model:
         changes["model"] = arguments.model

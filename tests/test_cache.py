@@ -104,7 +104,7 @@ def test_the_real_one_is_built_once_and_again_for_another_processor(tmp_path, mo
     assert where == f"in {library(tmp_path)}" and found.winograd_wgrad.argtypes
     monkeypatch.setattr(cpu, "_run", None)  # would raise
     assert cpu._opened.__wrapped__()[1] == where
-    monkeypatch.setattr(cache, "processor", lambda: ("another", ""))
+    monkeypatch.setattr(cache, "processor", lambda: cache.Processor("another", "", ()))
     with pytest.raises(TypeError):
         cpu._opened.__wrapped__()
 
@@ -240,6 +240,90 @@ def test_a_machine_without_a_compiler_trains_on_torchs_operators(tmp_path):
     done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("there is no C++ compiler") == 2
+
+
+# ---- the processor --------------------------------------------------------------------------------------------------
+
+
+def x86(family, model, stepping, flags, name="Intel(R) Xeon(R) Processor @ 2.10GHz", vendor="GenuineIntel"):
+    one = f"vendor_id\t: {vendor}\ncpu family\t: {family}\nmodel\t\t: {model}\nmodel name\t: {name}\n"
+    return 2 * f"{one}stepping\t: {stepping}\nmicrocode\t: 0x1\ncpu MHz\t\t: 2100.0\nflags\t\t: fpu smep {flags}\n\n"
+
+
+SKYLAKE = x86(6, 85, 4, "fma avx2 avx512f avx512bw avx512vl")
+SAPPHIRE = x86(6, 143, 8, "fma avx2 avx512f avx512bw avx512vl avx512_bf16 avx512_fp16 amx_tile amx_bf16 avx512_vnni")
+MILAN = x86(25, 1, 1, "fma avx2", "AMD EPYC 7763 64-Core Processor", "AuthenticAMD")
+GRAVITON = (
+    "processor\t: 0\nBogoMIPS\t: 2100.00\nFeatures\t: fp asimd asimdhp sve i8mm bf16\nCPU implementer\t: 0x41\n"
+    "CPU architecture: 8\nCPU variant\t: 0x1\nCPU part\t: 0xd40\nCPU revision\t: 1\n"
+)
+
+
+@pytest.fixture
+def path_on(tmp_path, monkeypatch):
+    """The file of choices on a machine whose /proc/cpuinfo holds a text; None: that has none."""
+
+    def path(text):
+        monkeypatch.setattr(cache, "CPUINFO", tmp_path / "cpuinfo")
+        cache.CPUINFO.unlink(missing_ok=True)
+        if text is not None:
+            cache.CPUINFO.write_text(text)
+        cache.processor.cache_clear()
+        return measure.path()
+
+    yield path
+    monkeypatch.undo()
+    cache.processor.cache_clear()
+
+
+def test_generations_of_one_name_have_names_of_their_own():
+    names = [cache.processor_of(text).name for text in (SKYLAKE, SAPPHIRE, MILAN, GRAVITON)]
+    assert names == [
+        "Intel Xeon, family 6 model 85 (AVX-512)",
+        "Intel Xeon, family 6 model 143 (AVX-512, AMX)",
+        "AMD EPYC 7763 64-Core, family 25 model 1 (AVX2)",
+        "ARM, implementer 0x41 part 0xd40 (SVE)",
+    ]
+
+
+def test_choices_are_those_of_one_generation_its_vector_units_cores_and_threads(path_on, monkeypatch):
+    others = [
+        *(SAPPHIRE, MILAN, GRAVITON, None),
+        *(SKYLAKE.replace(*change) for change in (("stepping\t: 4", "stepping\t: 7"), ("fma", ""), ("85", "106"))),
+        *(
+            GRAVITON.replace(*change)
+            for change in ((" sve", ""), ("0xd40", "0xd4f"), ("revision\t: 1", "revision\t: 2"))
+        ),
+    ]
+    threads, paths = torch.get_num_threads(), [path_on(text) for text in (SKYLAKE, *others)]
+    monkeypatch.setattr(cache, "cores", lambda: 77)
+    paths.append(path_on(SKYLAKE))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 33)
+    paths.append(path_on(SKYLAKE))
+    assert len(set(paths)) == len(paths)
+    assert paths[0].name.startswith(f"choices-intel-xeon-family-6-model-85-avx-512-{threads}-threads-")
+
+
+def test_what_says_nothing_of_speed_moves_no_choices(path_on):
+    same = [SKYLAKE.replace("0x1", "0x2b").replace("2100.0", "3500.0"), SKYLAKE.replace("fpu", "fpu ibpb")]
+    assert {path_on(text) for text in same} == {path_on(SKYLAKE)}
+
+
+def test_cores_of_two_kinds_are_another_machine(path_on):
+    both = SKYLAKE.replace("85", "151", 1)
+    assert len({path_on(text) for text in (both, SKYLAKE, SKYLAKE.replace("85", "151"))}) == 3
+    assert cache.processor_of(both).name == "Intel Xeon, family 6 model 151 + 85 (AVX-512)"
+
+
+def test_a_machine_that_says_nothing_has_pythons_name():
+    assert cache.processor_of("").name and cache.processor_of("junk\n:\n\x00").model == (cache.processor_of("").name,)
+
+
+def test_cores_are_those_that_the_process_may_use(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 5, 9})
+    assert cache.cores() == 3
+    monkeypatch.delattr(os, "sched_getaffinity")
+    assert cache.cores() == os.cpu_count()
 
 
 # ---- the folder -----------------------------------------------------------------------------------------------------

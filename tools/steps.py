@@ -30,7 +30,10 @@ class GroupedLinear(nn.Module):
 
 
 def grouped_network(members: list[nn.Module]) -> nn.Module:
-    """The members as channel groups of one network, as one writes it without decompk: (N, K·C, H, W) → (N, K·O)."""
+    """The members as channel groups of one network, as one writes it without decompk: (N, K·C, H, W) → (N, K·O).
+
+    Raises NotImplementedError on a layer with parameters that torch cannot group.
+    """
     net = copy.deepcopy(members[0])
     for path, leaf in list(net.named_modules()):
         leaves = [member.get_submodule(path) for member in members]
@@ -50,8 +53,10 @@ def grouped_network(members: list[nn.Module]) -> nn.Module:
         elif isinstance(leaf, nn.Linear):
             net.set_submodule(path, GroupedLinear(leaves))
             continue
-        else:
+        elif next(leaf.parameters(recurse=False), None) is None:
             continue
+        else:
+            raise NotImplementedError(f"torch groups no {type(leaf).__name__}")
         states = [one.state_dict() for one in leaves]
         wide.load_state_dict({k: torch.cat([s[k] for s in states]) if v.dim() else v for k, v in states[0].items()})
         net.set_submodule(path, wide)

@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import os
-import platform
 import statistics
 import sys
 import time
@@ -31,6 +29,7 @@ from journal import Journal
 
 import decompk
 from decompk import optim, train
+from decompk.kernels.cache import cores, processor
 from decompk.kernels.timer import in_turns, wall_seconds
 
 KEYS = ("case", "network", "how")
@@ -170,7 +169,7 @@ def main(argv: list[str] | None = None) -> int:
     device = torch.device("cuda" if gpu else "cpu")
     head = {
         "command": "python tools/train_speed.py --out FILE",
-        "device": torch.cuda.get_device_name() if gpu else f"{platform.machine()}, {os.cpu_count()} cores",
+        "device": torch.cuda.get_device_name() if gpu else f"CPU {processor().name}, {cores()} cores",
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "precision": "bf16" if gpu else "float32",

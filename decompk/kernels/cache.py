@@ -18,6 +18,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, NamedTuple
 
 LARGEST = 2**26  # bytes; no file of ours comes near it
 WAIT = 60.0  # seconds for a lock; a build takes ten
@@ -160,16 +161,64 @@ def lock(path: Path) -> Iterator[None]:
             os.close(descriptor)
 
 
+class Processor(NamedTuple):
+    """name: for people; able: all that it can do, as the system lists it; model: what decides how fast kernels run."""
+
+    name: str
+    able: str
+    model: tuple[str, ...]  # vendor, family, model and stepping, or what ARM calls them; then the vector units
+
+
+CPUINFO = Path("/proc/cpuinfo")
+IDENTITY = (  # the fields of CPUINFO that tell one generation from another
+    *("vendor_id", "cpu family", "model", "stepping"),
+    *("CPU implementer", "CPU architecture", "CPU variant", "CPU part", "CPU revision"),
+)
+VECTORS = re.compile(r"avx|amx|fma|f16c|vnni|neon|asimd|fphp|sve|sme(?!p)|bf16|i8mm|vfp")  # of a flag, how it begins
+
+
 @functools.cache
-def processor() -> tuple[str, str]:
-    """The processor's name and what it can do: machine code made for one need not run on another."""
+def processor() -> Processor:
+    """This machine's: code made for one need not run on another, and what is fast on one may be slow on another."""
     try:
-        lines = [line.partition(":") for line in Path("/proc/cpuinfo").read_text().splitlines()]
-        known = {key.strip(): value.strip() for key, _, value in lines}
+        return processor_of(CPUINFO.read_text())
     except OSError:
-        known = {}
-    able = [known.get(key, "") for key in ("flags", "Features", "CPU implementer", "CPU part")]  # the latter: of ARM
-    return known.get("model name") or platform.processor() or platform.machine(), " ".join(filter(None, able))
+        return processor_of("")
+
+
+def processor_of(text: str) -> Processor:
+    """The one of which /proc/cpuinfo says `text`; where that names none, what Python knows of the machine."""
+    found: dict[str, dict[str, None]] = {}
+    for line in text.splitlines():
+        key, _, value = line.partition(":")
+        found.setdefault(key.strip(), {})[value.strip()] = None
+    known = {key: " + ".join(values) for key, values in found.items()}  # cores may be of several kinds
+    flags = sorted(set(" ".join([*found.get("flags", ()), *found.get("Features", ())]).split()))
+    able = [known.get(key, "") for key in ("flags", "Features", "CPU implementer", "CPU part")]
+    identity = [f"{key} {known[key]}" for key in IDENTITY if key in known]
+    units = [flag for flag in flags if VECTORS.match(flag)]
+    name = _name(known, set(flags))
+    return Processor(name, " ".join(filter(None, able)), (*(identity or [name]), *units))
+
+
+def _name(known: dict[str, str], flags: set[str]) -> str:
+    """Such as "Intel Xeon, family 6 model 207 (AVX-512, AMX)": under one brand several generations are sold."""
+    name = re.sub(r"\((R|TM)\)|\bCPU\b|\bProcessor\b|@.*", "", known.get("model name", ""))
+    name = " ".join(name.split()) or ("ARM" if "CPU part" in known else platform.processor() or platform.machine())
+    if "cpu family" in known and "model" in known:
+        name += f", family {known['cpu family']} model {known['model']}"
+    elif "CPU part" in known:
+        name += f", implementer {known.get('CPU implementer', 'unknown')} part {known['CPU part']}"
+    x86 = "AVX-512" if "avx512f" in flags else "AVX2" if "avx2" in flags else ""
+    arm = "SVE" if "sve" in flags else "NEON" if flags & {"asimd", "neon"} else ""
+    units = ", ".join(filter(None, (x86, "AMX" if "amx_tile" in flags else "", arm)))
+    return f"{name} ({units})" if units else name
+
+
+def cores() -> int:
+    """How many cores this process may use."""
+    allowed: Any = getattr(os, "sched_getaffinity", None)  # of Linux alone
+    return len(allowed(0)) if allowed else os.cpu_count() or 1
 
 
 def slug(name: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 import os
 from collections.abc import Callable, Sequence
@@ -25,10 +26,15 @@ MARGIN = 0.95  # torch's operators are chosen where they take less than that sha
 
 
 def path() -> Path:
-    """The file of choices for this processor, this number of threads and this torch. It may be removed at any time."""
+    """The file of choices made under what decides how fast they are; it may be removed at any time.
+
+    That is the processor's generation and vector units, the cores that this process may use, torch's threads and torch.
+    """
     torch_version = torch.__version__.partition("+")[0]
-    processor = cache.slug(cache.processor()[0])
-    return cache.folder() / f"choices-{processor}-{torch.get_num_threads()}-threads-torch-{torch_version}.json"
+    processor, cores, threads = cache.processor(), cache.cores(), torch.get_num_threads()
+    digest = hashlib.sha256(repr((processor.model, cores, threads, torch_version)).encode()).hexdigest()[:8]
+    where = f"{cache.slug(processor.name)}-{threads}-threads-{cores}-cores"
+    return cache.folder() / f"choices-{where}-torch-{torch_version}-{digest}.json"
 
 
 def allowed() -> bool:

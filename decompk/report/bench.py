@@ -6,8 +6,8 @@ import json
 import math
 import os
 import statistics
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import geometric_mean
 from typing import Any
@@ -20,6 +20,7 @@ from .table import Column, Table, decimals
 PAPER_SECONDS = {1: 2723, 4: 1347, 8: 987, 16: 1277}  # Table 3.4, ResNet50 on one GPU: ten epochs of all K members
 PARTS = {  # of the bench, in the page's order
     "training": "training steps",
+    "ensembles": "training steps of ensembles",
     "K": "training steps by K",
     "batch": "training steps by batch",
     "recurrent": "recurrent training steps",
@@ -301,16 +302,53 @@ def _read(path: Path) -> Run:
     return run
 
 
+def side_by_side(runs: Sequence[Run], parts: Sequence[str] = ("training", "ensembles", "split")) -> Table:
+    """A row for every case of `parts` and the geometric mean of every part; three columns for every device.
+
+    A case that a device has run several times stands there as it came out last.
+    """
+    devices = list(dict.fromkeys(run.device for run in runs))
+    found: dict[tuple[str, str], dict[str, Standing]] = {}  # part and device → case → its outcome
+    for run in sorted(runs, key=lambda run: run.date):
+        for part in PARTS:
+            new = {standing.ours.case: standing for standing in standings(run.entries, part)}
+            found.setdefault((part, run.device), {}).update(new)
+    rows: list[list[Any]] = []
+    for part, title in PARTS.items():
+        on = [found[part, device] for device in devices]
+        if part in parts:
+            cases = list(dict.fromkeys(case for standings in on for case in standings))
+            rows += [[case, *(cell for standings in on for cell in _cells(standings.get(case)))] for case in cases]
+        means = [_mean(standings.values()) for standings in on]
+        if any(means):
+            rows.append([f"{title}: geometric mean", *(cell for mean in means for cell in (mean, None, None))])
+    names = [device.removeprefix("CPU ") for device in devices]
+    heads = (Column("peer ÷ ours"), Column("ours ms", MS), Column("best peer"))
+    columns = [replace(head, header=f"{name}:\n{head.header}") for name in names for head in heads]
+    return Table("decompk beside its fastest peer", [Column("case"), *columns], rows)
+
+
+def _cells(standing: Standing | None) -> tuple[str | None, float | None, str | None]:
+    if standing is None:
+        return None, None, None
+    return str(standing.ratio), standing.ours.ms, standing.peer.contestant
+
+
+def _mean(found: Collection[Standing]) -> str | None:
+    return f"{geometric_mean(s.ratio.median for s in found):.2f} of {len(found)}" if found else None
+
+
 # ---- the page -------------------------------------------------------------------------------------------------------
 
 INTRODUCTION = """# decompk beside its peers
 
 This page is written by `decompk bench-report`; nothing in it is typed by hand. All contestants of a case are timed in
 turns, in the same minutes, and only after their outputs and gradients were compared with those of the members alone in
-float64. A ratio is the median of the ratios of the rounds, with their quartiles; above 1 decompk is faster. "Ours" and
-"best peer" are the fastest of each side. "% of roof": the time in which the machine could move the compulsory bytes
-or compute the useful FLOPs, whichever takes longer, by the measured time; it may pass 100, as Winograd's convolutions
-multiply less than is counted, and a machine that is shared may have been slower when its roof was measured.
+float64. All are given their inputs ready: crops are cut, and laid out for each, before the clock runs. A ratio is the
+median of the ratios of the rounds, with their quartiles; above 1 decompk is faster. "Ours" and "best peer" are the
+fastest of each side. "% of roof": the time in which the machine could move the compulsory bytes or compute the useful
+FLOPs, whichever takes longer, by the measured time; it may pass 100, as Winograd's convolutions multiply less than is
+counted, and a machine that is shared may have been slower when its roof was measured.
 """
 
 
@@ -318,6 +356,8 @@ def write_page(runs: Sequence[Run], out: Path) -> list[Path]:
     """The page and its pictures beside it; returns their paths."""
     out.parent.mkdir(parents=True, exist_ok=True)
     text, written, names = [INTRODUCTION], [out], set()
+    if len({run.device for run in runs}) > 1:
+        text += ["## All devices\n", side_by_side(runs, [part for part in PARTS if part != "layers"]).to_markdown()]
     for run in runs:
         name = slug(run.device)
         while name in names:
@@ -331,7 +371,7 @@ def write_page(runs: Sequence[Run], out: Path) -> list[Path]:
             return f"![{alt}]({path.name})\n"
 
         text += [f"## {run.device}\n", run.made_with() + "\n", summary(run.entries).to_markdown()]
-        for part in ("training", "K", "batch", "recurrent", "composed", "split"):
+        for part in ("training", "ensembles", "K", "batch", "recurrent", "composed", "split"):
             if standings(run.entries, part):
                 text.append(peers(run.entries, part).to_markdown())
         if standings(run.entries, "training"):
@@ -358,8 +398,8 @@ def fill_readme(runs: Sequence[Run], readme: Path, page: Path) -> None:
     before, _, rest = text.partition(BEGIN)
     after = rest.partition(END)[2]
     link = os.path.relpath(page, readme.parent).replace(os.sep, "/")
-    blocks = [f"{summary(run.entries, ['training', 'split']).to_markdown()}\n{run.made_with()}\n" for run in runs]
-    block = "\n".join([*blocks, f"All cases, every peer, plots: [{link}]({link})."])
+    made = [f"- {run.made_with()}" for run in runs]
+    block = "\n".join([side_by_side(runs).to_markdown(), *made, "", f"All cases, every peer, plots: [{link}]({link})."])
     readme.write_text(f"{before}{BEGIN}\n{block}\n{END}{after}", encoding="utf-8")
 
 

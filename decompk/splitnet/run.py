@@ -116,7 +116,7 @@ class _Run:
 
     def _read(self) -> dict[str, Any]:
         fresh = {"settings": json.loads(json.dumps(dataclasses.asdict(self.settings))), "runs": {}}
-        made = {"torch": str(torch.__version__), "device": processor()[0], "threads": torch.get_num_threads()}
+        made = {"torch": str(torch.__version__), "device": processor().name, "threads": torch.get_num_threads()}
         fresh["made_with"] = made | {"processes": self.ranks.size}
         try:
             self.out.mkdir(parents=True, exist_ok=True)
