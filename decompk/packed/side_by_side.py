@@ -15,14 +15,14 @@ from ..kernels.layout import side_by_side
 from .fused_layer import unhooked
 from .fusion import read
 from .per_member import PerMember
-from .program import Program
+from .program import Edited
 from .side_graph import SideGraph
 from .side_layers import cut
 
 _DECIDES = ("inplace", "_twin_contiguous")  # attributes of a layer that the graph is made by
 
 
-class SideBySide(Program):
+class SideBySide(Edited):
     """`net` computed in the layout (N, K·C, H, W), channels_last, from its first convolution on as far as it goes.
 
     Convolutions, norms, pools and what works number by number keep the layout; so do additions, gates, concatenations,
@@ -76,5 +76,7 @@ class SideBySide(Program):
 def _noted(net: nn.Module, paths: Sequence[str]) -> list[tuple[dict[str, Any], str, nn.Module, list]]:
     """The layers at `paths` and the modules around them: where each is held, by which name, and what decides."""
     around = {".".join(path.split(".")[: i + 1]) for path in paths for i in range(path.count(".") + 1)}
-    places = [(net.get_submodule(parent)._modules, name) for parent, _, name in (p.rpartition(".") for p in sorted(around))]
+    places = [
+        (net.get_submodule(parent)._modules, name) for parent, _, name in (p.rpartition(".") for p in sorted(around))
+    ]
     return [(store, name, m, list(map(vars(m).get, _DECIDES))) for store, name in places if (m := store[name])]

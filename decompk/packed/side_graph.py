@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import fx, nn
 from torch.fx.node import map_arg
 
@@ -27,8 +26,8 @@ class _Value:
 
     forms: layout → node of the new graph. "side": (N, K·C, H, W); "shared": (N, C, H, W), the same for all members;
     "rows": (K·N, …), or what is no activation; "parts": a tuple of what lies side by side; "split": (N, H, W, K, a, b).
-    contiguous: whether its rows are channels first. number: whether it is made of sizes alone. family: the values that may share its memory; nodes: of the old
-    graph. of: the value that was split.
+    contiguous: whether its rows are channels first. number: whether it is made of sizes alone. of: the value that was
+    split. nodes: of the old graph. family: the values that may share its memory.
     """
 
     forms: dict[str, fx.Node]
@@ -136,7 +135,8 @@ class SideGraph:
         if _writes(node, self._modules.get(node)):
             for one in tensors:
                 self._written(one, node, "rows", one.forms["rows"])
-        value.join(tensors)
+        if not _is_fresh(node, self._modules.get(node)):
+            value.join(tensors)
         return value
 
     def _kept(self, node: fx.Node) -> _Value | None:
@@ -243,9 +243,7 @@ class SideGraph:
         alone = held[0] is None or held[1] is None or held[0].number or held[1].number
         if alone or (left and right and "shared" in left.forms and "shared" in right.forms):
             form = "shared" if all(v is None or "shared" in v.forms for v in values) else "side"
-            made = self.new.node_copy(
-                node, lambda arg: v.forms[form] if (v := self._value(arg)) else self._rows(arg)
-            )
+            made = self.new.node_copy(node, lambda arg: v.forms[form] if (v := self._value(arg)) else self._rows(arg))
         else:
             form = "side"
             if name.endswith("_") and left is None:
@@ -364,7 +362,9 @@ class SideGraph:
     def _parted(self, node: fx.Node, x: _Value) -> _Value | None:
         """chunk or split along channels."""
         name = _name(node)
-        count = _argument(node, 1, {"chunk": "chunks", "split": "split_size"}[name], node.kwargs.get("split_size_or_sections"))
+        count = _argument(
+            node, 1, {"chunk": "chunks", "split": "split_size"}[name], node.kwargs.get("split_size_or_sections")
+        )
         if _argument(node, 2, "dim", 0) not in (1, -3) or count is None:
             return None
         made = self._call(getattr(side_layers, name), self._side(x), self._K, map_arg(count, self._rows))
@@ -463,11 +463,25 @@ def _writes(node: fx.Node, module: nn.Module | None) -> bool:
     return in_place or "out" in node.kwargs or node.kwargs.get("inplace", False) is not False
 
 
+def _is_fresh(node: fx.Node, module: nn.Module | None) -> bool:
+    """Whether what it gives is known to have memory of its own."""
+    if _writes(node, module):
+        return False
+    if node.op == "call_module":
+        return isinstance(module, (Twin, *_ACTIVATIONS, *_OVER_PIXELS))
+    return _is_torchs(node) and (_name(node) in _EACH | _COMBINES.keys() | _REDUCES | _CONCATENATES | {"softmax"})
+
+
 _COMBINES = {
     **{name: name for name in ("add", "sub", "mul", "div", "maximum", "minimum", "pow")},
-    **{"subtract": "sub", "multiply": "mul", "divide": "div", "truediv": "div", "true_divide": "div"},
+    "subtract": "sub",
+    "multiply": "mul",
+    "divide": "div",
+    "truediv": "div",
+    "true_divide": "div",
 }
 _CONCATENATES = {"cat", "concat", "concatenate"}
+_REDUCES = {"mean", "sum", "amax", "amin"}
 _VIEWS = {"flatten", "view", "reshape"}
 _DRAWING = {"dropout", "dropout2d", "alpha_dropout", "feature_alpha_dropout", "stochastic_depth"}
 _PLAIN = {
@@ -484,15 +498,15 @@ _EACH = {
 _HANDLERS: dict[str, Callable[[SideGraph, fx.Node, _Value], _Value | None]] = {
     "size": SideGraph._size,
     "getattr": SideGraph._attribute,
-    **{name: SideGraph._asked for name in ("dim", "ndimension", "is_floating_point", "get_device")},
-    **{name: SideGraph._reduced for name in ("mean", "sum", "amax", "amin")},
+    **dict.fromkeys(("dim", "ndimension", "is_floating_point", "get_device"), SideGraph._asked),
+    **dict.fromkeys(_REDUCES, SideGraph._reduced),
     "pad": SideGraph._padded,
     "getitem": SideGraph._indexed,
-    **{name: SideGraph._parted for name in ("chunk", "split")},
+    **dict.fromkeys(("chunk", "split"), SideGraph._parted),
     "contiguous": SideGraph._laid_out,
     "detach": SideGraph._detached,
     "channel_shuffle": SideGraph._shuffled,
-    **{name: SideGraph._viewed for name in ("view", "reshape")},
+    **dict.fromkeys(("view", "reshape"), SideGraph._viewed),
 }
 _ACTIVATIONS = (
     *(nn.ReLU, nn.ReLU6, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU, nn.Mish, nn.LeakyReLU, nn.Hardtanh, nn.Hardswish),
