@@ -162,8 +162,10 @@ def test_every_schedule_computes_what_all_members_together_compute(name, shared)
     packed(x)
     wanted = step(packed, x, "together")
     assert any(g is not None and g.any() for g in wanted[1].values())
+    without_images = name in ("mlp", "dict")
     for other in OTHERS:
-        assert_same_step(step(packed, x, other), wanted)
+        if not (without_images and other == "side by side"):
+            assert_same_step(step(packed, x, other), wanted)
 
 
 @pytest.mark.parametrize("schedule", APART)

@@ -50,8 +50,8 @@ class SideBySide(Edited):
         """Why a call with x cannot run so, in one sentence, or None."""
         if torch.compiler.is_compiling():
             return "it is compiled"
-        if x.device.type != "cpu" or x.dtype is not torch.float32 or torch.is_autocast_enabled("cpu"):
-            return "it is for float32 on a CPU, without autocast"
+        if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.float64) or torch.is_autocast_enabled("cpu"):
+            return "it is for float32 and float64 on a CPU, without autocast"
         if forced.get() not in (None, "torch"):
             return f"backend '{forced.get()}' is asked for"
         if x.dim() != 5 - shared:

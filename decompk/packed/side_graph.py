@@ -127,15 +127,19 @@ class SideGraph:
 
     def _in_rows(self, node: fx.Node) -> _Value:
         """As the network's own code does it."""
-        flat = _name(node) in _VIEWS or type(self._modules.get(node)) is nn.Flatten
-        made = self.new.node_copy(node, lambda arg: self._rows(arg, flat))
-        read = dict.fromkeys(self._values[arg] for arg in node.all_input_nodes)
-        value = _Value({"rows": made}, number=bool(read) and all(one.number for one in read))
+        module = self._modules.get(node)
+        flat = _name(node) in _VIEWS or type(module) is nn.Flatten
+        read = {self._values[arg]: self._rows(arg, flat) for arg in node.all_input_nodes}
         tensors = [one for one in read if not one.number]
-        if _writes(node, self._modules.get(node)):
-            for one in tensors:
-                self._written(one, node, "rows", one.forms["rows"])
-        if not _is_fresh(node, self._modules.get(node)):
+        writes, torchs = _writes(node, module), module is None and _is_torchs(node)
+        sides = {one: one.forms["side"] for one in tensors if writes and not torchs and "side" in one.forms}
+        versions = {one: self._call(side_layers.version, read[one]) for one in sides}
+        value = _Value({"rows": self.new.node_copy(node, self._rows)}, number=bool(read) and not tensors)
+        for one in tensors if writes else ():
+            self._written(one, node, "rows", read[one])
+        for one, side in sides.items():  # other code mostly only reads
+            one.forms["side"] = self._call(side_layers.as_written, side, read[one], versions[one], self._K)
+        if not _is_fresh(node, module):
             value.join(tensors)
         return value
 
@@ -520,12 +524,13 @@ _OVER_PIXELS = (
 )
 _LAYERS: dict[type, Callable | None] = {  # None: the layer itself runs, side by side
     nn.Identity: None,
-    **dict.fromkeys((*_ACTIVATIONS, *_OVER_PIXELS, nn.InstanceNorm2d)),
+    **dict.fromkeys((*_ACTIVATIONS, *_OVER_PIXELS)),
     **dict.fromkeys((nn.Dropout, nn.Dropout2d, nn.AlphaDropout, nn.FeatureAlphaDropout), side_layers.dropout),
     PackedConv2d: side_layers.convolve,
     PackedConvTranspose2d: side_layers.convolve_transposed,
     PackedBatchNorm2d: side_layers.batch_norm,
     PackedInstanceNorm2d: side_layers.instance_norm,
+    nn.InstanceNorm2d: side_layers.instance_norm,
     PackedGroupNorm: side_layers.group_norm,
     nn.GroupNorm: side_layers.group_norm,
     PackedPReLU: side_layers.prelu,

@@ -46,6 +46,16 @@ def repeated_rows(x: Tensor, K: int) -> Tensor:
     return torch.cat([x] * K)
 
 
+def version(x: Tensor) -> int | None:
+    """It grows with what is written into x; None where nobody counts."""
+    return None if x.is_inference() else x._version
+
+
+def as_written(x: Tensor, rows: Tensor, before: int | None, K: int) -> Tensor:
+    """x, which was copied into rows, of which `before` was the version; or what was written into them since."""
+    return x if before is not None and rows._version == before else channel_grouped(rows, K)
+
+
 def shape_of_rows(x: Tensor, K: int, shared: bool) -> torch.Size:
     N, C, *spatial = x.shape
     return torch.Size((K * N, C if shared else C // K, *spatial))
@@ -104,13 +114,14 @@ def batch_norm(x: Tensor, norm: PackedBatchNorm2d, K: int) -> Tensor:
     return F.batch_norm(x, *vectors, by_batch, momentum, norm.eps)
 
 
-def instance_norm(x: Tensor, norm: PackedInstanceNorm2d, K: int) -> Tensor:
+def instance_norm(x: Tensor, norm: PackedInstanceNorm2d | nn.InstanceNorm2d, K: int) -> Tensor:
     mean, var = norm.running_mean, norm.running_var
     if not all(t is None or t.is_contiguous() for t in (mean, var)):
         return channel_grouped(norm.forward(member_major(x, K)), K)
     by_instance = norm.training or not norm.track_running_stats
     vectors = map(_flat, (mean, var, norm.weight, norm.bias))
-    return F.instance_norm(x, *vectors, by_instance, 0.0 if norm.momentum is None else norm.momentum, norm.eps)
+    y = F.instance_norm(x, *vectors, by_instance, 0.0 if norm.momentum is None else norm.momentum, norm.eps)
+    return y.contiguous(memory_format=torch.channels_last)
 
 
 def group_norm(x: Tensor, norm: PackedGroupNorm | nn.GroupNorm, K: int) -> Tensor:
