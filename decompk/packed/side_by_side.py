@@ -31,6 +31,7 @@ class SideBySide(Edited):
     nothing would lie side by side.
     """
 
+    _crops: Sequence[Part] | None
     _layers: dict[bool, list[tuple[dict[str, Any], str, nn.Module, list]]]
 
     def __init__(self, net: nn.Module, K: int, crops: Sequence[Part] | None):
@@ -66,11 +67,13 @@ class SideBySide(Edited):
             for store, name, layer, noted in layers
         )
 
-    def forward(self, x: Tensor, shared: bool) -> Any:
+    def forward(self, x: Tensor, shared: bool = True) -> Any:
         """What `net` gives for the rows (K·N, …) of x: (N, C, H, W) that all members share, or (K, N, C, H, W)."""
-        cuts = shared and self._crops
-        start = cut(x, self._crops) if cuts else x if shared else side_by_side(x)
-        return self._code[self._inner.training, shared and not cuts](self._inner, start)
+        mode = self._inner.training
+        if shared and not self._crops:
+            return self._code[mode, True](self._inner, x)
+        beside = cut(x, self._crops) if shared and self._crops else side_by_side(x)
+        return self._code[mode, False](self._inner, beside)
 
 
 def _noted(net: nn.Module, paths: Sequence[str]) -> list[tuple[dict[str, Any], str, nn.Module, list]]:

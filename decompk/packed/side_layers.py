@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..crops import Crop
+from ..crops import Part
 from ..errors import PackError
 from ..kernels.torch_limits import as_torch_can
 from .conv import PackedConv2d, PackedConvTranspose2d
@@ -20,7 +20,7 @@ from .twin import channel_grouped, member_major
 # ---- into the layout, and out of it ---------------------------------------------------------------------------------
 
 
-def cut(x: Tensor, crops: Sequence[Crop]) -> Tensor:
+def cut(x: Tensor, crops: Sequence[Part]) -> Tensor:
     """The image (N, C, *spatial) that all members share → their crops."""
     return torch.cat([crop.cut(x) for crop in crops], 1).contiguous(memory_format=torch.channels_last)
 
@@ -110,8 +110,8 @@ def batch_norm(x: Tensor, norm: PackedBatchNorm2d, K: int) -> Tensor:
     if norm.training and not norm.track_running_stats:
         mean = var = None
     momentum = 0.0 if norm.momentum is None else norm.momentum
-    vectors = map(_flat, (mean, var, norm.weight, norm.bias))
-    return F.batch_norm(x, *vectors, by_batch, momentum, norm.eps)
+    mean, var, weight, bias = map(_flat, (mean, var, norm.weight, norm.bias))
+    return F.batch_norm(x, mean, var, weight, bias, by_batch, momentum, norm.eps)
 
 
 def instance_norm(x: Tensor, norm: PackedInstanceNorm2d | nn.InstanceNorm2d, K: int) -> Tensor:
@@ -119,8 +119,9 @@ def instance_norm(x: Tensor, norm: PackedInstanceNorm2d | nn.InstanceNorm2d, K: 
     if not all(t is None or t.is_contiguous() for t in (mean, var)):
         return channel_grouped(norm.forward(member_major(x, K)), K)
     by_instance = norm.training or not norm.track_running_stats
-    vectors = map(_flat, (mean, var, norm.weight, norm.bias))
-    y = F.instance_norm(x, *vectors, by_instance, 0.0 if norm.momentum is None else norm.momentum, norm.eps)
+    momentum = 0.0 if norm.momentum is None else norm.momentum
+    mean, var, weight, bias = map(_flat, (mean, var, norm.weight, norm.bias))
+    y = F.instance_norm(x, mean, var, weight, bias, by_instance, momentum, norm.eps)
     return y.contiguous(memory_format=torch.channels_last)
 
 
