@@ -1,9 +1,11 @@
 """Schedules of a packed network: whichever runs, outputs, gradients and statistics are those of the first."""
 
+import contextlib
 import copy
 import os
 import pickle
 import threading
+import timeit
 
 import pytest
 import torch
@@ -11,10 +13,13 @@ import torch.nn.functional as F
 from helpers import assert_packed_equals_separate, members_of
 from nets import conv
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import decompk
 from decompk import BackendError, DecompkError
-from decompk.packed import on_threads
+from decompk.kernels import measure
+from decompk.packed import choice, on_threads
+from decompk.packed import schedule as schedules
 from decompk.packed.per_member import PerMember
 from decompk.packed.schedule import SCHEDULES
 
@@ -491,3 +496,170 @@ def test_workers_compute_on_one_thread_each_and_leave_the_caller_its_own():
         == [(1, "decompk")] * 2
     )
     assert torch.get_num_threads() == threads
+
+
+# ---- the choice -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def measures(monkeypatch, tmp_path):
+    """Measuring is allowed, into a cache of its own; a list of what was measured, by times that the test gives."""
+    monkeypatch.setenv("DECOMPK_MEASURE", "1")
+    monkeypatch.setattr(measure, "path", lambda: tmp_path / "choices.json")
+    measured = []
+    times = {"together": 3.0, "fused": 2.5, "side by side": 2.2, "in turn": 1.0, "on threads": 2.0}
+
+    def time_each(call, schedules):
+        measured.append([one.name for one in schedules])
+        return {one.name: times[one.name] for one in schedules if len(schedules) > 1}
+
+    monkeypatch.setattr(schedules, "time_each", time_each)
+    return measured
+
+
+def floats(make, K=3):
+    return decompk.pack([member.float() for member in members_of(make, K)], input_dims=4)
+
+
+def runs(monkeypatch):
+    """Receives the name of each schedule that runs."""
+    found = []
+    for one in SCHEDULES.values():
+        run = type(one).run
+        monkeypatch.setattr(type(one), "run", lambda self, call, run=run: found.append(self.name) or run(self, call))
+    return found
+
+
+def test_the_third_call_of_a_kind_measures_and_the_fastest_runs_from_then_on(measures, monkeypatch):
+    found, packed = runs(monkeypatch), floats(LeNet)
+    x = image(4).float()
+    out = [packed(x) for _ in range(5)]
+    assert measures == [["together", "fused", "side by side", "in turn", "on threads"]]
+    assert found == ["together"] * 2 + ["in turn"] * 3
+    assert all(torch.allclose(one, out[0], atol=1e-5) for one in out)
+    kind = f"train, gradients, shared 3×8×8 float32, {torch.get_num_threads()} threads, batch 4"
+    assert packed.schedules == {kind: "in turn"}
+
+    packed(image(6).float())  # another size: as the nearest one, until it is measured itself
+    assert found[-1] == "in turn" and len(measures) == 1
+    with torch.no_grad():
+        packed.eval()(x)
+    assert found[-1] == "together" and len(measures) == 1
+
+    again = floats(LeNet)  # the same structure, as another process would have it
+    again(x)
+    assert found[-1] == "in turn" and len(measures) == 1 and again.schedules == packed.schedules
+
+
+def test_a_network_keeps_what_was_chosen_and_takes_what_it_is_given(measures, monkeypatch, tmp_path):
+    found, packed = runs(monkeypatch), floats(LeNet)
+    x = image(4).float()
+    for _ in range(3):
+        packed(x)
+    chosen = packed.schedules
+    (tmp_path / "choices.json").unlink()
+    for other in (copy.deepcopy(packed), pickle.loads(pickle.dumps(packed)), floats(LeNet)):
+        other.schedules = chosen
+        other(x)
+        assert found[-1] == "in turn"
+    packed.schedules = dict.fromkeys(chosen, "fused")
+    packed(x)
+    assert found[-1] == "fused" and len(measures) == 1
+    with pytest.raises(BackendError, match="no schedule 'sideways'"):
+        packed.schedules = {"train": "sideways"}
+
+
+@pytest.mark.parametrize(
+    "why", ["DECOMPK_MEASURE", "deterministic", "float64", "hooks", "a backend", "saved tensors", "a watching mode"]
+)
+def test_nothing_is_measured_where_that_must_not_be(why, measures, monkeypatch):
+    packed, x = floats(LeNet), image(4).float()
+    with contextlib.ExitStack() as stack:
+        if why == "DECOMPK_MEASURE":
+            monkeypatch.setenv("DECOMPK_MEASURE", "0")
+        elif why == "deterministic":
+            torch.use_deterministic_algorithms(True)
+            stack.callback(torch.use_deterministic_algorithms, False)
+        elif why == "float64":
+            packed, x = packed.double(), x.double()
+        elif why == "hooks":
+            packed.a.register_forward_hook(lambda *_: None)
+        elif why == "a backend":
+            stack.enter_context(decompk.backend("torch"))
+        elif why == "saved tensors":
+            stack.enter_context(torch.autograd.graph.save_on_cpu())
+        else:
+            stack.enter_context(FlopCounterMode(display=False))
+        for _ in range(4):
+            packed(x)
+    assert measures in ([], [["together", "fused"]]) and "in turn" not in packed.schedules.values()
+
+
+def test_a_network_that_draws_is_measured_by_layers_alone(measures):
+    packed = floats(lambda: nn.Sequential(mlp(), nn.Dropout(0.5)))
+    for _ in range(3):
+        packed(image(4).float())
+    assert measures == [["together", "fused"]]
+
+
+def test_a_schedule_that_became_impossible_is_left(measures, monkeypatch):
+    found, packed, x = runs(monkeypatch), floats(LeNet), image(4).float()
+    for _ in range(3):
+        packed(x)
+    shapes = []
+    packed.a.register_forward_hook(lambda m, i, o: shapes.append(o.shape[0]))
+    packed(x)
+    assert found[-2:] == ["in turn", "together"] and shapes == [12]
+
+
+def test_layers_together_win_what_is_nearly_a_tie():
+    assert choice.best_of({"together": 1.0, "in turn": 0.98}) == "together"
+    assert choice.best_of({"together": 1.0, "in turn": 0.93, "fused": 0.97}) == "in turn"
+    assert choice.best_of({"together": 1.0, "fused": 0.99}) == "fused"
+
+
+def test_a_measurement_is_seen_by_nobody(monkeypatch):
+    packed, x = floats(Residual), image(4).float().requires_grad_()
+    packed.fc.weight.register_hook(lambda g: pytest.fail("a hook ran"))
+    x.register_hook(lambda g: pytest.fail("a hook ran"))
+    packed(x)
+    before = {name: t.clone() for name, t in packed.state_dict().items()}
+    random = torch.get_rng_state()
+    times = choice.time_each(packed._call(x), list(SCHEDULES.values()))
+    assert times.keys() == SCHEDULES.keys() and all(ms > 0 for ms in times.values())
+    assert all(torch.equal(before[name], t) for name, t in packed.state_dict().items())
+    assert all(t.grad is None for t in (x, *packed.parameters())) and torch.equal(torch.get_rng_state(), random)
+
+
+def test_explain_says_what_was_measured(measures, capsys):
+    packed, x = floats(LeNet), image(4).float()
+    decompk.explain(packed, x)
+    assert "schedule: together (not measured: it is at the third call of a kind)" in capsys.readouterr().out
+    for _ in range(3):
+        packed(x)
+    decompk.explain(packed, x)
+    wanted = "schedule: in turn (measured here, ms: in turn 1, on threads 2, side by side 2.2, fused 2.5, together 3)"
+    assert wanted in " ".join(capsys.readouterr().out.split())
+    with decompk.schedule("fused"):
+        decompk.explain(packed, x)
+    assert "schedule: fused (asked for by name)" in capsys.readouterr().out
+
+
+def test_settling_measures_now_and_nothing_later(measures, monkeypatch):
+    found, packed = runs(monkeypatch), floats(LeNet)
+    schedules.settle(packed, image(4).float())
+    assert measures == [["together", "fused", "side by side", "in turn", "on threads"], ["in turn"]] and not found
+    for _ in range(4):
+        packed(image(3).float())
+        with torch.no_grad():
+            packed(image(4).float())
+    assert set(found[::2]) == {"in turn"} and set(found[1::2]) == {"together"} and len(measures) == 2
+
+
+def test_a_call_pays_little_for_the_choice():
+    packed, x = floats(LeNet), image(4).float()
+    packed(x)
+    call = packed._call(x)
+    chosen = packed._plans.chosen
+    seconds = min(timeit.repeat(lambda: chosen(call), number=100, repeat=20)) / 100
+    assert seconds < 20e-6

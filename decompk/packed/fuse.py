@@ -10,7 +10,6 @@ from ..errors import DecompkError, UnsupportedOperation
 from .kinds import Kinds
 from .pack import Packed
 from .program import Program
-from .schedule import Plans
 from .surgery import Changes
 from .twin import Twin
 
@@ -67,7 +66,9 @@ class Fused(Packed):
 
     def _change(self, changes: Changes) -> None:
         self._original._change(changes)
-        vars(self).update(_inner=self._original._inner, _plans=Plans())
+        vars(self).update(_inner=self._original._inner)
+        if changes.whole or changes.contiguous:
+            self._plans.forget()
         if changes.whole:
             vars(self)["_kinds"] = Kinds(self._original._kinds.switches)
             try:

@@ -26,7 +26,7 @@ from .kinds import Kinds, kind_of, switches_of
 from .per_member import PerMember, description
 from .rehearsal import Rehearsal, Way
 from .roles import Unknown, find_roles_apart
-from .schedule import Plans, refuse_forced, run
+from .schedule import Plans, check_schedule, refuse_forced, run
 from .stack import laid_out
 from .surgery import Changes, apart_for_once, member_alone, without_insides
 from .trial import SAME, Role, Rows, Trial
@@ -39,7 +39,13 @@ if TYPE_CHECKING:
     from .program import Program
 
 _NOT_USERS = (os.path.dirname(torch.__file__) + os.sep, os.path.dirname(os.path.dirname(__file__)) + os.sep)
-_PUBLIC = {"K": "_K", "crops": "_crops", "input_dims": "_input_dims", "decomposition": "_decomposition"}
+_PUBLIC = {
+    "K": "_K",
+    "crops": "_crops",
+    "input_dims": "_input_dims",
+    "decomposition": "_decomposition",
+    "schedules": "_schedules",
+}
 _ABSENT: Any = object()  # as a parameter of its own, x is what exports and traces ask for
 
 
@@ -63,6 +69,7 @@ class Packed(Shell):
     crops: tuple[Part, ...] | Any  # None where members see the whole input
     input_dims: int | None
     decomposition: Decomposition | Any  # None unless grouped_subnets packed them
+    schedules: dict[str, str]  # by which schedule each kind of call runs, in words, as far as that was found out
     _inner: Any
     _kinds: Kinds
     _plans: Plans
@@ -81,7 +88,8 @@ class Packed(Shell):
         """input_dims: of one member's batch; `told` by the user, else what the first layer takes."""
         super().__init__(net)
         vars(self).update(_K=K, _crops=crops, _input_dims=input_dims, _decomposition=None, _told=told)
-        vars(self).update(_ways={}, _tried={}, _shared=shared, _rehearse=rehearse, _plans=Plans())
+        vars(self).update(_ways={}, _tried={}, _shared=shared, _rehearse=rehearse)
+        vars(self).update(_schedules={}, _plans=Plans())
         vars(self)["_kinds"] = Kinds(switches_of(net))
         for store in (net._modules, net._parameters, net._buffers):  # a network's own names win over our methods'
             vars(self).update({name: value for name, value in store.items() if hasattr(type(self), name)})
@@ -97,7 +105,7 @@ class Packed(Shell):
             if inner is not None and not name.startswith("_") and name in vars(inner):
                 return vars(inner)[name]
             if private in vars(self):
-                return vars(self)[private]
+                return dict(self._schedules) if name == "schedules" else vars(self)[private]
             if callable(getattr(type(inner), name, None)):
                 raise AttributeError(
                     f"a packed module runs {type(inner).__name__}.forward, not {name}: call {name} in a forward, or of "
@@ -124,6 +132,11 @@ class Packed(Shell):
             super().__setattr__(name, value)
         elif name in vars(inner) and name != "training":  # what the network's code reads
             vars(inner)[name] = value
+        elif name == "schedules":
+            for schedule in value.values():
+                check_schedule(schedule)
+            vars(self)["_schedules"] = dict(value)
+            self._plans.forget()
         elif name in _PUBLIC:
             vars(self).update({_PUBLIC[name]: value, **({"_told": True} if name == "input_dims" else {})})
         else:
@@ -138,20 +151,26 @@ class Packed(Shell):
                 return self._called(x, *args, **kwargs)
             except Exception:  # whatever members raise: a batch that they do not take shall not lay the crops for good
                 if lays:
-                    vars(self).update(_crops=(), _plans=Plans())
+                    vars(self)["_crops"] = ()
+                    self._plans.forget()
                     self._decomposition.lift_crops()
                 raise
 
     def _called(self, x: Any = _ABSENT, /, *args: Any, **kwargs: Any) -> Any:
         if args or kwargs or not isinstance(x, Tensor) or not x.dim():
             return self._forward_any(args if x is _ABSENT else (x, *args), kwargs)
+        call = self._call(x)
+        if torch.compiler.is_compiling():
+            return self._together(x, call.shared, call.N, call.way)
+        return run(call)
+
+    def _call(self, x: Tensor) -> Call:
+        """A call with x, and how its kind runs."""
         shared = self._is_shared(x, (x,))
         N = x.shape[0] if shared else x.shape[1]
         kind = self._in_full((self.training, shared, x.dim()), N)
         way = self._ways.get(kind) or self._way(kind, (x,), {}, [x], shared, N)
-        if torch.compiler.is_compiling():
-            return self._together(x, shared, N, way)
-        return run(Call(self, x, shared, N, way))
+        return Call(self, x, shared, N, way)
 
     def _together(self, x: Tensor, shared: bool, N: int, way: Way, program: Program | None = None) -> Any:
         """What all members return together for x, layer after layer, or by their fused graphs."""
@@ -368,7 +387,9 @@ class Packed(Shell):
 
     def _change(self, changes: Changes) -> None:
         """Let the network run as a rehearsal found that it must."""
-        vars(self).update(_inner=changes.applied(self._inner, self._K), _plans=Plans())
+        vars(self)["_inner"] = changes.applied(self._inner, self._K)
+        if changes.whole or changes.contiguous:
+            self._plans.forget()
         if changes.whole:
             vars(self)["_kinds"] = Kinds(switches_of(self._inner))
         for path, reason in changes.whole.items():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -15,9 +16,13 @@ from torch.overrides import _len_torch_function_stack
 
 from ..errors import BackendError, DecompkError, UnsupportedOperation, brief
 from ..fx.pytree import tree_map
+from ..kernels import measure
+from ..kernels.backend import EXACT
 from ..kernels.backend import forced as forced_backend
 from ..kernels.call import watched
+from ..threads import one_at_a_time
 from .apart import Call, Standing
+from .choice import best_of, kind_of, nearest, structure_of, time_each
 from .on_threads import OnThreads
 from .per_member import PerMember
 from .program import Program
@@ -150,12 +155,15 @@ def why_together(call: Call) -> str | None:
 
 
 def run(call: Call) -> Any:
-    """What the packed network returns for `call`, by the schedule in force."""
+    """What the packed network returns for `call`, by the schedule in force: asked for, or the fastest known."""
     name = forced.get()
-    if name is None or name == TOGETHER.name:
-        return TOGETHER.run(call)
+    if name is None:
+        chosen = call.packed._plans.chosen(call)
+        if chosen is TOGETHER or why_together(call) or chosen.why_not(call):
+            return TOGETHER.run(call)
+        return chosen.run(call)
     chosen = SCHEDULES[name]
-    if reason := why_together(call) or chosen.why_not(call):
+    if reason := chosen is not TOGETHER and (why_together(call) or chosen.why_not(call)):
         refuse_forced(reason)
     return chosen.run(call)
 
@@ -166,13 +174,123 @@ def refuse_forced(reason: str) -> None:
         raise DecompkError(f"schedule '{name}' cannot run this call: {reason}.")
 
 
+def settle(packed: Packed, *batches: Tensor) -> None:
+    """Choose now, in the modes in force, the schedule of calls with each of these batches, and measure nothing later.
+
+    Other kinds of calls run as the nearest number of samples does, or together. The network is rehearsed, and its
+    kernels are compiled; weights, gradients, buffers and random numbers are as before. Where nothing may be measured
+    (DECOMPK_MEASURE=0, deterministic algorithms) what is known is kept to.
+    """
+    for x in batches:
+        call = packed._call(x)
+        plan = packed._plans.settled(call)
+        time_each(call, [plan.schedule])
+    packed._plans.closed = True
+
+
+def described(packed: Packed, x: Tensor) -> str:
+    """The schedule of a call with x in the modes in force, and why it is that."""
+    if name := forced.get():
+        return f"schedule: {name} (asked for by name)"
+    shared = packed._is_shared(x, (x,))
+    kind = kind_of(packed, x, shared, x.shape[0 if shared else 1])
+    times = packed._plans.times(packed, kind)
+    name = packed._schedules.get(kind) or (best_of(times) if times else None)
+    if name is None:
+        later = "it is at the third call of a kind" if measure.allowed() else "DECOMPK_MEASURE=0"
+        return f"schedule: {packed._plans.plan(packed, kind).schedule.name} (not measured: {later})"
+    if not times:
+        return f"schedule: {name} (as it was chosen before)"
+    shown = ", ".join(f"{one} {times[one]:.3g}" for one in sorted(times, key=times.__getitem__))
+    return f"schedule: {name} (measured here, ms: {shown})"
+
+
+@dataclass
+class Plan:
+    """How one kind of call runs; the next measurement is at call number `due`, never where it is settled (0)."""
+
+    kind: str
+    schedule: Schedule
+    due: int
+    calls: int = 0
+
+
 class Plans:
-    """What one packed network knows of its schedules; a copy of the network finds out anew."""
+    """What one packed network knows of its schedules; a copy of the network finds out anew what is not recorded."""
 
     def __init__(self) -> None:
+        self.closed = False  # nothing more is measured
+        self.forget()
+
+    def forget(self) -> None:
+        """The network has changed, or what is recorded in it."""
+        self._table: dict[Any, Plan] = {}
         self._standings: list[Standing] = []
         self._program: Program | str | None = None
         self._side_by_side: SideBySide | str | None = None
+        self._structure = ""
+
+    def chosen(self, call: Call) -> Schedule:
+        """The schedule of a call; at the third call of a kind the fastest is measured."""
+        packed, x = call.packed, call.x
+        if call.way.apart or x.device.type != "cpu" or type(x) is not Tensor or x.dtype in EXACT:
+            return TOGETHER
+        autocast = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
+        modes = packed._inner.training, torch.is_grad_enabled(), x.requires_grad, torch.get_num_threads()
+        key = (x.shape, call.shared, x.dtype, autocast, modes)
+        plan = self._table.get(key)
+        if plan is None:
+            plan = self._table[key] = self.plan(packed, kind_of(packed, x, call.shared, call.N))
+        if plan.due:
+            plan.calls += 1
+            if plan.calls >= plan.due and not self.closed and measure.allowed() and not self._measured(plan, call):
+                plan.due *= 2
+        return plan.schedule
+
+    def settled(self, call: Call) -> Plan:
+        """The plan of a call, measured now where that may be."""
+        plan = self.plan(call.packed, kind_of(call.packed, call.x, call.shared, call.N))
+        if plan.due and measure.allowed():
+            self._measured(plan, call)
+        return plan
+
+    def plan(self, packed: Packed, kind: str) -> Plan:
+        """What is known of a kind: recorded in the network, measured before, or that of the nearest size."""
+        if kind in packed._schedules:
+            return Plan(kind, SCHEDULES[packed._schedules[kind]], 0)
+        if times := self.times(packed, kind):
+            packed._schedules[kind] = best_of(times)
+            return Plan(kind, SCHEDULES[packed._schedules[kind]], 0)
+        name = TOGETHER.name
+        prefix = self._key(packed, "")
+        if other := nearest(kind, packed._schedules):
+            name = packed._schedules[other]
+        elif other := nearest(prefix + kind, measure.entries(measure.path())):
+            name = best_of(self.times(packed, other.removeprefix(prefix)))
+        return Plan(kind, SCHEDULES[name], CALLS)
+
+    def times(self, packed: Packed, kind: str) -> dict[str, float]:
+        """Schedule → milliseconds, as measured on this machine."""
+        times = measure.times_of(measure.path(), self._key(packed, kind))
+        return {name: ms for name, ms in times.items() if name in SCHEDULES}
+
+    def _measured(self, plan: Plan, call: Call) -> bool:
+        """Whether the fastest schedule of this kind could be measured."""
+        if why_together(call) or call.x.dtype in EXACT or torch.are_deterministic_algorithms_enabled():
+            return False
+        offered = [one for one in SCHEDULES.values() if one.why_not(call) is None]
+        if len(offered) == 1:
+            return False
+        with one_at_a_time():  # two that measure at once would measure each other
+            times = time_each(call, offered)
+            measure.keep(measure.path(), self._key(call.packed, plan.kind), times)
+        call.packed._schedules[plan.kind] = best_of(times)
+        plan.schedule, plan.due = SCHEDULES[best_of(times)], 0
+        return True
+
+    def _key(self, packed: Packed, kind: str) -> str:
+        self._structure = self._structure or structure_of(packed, SCHEDULES)
+        return f"network {self._structure}: {kind}"
 
     def standing(self, packed: Packed) -> Standing:
         """The network's modules as they are now: a mode, a hook or an attribute that changes makes another."""
@@ -205,4 +323,5 @@ class Plans:
         return Plans, ()
 
 
+CALLS = 3  # the call of a kind at which it is measured: the first ones also compile and rehearse
 STANDINGS = 4  # sets of modes, mostly train and eval, whose members are kept
