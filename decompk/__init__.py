@@ -17,6 +17,7 @@ from .packed.ahead import compile_ahead
 from .packed.fuse import fuse
 from .packed.initialise import initialise
 from .packed.pack import Packed, pack
+from .packed.schedule import schedule
 from .report.explain import explain
 from .train.step import Step
 
@@ -48,6 +49,7 @@ __all__ = [
     "ops",
     "optim",
     "pack",
+    "schedule",
     "theory",
     "train",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import functools
 import os
 import threading
@@ -12,17 +13,23 @@ from typing import Any
 
 from torch import fx, nn
 
-_lock = threading.RLock()
+_lock, _lock_inside = threading.RLock(), threading.RLock()
+_inside = contextvars.ContextVar("whether this code runs for a thread that is inside", default=False)
 
 
 @contextlib.contextmanager
 def one_at_a_time() -> Iterator[None]:
     """No other thread is inside, and none forks meanwhile: the child would keep what is changed for a while.
 
-    A thread may enter again, but must not wait inside for another one that enters or forks.
+    A thread may enter again, but must not wait inside for another one that enters or forks; unless it works for this
+    one in a copy of its context: such threads enter one at a time among themselves.
     """
-    with _lock:
-        yield
+    with _lock_inside if _inside.get() and not _lock._is_owned() else _lock:
+        token = _inside.set(True)
+        try:
+            yield
+        finally:
+            _inside.reset(token)
 
 
 def once(function: Callable[[], Any]) -> Callable[[], Any]:
@@ -62,7 +69,9 @@ _turns: weakref.WeakSet[Turn] = weakref.WeakSet()
 
 def _renew() -> None:
     """In a forked child, where the threads that held a turn are no more; its own thread holds what it held."""
+    global _lock_inside
     _lock.release()
+    _lock_inside = threading.RLock()
     for turn in _turns:
         if not turn._lock._is_owned():
             turn._lock = threading.RLock()

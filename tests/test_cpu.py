@@ -323,7 +323,7 @@ def test_a_damaged_table_is_measured_again(cache, monkeypatch, content):
 
 def test_what_is_whole_in_a_damaged_table_stays(cache):
     measure.path().write_text(json.dumps({"a": {"direct": 1.0}, "b": {"direct": "slow"}}))
-    measure._keep(measure.path(), "c", {"direct": 2.0})
+    measure.keep(measure.path(), "c", {"direct": 2.0})
     assert json.loads(measure.path().read_text()) == {"a": {"direct": 1.0}, "c": {"direct": 2.0}}
 
 
@@ -353,7 +353,7 @@ def test_where_nothing_can_be_kept_the_process_measures_once(cache, monkeypatch)
 
 def test_threads_that_write_at_once_lose_nothing(cache):
     def keep(number):
-        measure._keep(measure.path(), f"problem {number}", {"direct": 1.0})
+        measure.keep(measure.path(), f"problem {number}", {"direct": 1.0})
 
     with ThreadPoolExecutor(8) as threads:
         list(threads.map(keep, range(40)))

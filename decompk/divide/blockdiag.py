@@ -138,6 +138,8 @@ class Members(ZeroSkipping, Packed):
     one for all.
     """
 
+    _SCHEDULED = False
+
     def _run(self, x: Tensor, cuts: bool) -> Any:
         if torch.compiler.is_compiling() or not self._runs_in_turn(x):
             return super()._run(x, cuts)

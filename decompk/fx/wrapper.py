@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -55,17 +55,17 @@ def innermost(net: Any) -> Any:
 
 
 class Rewritten(Shell):
-    """A network that runs an edited copy of its own torch.fx graph, one for train and one for eval mode.
+    """A network that runs an edited copy of its own torch.fx graph, one for each key: train and eval mode.
 
     Needed where the author's code holds a number or an order of channels that a member or the composed network must
     have otherwise: `split(x, 64, dim=1)`, a channel shuffle.
     """
 
-    def __init__(self, net: nn.Module, graphs: dict[bool, fx.Graph]):
+    def __init__(self, net: nn.Module, graphs: Mapping[Any, fx.Graph]):
         super().__init__(net)
         self._reads_tensors = any(node.op == "get_attr" for graph in graphs.values() for node in graph.nodes)
         self._source = {mode: _source(graph) for mode, graph in graphs.items()}
-        self._code: dict[bool, Callable] = {mode: _compiled(*source) for mode, source in self._source.items()}
+        self._code: dict[Any, Callable] = {mode: _compiled(*source) for mode, source in self._source.items()}
 
     def forward(self, x: torch.Tensor) -> Any:
         return self._code[self.training](self._inner, x)

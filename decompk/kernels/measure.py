@@ -1,4 +1,7 @@
-"""Which convolution runs fastest on this CPU: measured once for each problem, then kept in a file."""
+"""Which convolution runs fastest on this CPU: measured once for each problem, then kept in a file.
+
+What packed networks measure of their schedules lies beside that.
+"""
 
 from __future__ import annotations
 
@@ -46,13 +49,13 @@ def fastest(problem: Problem, choices: Sequence[Choice], measure: bool = True) -
     """The choice that was fastest for `problem`; the first one, our own, where nothing is known or may be measured."""
     key = key_of(replace(problem, aligned=True, deterministic=False))
     file = path()
-    known = _known(file, key)
+    known = times_of(file, key)
     if measure and allowed() and not known.keys() >= {choice.form.name for choice in choices}:
         with one_at_a_time():  # two that measure at once would measure each other
-            known = _known(file, key)
+            known = times_of(file, key)
             if not known.keys() >= {choice.form.name for choice in choices}:
                 known = {**known, **time_each(problem, [choice.form for choice in choices])}
-                _keep(file, key, known)
+                keep(file, key, known)
     judged = [choice for choice in choices if choice.form.name in known]
     if not judged:
         return replace(choices[0], reason="not measured" if allowed() else "not measured: DECOMPK_MEASURE=0")
@@ -68,17 +71,18 @@ def times(key: str, contestants: Callable[[], dict[str, Callable[[], object]]]) 
     contestants: by name, what runs each once.
     """
     file = path()
-    known = _known(file, key)
+    known = times_of(file, key)
     if not known and allowed():
         with one_at_a_time():  # two that measure at once would measure each other
-            known = _known(file, key)
+            known = times_of(file, key)
             if not known:
                 known = medians(contestants())
-                _keep(file, key, known)
+                keep(file, key, known)
     return known
 
 
-def _known(file: Path, key: str) -> dict[str, float]:
+def times_of(file: Path, key: str) -> dict[str, float]:
+    """Contestant → median milliseconds, as far as known: of forms for a problem, of schedules for a network."""
     return entries(file).get(key) or _not_kept.get((file, key), {})
 
 
@@ -86,7 +90,7 @@ _not_kept: dict[tuple[Path, str], dict[str, float]] = {}  # what this process me
 
 
 def entries(file: Path) -> dict[str, dict[str, float]]:
-    """Problem → form → median milliseconds, as far as the file holds such; empty where there is none."""
+    """Problem → form, or network → schedule, → median milliseconds, as far as the file holds such; else empty."""
     try:
         found = file.stat()
     except OSError:
@@ -111,7 +115,7 @@ def _are_times(times: object) -> bool:
     return isinstance(times, dict) and all(map(is_a_time, times.values()))
 
 
-def _keep(file: Path, key: str, times: dict[str, float]) -> None:
+def keep(file: Path, key: str, times: dict[str, float]) -> None:
     """Add an entry; where the file cannot be written, this process keeps it, and the next one measures again."""
     times = {form: round(ms, 5) for form, ms in times.items()}
     try:

@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
 
-from ..crops import Crop
 from ..errors import DecompkError, UnsupportedOperation
-from ..fx.wrapper import Rewritten
-from ..kernels.call import watched
-from .fused_layer import plain_attributes, unhooked
-from .fusion import Fusion
 from .kinds import Kinds
 from .pack import Packed
+from .program import Program
 from .surgery import Changes
 from .twin import Twin
 
@@ -48,11 +42,11 @@ class Fused(Packed):
     """A Packed that runs fused; built by `fuse`."""
 
     _original: Packed
-    _program: _Program | None
+    _program: Program | None
 
     def __init__(self, packed: Packed):
         super().__init__(packed._inner, packed._K, packed._crops, packed._input_dims, packed._shared, packed._rehearse)
-        program = _Program(packed._inner, packed._crops)
+        program = Program(packed._inner, packed._crops)
         vars(self).update(_original=packed, _program=program, _decomposition=packed._decomposition)
         vars(self).update(_ways=packed._ways, _told=packed._told)
 
@@ -68,19 +62,23 @@ class Fused(Packed):
         program = self._program
         if program is None or not program.applies():
             return super()._run(x, cuts)
-        uncut = cuts and program.reads_image()
-        return program(self._cut(x) if cuts and not uncut else x, self._crops if uncut else None)
+        return self._by_program(program, x, cuts)
 
     def _change(self, changes: Changes) -> None:
         self._original._change(changes)
         vars(self).update(_inner=self._original._inner)
+        if changes.whole or changes.contiguous:
+            self._plans.forget()
         if changes.whole:
             vars(self)["_kinds"] = Kinds(self._original._kinds.switches)
             try:
-                program = _Program(self._inner, self._crops)
+                program = Program(self._inner, self._crops)
             except UnsupportedOperation:  # nothing is left that could be fused
                 program = None
             vars(self)["_program"] = program
+
+    def _copied(self, inner: nn.Module) -> Packed:
+        return Fused(self._original._copied(inner))
 
     def _by_member(self, leaf: Tensor) -> Tensor:
         return self._original._by_member(leaf)
@@ -88,51 +86,3 @@ class Fused(Packed):
     def _how(self, twin: Twin) -> str:
         note = None if self._program is None else self._program.notes().get(twin._twin_path)
         return super()._how(twin) + (f", {note}" if note else "")
-
-
-class _Program(Rewritten):
-    """The fused graphs of `net`, for train and for eval mode."""
-
-    _notes: dict[bool, dict[str, str]]
-    _reads_image: dict[bool, bool]
-    _modal: bool
-    _called: dict[bool, list[nn.Module]]
-    _plain: dict[bool, list[tuple[nn.Module, dict[str, Any]]]]
-
-    def __init__(self, net: nn.Module, crops: Sequence[Crop] | None):
-        fusions = {mode: Fusion(net, mode, crops) for mode in (True, False)}
-        try:
-            super().__init__(net, {mode: fusion.graph for mode, fusion in fusions.items()})
-        except (AttributeError, ImportError) as error:
-            raise UnsupportedOperation(
-                f"the graph of {type(net).__name__} cannot be written down: {error}; define at the top of a module "
-                "what it uses."
-            ) from error
-        vars(self).update(
-            _notes={mode: fusion.notes for mode, fusion in fusions.items()},
-            _reads_image={mode: fusion.reads_image for mode, fusion in fusions.items()},
-            _modal=self._source[True][0] != self._source[False][0],
-            _called={mode: fusion.called for mode, fusion in fusions.items()},
-            _plain={mode: [(m, plain_attributes(m)) for m in fusion.entered] for mode, fusion in fusions.items()},
-        )
-
-    def forward(self, x: Tensor, crops: Sequence[Crop] | None = None) -> Any:
-        """x: rows of all members (K·N, …), or with crops the image (N, …) that they share."""
-        mode = self._inner.training
-        return self._code[mode](self._inner, x, crops, all(map(unhooked, self._called[mode])))
-
-    def applies(self) -> bool:
-        """Whether the graph is what the code would do now: no hooks on the way, modes and values as it was read."""
-        mode = self._inner.training
-        return not (_has_any_global_hook() or watched()) and all(
-            unhooked(m)
-            and (m.training == mode or not self._modal)
-            and all(vars(m).get(name) is value for name, value in plain.items())
-            for m, plain in self._plain[mode]
-        )
-
-    def reads_image(self) -> bool:
-        return self._reads_image[self._inner.training]
-
-    def notes(self) -> dict[str, str]:
-        return self._notes[self._inner.training]

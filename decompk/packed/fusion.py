@@ -41,7 +41,7 @@ class _Proxy(fx.Proxy):
     """A value on which `+=` and its like stay in place; torch.fx's own makes `+` of it, unseen under other names."""
 
     def _augment(self, name: str, other: Any) -> fx.Proxy:
-        return self.tracer.create_proxy("call_function", _augmented, (name, self, other), {})
+        return self.tracer.create_proxy("call_function", augmented, (name, self, other), {})
 
     __iadd__ = partialmethod(_augment, "iadd")
     __isub__ = partialmethod(_augment, "isub")
@@ -56,7 +56,7 @@ class _Proxy(fx.Proxy):
     __ixor__ = partialmethod(_augment, "ixor")
 
 
-def _augmented(name: str, value: Any, other: Any) -> Any:
+def augmented(name: str, value: Any, other: Any) -> Any:
     """`value += other`, for the operator of that name."""
     return getattr(operator, name)(value, other)
 
@@ -98,7 +98,7 @@ def _context() -> tuple:
     return torch.is_grad_enabled(), autocasts, torch._C._autograd._top_saved_tensors_default_hooks(False)
 
 
-def _read(net: nn.Module, training: bool) -> tuple[fx.Graph, list[nn.Module]]:
+def read(net: nn.Module, training: bool) -> tuple[fx.Graph, list[nn.Module]]:
     """The graph of `net` in train or eval mode, and the modules whose code it comes from."""
     if isinstance(net, PerMember):
         raise UnsupportedOperation(
@@ -165,7 +165,7 @@ class Fusion:
     """
 
     def __init__(self, net: nn.Module, training: bool, crops: Sequence[Crop] | None):
-        self.graph, self.entered = _read(net, training)
+        self.graph, self.entered = read(net, training)
         self.notes: dict[str, str] = {}
         called = [n for n in self.graph.nodes if n.op == "call_module"]
         self._modules: dict[Any, Any] = {n: net.get_submodule(n.target) for n in called}
@@ -351,14 +351,14 @@ _RELUS = (F.relu, torch.relu, torch.relu_, "relu", "relu_")
 
 def _addends(node: fx.Node) -> tuple[Any, ...]:
     """The two sides of an addition; (None, None) of anything else."""
-    if node.target is _augmented and node.args[0] == "iadd":
+    if node.target is augmented and node.args[0] == "iadd":
         return node.args[1:]
     plain = node.target in (operator.add, torch.add, "add", "add_") and len(node.args) == 2 and not node.kwargs
     return node.args if plain else (None, None)
 
 
 def _adds_in_place(node: fx.Node) -> bool:
-    return node.target in (_augmented, "add_")
+    return node.target in (augmented, "add_")
 
 
 def _name(node: fx.Node) -> str:

@@ -20,11 +20,13 @@ from ..fx.unseen import possible, unseen
 from ..fx.wrapper import Shell, innermost
 from ..kernels.call import watched
 from ..threads import one_at_a_time
+from .apart import Call
 from .inputs import check_image, fits, misfit
 from .kinds import Kinds, kind_of, switches_of
 from .per_member import PerMember, description
 from .rehearsal import Rehearsal, Way
 from .roles import Unknown, find_roles_apart
+from .schedule import Plans, check_schedule, refuse_forced, run
 from .stack import laid_out
 from .surgery import Changes, apart_for_once, member_alone, without_insides
 from .trial import SAME, Role, Rows, Trial
@@ -34,9 +36,16 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
     from ..divide.decompose import Decomposition
+    from .program import Program
 
 _NOT_USERS = (os.path.dirname(torch.__file__) + os.sep, os.path.dirname(os.path.dirname(__file__)) + os.sep)
-_PUBLIC = {"K": "_K", "crops": "_crops", "input_dims": "_input_dims", "decomposition": "_decomposition"}
+_PUBLIC = {
+    "K": "_K",
+    "crops": "_crops",
+    "input_dims": "_input_dims",
+    "decomposition": "_decomposition",
+    "schedules": "_schedules",
+}
 _ABSENT: Any = object()  # as a parameter of its own, x is what exports and traces ask for
 
 
@@ -60,8 +69,11 @@ class Packed(Shell):
     crops: tuple[Part, ...] | Any  # None where members see the whole input
     input_dims: int | None
     decomposition: Decomposition | Any  # None unless grouped_subnets packed them
+    schedules: dict[str, str]  # by which schedule each kind of call runs, in words, as far as that was found out
     _inner: Any
     _kinds: Kinds
+    _plans: Plans
+    _SCHEDULED = True  # whether other schedules than together may run it
 
     def __init__(
         self,
@@ -77,6 +89,7 @@ class Packed(Shell):
         super().__init__(net)
         vars(self).update(_K=K, _crops=crops, _input_dims=input_dims, _decomposition=None, _told=told)
         vars(self).update(_ways={}, _tried={}, _shared=shared, _rehearse=rehearse)
+        vars(self).update(_schedules={}, _plans=Plans())
         vars(self)["_kinds"] = Kinds(switches_of(net))
         for store in (net._modules, net._parameters, net._buffers):  # a network's own names win over our methods'
             vars(self).update({name: value for name, value in store.items() if hasattr(type(self), name)})
@@ -92,7 +105,7 @@ class Packed(Shell):
             if inner is not None and not name.startswith("_") and name in vars(inner):
                 return vars(inner)[name]
             if private in vars(self):
-                return vars(self)[private]
+                return dict(self._schedules) if name == "schedules" else vars(self)[private]
             if callable(getattr(type(inner), name, None)):
                 raise AttributeError(
                     f"a packed module runs {type(inner).__name__}.forward, not {name}: call {name} in a forward, or of "
@@ -119,6 +132,11 @@ class Packed(Shell):
             super().__setattr__(name, value)
         elif name in vars(inner) and name != "training":  # what the network's code reads
             vars(inner)[name] = value
+        elif name == "schedules":
+            for schedule in value.values():
+                check_schedule(schedule)
+            vars(self)["_schedules"] = dict(value)
+            self._plans.forget()
         elif name in _PUBLIC:
             vars(self).update({_PUBLIC[name]: value, **({"_told": True} if name == "input_dims" else {})})
         else:
@@ -134,16 +152,28 @@ class Packed(Shell):
             except Exception:  # whatever members raise: a batch that they do not take shall not lay the crops for good
                 if lays:
                     vars(self)["_crops"] = ()
+                    self._plans.forget()
                     self._decomposition.lift_crops()
                 raise
 
     def _called(self, x: Any = _ABSENT, /, *args: Any, **kwargs: Any) -> Any:
         if args or kwargs or not isinstance(x, Tensor) or not x.dim():
             return self._forward_any(args if x is _ABSENT else (x, *args), kwargs)
+        call = self._call(x)
+        if torch.compiler.is_compiling():
+            return self._together(x, call.shared, call.N, call.way)
+        return run(call)
+
+    def _call(self, x: Tensor) -> Call:
+        """A call with x, and how its kind runs."""
         shared = self._is_shared(x, (x,))
         N = x.shape[0] if shared else x.shape[1]
         kind = self._in_full((self.training, shared, x.dim()), N)
         way = self._ways.get(kind) or self._way(kind, (x,), {}, [x], shared, N)
+        return Call(self, x, shared, N, way)
+
+    def _together(self, x: Tensor, shared: bool, N: int, way: Way, program: Program | None = None) -> Any:
+        """What all members return together for x, layer after layer, or by their fused graphs."""
         if way.apart or isinstance(self._inner, PerMember):
             return self._members_apart(way, (x,), {}, shared)
         cuts = shared and len(self._crops or ()) > 0
@@ -151,11 +181,13 @@ class Packed(Shell):
         if torch.compiler.is_compiling():
             return self._stacked(self._run(rows, cuts), way, N)
         with packed_batch(self._K * N):
-            out = self._run(rows, cuts)
+            out = self._run(rows, cuts) if program is None else self._by_program(program, rows, cuts)
         return self._stacked(out, way, N)
 
     def _forward_any(self, args: tuple, kwargs: dict[str, Any]) -> Any:
         """A call with other arguments than one tensor."""
+        if not torch.compiler.is_compiling():
+            refuse_forced("it has other arguments than one tensor")
         tensors = tensors_of((args, kwargs))
         x = next((t for t in tensors if t.dim()), None)
         if self._crops and args and isinstance(args[0], list | tuple):
@@ -197,6 +229,11 @@ class Packed(Shell):
     def _run(self, x: Tensor, cuts: bool) -> Any:
         """What the members return for their rows x (K·N, …), or, if it cuts, for their crops of the image x."""
         return self._inner(self._cut(x) if cuts else x)
+
+    def _by_program(self, program: Program, x: Tensor, cuts: bool) -> Any:
+        """The same by fused graphs."""
+        uncut = cuts and program.reads_image()
+        return program(self._cut(x) if cuts and not uncut else x, self._crops if uncut else None)
 
     def _members_apart(self, way: Way, args: tuple, kwargs: dict[str, Any], shared: bool) -> Any:
         """What the members return, each called with its own arguments, stacked."""
@@ -351,10 +388,18 @@ class Packed(Shell):
     def _change(self, changes: Changes) -> None:
         """Let the network run as a rehearsal found that it must."""
         vars(self)["_inner"] = changes.applied(self._inner, self._K)
+        if changes.whole or changes.contiguous:
+            self._plans.forget()
         if changes.whole:
             vars(self)["_kinds"] = Kinds(switches_of(self._inner))
         for path, reason in changes.whole.items():
             warn(f"{type(innermost(self._inner)).__name__}: {_named(path)} runs member by member: {reason}.")
+
+    def _copied(self, inner: nn.Module) -> Packed:
+        """The same packed network around other modules of the same kinds."""
+        new = Packed(inner, self._K, self._crops, self._input_dims, self._shared, self._rehearse, self._told)
+        vars(new).update(_ways=self._ways, _decomposition=self._decomposition)
+        return new
 
     def _is_shared(self, x: Tensor, args: tuple, kwargs: dict[str, Any] | None = None) -> bool:
         """Whether x, the first of the arguments, is one batch for all members (True) or has the member dimension."""

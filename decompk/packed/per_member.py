@@ -82,8 +82,8 @@ class PerMember(Shell):
 
     # ---- members' tensors -------------------------------------------------------------------------------------------
 
-    def _lay_in(self) -> list[_Laid]:
-        """Give every member its slices; → what to look at when it has run."""
+    def _lay_in(self, sliced: Callable[[Tensor], Sequence[Tensor]] | None = None) -> list[_Laid]:
+        """Give every member its slices, of stacks `sliced`; → what to look at when it has run."""
         laid = []
         slices: dict[int, Sequence[Tensor]] = {}
         for stacked, kind, name, stores in self._places:
@@ -92,7 +92,7 @@ class PerMember(Shell):
                 continue
             parts = slices.get(id(stack))
             if parts is None:
-                parts = slices[id(stack)] = _slices(stack)
+                parts = slices[id(stack)] = (sliced or _slices)(stack)
             for store, part in zip(stores, parts, strict=True):
                 store[name] = part
             pointers = [part.data_ptr() for part in parts] if self._writes_data else None

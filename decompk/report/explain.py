@@ -20,6 +20,8 @@ from ..kernels.call import dtype_on_a_gpu, fprop_call
 from ..kernels.choose import candidates, choose
 from ..kernels.conv.form import Choice
 from ..kernels.problem import DTYPES, PASSES, Problem, key_of
+from ..packed.pack import Packed
+from ..packed.schedule import described, schedule
 from ..threads import one_at_a_time
 from .table import Column, Table
 
@@ -33,6 +35,7 @@ def explain(what: Problem | nn.Module, x: Tensor | None = None) -> None:
     Nothing is computed: shapes alone are followed. x may be left out where the module knows its images' size
     (`grouped_subnets`, once its crops are laid): it is a batch of 16 then. Without a GPU the choices of an H100 are
     shown beside this machine's, unless a backend is asked for. Layers that run in turn on torch's own have no row.
+    On a CPU a note says by which schedule calls with x run, in the modes in force, and how long each took.
     Raises DecompkError.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -111,7 +114,10 @@ def _of_module(net: nn.Module, x: Tensor | None, device: torch.device) -> Table:
         where, headers = "as an H100 would run them, and who does here, without a GPU", [*headers, "here"]
     else:
         where = f"on this CPU, by backend '{in_force()}'"
-    return Table(f"{type(net).__name__}: {len(calls)} convolutions {where}", [Column(h) for h in headers], rows)
+    notes = []
+    if isinstance(net, Packed) and device.type == "cpu":
+        notes.append(described(net, _default_input(net) if x is None else x))
+    return Table(f"{type(net).__name__}: {len(calls)} convolutions {where}", [Column(h) for h in headers], rows, notes)
 
 
 def convolutions(net: nn.Module, x: Tensor | None = None) -> list[tuple[str, Problem]]:
@@ -138,7 +144,13 @@ def convolutions(net: nn.Module, x: Tensor | None = None) -> list[tuple[str, Pro
     with one_at_a_time():
         hook = nn.modules.module.register_module_forward_pre_hook(enter)
         try:
-            with in_mode(net, False), torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True) as mode, Watch():
+            with (
+                schedule("together"),
+                in_mode(net, False),
+                torch.no_grad(),
+                FakeTensorMode(allow_non_fake_inputs=True) as mode,
+                Watch(),
+            ):
                 net(mode.from_tensor(x))
         finally:
             hook.remove()

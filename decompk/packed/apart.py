@@ -1,0 +1,154 @@
+"""The members of a packed network apart, each through its whole network on slices of the stacks; kept between calls."""
+
+from __future__ import annotations
+
+import functools
+import random
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..errors import brief
+from ..fx.forward_code import read_forward
+from ..fx.unseen import seeded, unseen
+from ..fx.wrapper import Rewritten, Shell
+from .follow import Noted, own_module
+from .fused_layer import unhooked
+from .per_member import PerMember, of_torch
+from .rehearsal import Way
+from .surgery import member_alone
+from .twin import Twin, deep_copy
+from .watch import drop_hooks
+
+if TYPE_CHECKING:
+    from .module import Packed
+
+
+@dataclass
+class Call:
+    """One tensor given to a packed network: x (N, …), shared by all members, or (K, N, …), and how its kind runs."""
+
+    packed: Packed
+    x: Tensor
+    shared: bool
+    N: int
+    way: Way
+
+    @functools.cached_property
+    def standing(self) -> Standing:
+        return self.packed._plans.standing(self.packed)
+
+    def parts(self, x: Tensor) -> list[Tensor]:
+        """What each member gets of x, which is like the call's."""
+        if not self.shared:
+            return list(x.unbind(0))
+        if self.packed._crops:
+            return [crop.cut(x).clone() for crop in self.packed._crops]  # dense, as in the rows of all members
+        return [x] * self.packed._K
+
+
+class KeptMembers(PerMember):
+    """The members of packed modules `net`, which run as they do; made anew where a module of `net` changes."""
+
+    def __init__(self, net: nn.Module, K: int):
+        members = [own_module(member_alone(net, k, copies=False)) for k in range(K)]
+        for member in members:
+            for twin, layer in zip(net.modules(), member.modules(), strict=True):
+                if isinstance(twin, Twin) and twin._twin_contiguous:
+                    layer.register_forward_hook(_contiguous)
+        super().__init__(net, K, "", "", members)
+
+    def _bring_over(self) -> None:
+        """Nothing: see `Standing.holds`."""
+
+
+def _contiguous(layer: nn.Module, args: Any, out: Tensor) -> Tensor:
+    return out.contiguous()
+
+
+class Standing:
+    """The modules of a packed network as they are now, and what was made of them.
+
+    why_not: why its members cannot run apart, each through its whole network, whatever the call; None if they can.
+    """
+
+    def __init__(self, packed: Packed):
+        net = packed._inner
+        modules = [m for m in net.modules() if not isinstance(m, PerMember)]
+        modules += [m._inner for m in net.modules() if isinstance(m, PerMember | Rewritten)]
+        self.why_not = next(filter(None, map(_why_not_apart, modules)), None)
+        self._noted = [Noted(m) for m in modules]
+        self._tried: dict[Any, str | None] = {}
+        self._members: PerMember | None = None
+
+    def holds(self) -> bool:
+        """Whether no module has changed since, in mode, attributes, hooks or children."""
+        return all(noted.holds() for noted in self._noted)
+
+    def members(self, packed: Packed) -> PerMember:
+        """The members, which share the packed network's tensors."""
+        if self._members is None:
+            net = packed._inner
+            self._members = net if isinstance(net, PerMember) else KeptMembers(net, packed._K)
+        return self._members
+
+    def why_not_for(self, call: Call) -> str | None:
+        """`why_not`, or why members cannot run apart in calls of this kind: one of them tries it first, unseen."""
+        if self.why_not:
+            return self.why_not
+        if call.way.random or call.way.draws:
+            return _DRAWS
+        x = call.x
+        kind = (x.shape, x.dtype, call.shared, torch.is_grad_enabled(), torch.is_autocast_enabled("cpu"))
+        if kind not in self._tried:
+            self._tried[kind] = _tried(call)
+        return self._tried[kind]
+
+
+_DRAWS = "its forward draws random numbers"
+
+
+def unseen_copy(packed: Packed) -> Packed:
+    """A copy whose parameters share memory with those of `packed`; hooks, buffers and gradients are its own."""
+    memo: dict[int, Any] = {id(p): nn.Parameter(p.detach(), p.requires_grad) for p in packed.parameters()}
+    new = packed._copied(deep_copy(packed._inner, memo))
+    drop_hooks(new._inner)
+    return new
+
+
+def _tried(call: Call) -> str | None:
+    """What keeps the first member from running apart on this call, as a copy of it shows, if anything does."""
+    with unseen(), seeded(0, ()):
+        net = unseen_copy(call.packed)._inner
+        members = net if isinstance(net, PerMember) else KeptMembers(net, call.packed._K)
+        x = call.parts(call.x.detach().clone())[0].requires_grad_(call.x.requires_grad)
+        before = _random_states(), x._version
+        members._lay_in()
+        try:
+            members._members[0](x)
+        except Exception as error:  # whatever its code raises where it is alone
+            return f"a member alone raises: {brief(error)}"
+        if x._version != before[1]:
+            return "its forward changes its input"
+        return None if _random_states() == before[0] else _DRAWS
+
+
+def _random_states() -> tuple:
+    pythons, numpys = random.getstate(), np.random.get_state()  # noqa: NPY002
+    return pythons, numpys[1].tobytes(), numpys[2:], torch.get_rng_state().numpy().tobytes()
+
+
+def _why_not_apart(module: nn.Module) -> str | None:
+    name = type(module).__name__
+    if not unhooked(module):
+        return f"{name} has hooks, or a forward of its own"
+    if isinstance(module, Shell) and not isinstance(module, Rewritten):
+        return f"{name} is a network around another"
+    if isinstance(module, Twin) or of_torch(module):
+        return None
+    code = read_forward(module)
+    kept = min(code.stored | code.filled, default=None)
+    return f"the forward of {name} keeps '{kept}'" if kept else None
