@@ -261,6 +261,7 @@ def on_threads(job: Job) -> Callable[[Callable[[int], Tensor]], list]:
 
     def alone() -> None:
         torch.set_num_threads(1)  # counts for this thread, and for those that come after
+        torch.get_num_threads()  # else the first operator sets it anew
         started.wait()
 
     pool = ThreadPoolExecutor(count, initializer=alone)

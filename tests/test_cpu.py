@@ -150,15 +150,18 @@ def test_a_packed_network_reaches_them_and_equals_its_members(monkeypatch):
     x, y = torch.randn(3, 4, 3, 12, 10), torch.randint(5, (4,))
     reference = trained(decompk.pack(copy.deepcopy(members)).double(), x.double(), y)
     called, asked = [], asked_by_operators(monkeypatch)
-    for name in ("batch_norm", "batch_norm_backward"):
+    for name in ("batch_norm", "batch_norm_backward", "layer", "layer_backward"):
         function = getattr(cpu, name)
         monkeypatch.setattr(cpu, name, lambda *a, f=function, n=name: called.append(n) or f(*a))
-    for make in (lambda net: net, decompk.fuse):
+    for make, layers in ((lambda net: net, 0), (decompk.fuse, 3)):
         called.clear()
         asked.clear()
         for found, expected in zip(trained(make(decompk.pack(members)), x, y), reference, strict=True):
             torch.testing.assert_close(found.double(), expected.double(), rtol=1e-4, atol=1e-5)
-        assert [called.count(n) for n in ("batch_norm", "batch_norm_backward")] == [2, 2]
+        if layers:
+            assert not asked and sorted(called) == ["layer"] * 3 + ["layer_backward"] * 3
+            continue
+        assert sorted(called) == ["batch_norm"] * 2 + ["batch_norm_backward"] * 2
         assert {choice.backend for _, choice in asked} == {"cpu"}
         assert [sum(one.kind == kind for one, _ in asked) for kind in PASSES] == [3, 2, 3]
 

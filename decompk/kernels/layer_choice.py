@@ -34,7 +34,9 @@ def ways(problem: Problem, norm: bool, gradient: bool) -> Ways | None:
 
     norm: whether there is a batch norm by its batch's moments; gradient: whether that of x is wanted.
     """
-    return _ways(replace(problem, aligned=True, deterministic=False), norm, gradient, allowed(), torch.get_num_threads())
+    return _ways(
+        replace(problem, aligned=True, deterministic=False), norm, gradient, allowed(), torch.get_num_threads()
+    )
 
 
 @functools.lru_cache(maxsize=4096)
@@ -78,7 +80,11 @@ def _forward(problem: Problem, norm: bool, winograd: bool) -> dict[str, Callable
 def _backward(problem: Problem, norm: bool, winograd: bool, gradient: bool) -> dict[str, Callable[[], object]]:
     """By name, one run each on random values."""
     t, sizes = _Tensors.of(problem, norm), sizes_of(problem)
-    dx, dw, dvectors = torch.empty_like(t.x) if gradient else None, torch.empty_like(t.weight), torch.empty_like(t.saved)
+    dx, dw, dvectors = (
+        torch.empty_like(t.x) if gradient else None,
+        torch.empty_like(t.weight),
+        torch.empty_like(t.saved),
+    )
     inputs = (t.y, None, t.saved) if norm else (None, t.z, None)
     cpu.layer(t.x, t.weight, None, t.affine, None, t.y, t.z, t.saved, True, 0.0, 1e-5, False, sizes)
 

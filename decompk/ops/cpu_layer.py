@@ -79,7 +79,10 @@ class _Layer(torch.autograd.Function):
         if norm is not None:
             z, saved, moved = torch.empty_like(y), x.new_empty(4, K, O), (norm.running_mean, norm.running_var)
         momentum, eps = (0.0, 0.0) if norm is None else (norm.momentum, norm.eps)
-        affine, around = (*contiguous(gamma, beta), *moved), (relu, momentum, eps, way.forward == WINOGRAD, sizes_of(call.as_given))
+        affine, around = (
+            (*contiguous(gamma, beta), *moved),
+            (relu, momentum, eps, way.forward == WINOGRAD, sizes_of(call.as_given)),
+        )
         cpu.layer(x, call.weight(weight), *contiguous(bias), affine, residual, y, z, saved, *around)
         if norm is not None and norm.counter is not None:
             norm.counter.add_(1)

@@ -17,8 +17,8 @@ from ..kernels.handles import TENSORS
 from ..kernels.layout import output_shape
 from ..kernels.problem import Geometry
 from ..ops.conv import arguments, autocast, autocast_now, convolve_now
-from ..ops.cpu_layer import call_of, cpu_layer
 from ..ops.conv_norm import Norm, conv_norm
+from ..ops.cpu_layer import call_of, cpu_layer
 from ..ops.fused import fused_rows, window_of
 from .conv import PackedConv2d
 from .norm import PackedBatchNorm2d
