@@ -21,9 +21,7 @@
 using Long = long;
 
 extern "C" {  // as decompk/kernels/cpu defines them
-using Forward = void(const float* x, const float* w, const float* bias, float* y, const Long* sizes);
 using Backward = void(const float* a, const float* b, float* to, const Long* sizes);
-Forward fprop, winograd_fprop;
 Backward dgrad, wgrad, winograd_dgrad, winograd_wgrad;
 void layer(const float* x, const float* w, const float* bias, const float* gamma, const float* beta, float* running_mean,
            float* running_var, const float* residual, float* y, float* z, float* saved, int relu, double momentum, double eps,
@@ -238,7 +236,8 @@ void convolution(std::istream& line) {
   bool direct = form == "direct";
   Named found = run_on_threads(in, out, [&](Named& in, Named& out) {
     float *x = in["x"].get(), *w = in["w"].get(), *dy = in["dy"].get(), *to = out[kind].get();
-    if (kind == "fprop") (direct ? fprop : winograd_fprop)(x, w, in["bias"].get(), to, s);
+    auto null = nullptr;
+    if (kind == "fprop") layer(x, w, in["bias"].get(), null, null, null, null, null, to, null, null, 0, 0, 0, !direct, s);
     if (kind == "dgrad") (direct ? dgrad : winograd_dgrad)(dy, w, to, s);
     if (kind == "wgrad") (direct ? wgrad : winograd_wgrad)(x, dy, to, s);
   });

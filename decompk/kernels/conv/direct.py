@@ -17,13 +17,17 @@ from .form import PlainForm, Prediction
 from .steps import after, before, folded
 
 
+_NO_NORM = (None,) * 4
+
+
 class Direct(PlainForm):
-    """Sums of products in registers, tap by tap; a bias is added there, what else stands around it afterwards."""
+    """Sums of products in registers, tap by tap; a bias is added there, residual and ReLU while it is in cache."""
 
     name = "direct"
     backend = "cpu"
     devices: tuple[str, ...] = ("cpu",)
-    functions = "fprop", "dgrad", "wgrad"  # of the C++ library
+    functions = "dgrad", "wgrad"  # of the C++ library
+    winograd = False
 
     def missing(self) -> str | None:
         return cpu.why_not()
@@ -61,24 +65,23 @@ class Direct(PlainForm):
         if epilogue.scale is not None:
             weight, epilogue = folded(weight, epilogue)
         bias = None if epilogue.bias is None else epilogue.bias.contiguous()
-        pointer = None if bias is None else bias.data_ptr()
-        function = getattr(cpu.library(), self.functions[0])
-        function(x.data_ptr(), weight.data_ptr(), pointer, y.data_ptr(), sizes_of(problem))
-        if epilogue.residual is None and epilogue.moments is None and not epilogue.relu:
+        by, added = None if bias is None else bias.data_ptr(), epilogue.residual
+        read = x.data_ptr(), weight.data_ptr(), by, *_NO_NORM, None if added is None else added.data_ptr()
+        how = epilogue.relu, 0.0, 0.0, self.winograd, sizes_of(problem)
+        cpu.library().layer(*read, y.data_ptr(), None, None, *how)
+        if epilogue.moments is None:
             return y
-        residual = epilogue.residual
-        rest = replace(epilogue, residual=None if residual is None else residual.movedim(-1, 2))
-        return after(y.movedim(-1, 2), rest).movedim(2, -1)
+        return after(y.movedim(-1, 2), Epilogue(moments=epilogue.moments)).movedim(2, -1)
 
     def dgrad(self, problem: Problem, config: None, dy: Tensor, weight: Tensor, dx: Tensor) -> Tensor:
-        function = getattr(cpu.library(), self.functions[1])
+        function = getattr(cpu.library(), self.functions[0])
         function(dy.data_ptr(), weight.data_ptr(), dx.data_ptr(), sizes_of(problem))
         return dx
 
     def wgrad(
         self, problem: Problem, config: None, dy: Tensor, x: Tensor, out: Tensor, offsets: Offsets | None = None
     ) -> Tensor:
-        function = getattr(cpu.library(), self.functions[2])
+        function = getattr(cpu.library(), self.functions[1])
         function(x.data_ptr(), dy.data_ptr(), out.data_ptr(), sizes_of(problem))
         return out
 

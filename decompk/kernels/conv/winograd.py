@@ -11,7 +11,8 @@ class Winograd(Direct):
     """Tiles of the image transformed, multiplied and transformed back."""
 
     name = "winograd"
-    functions = "winograd_fprop", "winograd_dgrad", "winograd_wgrad"
+    functions = "winograd_dgrad", "winograd_wgrad"
+    winograd = True
 
     def why_not(self, problem: Problem, config: None, device: Device) -> str | None:
         if reason := super().why_not(problem, config, device):

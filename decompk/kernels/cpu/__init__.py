@@ -35,10 +35,8 @@ COMPILERS = ("c++", "g++", "clang++")
 
 _pointer, _int, _long, _double = ctypes.c_void_p, ctypes.c_int, ctypes.c_long, ctypes.c_double
 _SIGNATURES = {
-    "fprop": [_pointer] * 5,
     "dgrad": [_pointer] * 4,
     "wgrad": [_pointer] * 4,
-    "winograd_fprop": [_pointer] * 5,
     "winograd_dgrad": [_pointer] * 4,
     "winograd_wgrad": [_pointer] * 4,
     "layer": [_pointer] * 11 + [_int, _double, _double, _int, _pointer],

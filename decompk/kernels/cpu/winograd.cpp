@@ -3,12 +3,6 @@
 
 extern "C" {
 
-void winograd_fprop(const float* x, const float* w, const float* bias, float* y, const Long* sizes) {
-  Shape s(sizes);
-  Side side = forward_side(s);
-  run_winograd(x, s.K, side, side.units(s.K), forward_blocks<BLOCKS>(s, w), bias, y);
-}
-
 void winograd_dgrad(const float* dy, const float* w, float* dx, const Long* sizes) {
   Shape s(sizes);
   Side side = backward_side(s);
