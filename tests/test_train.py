@@ -19,7 +19,9 @@ import decompk
 from decompk import losses, optim, train
 from decompk.cli import main
 from decompk.errors import CheckpointError, DecompkError, UnsupportedOperation
-from decompk.train import algorithm, checkpoint, loop
+from decompk.kernels import measure
+from decompk.packed import schedule
+from decompk.train import algorithm, checkpoint, loop, summary
 
 SHORT = {"seeds": [0], "members.epochs": 2, "global.epochs": 1, "random.epochs": 3}
 
@@ -256,7 +258,7 @@ def test_a_run_killed_at_twenty_moments_ends_in_the_bits_of_one_never_killed(dig
     )
     for phase in ("members", "global", "random"):
         for run in (whole, pieces):
-            del run[phase]["seconds"]
+            del run[phase]["seconds"], run[phase]["once_seconds"]
     assert whole == pieces
     lines = {name: (tmp_path / name / "metrics.jsonl").read_text().splitlines() for name in ("whole", "killed")}
     steps = {name: [(r["phase"], r["step"], "epoch" in r) for r in map(json.loads, lines[name])] for name in lines}
@@ -509,3 +511,42 @@ def test_a_training_holds_no_more_after_many_steps_than_after_a_few(digits):
                 step(train.normalise(x, data.mean), y)
         counts.append(held())
     assert counts[0] == counts[1] == counts[2]
+
+
+def test_a_resumed_run_computes_by_the_schedules_of_its_checkpoint(digits, tmp_path, monkeypatch):
+    monkeypatch.setenv("DECOMPK_MEASURE", "1")
+    monkeypatch.setattr(measure, "path", lambda: tmp_path / "choices.json")
+    times, measured, ran = {"in turn": 1.0}, [], []
+
+    def time_each(call, offered):
+        if len(offered) > 1:
+            measured.append(schedule.kind_of(call.packed, call.x, call.shared, call.N))
+        return {one.name: times.get(one.name, 2.0) for one in offered}
+
+    monkeypatch.setattr(schedule, "time_each", time_each)
+    run = schedule.InTurn.run
+    monkeypatch.setattr(schedule.InTurn, "run", lambda self, call: ran.append(call.N) or run(self, call))
+    recipe, whole, out = small(random=False, global__epochs=0, save_steps=2), tmp_path / "whole", tmp_path / "out"
+    result = train.train(recipe, digits, whole, report=False)
+    assert [kind.partition(", shared")[0] for kind in measured] == ["train, gradients", "eval, no gradients"]
+    assert ran == 2 * [20, 20, 20, 20, 16, 40]
+    once, seconds = (result["runs"][0]["members"][name] for name in ("once_seconds", "seconds"))
+    assert once[0] == once[1] > 0 and seconds[1] > seconds[0] > 0
+    last = json.loads((whole / "metrics.jsonl").read_text().splitlines()[-1])
+    assert last["once_seconds"] == once[1]
+    assert "one-time: compiling and measuring" in "".join(table.to_text() for table in summary.tables(result))
+
+    def killed(self, *rest):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(loop.Fit, "_due", lambda self: killed(self) if self.steps == 7 else [False] * 3)
+    (tmp_path / "choices.json").unlink()
+    with pytest.raises(KeyboardInterrupt):
+        train.train(recipe, digits, out, report=False)
+    monkeypatch.setattr(loop.Fit, "_due", lambda self: [False] * 3)
+    (tmp_path / "choices.json").unlink()
+    times["together"] = 0.5  # which a new measurement would choose
+    ran.clear()
+    train.train(recipe, digits, out, resume=True, report=False)
+    assert len(measured) == 4 and ran == [20, 20, 20, 16, 40]
+    assert_same_bits(*({"members": torch.load(o / "seed0" / "members.pt", weights_only=True)} for o in (whole, out)))

@@ -54,15 +54,19 @@ class KeptMembers(PerMember):
     """The members of packed modules `net`, which run as they do; made anew where a module of `net` changes."""
 
     def __init__(self, net: nn.Module, K: int):
-        members = [own_module(member_alone(net, k, copies=False)) for k in range(K)]
-        for member in members:
-            for twin, layer in zip(net.modules(), member.modules(), strict=True):
-                if isinstance(twin, Twin) and twin._twin_contiguous:
-                    layer.register_forward_hook(_contiguous)
-        super().__init__(net, K, "", "", members)
+        super().__init__(net, K, "", "", [own_module(_member(net, k)) for k in range(K)])
 
     def _bring_over(self) -> None:
         """Nothing: see `Standing.holds`."""
+
+
+def _member(net: nn.Module, k: int) -> nn.Module:
+    """Member k of packed modules `net`, which lays out images where its twin does."""
+    member = member_alone(net, k, copies=False)
+    for twin, layer in zip(net.modules(), member.modules(), strict=True):
+        if isinstance(twin, Twin) and twin._twin_contiguous:
+            layer.register_forward_hook(_contiguous)
+    return member
 
 
 def _contiguous(layer: nn.Module, args: Any, out: Tensor) -> Tensor:
@@ -122,13 +126,13 @@ def unseen_copy(packed: Packed) -> Packed:
 def _tried(call: Call) -> str | None:
     """What keeps the first member from running apart on this call, as a copy of it shows, if anything does."""
     with unseen(), seeded(0, ()):
-        net = unseen_copy(call.packed)._inner
-        members = net if isinstance(net, PerMember) else KeptMembers(net, call.packed._K)
+        member = _member(call.packed._inner, 0)
+        for own, stack in zip(member.parameters(), call.packed._inner.parameters(), strict=True):
+            own.data = stack.detach()[0].clone()  # which lies as its slice does
         x = call.parts(call.x.detach().clone())[0].requires_grad_(call.x.requires_grad)
         before = _random_states(), x._version
-        members._lay_in()
         try:
-            members._members[0](x)
+            member(x)
         except Exception as error:  # whatever its code raises where it is alone
             return f"a member alone raises: {brief(error)}"
         if x._version != before[1]:

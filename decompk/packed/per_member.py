@@ -169,7 +169,7 @@ class PerMember(Shell):
                 for attribute, key, value in held_tensors(m)
                 for store, name in owners.get(id(value), ())
             ],
-            _writes_data=any(_writes_data(m) for m, _ in rows),
+            _writes_data=any(_writes_data(own[0]) for _, own in rows),
             _is_delicate=any(is_delicate(m) for m, _ in rows),
         )
 

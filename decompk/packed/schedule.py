@@ -181,11 +181,13 @@ def settle(packed: Packed, *batches: Tensor) -> None:
     kernels are compiled; weights, gradients, buffers and random numbers are as before. Where nothing may be measured
     (DECOMPK_MEASURE=0, deterministic algorithms) what is known is kept to.
     """
+    packed._plans.close(False)
     for x in batches:
         call = packed._call(x)
-        plan = packed._plans.settled(call)
-        time_each(call, [plan.schedule])
-    packed._plans.closed = True
+        chosen = packed._plans.settled(call).schedule
+        chosen.why_not(call)  # which makes what it needs
+        time_each(call, [chosen])
+    packed._plans.close()
 
 
 def described(packed: Packed, x: Tensor) -> str:
@@ -222,6 +224,11 @@ class Plans:
         self.closed = False  # nothing more is measured
         self.forget()
 
+    def close(self, closed: bool = True) -> None:
+        """From now on nothing more is measured."""
+        self.closed = closed
+        self._table.clear()
+
     def forget(self) -> None:
         """The network has changed, or what is recorded in it."""
         self._table: dict[Any, Plan] = {}
@@ -255,17 +262,20 @@ class Plans:
         return plan
 
     def plan(self, packed: Packed, kind: str) -> Plan:
-        """What is known of a kind: recorded in the network, measured before, or that of the nearest size."""
+        """What is known of a kind: recorded in the network, measured before, or that of the nearest size.
+
+        Of a settled network what is recorded alone, so that it runs alike where the cache is gone.
+        """
         if kind in packed._schedules:
             return Plan(kind, SCHEDULES[packed._schedules[kind]], 0)
-        if times := self.times(packed, kind):
+        if times := not self.closed and self.times(packed, kind):
             packed._schedules[kind] = best_of(times)
             return Plan(kind, SCHEDULES[packed._schedules[kind]], 0)
         name = TOGETHER.name
         prefix = self._key(packed, "")
         if other := nearest(kind, packed._schedules):
             name = packed._schedules[other]
-        elif other := nearest(prefix + kind, measure.entries(measure.path())):
+        elif other := not self.closed and nearest(prefix + kind, measure.entries(measure.path())):
             name = best_of(self.times(packed, other.removeprefix(prefix)))
         return Plan(kind, SCHEDULES[name], CALLS)
 

@@ -231,7 +231,8 @@ def joined(curves: Sequence[dict[str, Any]]) -> dict[str, Any]:
         for i in epochs:
             rows = [curve[name][min(i, len(curve[name]) - 1)] for curve in curves]
             whole[name].append(None if rows[0] is None else [value for row in rows for value in row])
-    whole["seconds"] = [max(c["seconds"][min(i, len(c["seconds"]) - 1)] for c in curves) for i in epochs]
+    for name in ("seconds", "once_seconds"):
+        whole[name] = [max(c[name][min(i, len(c[name]) - 1)] for c in curves) for i in epochs]
     return whole
 
 

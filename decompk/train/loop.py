@@ -19,6 +19,7 @@ from ..errors import DecompkError, UnsupportedOperation
 from ..kernels.backend import backend
 from ..packed.fuse import fuse
 from ..packed.pack import Packed
+from ..packed.schedule import settle
 from .augment import normalise
 from .checkpoint import Checkpoints
 from .data import Dataset, epoch_order, seed_of
@@ -27,7 +28,7 @@ from .ranks import Ranks, Replicas
 from .recipe import PHASES, Phase, Recipe
 from .schedule import Schedule
 from .scores import evaluate
-from .step import Step, Sums, means, prepared
+from .step import Step, Sums, autocast, means, prepared
 
 TOGETHER = 20  # steps between two questions that all ranks must answer alike
 
@@ -45,7 +46,7 @@ class Curve:
     """What a phase came to, epoch by epoch, a number per member: accuracies in %, losses in nats.
 
     `loss` and `train_accuracy` are of the training images as they were trained on, the others of the test images;
-    `seconds` and `images` of training are added up.
+    `seconds` and `images` of training are added up; `once_seconds` went before it into compiling and measuring.
     """
 
     epoch: list[int] = field(default_factory=list)
@@ -57,6 +58,7 @@ class Curve:
     lr: list[list[float]] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
     images: list[int] = field(default_factory=list)
+    once_seconds: list[float] = field(default_factory=list)
 
     def add(self, **values: Any) -> None:
         """One epoch more."""
@@ -112,6 +114,7 @@ class Fit:
         self.schedule = Schedule(self.phase, self.members)
         self.curve = Curve()
         self.epoch, self.batch, self.steps, self.seconds, self.images = 0, 0, 0, 0.0, 0
+        self.once_seconds, self._settled = 0.0, False
         self._told: set[str] = set()
 
     def _fused(self, net: Packed) -> Packed:
@@ -162,6 +165,7 @@ class Fit:
         )
         self.curve.add(epoch=self.epoch + 1, loss=sums.loss, train_accuracy=sums.accuracy, test_loss=scores.loss)
         self.curve.add(accuracy=scores.accuracy, top5=scores.top5, lr=rates, seconds=self.seconds, images=self.images)
+        self.curve.add(once_seconds=self.once_seconds)
         self.epoch, self.batch = self.epoch + 1, 0
         for position in self.schedule.observe(scores.accuracy):
             if hasattr(self.optimizer, "stop"):
@@ -177,6 +181,8 @@ class Fit:
         whole = x.dtype == torch.uint8
         x = self.recipe.augment(x, seed, slice(share.start, share.stop), of)
         x = prepared(normalise(x, self.data.mean, scale=whole), self.recipe.precision)
+        if not self._settled:
+            self._settle(x)
         self.step(x, y, self.ranks.size / of if self.shared else 1.0)
         self.batch, self.steps, self.images = self.batch + 1, self.steps + 1, self.images + of
         self.log.advance(of)
@@ -195,6 +201,21 @@ class Fit:
             self._save()
         if interrupted:
             self._interrupt()
+
+    def _settle(self, x: Tensor) -> None:
+        """Before the first step: choose how a packed network runs on a CPU, which also compiles its kernels."""
+        self._settled = True
+        if not isinstance(self.net, Packed) or self.ranks.device.type != "cpu" or self.recipe.compile:
+            return
+        self._stop_clock()
+        with autocast(self.ranks.device, self.recipe.precision):
+            settle(self.net, x)
+            with torch.no_grad():
+                settle(self.net.eval(), x)
+        self.net.train()
+        now = time.monotonic()
+        self.once_seconds += now - self._mark
+        self._mark = now
 
     def _due(self) -> list[bool]:
         """Whether it is time to read the metrics, to save by the clock, and to stop; the same on ranks that share."""
@@ -228,6 +249,8 @@ class Fit:
             "random_cuda": torch.cuda.get_rng_state(self.ranks.device) if self.ranks.device.type == "cuda" else None,
             "position": [self.epoch, self.batch, self.steps, self.images],
             "seconds": self.seconds,
+            "once_seconds": self.once_seconds,
+            "schedules": self.net.schedules if isinstance(self.net, Packed) else {},
             "log": self.log.position(),
         }
         bad = [n for n, t in state["model"].items() if t.is_floating_point() and not bool(t.isfinite().all())]
@@ -260,7 +283,9 @@ class Fit:
         if state["random_cuda"] is not None:
             torch.cuda.set_rng_state(state["random_cuda"], self.ranks.device)
         self.epoch, self.batch, self.steps, self.images = state["position"]
-        self.seconds = state["seconds"]
+        self.seconds, self.once_seconds = state["seconds"], state["once_seconds"]
+        if isinstance(self.net, Packed):
+            self.net.schedules = state["schedules"]  # which decide how its sums are rounded
         self.log.rewind(state["log"])
         if self.epoch < self.phase.epochs:
             self.log.say(f"seed {self.seed}, {self.name}: going on in epoch {self.epoch + 1}, batch {self.batch + 1}.")
