@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import functools
 import math
-from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -15,7 +14,6 @@ from ..device import Device
 from ..problem import PLAIN, Epilogue, Offsets, Problem, Prologue
 from .form import PlainForm, Prediction
 from .steps import after, before, folded
-
 
 _NO_NORM = (None,) * 4
 
