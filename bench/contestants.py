@@ -327,10 +327,11 @@ def side(name: str) -> str:
     return first if first in ("ours", "global") else "peer"
 
 
-def who_trains(setting: Setting, compiled: bool, deep: bool = False) -> list[str]:
+def who_trains(setting: Setting, compiled: bool, deep: bool = False, few: bool = False) -> list[str]:
     """Who competes here: on a CPU not what torch.compile takes a minute to build, nor the global network, unless asked.
 
-    Nothing compiled in a `deep` network; on a GPU the global network compiled alone, unless all are asked for.
+    Nothing compiled in a `deep` network; on a GPU the global network compiled alone, unless all are asked for. `few`:
+    without three peers that were not the fastest on any large network.
     """
     out = {"members on threads", "global, compiled"} if setting.gpu else {"members on streams", "global"}
     if compiled:
@@ -339,6 +340,8 @@ def who_trains(setting: Setting, compiled: bool, deep: bool = False) -> list[str
         out |= {name for name in TRAINING if "compiled" in name}
     if not setting.gpu:
         out |= {name for name in TRAINING if "CUDA" in name}
+    if few:
+        out |= {"members in turn", "vmap", "grouped"}
     return [name for name in TRAINING if name not in out]
 
 

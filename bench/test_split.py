@@ -86,7 +86,7 @@ def run(name: str, even: bool, batch: int, setting: Setting) -> Race:
         "masked, channels_last": partial(contestant, CL, False),
         "block engine": partial(contestant, CL, True),
     }
-    return race(builds, reference, ("masked",), rounds=5, most=2.0)
+    return race(builds, reference, ("masked",), rounds=3)
 
 
 def _work(found: Split, batch: int) -> Work:
