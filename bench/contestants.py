@@ -21,6 +21,7 @@ from decompk.cost import walk
 from decompk.cost.figures import total
 from decompk.crops import by
 from decompk.losses import cross_entropy
+from decompk.packed.schedule import CALLS
 
 NCHW, CL = torch.contiguous_format, torch.channels_last
 
@@ -193,7 +194,10 @@ def packed(job: Job, fused: bool = False, compiled: bool = False, captured: bool
     call = torch.compile(net, dynamic=False) if compiled else net
     cuts = job.cuts(CL)
     x = cuts[0] if job.crops is None else laid(torch.cat(cuts), CL).unflatten(0, (job.K, -1))
-    return train(job, net, lambda: call(x), captured)
+    contestant = train(job, net, lambda: call(x), captured)
+    for _ in range(0 if compiled or captured else CALLS):  # until it has chosen its schedule
+        contestant.run()
+    return contestant
 
 
 def grouped(job: Job, format: torch.memory_format, compiled: bool = False, captured: bool = False) -> Contestant:

@@ -69,6 +69,8 @@ bool next_chunk(T* from, T* until) {
 
 extern "C" {
 int omp_get_num_threads() { return team ? team->size : 1; }
+int omp_get_max_threads() { return threads; }
+int omp_in_parallel() { return team && team->size > 1; }
 int omp_get_thread_num() { return number; }
 
 void GOMP_parallel(void (*body)(void*), void* data, unsigned, unsigned) {

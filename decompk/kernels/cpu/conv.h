@@ -1,6 +1,8 @@
 // What the convolutions share: shapes, how work is cut, windows of images, and the two products that fill registers.
 #pragma once
 
+#include <omp.h>
+
 #include <algorithm>
 #include <vector>
 
@@ -10,10 +12,12 @@ namespace {
 
 struct Shape {
   int K, N, C, O, H, W, kh, kw, stride_h, stride_w, pad_h, pad_w, rows, columns;  // rows, columns: of y
+  int members;  // of all; K are those that are computed together
 
   explicit Shape(const Long* sizes) {
     for (int* field : {&K, &N, &C, &O, &H, &W, &kh, &kw, &stride_h, &stride_w, &pad_h, &pad_w, &rows, &columns})
       *field = int(*sizes++);
+    members = K;
     if (kh * kw == 1 && stride_h * stride_w == 1 && !pad_h && !pad_w) {  // whose images are one, a column of all pixels
       H = rows = N * H * W;
       N = W = columns = 1;
@@ -41,6 +45,25 @@ inline Job forward_job(const Shape& s, const float* x, float* y) {
           s.kh, s.kw, s.stride_h, s.stride_w, s.pad_h, s.pad_w};
 }
 
+// Whether each thread takes a member at a time, whose activations stay in its cache, and threads wait but once: f(k,
+// shape) for every member; else f(0, shape of all).
+template <typename F>
+void by_member(const Shape& s, F f) {
+  int threads = omp_get_max_threads(), turns = (s.K + threads - 1) / threads;
+  if (turns * threads * 10 > s.K * 11 || omp_in_parallel()) return f(0, s);
+#pragma omp parallel for schedule(dynamic)
+  for (int k = 0; k < s.K; ++k) {
+    Shape one = s;
+    one.K = 1;
+    f(k, one);
+  }
+}
+
+template <typename T>
+T* member(T* of_all, Long k, Long size) {  // of a tensor, unless it is absent
+  return of_all ? of_all + k * size : nullptr;
+}
+
 struct Unit {  // some images of a member, or some rows of one
   int k, n, images, row, rows;
 };
@@ -61,7 +84,7 @@ inline std::vector<Unit> units_of(int K, int N, int rows, int columns, int targe
 // Into how many parts a member's units are cut for wgrad, each with sums of its own: never by the number of threads.
 inline int parts_of(const Shape& s, int units) {
   Long pixels = Long(s.N) * s.rows * s.columns;
-  return int(std::clamp(std::min(pixels / 512, 32L / s.K), 1L, Long(std::max(1, units))));
+  return int(std::clamp(std::min(pixels / 512, 32L / s.members), 1L, Long(std::max(1, units))));
 }
 
 // Sums of `size` floats, [member][part], over a member's units: add(unit, sum) adds one.

@@ -164,18 +164,9 @@ bool both_by_winograd(const Shape& s, const Rising& rising, const float* x, cons
   return all_finite(dw, Long(s.K) * s.O * 9 * s.C) && std::all_of(finite.begin(), finite.end(), [](char one) { return one; });
 }
 
-}  // namespace
-
-extern "C" {
-
-// z = relu(norm(y) + residual) of y = x ∗ w + bias. bias, gamma, beta, the running statistics, which move, and residual
-// may be null. saved (4, K, O): as Norm has it, or null where there is no norm: then y is the result, and z null.
-// winograd: whether by that algorithm, see winograd.h.
-void layer(const float* x, const float* w, const float* bias, const float* gamma, const float* beta, float* running_mean,
-           float* running_var, const float* residual, float* y, float* z, float* saved, int relu, double momentum, double eps,
-           int winograd, const Long* sizes) {
-  Shape s(sizes);
-  Rows r(s.K, Long(s.N) * s.rows * s.columns, s.O);
+void forward(const Shape& s, const float* x, const float* w, const float* bias, Norm norm, const float* residual, float* y,
+             float* z, bool relu, bool winograd) {
+  Rows r(s.K, Long(s.N) * s.rows * s.columns, s.O, s.members);
   Side side = forward_side(s);
   auto units = winograd ? side.units(s.K) : units_of(s.K, s.N, s.rows, s.columns, TARGET);
   auto start = [&](const Unit& u) { return y + ((Long(u.k) * s.N + u.n) * s.rows + u.row) * s.columns * s.O; };
@@ -185,7 +176,7 @@ void layer(const float* x, const float* w, const float* bias, const float* gamma
     if (winograd) run_winograd(x, s.K, side, units, blocks, bias, y, then);
     else run(forward_job(s, x, y), s.K, s.N, units, blocks, bias, then);
   };
-  if (!saved) {
+  if (!norm.saved) {
     convolve([&](size_t, const Unit& u) {
       float* values = start(u);
       const float* more = residual ? residual + (values - y) : nullptr;
@@ -200,33 +191,71 @@ void layer(const float* x, const float* w, const float* bias, const float* gamma
     Repeated repeated;
     moments.take(r, i, start(u), count(u), repeated);
   });
-  Norm{gamma, beta, running_mean, running_var, saved, momentum, eps}.settle(r, &moments);
-  normalise(r, y, saved, residual, relu, z);
+  norm.settle(r, &moments);
+  normalise(r, y, norm.saved, residual, relu, z);
 }
 
-// Of dz: dx unless it is null, dw, dgamma, dbeta, and g, dz as the ReLU lets it pass, unless that is null. y: what the
-// norm normalised; z: the result, where it decides what the ReLU let pass, or null. dy: room for the gradient of y where
-// `both` cannot find dx, else null. winograd: whether by that algorithm, see winograd.h. Without a norm saved, dgamma and g are null, and dbeta is the bias's or null.
-void layer_backward(const float* dz, const float* x, const float* w, const float* y, const float* z, const float* saved,
-                    int relu, float* dx, float* dw, float* dgamma, float* dbeta, float* g, float* dy, int winograd,
-                    const Long* sizes) {
-  Shape s(sizes);
-  Rows r(s.K, Long(s.N) * s.rows * s.columns, s.O);
+struct Outputs {  // of a backward; what is not wanted is null
+  float *dx, *dw, *dgamma, *dbeta, *g, *dy;
+};
+
+void backward(const Shape& s, const float* dz, const float* x, const float* w, const float* y, const float* z,
+              const float* saved, bool relu, const Outputs& to, bool winograd) {
+  Rows r(s.K, Long(s.N) * s.rows * s.columns, s.O, s.members);
   Gradients t(r, dz, y, z, saved);
   Mask mask = !relu ? EVERYWHERE : z ? FROM_Y : FROM_X;
   auto sum = mask == FROM_Y ? &Gradients::sum<FROM_Y> : mask == FROM_X ? &Gradients::sum<FROM_X> : &Gradients::sum<EVERYWHERE>;
-  if (saved) (t.*sum)(r, dgamma, dbeta);
-  Rising rising(r, t, mask, saved, g);
-  float* dbias = saved ? nullptr : dbeta;
-  if (winograd ? both_by_winograd(s, rising, x, w, dx, dw, dbias) : both(s, rising, x, w, dy ? nullptr : dx, dw, dbias, dy)) {
+  if (saved) (t.*sum)(r, to.dgamma, to.dbeta);
+  Rising rising(r, t, mask, saved, to.g);
+  float *dy = to.dy, *dx = to.dx, *dbias = saved ? nullptr : to.dbeta;
+  if (winograd ? both_by_winograd(s, rising, x, w, dx, to.dw, dbias)
+               : both(s, rising, x, w, dy ? nullptr : dx, to.dw, dbias, dy)) {
     if (dy && dx) input_gradient(s, dy, w, dx);
     return;
   }
   std::vector<float> room(dy ? 0 : r.K * r.rows * r.C);
   float* all = dy ? dy : room.data();
   rising.all(all);
-  weight_gradient(s, x, all, dw);
+  weight_gradient(s, x, all, to.dw);
   if (dx) input_gradient(s, all, w, dx);
+}
+
+}  // namespace
+
+extern "C" {
+
+// z = relu(norm(y) + residual) of y = x ∗ w + bias. bias, gamma, beta, the running statistics, which move, and residual
+// may be null. saved (4, K, O): as Norm has it, or null where there is no norm: then y is the result, and z null.
+// winograd: whether by that algorithm, see winograd.h.
+void layer(const float* x, const float* w, const float* bias, const float* gamma, const float* beta, float* running_mean,
+           float* running_var, const float* residual, float* y, float* z, float* saved, int relu, double momentum, double eps,
+           int winograd, const Long* sizes) {
+  Shape all(sizes);
+  Long in = Long(all.N) * all.H * all.W * all.C, out = Long(all.N) * all.rows * all.columns * all.O;
+  by_member(all, [&](int k, const Shape& s) {
+    auto of = [&](auto vector) { return member(vector, k, s.O); };
+    Norm norm{of(gamma), of(beta), of(running_mean), of(running_var), of(saved), momentum, eps};
+    forward(s, x + k * in, w + Long(k) * s.O * s.kh * s.kw * s.C, of(bias), norm, member(residual, k, out), y + k * out,
+            member(z, k, out), relu, winograd);
+  });
+}
+
+// Of dz: dx unless it is null, dw, dgamma, dbeta, and g, dz as the ReLU lets it pass, unless that is null. y: what the
+// norm normalised; z: the result, where it decides what the ReLU let pass, or null. dy: room for the gradient of y where
+// `both` cannot find dx, else null. winograd: whether by that algorithm, see winograd.h. Without a norm saved, dgamma
+// and g are null, and dbeta is the bias's or null.
+void layer_backward(const float* dz, const float* x, const float* w, const float* y, const float* z, const float* saved,
+                    int relu, float* dx, float* dw, float* dgamma, float* dbeta, float* g, float* dy, int winograd,
+                    const Long* sizes) {
+  Shape all(sizes);
+  Long in = Long(all.N) * all.H * all.W * all.C, out = Long(all.N) * all.rows * all.columns * all.O;
+  by_member(all, [&](int k, const Shape& s) {
+    auto of = [&](auto vector) { return member(vector, k, s.O); };
+    auto activation = [&](auto tensor) { return member(tensor, k, out); };
+    Long weights = Long(s.O) * s.kh * s.kw * s.C;
+    Outputs to{member(dx, k, in), dw + k * weights, of(dgamma), of(dbeta), activation(g), activation(dy)};
+    backward(s, dz + k * out, x + k * in, w + k * weights, activation(y), activation(z), of(saved), relu, to, winograd);
+  });
 }
 
 }  // extern "C"

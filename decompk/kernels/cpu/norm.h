@@ -13,9 +13,9 @@ namespace {
 // Rows of C channels, merged into groups of `wide` floats, a multiple of 32: so a vector's lanes keep their channels.
 // A member's rows are cut into chunks that stay in cache, whatever the number of threads.
 struct Rows {
-  Long K, rows, C, merged, wide, chunk, chunks;
+  Long K, rows, C, merged, wide, chunk, chunks, plane;  // plane: from one of `saved` to the next
 
-  Rows(Long K, Long rows, Long C) : K(K), rows(rows), C(C) {
+  Rows(Long K, Long rows, Long C, Long members = 0) : K(K), rows(rows), C(C), plane((members ? members : K) * C) {
     merged = 32 / std::gcd(C, Long(32));
     wide = merged * C;
     chunk = std::max((1L << 14) / wide, 1L) * merged;
@@ -151,7 +151,7 @@ struct Norm {
   // By the batch's moments, which move the running statistics, or, where there are none, by these.
   void settle(const Rows& r, const Moments* moments) {
     Long all = r.K * r.C;
-    float *mean = saved, *rstd = mean + all, *scale = rstd + all, *level = scale + all;
+    float *mean = saved, *rstd = mean + r.plane, *scale = rstd + r.plane, *level = scale + r.plane;
     std::vector<double> means(all), squares(all);
     if (moments) moments->merge(r, means.data(), squares.data());
     for (Long at = 0; at < all; ++at) {
@@ -193,7 +193,7 @@ void apply(const Rows& r, const float* x, const float* mean, const float* scale,
 
 // y = (x − mean) · scale + bias, + residual unless it is null, past the ReLU if there is one
 inline void normalise(const Rows& r, const float* x, const float* saved, const float* residual, bool relu, float* y) {
-  const float *mean = saved, *scale = mean + 2 * r.K * r.C, *bias = scale + r.K * r.C;
+  const float *mean = saved, *scale = mean + 2 * r.plane, *bias = scale + r.plane;
   auto run = relu ? (residual ? apply<true, true> : apply<true, false>)
                   : (residual ? apply<false, true> : apply<false, false>);
   run(r, x, mean, scale, bias, residual, y);
@@ -220,7 +220,7 @@ struct Gradients {
       : dy(dy), x(x), y(y), mean(saved), rstd(of(saved, 1, r)), scale(of(saved, 2, r)), bias(of(saved, 3, r)),
         shares(r.K * r.C), slopes(r.K * r.C) {}
 
-  static const float* of(const float* saved, Long i, const Rows& r) { return saved ? saved + i * r.K * r.C : nullptr; }
+  static const float* of(const float* saved, Long i, const Rows& r) { return saved ? saved + i * r.plane : nullptr; }
 
   const float* decides(Mask mask) const { return mask == FROM_Y ? y : x; }
 
