@@ -66,7 +66,7 @@ def fastest(problem: Problem, choices: Sequence[Choice], measure: bool = True) -
 
 
 def times(key: str, contestants: Callable[[], dict[str, Callable[[], object]]]) -> dict[str, float]:
-    """Median milliseconds by name of what is measured for `key`, once, and kept; empty where nothing may be measured.
+    """Milliseconds by name of what is measured for `key`, once, and kept; empty where nothing may be measured.
 
     contestants: by name, what runs each once.
     """
@@ -76,7 +76,7 @@ def times(key: str, contestants: Callable[[], dict[str, Callable[[], object]]]) 
         with one_at_a_time():  # two that measure at once would measure each other
             known = times_of(file, key)
             if not known:
-                known = medians(contestants())
+                known = least(contestants())
                 keep(file, key, known)
     return known
 
@@ -127,16 +127,16 @@ def keep(file: Path, key: str, times: dict[str, float]) -> None:
 
 
 def time_each(problem: Problem, forms: Sequence[Form[Any]]) -> dict[str, float]:
-    """Median milliseconds of each form on random values, in turns, by its name."""
-    return medians(contestants(problem, forms))
+    """Milliseconds of each form on random values, by its name."""
+    return least(contestants(problem, forms))
 
 
-def medians(calls: dict[str, Callable[[], object]]) -> dict[str, float]:
-    """Median milliseconds of each call, in turns, by its name."""
+def least(calls: dict[str, Callable[[], object]]) -> dict[str, float]:
+    """Milliseconds of each call by its name, in turns, the least of some: what else the machine does only adds."""
     cpu = torch.device("cpu")
     timed = {name: partial(wall_seconds, call, cpu) for name, call in calls.items()}
     found = in_turns(timed, ROUNDS, seconds=SECONDS, warm=True, hopeless=HOPELESS)
-    return {name: 1e3 * sorted(seconds)[len(seconds) // 2] for name, seconds in found.items()}
+    return {name: 1e3 * min(seconds) for name, seconds in found.items()}
 
 
 def contestants(problem: Problem, forms: Sequence[Form[Any]]) -> dict[str, Callable[[], object]]:
