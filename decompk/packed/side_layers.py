@@ -80,6 +80,9 @@ def convolve(x: Tensor, conv: PackedConv2d, K: int) -> Tensor:
 
 def convolve_shared(x: Tensor, conv: PackedConv2d) -> Tensor:
     """x (N, C, H, W), which all members read: one dense convolution, of a single group."""
+    if x.shape[1] == 1:  # whose strides say neither, and torch would lay the result out channels first
+        n, _, h, w = x.shape
+        x = x.contiguous().as_strided((n, 1, h, w), (h * w, 1, w, 1))
     return _convolve(x, conv, 1)
 
 
