@@ -9,10 +9,11 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..kernels.backend import EXACT, asked_for, exact, forced
-from ..kernels.call import unwatched, watched
+from ..kernels.call import runs_cpu, unwatched, watched
 from ..kernels.thresholds import conv_form
 from ..kernels.torch_limits import as_torch_can, mixes_groups
 from ..ops.conv import convolve_now
+from ..ops.depthwise import depthwise_rows
 from .twin import Twin, batch_rows, channel_grouped, member_major
 
 
@@ -25,7 +26,7 @@ class _PackedConv(Twin):
         if self.padding_mode != "zeros":
             x = F.pad(x, self._reversed_padding_repeated_twice, mode=self.padding_mode)
             padding = 0
-        y = self._twin_grouped(x, padding) if self.groups == 1 else None
+        y = self._twin_grouped(x, padding) if self.groups == 1 else self._twin_by_channel(x, padding)
         if y is not None:
             return self._twin_laid_out(y)
 
@@ -37,6 +38,10 @@ class _PackedConv(Twin):
 
     def _twin_grouped(self, x: Tensor, padding) -> Tensor | None:
         """By one operator for all members; None where members compute in turn, or by torch's own."""
+        return None
+
+    def _twin_by_channel(self, x: Tensor, padding) -> Tensor | None:
+        """By a kernel for as many groups as channels; None where there is none."""
         return None
 
     def _twin_run(self, convolve, x: Tensor) -> Tensor:
@@ -105,6 +110,15 @@ class PackedConv2d(_PackedConv, nn.Conv2d):
         samples = (self._twin_K, x.shape[0] // self._twin_K)
         y = ops.grouped_conv2d(x.unflatten(0, samples), self.weight, self.bias, self.stride, padding, self.dilation)
         return y.flatten(0, 1)
+
+
+    def _twin_by_channel(self, x: Tensor, padding) -> Tensor | None:
+        if not self.groups == self.in_channels == self.out_channels or self.dilation != (1, 1) or padding == "same":
+            return None
+        if not runs_cpu(x, self.weight, self.bias) or not x.numel():
+            return None
+        padding = padding if isinstance(padding, tuple) else (0, 0)  # "valid", or padded before
+        return depthwise_rows(x, self.weight, self.bias, self.stride, padding)
 
 
 class PackedConv3d(_PackedConv, nn.Conv3d):

@@ -41,6 +41,9 @@ _SIGNATURES = {
     "winograd_wgrad": [_pointer] * 4,
     "layer": [_pointer] * 11 + [_int, _double, _double, _int, _pointer],
     "layer_backward": [_pointer] * 6 + [_int] + [_pointer] * 6 + [_int, _pointer],
+    "depthwise": [_pointer] * 5,
+    "depthwise_dgrad": [_pointer] * 4,
+    "depthwise_wgrad": [_pointer] * 5,
     "batch_norm": [_pointer] * 8 + [_int, _int, _double, _double] + [_long] * 3,
     "batch_norm_backward": [_pointer] * 4 + [_int, _int] + [_pointer] * 4 + [_long] * 3,
 }
@@ -295,3 +298,25 @@ def layer_backward(
     """
     before = map(_at, (dz, x, weight, y, z, saved))
     library().layer_backward(*before, relu, *map(_at, (dx, dw, dgamma, dbeta, g, dy)), winograd, sizes)
+
+
+def sizes(values: Sequence[int]) -> Any:
+    """Shape in conv.h, of its numbers."""
+    return (ctypes.c_long * len(values))(*values)
+
+
+def depthwise(x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor, sizes: Any) -> None:
+    """y of x, channel by channel: both NHWC without gaps, weight (K, kh, kw, C), bias (K, C)."""
+    library().depthwise(*map(_at, (x, weight, bias, y)), sizes)
+
+
+def depthwise_backward(
+    dy: Tensor, x: Tensor, weight: Tensor, dx: Tensor | None, dw: Tensor | None, db: Tensor | None, sizes: Any
+) -> None:
+    """What is not None of dx, dw (K, kh, kw, C) and db, which comes with dw alone."""
+    if dx is not None:
+        library().depthwise_dgrad(*map(_at, (dy, weight, dx)), sizes)
+    if dw is not None:
+        library().depthwise_wgrad(*map(_at, (x, dy, dw, db)), sizes)
+    elif db is not None:
+        torch.sum(dy.unflatten(0, (len(weight), -1)), (1, 3, 4), out=db)

@@ -14,11 +14,11 @@ struct Shape {
   int K, N, C, O, H, W, kh, kw, stride_h, stride_w, pad_h, pad_w, rows, columns;  // rows, columns: of y
   int members;  // of all; K are those that are computed together
 
-  explicit Shape(const Long* sizes) {
+  explicit Shape(const Long* sizes, bool merges = true) {
     for (int* field : {&K, &N, &C, &O, &H, &W, &kh, &kw, &stride_h, &stride_w, &pad_h, &pad_w, &rows, &columns})
       *field = int(*sizes++);
     members = K;
-    if (kh * kw == 1 && stride_h * stride_w == 1 && !pad_h && !pad_w) {  // whose images are one, a column of all pixels
+    if (merges && kh * kw == 1 && stride_h * stride_w == 1 && !pad_h && !pad_w) {  // whose images are one, a column of all pixels
       H = rows = N * H * W;
       N = W = columns = 1;
     }
@@ -100,6 +100,17 @@ const float* sums_of(int K, const std::vector<Unit>& units, int parts, Long size
       for (int i = of_member * part / parts; i < of_member * (part + 1) / parts; ++i) add(units[k * of_member + i], sum);
     }
   return sums;
+}
+
+// to[k] = Σ of a member's `parts` sums; of each the first `size` of `stride` floats
+inline void add_parts(int K, int parts, const float* sums, Long stride, Long size, float* to) {
+#pragma omp parallel for collapse(2)
+  for (int k = 0; k < K; ++k)
+    for (Long i = 0; i < size; ++i) {
+      float sum = 0;
+      for (int part = 0; part < parts; ++part) sum += sums[(k * parts + part) * stride + i];
+      to[k * size + i] = sum;
+    }
 }
 
 // `tall` rows of `wide` pixels of every image from (top, left) on, with zeros outside of it, without gaps.

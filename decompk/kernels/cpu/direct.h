@@ -66,17 +66,6 @@ inline std::vector<Unit> gradient_units(const Shape& s) {
   return units_of(s.K, s.N, s.rows, s.columns, std::clamp(32768 / (s.C + s.O), 64, 512));
 }
 
-// to[k] = Σ of a member's `parts` sums; of each the first `size` of `stride` floats
-inline void add_parts(int K, int parts, const float* sums, Long stride, Long size, float* to) {
-#pragma omp parallel for collapse(2)
-  for (int k = 0; k < K; ++k)
-    for (Long i = 0; i < size; ++i) {
-      float sum = 0;
-      for (int part = 0; part < parts; ++part) sum += sums[(k * parts + part) * stride + i];
-      to[k * size + i] = sum;
-    }
-}
-
 // dw of x and dy. O is a multiple of 4. How the sums are cut does not depend on the number of threads.
 inline void weight_gradient(const Shape& s, const float* x, const float* dy, float* dw) {
   Job j = forward_job(s, x, const_cast<float*>(dy));
