@@ -16,6 +16,7 @@
 #include <sstream>
 #include <string>
 #include <thread>
+#include <tuple>
 #include <vector>
 
 using Long = long;
@@ -29,6 +30,9 @@ void layer(const float* x, const float* w, const float* bias, const float* gamma
 void layer_backward(const float* dz, const float* x, const float* w, const float* y, const float* z, const float* saved,
                     int relu, float* dx, float* dw, float* dgamma, float* dbeta, float* g, float* dy, int winograd,
                     const Long* sizes);
+void depthwise(const float* x, const float* w, const float* bias, float* y, const Long* sizes);
+void depthwise_dgrad(const float* dy, const float* w, float* dx, const Long* sizes);
+void depthwise_wgrad(const float* x, const float* dy, float* dw, float* dbias, const Long* sizes);
 void batch_norm(const float* x, const float* weight, const float* bias, float* running_mean, float* running_var,
                 const float* residual, float* y, float* saved, int training, int relu, double momentum, double eps,
                 Long K, Long rows, Long C);
@@ -75,6 +79,13 @@ int omp_get_thread_num() { return number; }
 
 void GOMP_parallel(void (*body)(void*), void* data, unsigned, unsigned) {
   Team own;
+  if (team) {  // inside another, a team of one
+    auto kept = std::tuple(team, number, chunks);
+    own.size = 1, team = &own, number = 0;
+    body(data);
+    std::tie(team, number, chunks) = kept;
+    return;
+  }
   std::vector<std::thread> others;
   auto run = [&](int i) { team = &own, number = i, body(data), team = nullptr, number = 0; };
   for (int i = 1; i < threads; ++i) others.emplace_back(run, i);
@@ -246,6 +257,41 @@ void convolution(std::istream& line) {
   compare(kind, found[kind], wanted.sums, 1e-5 * std::max(largest(wanted.sizes), 1.));
 }
 
+// Channel by channel: with a bias or not, and Shape's numbers, O = C
+UNSANITIZED void channels(std::istream& line) {
+  bool biased;
+  Long s[14];
+  line >> biased;
+  for (Long& value : s) line >> value;
+  Long K = s[0], N = s[1], C = s[2], taps = s[6] * s[7];
+  Named in, out;
+  in["x"] = random(K * N * s[4] * s[5] * C), in["w"] = random(K * taps * C), in["dy"] = random(K * N * s[12] * s[13] * C);
+  in["bias"] = biased ? random(K * C) : Floats();
+  out["y"] = Floats(in["dy"].size), out["dx"] = Floats(in["x"].size), out["dw"] = Floats(in["w"].size);
+  out["dbias"] = biased ? Floats(K * C) : Floats();
+  Named found = run_on_threads(in, out, [&](Named& in, Named& out) {
+    depthwise(in["x"].get(), in["w"].get(), in["bias"].get(), out["y"].get(), s);
+    depthwise_dgrad(in["dy"].get(), in["w"].get(), out["dx"].get(), s);
+    depthwise_wgrad(in["x"].get(), in["dy"].get(), out["dw"].get(), out["dbias"].get(), s);
+  });
+  std::vector<double> y(in["dy"].size), dx(in["x"].size), dw(in["w"].size), dbias(K * C);
+  for (Long i = 0; i < K * N * s[12] * s[13] * C; ++i) {
+    Long c = i % C, v = i / C % s[13], h = i / C / s[13] % s[12], image = i / C / s[13] / s[12], k = image / N;
+    if (biased) y[i] += in["bias"][k * C + c], dbias[k * C + c] += in["dy"][i];
+    for (Long tap = 0; tap < taps; ++tap) {
+      Long row = h * s[8] + tap / s[7] - s[10], column = v * s[9] + tap % s[7] - s[11];
+      if (row < 0 || row >= s[4] || column < 0 || column >= s[5]) continue;
+      Long at = ((image * s[4] + row) * s[5] + column) * C + c, of = (k * taps + tap) * C + c;
+      y[i] += double(in["x"][at]) * in["w"][of];
+      dx[at] += double(in["dy"][i]) * in["w"][of], dw[of] += double(in["dy"][i]) * in["x"][at];
+    }
+  }
+  compare("y", found["y"], y, 1e-5 * (1 + largest(y)));
+  compare("dx", found["dx"], dx, 1e-5 * (1 + largest(dx)));
+  compare("dw", found["dw"], dw, 1e-4 * (1 + largest(dw)));
+  if (biased) compare("dbias", found["dbias"], dbias, 1e-4 * (1 + largest(dbias)));
+}
+
 // ---- batch norms ----------------------------------------------------------------------------------------------------
 
 // K, rows, C, training, relu, with weight, bias, running statistics, residual or not, momentum, eps
@@ -407,7 +453,7 @@ int main(int, char** arguments) {
     unsigned seed;
     line >> seed >> op;
     engine.seed(seed), faults.clear();
-    op == "conv" ? convolution(line) : op == "layer" ? whole_layer(line) : norm(line);
+    op == "conv" ? convolution(line) : op == "layer" ? whole_layer(line) : op == "channels" ? channels(line) : norm(line);
     std::cout << "answer: " << (line ? faults : "a line of too few numbers") << std::endl;
   }
 }

@@ -63,7 +63,7 @@ class Found:
 def line_of(seed: int, sanitizer: str) -> str:
     """The problem of this seed, as the driver reads it."""
     rng = random.Random(seed)
-    draw = _halo if sanitizer == "halo" else rng.choices((_conv, _norm, _layer), (2, 1, 2))[0]
+    draw = _halo if sanitizer == "halo" else rng.choices((_conv, _norm, _layer, _channels), (4, 2, 4, 1))[0]
     return f"{seed} {draw(rng)}"
 
 
@@ -82,6 +82,12 @@ def _layer(rng: random.Random) -> str:
     flags = rng.randint(0, 1), rng.randint(0, 1), normed and rng.randint(0, 1), rng.randint(0, 1)
     sizes = _sizes(rng, form, PASSES, same=form == "winograd", least=8 if normed else 1)
     return f"layer {form} {normed} {' '.join(map(str, flags))} {sizes}"
+
+
+def _channels(rng: random.Random) -> str:
+    sizes = _sizes(rng, "direct", ("fprop",)).split()
+    sizes[3] = sizes[2]
+    return f"channels {rng.randint(0, 1)} {' '.join(sizes)}"
 
 
 def _sizes(rng: random.Random, form: str, passes: Sequence[str], same: bool = False, least: int = 1) -> str:

@@ -111,7 +111,6 @@ class PackedConv2d(_PackedConv, nn.Conv2d):
         y = ops.grouped_conv2d(x.unflatten(0, samples), self.weight, self.bias, self.stride, padding, self.dilation)
         return y.flatten(0, 1)
 
-
     def _twin_by_channel(self, x: Tensor, padding) -> Tensor | None:
         if not self.groups == self.in_channels == self.out_channels or self.dilation != (1, 1) or padding == "same":
             return None
