@@ -11,7 +11,7 @@ from torch import nn
 import decompk
 from decompk.kernels import conv, cpu, layer_choice
 from decompk.kernels.device import KNOWN
-from decompk.kernels.layer_choice import DIRECT, WINOGRAD, Ways
+from decompk.kernels.layer_choice import DIRECT, WINOGRAD, LayerChoice
 from decompk.kernels.problem import Problem
 
 if reason := cpu.why_not():
@@ -79,12 +79,12 @@ def test_a_fused_layer_is_as_exact_as_torchs(name, way, monkeypatch):
     """Twice the error of members alone at most, but for rounding; by either algorithm, where it may."""
     used = []
 
-    def ways(problem, norm, gradient):
+    def choose_layer(problem, norm, gradient):
         legal = conv.named(WINOGRAD).why_not(problem, None, KNOWN[90]) is None
-        used.append(Ways(*(way if legal else DIRECT,) * 2))
+        used.append(LayerChoice(*(way if legal else DIRECT,) * 2))
         return used[-1]
 
-    monkeypatch.setattr("decompk.ops.cpu_layer.ways", ways)
+    monkeypatch.setattr("decompk.ops.cpu_layer.choose_layer", choose_layer)
     members = [Layer(**CASES[name]) for _ in range(K)]
     x = torch.randn(K, N, 3, 9, 8)
     weights = torch.randn(K, *members[0](x[0]).shape)
@@ -147,25 +147,25 @@ def test_infinite_and_missing_numbers_stay_where_torch_has_them():
 def test_which_way_is_measured_kept_and_used(monkeypatch, tmp_path):
     monkeypatch.setenv("DECOMPK_CACHE", str(tmp_path))
     monkeypatch.setenv("DECOMPK_MEASURE", "1")
-    layer_choice._ways.cache_clear()
+    layer_choice._chosen.cache_clear()
     problem = Problem("fprop", "float32", 2, 4, 16, 16, 12, 12, (3, 3), (1, 1), (1, 1))
     for times, expected in (
-        ({DIRECT: 1.0, WINOGRAD: 2.0, "apart": 1.0}, Ways(DIRECT, DIRECT)),
-        ({DIRECT: 2.0, WINOGRAD: 1.0, "apart": 1.0}, Ways(WINOGRAD, WINOGRAD)),
+        ({DIRECT: 1.0, WINOGRAD: 2.0, "apart": 1.0}, LayerChoice(DIRECT, DIRECT)),
+        ({DIRECT: 2.0, WINOGRAD: 1.0, "apart": 1.0}, LayerChoice(WINOGRAD, WINOGRAD)),
         ({DIRECT: 2.0, WINOGRAD: 2.0, "apart": 1.0}, None),
     ):
         monkeypatch.setattr(layer_choice, "times", lambda key, contestants, times=times: times)
-        layer_choice._ways.cache_clear()
-        assert layer_choice.ways(problem, True, True) == expected
+        layer_choice._chosen.cache_clear()
+        assert layer_choice.choose_layer(problem, True, True) == expected
     monkeypatch.undo()
     monkeypatch.setenv("DECOMPK_CACHE", str(tmp_path))
     monkeypatch.setenv("DECOMPK_MEASURE", "1")
-    layer_choice._ways.cache_clear()
-    first = layer_choice.ways(problem, True, True)
-    layer_choice._ways.cache_clear()
+    layer_choice._chosen.cache_clear()
+    first = layer_choice.choose_layer(problem, True, True)
+    layer_choice._chosen.cache_clear()
     monkeypatch.setattr(layer_choice, "_forward", lambda *_: pytest.fail("what is known is measured again"))
-    assert layer_choice.ways(problem, True, True) == first
-    layer_choice._ways.cache_clear()
+    assert layer_choice.choose_layer(problem, True, True) == first
+    layer_choice._chosen.cache_clear()
 
 
 # ---- channel by channel ---------------------------------------------------------------------------------------------

@@ -22,25 +22,25 @@ DIRECT, WINOGRAD, APART = "direct", "winograd", "apart"
 MARGIN = 0.95  # the parts one by one are chosen where they take less than that share of the layer's time
 
 
-class Ways(NamedTuple):
+class LayerChoice(NamedTuple):
     """Forward and backward, each DIRECT or WINOGRAD."""
 
     forward: str
     backward: str
 
 
-def ways(problem: Problem, norm: bool, gradient: bool) -> Ways | None:
+def choose_layer(problem: Problem, norm: bool, gradient: bool) -> LayerChoice | None:
     """How the layer of this fprop runs, None where its parts run apart: they have to, or were faster when measured.
 
     norm: whether there is a batch norm by its batch's moments; gradient: whether that of x is wanted.
     """
-    return _ways(
+    return _chosen(
         replace(problem, aligned=True, deterministic=False), norm, gradient, allowed(), torch.get_num_threads()
     )
 
 
 @functools.lru_cache(maxsize=4096)
-def _ways(problem: Problem, norm: bool, gradient: bool, measures: bool, threads: int) -> Ways | None:
+def _chosen(problem: Problem, norm: bool, gradient: bool, measures: bool, threads: int) -> LayerChoice | None:
     here, direct, winograd = devices.of(torch.device("cpu")), conv.named(DIRECT), conv.named(WINOGRAD)
     passes = [problem.of(kind) for kind in ("fprop", "wgrad", *(["dgrad"] if gradient else []))]
     if direct.missing() is not None or any(direct.why_not(p, None, here) is not None for p in passes):
@@ -53,8 +53,9 @@ def _ways(problem: Problem, norm: bool, gradient: bool, measures: bool, threads:
     about = f"{'norm' if norm else 'bare'}{'' if gradient else '_no_dx'}_{key_of(problem)}"
     for way, made, possible in (("forward", _forward, same), ("backward", partial(_backward, gradient=gradient), back)):
         known = times(f"layer_{way}_{about}", partial(made, problem, norm, possible)) if flops >= WORTH else {}
-        found.append(known or {WINOGRAD if possible and wide else DIRECT: 0.0, APART: 1.0})
-    best = Ways(*(min((name for name in known if name != APART), key=known.__getitem__) for known in found))
+        whole = known.keys() >= {DIRECT, APART}  # files may be damaged
+        found.append(known if whole else {WINOGRAD if possible and wide else DIRECT: 0.0, APART: 1.0})
+    best = LayerChoice(*(min((name for name in known if name != APART), key=known.__getitem__) for known in found))
     ours, apart = sum(map(dict.__getitem__, found, best)), sum(known[APART] for known in found)
     return None if apart < MARGIN * ours else best
 

@@ -12,7 +12,7 @@ from ..kernels import cpu
 from ..kernels.backend import ANY, forced, resumed
 from ..kernels.call import Call, follows, fprop_call, settle, unwatched
 from ..kernels.conv.direct import sizes_of
-from ..kernels.layer_choice import WINOGRAD, Ways, in_one_go, ways
+from ..kernels.layer_choice import WINOGRAD, LayerChoice, choose_layer, in_one_go
 from ..kernels.problem import Geometry
 from .conv_norm import Norm
 from .followed import by_torch, gradients
@@ -21,7 +21,7 @@ from .norm import contiguous, torch_norm
 
 def call_of(
     x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, norm: Norm | None, gradient: bool
-) -> tuple[Call, Ways] | None:
+) -> tuple[Call, LayerChoice] | None:
     """How `cpu_layer` runs a layer, None where it does not; all tensors are float32 on the CPU, and unwatched.
 
     gradient: whether x's is wanted.
@@ -36,7 +36,7 @@ def call_of(
             return None
         if any(t is not None and not t.is_contiguous() for t in vectors[2:]):
             return None
-    found = ways(call.as_given, norm is not None, gradient)
+    found = choose_layer(call.as_given, norm is not None, gradient)
     return None if found is None else (call, found)
 
 
@@ -44,7 +44,7 @@ def cpu_layer(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    how: tuple[Call, Ways],
+    how: tuple[Call, LayerChoice],
     norm: Norm | None = None,
     residual: Tensor | None = None,
     relu: bool = False,
@@ -68,12 +68,12 @@ class _Layer(torch.autograd.Function):
         gamma: Tensor | None,
         beta: Tensor | None,
         residual: Tensor | None,
-        how: tuple[Call, Ways],
+        how: tuple[Call, LayerChoice],
         norm: Norm | None,
         relu: bool,
     ) -> Tensor:
         K, O = weight.shape[:2]
-        call, way = how
+        call, by = how
         y, z, saved = call.empty(), None, None
         moved: tuple[Tensor | None, ...] = (None, None)
         if norm is not None:
@@ -81,13 +81,13 @@ class _Layer(torch.autograd.Function):
         momentum, eps = (0.0, 0.0) if norm is None else (norm.momentum, norm.eps)
         affine, around = (
             (*contiguous(gamma, beta), *moved),
-            (relu, momentum, eps, way.forward == WINOGRAD, sizes_of(call.as_given)),
+            (relu, momentum, eps, by.forward == WINOGRAD, sizes_of(call.as_given)),
         )
         cpu.layer(x, call.weight(weight), *contiguous(bias), affine, residual, y, z, saved, *around)
         if norm is not None and norm.counter is not None:
             norm.counter.add_(1)
         torch.autograd.graph.increment_version([t for t in moved if t is not None])
-        ctx.call, ctx.way, ctx.relu, ctx.eps, ctx.asked = call, way, relu, eps, forced.get()
+        ctx.call, ctx.by, ctx.relu, ctx.eps, ctx.asked = call, by, relu, eps, forced.get()
         ctx.has_norm, ctx.has_residual, ctx.bias = norm is not None, residual is not None, bias
         result = y if z is None else z
         decides = result if relu and (norm is None or residual is not None) else None
@@ -110,7 +110,7 @@ class _Layer(torch.autograd.Function):
         dbeta = x.new_empty(p.K, p.O) if saved is not None or needs[2] else None
         g = torch.empty_like(dz) if ctx.has_residual and needs[5] else None
         dy = None if dx is None or in_one_go(p) else torch.empty_like(dz)
-        found = dx, dw, dgamma, dbeta, g, dy, ctx.way.backward == WINOGRAD, sizes_of(p)
+        found = dx, dw, dgamma, dbeta, g, dy, ctx.by.backward == WINOGRAD, sizes_of(p)
         cpu.layer_backward(dz, x, call.weight(weight), y, z, saved, ctx.relu, *found)
         dbias = dbeta if saved is None else torch.zeros_like(dbeta) if needs[2] else None  # the norm takes it off again
         affine = (dgamma if needs[3] else None, dbeta if saved is not None and needs[4] else None)
