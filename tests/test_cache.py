@@ -471,7 +471,7 @@ def test_without_room_anywhere_torchs_operators_run(place):
         cpu._opened.cache_clear()
         rows = {row[0]: row for row in info.info().rows}
         y = torch.nn.functional.conv2d(torch.ones(1, 1, 3, 3), torch.ones(1, 1, 3, 3))
-        measure._keep(measure.path(), "x" * 1000, {"direct": 1.0})
+        measure.keep(measure.path(), "x" * 1000, {"direct": 1.0})
         return cpu.why_not(), rows["backend cpu"], y.item(), list(place.glob("*.so"))
 
     why, row, y, left = in_another_process(limited)
@@ -559,7 +559,7 @@ def test_who_is_killed_while_writing_choices_loses_none(place):
 
     def keep():
         for number in range(before, 10**6):
-            measure._keep(file, f"problem {number}", {"direct": 1.0})
+            measure.keep(file, f"problem {number}", {"direct": 1.0})
 
     before = 0
     for _ in range(KILLS):
@@ -567,6 +567,6 @@ def test_who_is_killed_while_writing_choices_loses_none(place):
         known = measure._table(file)
         assert len(known) >= before and set(known) == {f"problem {number}" for number in range(len(known))}
         before = len(known)
-    measure._keep(file, "last", {"direct": 1.0})
+    measure.keep(file, "last", {"direct": 1.0})
     assert before and len(measure._table(file)) == before + 1
     assert set(place.iterdir()) == {file, file.with_suffix(".lock")}

@@ -112,7 +112,7 @@ class _Layer(torch.autograd.Function):
         dy = None if dx is None or in_one_go(p) else torch.empty_like(dz)
         found = dx, dw, dgamma, dbeta, g, dy, ctx.by.backward == WINOGRAD, sizes_of(p)
         cpu.layer_backward(dz, x, call.weight(weight), y, z, saved, ctx.relu, *found)
-        dbias = dbeta if saved is None else torch.zeros_like(dbeta) if needs[2] else None  # the norm takes it off again
+        dbias = dbeta if saved is None else 0 * dbeta if needs[2] else None  # zero, as the norm takes it off again
         affine = (dgamma if needs[3] else None, dbeta if saved is not None and needs[4] else None)
         return dx, dw.movedim(-1, 2), dbias if needs[2] else None, *affine, g, None, None, None
 

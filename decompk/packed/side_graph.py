@@ -134,7 +134,7 @@ class SideGraph:
         writes, torchs = _writes(node, module), module is None and _is_torchs(node)
         sides = {one: one.forms["side"] for one in tensors if writes and not torchs and "side" in one.forms}
         versions = {one: self._call(side_layers.version, read[one]) for one in sides}
-        value = _Value({"rows": self.new.node_copy(node, self._rows)}, number=bool(read) and not tensors)
+        value = _Value({"rows": self.new.node_copy(node, self._rows)}, number=len(read) > 0 and not tensors)
         for one in tensors if writes else ():
             self._written(one, node, "rows", read[one])
         for one, side in sides.items():  # other code mostly only reads
@@ -326,7 +326,7 @@ class SideGraph:
         if not isinstance(found, int) or found % 4 != dim or not is_shape:
             return False
         source = self._values[asked.args[0]]
-        return source is of if of else bool(source.forms.keys() & {"side", "shared"})
+        return source is of if of else not source.forms.keys().isdisjoint({"side", "shared"})
 
     # ---- what moves channels or looks over pixels -------------------------------------------------------------------
 
