@@ -23,7 +23,7 @@ from .conv.form import Choice, Form
 from .problem import Problem, key_of
 from .timer import in_turns, is_a_time, wall_seconds
 
-ROUNDS, SECONDS = 7, 0.3  # how often each contestant runs at most, and how long a measurement may take
+ROUNDS, SECONDS = 7, 0.15  # how often each contestant runs at most, and how long a measurement may take
 HOPELESS = 1.5  # who is that much slower than the fastest after a round does not run again
 MARGIN = 0.95  # torch's operators are chosen where they take less than that share of our own kernel's time
 
