@@ -1,4 +1,4 @@
-"""The direct form: C++ for processors, all passes, float32, member-major (kernels/cpu/direct.cpp)."""
+"""The direct form: C++ for processors, all passes, float32, member-major (kernels/cpu/direct.h)."""
 
 from __future__ import annotations
 

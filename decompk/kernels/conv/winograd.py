@@ -1,4 +1,4 @@
-"""The Winograd form: C++ for processors, 3×3 of stride 1 with fewer products (kernels/cpu/winograd.cpp)."""
+"""The Winograd form: C++ for processors, 3×3 of stride 1 with fewer products (kernels/cpu/winograd.h)."""
 
 from __future__ import annotations
 

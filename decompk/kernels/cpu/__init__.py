@@ -12,6 +12,8 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -186,10 +188,11 @@ def build(library: Path, flags: Sequence[str], linking: Sequence[str] = ()) -> N
 
     flags: for the compiler; linking: for the linker. Raises OSError and SubprocessError where that cannot be done.
     """
-    compiler, objects = _compiler(), []
-    for source in sorted(SOURCES.glob("*.cpp")):
-        objects.append(str(library.with_name(f"{source.stem}.o")))
-        _run([*compiler, *flags, "-c", str(source), "-o", objects[-1]], library.parent)
+    compiler, sources = _compiler(), sorted(SOURCES.glob("*.cpp"))
+    objects = [str(library.with_name(f"{source.stem}.o")) for source in sources]
+    commands = [[*compiler, *flags, "-c", str(s), "-o", o] for s, o in zip(sources, objects, strict=True)]
+    with ThreadPoolExecutor(len(commands)) as pool:
+        list(pool.map(partial(_run, scratch=library.parent), commands))
     # Linked without -fopenmp: its symbols are then torch's own, and so are its threads.
     _run([*compiler, "-shared", *linking, *objects, "-o", str(library)], library.parent)
 
