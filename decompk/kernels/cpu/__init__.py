@@ -13,7 +13,6 @@ import subprocess
 import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -192,7 +191,7 @@ def build(library: Path, flags: Sequence[str], linking: Sequence[str] = ()) -> N
     objects = [str(library.with_name(f"{source.stem}.o")) for source in sources]
     commands = [[*compiler, *flags, "-c", str(s), "-o", o] for s, o in zip(sources, objects, strict=True)]
     with ThreadPoolExecutor(len(commands)) as pool:
-        list(pool.map(partial(_run, scratch=library.parent), commands))
+        list(pool.map(_run, commands, [library.parent] * len(commands)))
     # Linked without -fopenmp: its symbols are then torch's own, and so are its threads.
     _run([*compiler, "-shared", *linking, *objects, "-o", str(library)], library.parent)
 
