@@ -348,8 +348,8 @@ float64. All are given their inputs ready: crops are cut, and laid out for each,
 before 2026-11-29 ours cut its own within it. A ratio is the median of the ratios of the rounds, with their quartiles;
 above 1 decompk is faster. "Ours" and "best peer" are the fastest of each side. "% of roof": the time in which the
 machine could move the compulsory bytes or compute the useful FLOPs, whichever takes longer, by the measured time; it
-may pass 100, as Winograd's convolutions multiply less than is counted, and a machine that is shared may have been slower
-when its roof was measured.
+may pass 100, as Winograd's convolutions multiply less than is counted, and a machine that is shared may have been
+slower when its roof was measured.
 """
 
 
