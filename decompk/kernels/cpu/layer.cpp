@@ -22,8 +22,7 @@ struct Rising {
     if (!norm) return;
     for (Long k = 0; k < r.K; ++k) {
       const float* of[] = {t.mean, t.scale, t.bias, t.shares.data(), t.slopes.data()};
-      for (int v = 0; v < 5; ++v)
-        for (Long i = 0; i < r.wide; i += r.C) std::copy_n(of[v] + k * r.C, r.C, &vectors[(k * 5 + v) * r.wide + i]);
+      for (int v = 0; v < 5; ++v) repeat(r, of[v] + k * r.C, &vectors[(k * 5 + v) * r.wide]);
     }
   }
 
@@ -58,6 +57,25 @@ struct Rising {
     else fill<EVERYWHERE>(k, at, count, keeps, to);
   }
 
+  // `tall` rows of `wide` pixels of a unit's images from (first - top, -left) on, with zeros outside of them, into `to`;
+  // own(row's pixels, image, row) for each of the unit's `rows` from `first` on.
+  template <typename Own>
+  void window(const Shape& s, const Unit& u, Long first, Long rows, Long top, Long left, Long tall, Long wide, float* to,
+              Own own) const {
+    Long row = Long(s.columns) * s.O;
+    for (int i = 0; i < u.images; ++i)
+      for (Long h = 0; h < tall; ++h, to += wide * s.O) {
+        Long of = first - top + h;
+        bool inside = of >= 0 && of < s.rows, mine = of >= first && of < first + rows;
+        float* pixels = to + left * s.O;
+        std::fill(to, inside ? pixels : to + wide * s.O, 0.f);
+        if (!inside) continue;
+        this->row(u.k, ((Long(u.k) * s.N + u.n + i) * s.rows + of) * row, row, mine, pixels);
+        std::fill(pixels + row, to + wide * s.O, 0.f);
+        if (mine) own(pixels, i, of);
+      }
+  }
+
   void all(float* to) const {
 #pragma omp parallel for
     for (Long unit = 0; unit < r.units(); ++unit)
@@ -89,26 +107,15 @@ bool both(const Shape& s, const Rising& rising, const float* x, const float* w, 
       into[at] = d + at * s.O;
       if (dx) from[at] = into[at], to[at] = dx + ((first * s.H + u.row) * s.W + at) * s.C;
     }
-    for (int i = 0; i < (gapless ? 0 : u.images); ++i)
-      for (Long h = 0; h < tall; ++h) {
-        Long of = u.row - top + h;
-        float* line = d + (i * tall + h) * wide * s.O;
-        if (of < 0 || of >= s.rows) {
-          std::fill(line, line + wide * s.O, 0.f);
-          continue;
-        }
-        std::fill(line, line + left * s.O, 0.f);
-        bool own = of >= u.row && of < u.row + u.rows;
-        rising.row(u.k, ((first + i) * s.rows + of) * row, row, own, line + left * s.O);
-        std::fill(line + left * s.O + row, line + wide * s.O, 0.f);
-        if (!own) continue;
+    if (!gapless)
+      rising.window(s, u, u.row, u.rows, top, left, tall, wide, d, [&](const float* pixels, int i, Long of) {
         for (int w = 0; w < s.columns; ++w, ++at) {
-          into[at] = line + (left + w) * s.O;
+          into[at] = pixels + w * s.O;
           if (!dx) continue;
           from[at] = into[at] - (top * wide + left) * s.O;
           to[at] = dx + (((first + i) * s.H + of) * s.W + w) * s.C;
         }
-      }
+      });
     for (int r = 0; r < s.kh; ++r)
       outers(p.in, r * p.step, into, 0, p.count, sum + r * length, s.kh * length, int(length), s.O);
     if (dbias)
@@ -138,23 +145,12 @@ bool both_by_winograd(const Shape& s, const Rising& rising, const float* x, cons
   std::vector<char> finite(units.size() / s.K * s.K, true);
   const float* sums = sums_of(s.K, units, parts, stride, [&](const Unit& u, float* sum) {
     Tiles t(forward, u), back(backward, u);
-    Long top = backward.pad_h, left = backward.pad_w, row = Long(s.columns) * s.O, first = Long(u.k) * s.N + u.n;
+    Long top = backward.pad_h, left = backward.pad_w;
     float* d = scratch<float, RISING>(u.images * back.tall * back.wide * s.O);
-    for (int i = 0; i < u.images; ++i)
-      for (Long h = 0; h < back.tall; ++h) {
-        Long of = 2 * u.row - top + h;
-        float* line = d + (i * back.tall + h) * back.wide * s.O;
-        if (of < 0 || of >= s.rows) {
-          std::fill(line, line + back.wide * s.O, 0.f);
-          continue;
-        }
-        std::fill(line, line + left * s.O, 0.f);
-        bool own = of >= 2 * u.row && of < 2 * (u.row + u.rows);
-        rising.row(u.k, ((first + i) * s.rows + of) * row, row, own, line + left * s.O);
-        std::fill(line + left * s.O + row, line + back.wide * s.O, 0.f);
-        for (Long w = left; own && dbias && w < left + s.columns; ++w)
-          for (int o = 0; o < s.O; ++o) sum[size + o] += line[w * s.O + o];
-      }
+    rising.window(s, u, 2 * u.row, 2 * u.rows, top, left, back.tall, back.wide, d, [&](const float* pixels, int, Long) {
+      for (int w = 0; dbias && w < s.columns; ++w)
+        for (int o = 0; o < s.O; ++o) sum[size + o] += pixels[w * s.O + o];
+    });
     auto at = [&](int i, int h, int w) { return d + ((i * back.tall + top + h) * back.wide + left + w) * s.O; };
     t.correlate(t.window_of(x), at, sum);
     if (dx && !back.convolve(d, weights + u.k * size, nullptr, dx)) finite[&u - units.data()] = false;

@@ -27,13 +27,16 @@ struct Rows {
   Long start(Long unit) const { return (member(unit) * rows + unit % chunks * chunk) * C; }
 };
 
-// One number a channel, repeated to a group's width.
+inline void repeat(const Rows& r, const float* of_channel, float* to) {  // one number a channel, to a group's width
+  for (Long i = 0; i < r.wide; i += r.C) std::copy_n(of_channel, r.C, to + i);
+}
+
 struct Repeated {
   std::vector<float> values;
 
   const float* fill(const Rows& r, const float* of_channel) {
     values.resize(r.wide);
-    for (Long i = 0; i < r.wide; i += r.C) std::copy_n(of_channel, r.C, &values[i]);
+    repeat(r, of_channel, values.data());
     return values.data();
   }
 };
@@ -256,6 +259,5 @@ struct Gradients {
     }
   }
 };
-
 
 }  // namespace

@@ -166,7 +166,7 @@ struct Tiles : Side {
     for (int f = 0; f < F; ++f)
       for (int o = 0, width; o < O; o += width) {
         width = width_of(O - o);
-        const float* weight = weights + (Long(f) * O + o) * C;
+        const float* weight = weights + (Long(o) * F + Long(f) * width) * C;
         tiles(in.rows, f * in.step, 0, 1, C, weight, nullptr, out.rows, f * out.step + o, count, width);
       }
     return O % LANES ? write<vec8>(out.first, out.step, y, bias) : write<widest>(out.first, out.step, y, bias);
@@ -185,36 +185,28 @@ struct Tiles : Side {
   }
 };
 
-// U of every member, [F][outputs in blocks][C][block]; of 3×3 weights [outputs in blocks][3][3][C][block].
+// U of every member, [outputs in blocks][F][C][block]; of 3×3 weights [outputs in blocks][3][3][C][block].
 inline const float* frequencies(int K, int O, int C, const float* blocks) {
-  float* weights = scratch<float, FREQUENCIES>(size_t(K) * F * O * C);
-  std::vector<int> firsts;
-  for (int o = 0; o < O; o += width_of(O - o)) firsts.push_back(o);
-#pragma omp parallel for collapse(2)
-  for (int k = 0; k < K; ++k)
-    for (size_t block = 0; block < firsts.size(); ++block) {
-      int first = firsts[block];
-      Long size = Long(C) * width_of(O - first);
-      const float* from = blocks + (Long(k) * O + first) * 9 * C;
-      auto transform = [&](auto kind, Long i) {
-        using vec = decltype(kind);
-        vec g[3][3], half[4][3];
-        for (int t = 0; t < 9; ++t) g[t / 3][t % 3] = load<vec>(from + t * size + i);
-        for (int b = 0; b < 3; ++b) {
-          vec sum = g[0][b] + g[2][b];
-          half[0][b] = g[0][b], half[1][b] = (sum + g[1][b]) * 0.5f, half[2][b] = (sum - g[1][b]) * 0.5f, half[3][b] = g[2][b];
-        }
-        for (int a = 0; a < 4; ++a) {
-          vec sum = half[a][0] + half[a][2];
-          vec row[4] = {half[a][0], (sum + half[a][1]) * 0.5f, (sum - half[a][1]) * 0.5f, half[a][2]};
-          for (int b = 0; b < 4; ++b) store(weights + ((Long(k) * F + a * 4 + b) * O + first) * C + i, row[b]);
-        }
-      };
-      Long i = 0;
-      for (; i + LANES <= size; i += LANES) transform(widest{}, i);
-      for (; i < size; i += 8) transform(vec8{}, i);
-    }
-  return weights;
+  return in_blocks<FREQUENCIES>(K, O, Long(F) * C, [=](int k, int first, int width, float* to) {
+    Long size = Long(C) * width, i = 0;
+    const float* from = blocks + (Long(k) * O + first) * 9 * C;
+    auto transform = [&](auto kind, Long i) {
+      using vec = decltype(kind);
+      vec g[3][3], half[4][3];
+      for (int t = 0; t < 9; ++t) g[t / 3][t % 3] = load<vec>(from + t * size + i);
+      for (int b = 0; b < 3; ++b) {
+        vec sum = g[0][b] + g[2][b];
+        half[0][b] = g[0][b], half[1][b] = (sum + g[1][b]) * 0.5f, half[2][b] = (sum - g[1][b]) * 0.5f, half[3][b] = g[2][b];
+      }
+      for (int a = 0; a < 4; ++a) {
+        vec sum = half[a][0] + half[a][2];
+        vec row[4] = {half[a][0], (sum + half[a][1]) * 0.5f, (sum - half[a][1]) * 0.5f, half[a][2]};
+        for (int b = 0; b < 4; ++b) store(to + (a * 4 + b) * size + i, row[b]);
+      }
+    };
+    for (; i + LANES <= size; i += LANES) transform(widest{}, i);
+    for (; i < size; i += 8) transform(vec8{}, i);
+  });
 }
 
 // dw (K, O, 3, 3, C) = Gᵀ dU G of the sums of a member's parts, the first F · O · C of `stride` floats each
