@@ -154,7 +154,7 @@ def test_which_way_is_measured_kept_and_used(monkeypatch, tmp_path):
         ({DIRECT: 2.0, WINOGRAD: 1.0, "apart": 1.0}, LayerChoice(WINOGRAD, WINOGRAD)),
         ({DIRECT: 2.0, WINOGRAD: 2.0, "apart": 1.0}, None),
     ):
-        monkeypatch.setattr(layer_choice, "times", lambda key, contestants, times=times: times)
+        monkeypatch.setattr(layer_choice, "times", lambda key, names, measured, times=times: times)
         layer_choice._chosen.cache_clear()
         assert layer_choice.choose_layer(problem, True, True) == expected
     monkeypatch.undo()

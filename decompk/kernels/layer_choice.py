@@ -15,7 +15,7 @@ from . import conv, cpu
 from . import device as devices
 from .choose import WORTH, choose
 from .conv.direct import sizes_of
-from .measure import allowed, times
+from .measure import allowed, least, times
 from .problem import Problem, key_of
 
 DIRECT, WINOGRAD, APART = "direct", "winograd", "apart"
@@ -34,13 +34,12 @@ def choose_layer(problem: Problem, norm: bool, gradient: bool) -> LayerChoice | 
 
     norm: whether there is a batch norm by its batch's moments; gradient: whether that of x is wanted.
     """
-    return _chosen(
-        replace(problem, aligned=True, deterministic=False), norm, gradient, allowed(), torch.get_num_threads()
-    )
+    return _chosen(problem, norm, gradient, allowed(), torch.get_num_threads())
 
 
 @functools.lru_cache(maxsize=4096)
 def _chosen(problem: Problem, norm: bool, gradient: bool, measures: bool, threads: int) -> LayerChoice | None:
+    problem = replace(problem, aligned=True, deterministic=False)
     here, direct, winograd = devices.of(torch.device("cpu")), conv.named(DIRECT), conv.named(WINOGRAD)
     passes = [problem.of(kind) for kind in ("fprop", "wgrad", *(["dgrad"] if gradient else []))]
     if direct.missing() is not None or any(direct.why_not(p, None, here) is not None for p in passes):
@@ -52,8 +51,10 @@ def _chosen(problem: Problem, norm: bool, gradient: bool, measures: bool, thread
     flops = 2 * problem.K * problem.N * problem.C * problem.O * problem.taps * problem.out_size[0] * problem.out_size[1]
     about = f"{'norm' if norm else 'bare'}{'' if gradient else '_no_dx'}_{key_of(problem)}"
     for way, made, possible in (("forward", _forward, same), ("backward", partial(_backward, gradient=gradient), back)):
-        known = times(f"layer_{way}_{about}", partial(made, problem, norm, possible)) if flops >= WORTH else {}
-        whole = known.keys() >= {DIRECT, APART}  # files may be damaged
+        runs = partial(made, problem, norm, possible)
+        key, measured = f"layer_{way}_{about}", lambda runs=runs: least(runs())
+        known = times(key, {DIRECT, APART}, measured) if flops >= WORTH else {}
+        whole = known.keys() >= {DIRECT, APART}
         found.append(known if whole else {WINOGRAD if possible and wide else DIRECT: 0.0, APART: 1.0})
     best = LayerChoice(*(min((name for name in known if name != APART), key=known.__getitem__) for known in found))
     ours, apart = sum(map(dict.__getitem__, found, best)), sum(known[APART] for known in found)
@@ -75,7 +76,7 @@ def _forward(problem: Problem, norm: bool, winograd: bool) -> dict[str, Callable
         else:
             y.relu()
 
-    return {DIRECT: partial(layer, DIRECT), **({WINOGRAD: partial(layer, WINOGRAD)} if winograd else {}), APART: apart}
+    return _by_name(layer, winograd, apart)
 
 
 def _backward(problem: Problem, norm: bool, winograd: bool, gradient: bool) -> dict[str, Callable[[], object]]:
@@ -105,7 +106,13 @@ def _backward(problem: Problem, norm: bool, winograd: bool, gradient: bool) -> d
             _run(problem.of("dgrad"), dy, t.weight, dx)
         _run(problem.of("wgrad"), dy, t.x, dw)
 
-    return {DIRECT: partial(layer, DIRECT), **({WINOGRAD: partial(layer, WINOGRAD)} if winograd else {}), APART: apart}
+    return _by_name(layer, winograd, apart)
+
+
+def _by_name(
+    layer: Callable[[str], None], winograd: bool, apart: Callable[[], None]
+) -> dict[str, Callable[[], object]]:
+    return {name: partial(layer, name) for name in (DIRECT, WINOGRAD)[: 1 + winograd]} | {APART: apart}
 
 
 def _run(problem: Problem, first: Tensor, second: Tensor, out: Tensor) -> Tensor:

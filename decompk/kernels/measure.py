@@ -9,7 +9,7 @@ import functools
 import hashlib
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -48,35 +48,31 @@ def allowed() -> bool:
 def fastest(problem: Problem, choices: Sequence[Choice], measure: bool = True) -> Choice:
     """The choice that was fastest for `problem`; the first one, our own, where nothing is known or may be measured."""
     key = key_of(replace(problem, aligned=True, deterministic=False))
-    file = path()
-    known = times_of(file, key)
-    if measure and allowed() and not known.keys() >= {choice.form.name for choice in choices}:
-        with one_at_a_time():  # two that measure at once would measure each other
-            known = times_of(file, key)
-            if not known.keys() >= {choice.form.name for choice in choices}:
-                known = {**known, **time_each(problem, [choice.form for choice in choices])}
-                keep(file, key, known)
+    names = {choice.form.name for choice in choices}
+    known = times(key, names, lambda: time_each(problem, [choice.form for choice in choices]), measure)
     judged = [choice for choice in choices if choice.form.name in known]
     if not judged:
         return replace(choices[0], reason="not measured" if allowed() else "not measured: DECOMPK_MEASURE=0")
     judged.sort(key=lambda choice: known[choice.form.name])
     best = min(judged, key=lambda one: known[one.form.name] / (MARGIN if one.backend == "torch" else 1))
-    times = ", ".join(f"{one.form.name} {known[one.form.name]:.3g}" for one in judged)
-    return replace(best, ms=known[best.form.name], reason=f"measured here, ms: {times}")
+    shown = ", ".join(f"{one.form.name} {known[one.form.name]:.3g}" for one in judged)
+    return replace(best, ms=known[best.form.name], reason=f"measured here, ms: {shown}")
 
 
-def times(key: str, contestants: Callable[[], dict[str, Callable[[], object]]]) -> dict[str, float]:
-    """Milliseconds by name of what is measured for `key`, once, and kept; empty where nothing may be measured.
+def times(
+    key: str, names: Set[str], measured: Callable[[], dict[str, float]], measure: bool = True
+) -> dict[str, float]:
+    """Milliseconds by name of what is measured for `key`, once, and kept; what is known where nothing may be measured.
 
-    contestants: by name, what runs each once.
+    names: of whom times are wanted. measured: those of these, and perhaps of others.
     """
     file = path()
     known = times_of(file, key)
-    if not known and allowed():
+    if measure and allowed() and not known.keys() >= names:
         with one_at_a_time():  # two that measure at once would measure each other
             known = times_of(file, key)
-            if not known:
-                known = least(contestants())
+            if not known.keys() >= names:
+                known = {**known, **measured()}
                 keep(file, key, known)
     return known
 

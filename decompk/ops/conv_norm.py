@@ -231,21 +231,33 @@ def _input_gradient(ctx: Any, call: Call, dy: Tensor, weight: Tensor, other: Ten
 def _followed(ctx: Any, saved: _Saved, dz: Tensor, other: Tensor | None) -> Sequence[Tensor | None]:
     """Gradients by torch's own operators, differentiable again."""
     x, weight, gamma, beta, *_, z = saved
-    ends, K = ctx.call.ends, weight.shape[0]
+    dx, *others = layer_gradients(ctx, ctx.eps, dz, (x, weight, ctx.bias, gamma, beta), z)
+    dx = other if dx is None else dx if other is None else dx + other
+    return dx, *others
+
+
+def layer_gradients(
+    ctx: Any, eps: float | None, dz: Tensor, inputs: Sequence[Tensor | None], z: Tensor | None
+) -> Sequence[Tensor | None]:
+    """Those of x, weight, bias, gamma, beta and residual by torch's own operators, differentiable again.
+
+    ctx: of a layer's forward, with its call, backend asked for, relu and has_residual. eps: None without a norm.
+    z: the result, where it says what the ReLU let pass.
+    """
+    ends = ctx.call.ends
 
     def layer(x: Tensor, weight: Tensor, bias: Tensor | None, gamma: Tensor | None, beta: Tensor | None) -> Tensor:
-        read = cut(x, ends.window) if ends.window else x.unflatten(0, (K, -1))
+        read = cut(x, ends.window) if ends.window else x.unflatten(0, (weight.shape[0], -1))
         y = by_torch(read, weight.to(x.dtype), None if bias is None else bias.to(x.dtype), *ends.geometry)
-        return torch_norm(y, gamma, beta, None, None, True, 0.0, ctx.eps).flatten(0, 1)
+        y = y if eps is None else torch_norm(y, gamma, beta, None, None, True, 0.0, eps)
+        y = y.flatten(0, 1)
+        return y.relu() if ctx.relu and z is None else y
 
     g = dz.masked_fill(z <= 0, 0) if z is not None else dz
-    gate = ctx.relu and z is None
     needs = ctx.needs_input_grad
     with resumed(ctx.asked or ANY):
-        inputs, wanted = (x, weight, ctx.bias, gamma, beta), needs[:5]
-        dx, dw, dbias, dgamma, dbeta = gradients(lambda *a: layer(*a).relu() if gate else layer(*a), inputs, g, wanted)
-    dx = other if dx is None else dx if other is None else dx + other
-    return dx, dw, dbias, dgamma, dbeta, g if ctx.has_residual and needs[5] else None
+        found = gradients(layer, inputs, g, needs[:5])
+    return *found, g if ctx.has_residual and needs[5] else None
 
 
 def _seen(ctx: Any, saved: _Saved, dz: Tensor, other: Tensor | None) -> Sequence[Tensor | None]:

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from ..kernels import cpu
-from ..kernels.backend import ANY, forced, resumed
+from ..kernels.backend import forced
 from ..kernels.call import Call, follows, fprop_call, settle, unwatched
 from ..kernels.conv.direct import sizes_of
 from ..kernels.layer_choice import WINOGRAD, LayerChoice, choose_layer, in_one_go
 from ..kernels.problem import Geometry
-from .conv_norm import Norm
-from .followed import by_torch, gradients
-from .norm import contiguous, torch_norm
+from .conv_norm import Norm, layer_gradients
+from .norm import contiguous
 
 
 def call_of(
@@ -24,10 +20,9 @@ def call_of(
 ) -> tuple[Call, LayerChoice] | None:
     """How `cpu_layer` runs a layer, None where it does not; all tensors are float32 on the CPU, and unwatched.
 
-    gradient: whether x's is wanted.
+    x: settled. gradient: whether x's is wanted.
     """
-    laid = x if x.is_contiguous(memory_format=torch.channels_last) else settle(x.detach())
-    call = fprop_call(laid, weight, bias, geometry)
+    call = fprop_call(x, weight, bias, geometry)
     if not call.as_given.N:
         return None
     if norm is not None:
@@ -51,9 +46,9 @@ def cpu_layer(
 ) -> Tensor:
     """relu(batch_norm(conv(x)) + residual) of K members, rows (K·N, O, H', W'), for what `call_of` took.
 
-    x rows (K·N, C, H, W), weight (K, O, C, kh, kw), bias (K, O); residual, only beside a norm, as the result.
+    x settled rows (K·N, C, H, W), weight (K, O, C, kh, kw), bias (K, O); residual, only beside a norm, as the result.
     """
-    x, residual = settle(x), None if residual is None else settle(residual)
+    residual = None if residual is None else settle(residual)
     gamma, beta = (None, None) if norm is None else (norm.weight, norm.bias)
     return _Layer.apply(x, weight, bias, gamma, beta, residual, how, norm, relu)
 
@@ -87,8 +82,8 @@ class _Layer(torch.autograd.Function):
         if norm is not None and norm.counter is not None:
             norm.counter.add_(1)
         torch.autograd.graph.increment_version([t for t in moved if t is not None])
-        ctx.call, ctx.by, ctx.relu, ctx.eps, ctx.asked = call, by, relu, eps, forced.get()
-        ctx.has_norm, ctx.has_residual, ctx.bias = norm is not None, residual is not None, bias
+        ctx.call, ctx.by, ctx.relu, ctx.asked = call, by, relu, forced.get()
+        ctx.eps, ctx.has_residual, ctx.bias = None if norm is None else eps, residual is not None, bias
         result = y if z is None else z
         decides = result if relu and (norm is None or residual is not None) else None
         ctx.save_for_backward(x, weight, gamma, beta, None if z is None else y, decides, saved)
@@ -99,7 +94,7 @@ class _Layer(torch.autograd.Function):
         x, weight, gamma, beta, y, z, saved = ctx.saved_tensors
         needs = ctx.needs_input_grad
         if follows(dz) or not needs[1] or not unwatched(dz, x, weight, y, z):
-            return *_followed(ctx, dz, x, weight, gamma, beta, z), None, None, None
+            return *layer_gradients(ctx, ctx.eps, dz, (x, weight, ctx.bias, gamma, beta), z), *(None,) * 3
         call = ctx.call
         p = call.as_given
         dz, x = settle(dz), settle(x)  # hooks of saved tensors may have given back what lies otherwise
@@ -115,20 +110,3 @@ class _Layer(torch.autograd.Function):
         dbias = dbeta if saved is None else 0 * dbeta if needs[2] else None  # zero, as the norm takes it off again
         affine = (dgamma if needs[3] else None, dbeta if saved is not None and needs[4] else None)
         return dx, dw.movedim(-1, 2), dbias if needs[2] else None, *affine, g, None, None, None
-
-
-def _followed(ctx: Any, dz: Tensor, x: Any, weight: Any, gamma: Any, beta: Any, z: Any) -> Sequence[Tensor | None]:
-    """Gradients by torch's own operators, differentiable again."""
-
-    def layer(x: Tensor, weight: Tensor, bias: Tensor | None, gamma: Tensor | None, beta: Tensor | None) -> Tensor:
-        y = by_torch(x.unflatten(0, (weight.shape[0], -1)), weight, bias, *ctx.call.ends.geometry)
-        if ctx.has_norm:
-            y = torch_norm(y, gamma, beta, None, None, True, 0.0, ctx.eps)
-        y = y.flatten(0, 1)
-        return y.relu() if ctx.relu and z is None else y
-
-    g = dz if z is None else dz.masked_fill(z <= 0, 0)
-    needs = ctx.needs_input_grad
-    with resumed(ctx.asked or ANY):
-        found = gradients(layer, (x, weight, ctx.bias, gamma, beta), g, needs[:5])
-    return *found, g if ctx.has_residual and needs[5] else None

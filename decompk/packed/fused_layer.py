@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .. import ops
 from ..crops import Crop
 from ..kernels.backend import asked_for
-from ..kernels.call import runs_cpu, unwatched
+from ..kernels.call import runs_cpu, settle, unwatched
 from ..kernels.handles import TENSORS
 from ..kernels.layout import output_shape
 from ..kernels.problem import Geometry
@@ -68,15 +68,16 @@ def _run_layer(
     shift (K, O) of a norm by its running statistics. relu: a module, or the name of a function of torch.
     """
     known = unchanged(conv, PackedConv2d) and unchanged(norm, PackedBatchNorm2d) and unchanged(relu, nn.ReLU)
-    joins = known and norm is not None and runs_cpu(x)  # the norm takes what follows it
-    if crops is not None and runs_cpu(x):  # whose kernels read no windows
+    on_cpu = runs_cpu(x)
+    joins = known and norm is not None and on_cpu  # the norm takes what follows it
+    if crops is not None and on_cpu:  # whose kernels read no windows
         x, crops = torch.cat([crop.cut(x) for crop in crops]), None
     call = _call(x, crops, conv) if known else None
     if call is not None and (residual is None or _fits(residual, call)):
         gradient = torch.is_grad_enabled() and any(map(_needs_gradient, (x, conv.weight, conv.bias, residual)))
         if not gradient and (norm is None or affine is not None):
             return fused_rows(*call[:-1], affine or (None, None), residual, relu is not None), x
-        if runs_cpu(x, call[1], call[2]):
+        if on_cpu and runs_cpu(*call[1:3]):
             y = _on_cpu(x, call, norm, residual, relu is not None)
             if y is not None:
                 return y, x
@@ -228,6 +229,7 @@ def _on_cpu(x: Tensor, call: _Call, norm: PackedBatchNorm2d | None, residual: An
         return None
     if not runs_cpu(residual, *(around or ())[:4]):
         return None
+    x = settle(x)
     made = call_of(x, weight, bias, geometry, around, x.requires_grad)
     return None if made is None else cpu_layer(x, weight, bias, made, around, residual, relu)
 
