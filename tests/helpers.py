@@ -181,3 +181,18 @@ def save_digits(path, train, test):
         images[f"x_{name}"], images[f"y_{name}"] = split.pixels[:count, 0].numpy(), split.labels[:count].numpy()
     np.savez(path, **images)
     return str(path)
+
+
+def used_members(make, count, dtype=None):
+    """`count` members whose running statistics and affine parameters are not those of the start."""
+    members = []
+    for seed in range(count):
+        torch.manual_seed(seed)
+        members.append(make().to(dtype))
+        for name, tensor in members[-1].named_parameters():
+            if tensor.dim() == 1:
+                torch.nn.init.normal_(tensor, 1.0 if name.endswith("weight") else 0.0, 0.3)
+        for name, tensor in members[-1].named_buffers():
+            if "running" in name:
+                tensor.uniform_(0.5, 1.5)
+    return members

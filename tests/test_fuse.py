@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torch.utils.checkpoint
-from helpers import leaves
+from helpers import leaves, used_members
 from nets import NETS
 from torch import nn
 from torch._dynamo.backends.debugging import aot_eager
@@ -37,18 +37,8 @@ def as_on_kernels(monkeypatch):
 
 
 def packed_of(make, count=K, **options):
-    """`count` members with running statistics and affine parameters that are not those of the start."""
-    members = []
-    for seed in range(count):
-        torch.manual_seed(seed)
-        members.append(make())
-        for name, tensor in members[-1].named_parameters():
-            if tensor.dim() == 1:
-                nn.init.normal_(tensor, 1.0 if name.endswith("weight") else 0.0, 0.3)
-        for name, tensor in members[-1].named_buffers():
-            if "running" in name:
-                tensor.uniform_(0.5, 1.5)
-    return pack(members, **options)
+    """`count` members that are not as they were at the start."""
+    return pack(used_members(make, count), **options)
 
 
 def images(*shape):

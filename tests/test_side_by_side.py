@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import leaves
+from helpers import leaves, used_members
 from nets import NETS, conv
 from torch import nn
 from zoo import torchvision
@@ -24,17 +24,7 @@ needs_torchvision = pytest.mark.skipif(torchvision is None, reason="torchvision 
 
 def packed_of(make, dtype=torch.float64, count=K, **options):
     """Members with parameters and statistics that are not those of the start."""
-    members = []
-    for seed in range(count):
-        torch.manual_seed(seed)
-        members.append(make().to(dtype))
-        for name, tensor in members[-1].named_parameters():
-            if tensor.dim() == 1:
-                nn.init.normal_(tensor, 1.0 if name.endswith("weight") else 0.0, 0.3)
-        for name, tensor in members[-1].named_buffers():
-            if "running" in name:
-                tensor.uniform_(0.5, 1.5)
-    return decompk.pack(members, input_dims=4, **{"rehearse": False, **options})
+    return decompk.pack(used_members(make, count, dtype), input_dims=4, **{"rehearse": False, **options})
 
 
 def images(*shape, dtype=torch.float64):
