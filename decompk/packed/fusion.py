@@ -19,6 +19,7 @@ from ..fx.graph import in_mode
 from ..fx.unseen import undrawn
 from ..fx.wrapper import Shell
 from ..threads import Tracer, one_at_a_time
+from .bare import Bare
 from .conv import PackedConv2d
 from .fused_layer import affines, run_layer, run_shared_layer
 from .fused_pool import pools, run_pool
@@ -62,7 +63,7 @@ def augmented(name: str, value: Any, other: Any) -> Any:
 
 
 class _Tracer(Tracer):
-    """Twins and modules that run member by member stay whole; `entered` are the modules whose code is read."""
+    """Twins, modules that run member by member and owners of bare parameters stay whole; `entered` are the modules whose code is read."""
 
     proxy_buffer_attributes = True
 
@@ -72,7 +73,7 @@ class _Tracer(Tracer):
         self._outside = _context()
 
     def is_leaf_module(self, module: nn.Module, qualified_name: str) -> bool:
-        return isinstance(module, (Twin, PerMember)) or super().is_leaf_module(module, qualified_name)
+        return isinstance(module, (Bare, Twin, PerMember)) or super().is_leaf_module(module, qualified_name)
 
     def called(self, module: nn.Module, forward: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         if not self.is_leaf_module(module, ""):
@@ -104,6 +105,8 @@ def read(net: nn.Module, training: bool) -> tuple[fx.Graph, list[nn.Module]]:
         raise UnsupportedOperation(
             f"the whole network runs member by member, since {net._reason}: nothing can be fused."
         )
+    if isinstance(net, Bare):
+        raise UnsupportedOperation(f"{type(net).__name__} reads parameters of its own, which no graph of it can.")
     if isinstance(net, Twin):
         raise UnsupportedOperation(f"the network is a single {net._twin_class.__name__}: there is nothing to fuse.")
     reader = _Reader(net)

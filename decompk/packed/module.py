@@ -21,6 +21,7 @@ from ..fx.wrapper import Shell, innermost
 from ..kernels.call import watched
 from ..threads import one_at_a_time
 from .apart import Call
+from .bare import Bare, compiled_batch
 from .inputs import check_image, fits, misfit
 from .kinds import Kinds, kind_of, switches_of
 from .per_member import PerMember, description
@@ -179,6 +180,7 @@ class Packed(Shell):
         cuts = shared and len(self._crops or ()) > 0
         rows = x if cuts else torch.cat([x] * self._K) if shared else x.flatten(0, 1)
         if torch.compiler.is_compiling():
+            compiled_batch(self._inner, self._K * N)
             return self._stacked(self._run(rows, cuts), way, N)
         with packed_batch(self._K * N):
             out = self._run(rows, cuts) if program is None else self._by_program(program, rows, cuts)
@@ -217,6 +219,7 @@ class Packed(Shell):
 
         args, kwargs = tree_map(rows, (args, kwargs))
         if torch.compiler.is_compiling():
+            compiled_batch(self._inner, self._K * N)
             return self._stacked(self._inner(*args, **kwargs), way, N)
         with packed_batch(self._K * N):
             out = self._inner(*args, **kwargs)
@@ -459,12 +462,14 @@ class Packed(Shell):
 
     def describe(self) -> str:
         """A table of the layers: which run as twins, and which member by member and why."""
-        rows = []
+        rows, paths = [], {module: path for path, module in self._inner.named_modules()}
         for module in without_insides(self._inner):
             if isinstance(module, PerMember):
                 rows.append(description(module))
             elif isinstance(module, Twin):
                 rows.append((module._twin_path, module._twin_class.__name__, self._how(module)))
+            elif isinstance(module, Bare):
+                rows.append((paths[module], type(module).__name__, "reads its own parameters by rows"))
         net = description(self._inner)[1] if isinstance(self._inner, PerMember) else type(self._inner).__name__
         widths = [max((len(row[i]) for row in rows), default=0) for i in range(2)]
         lines = [f"{path or '.':<{widths[0]}}  {kind:<{widths[1]}}  {how}" for path, kind, how in rows]

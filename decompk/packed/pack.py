@@ -11,14 +11,16 @@ from torch import Tensor, nn
 
 from ..crops import Part
 from ..errors import PackError, PartitionError, brief
-from ..fx.wrapper import innermost
+from ..fx.wrapper import Shell, innermost
 from ..kernels.backend import EXACT
 from .architecture import check_members, listed
+from .bare import adopt
 from .follow import own_module
 from .module import Packed, warn
 from .per_member import PerMember, per_member_kind
 from .selection import input_dims_of, selected
 from .stack import hook, laid_out, stacked
+from .surgery import without_insides
 from .twin import Twin, deep_copy
 
 
@@ -55,7 +57,7 @@ def pack(
     for name in shared or ():
         if name not in takes and not any(p.kind is p.VAR_KEYWORD for p in takes.values()):
             raise PackError(f"shared names '{name}', which is no argument of {type(first).__name__}.forward.")
-    twins, whole = selected(first, member_by_member, apart)
+    twins, whole = selected(first, member_by_member, apart, rehearse)
 
     memo: dict[int, Any] = _stack_tensors(members, {path for path, kind in twins.items() if kind._twin_dims == 4})
     for path, reason in whole.items():
@@ -69,6 +71,9 @@ def pack(
         leaf = net.get_submodule(path)
         if not isinstance(leaf, Twin):  # registered under two names
             kind._twin_adopt(leaf, K, path)
+    for module in without_insides(net):
+        if not isinstance(module, Twin | Shell) and any(p is not None for p in module._parameters.values()):
+            adopt(module)
     if whole.get("", "asked for") != "asked for" and K > 1:
         name = type(innermost(first)).__name__
         warn(f"{name}: the network runs member by member, no faster than alone: {whole['']}.")

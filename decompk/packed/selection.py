@@ -15,6 +15,7 @@ from ..errors import PackError
 from ..fx.forward_code import attributes, is_changeable, read_forward, why_not_packed
 from ..fx.held import walked
 from ..fx.wrapper import Rewritten
+from .bare import is_bare
 from .twin import HOOKS, Twin, dotted
 from .twins import TWINS
 
@@ -29,11 +30,12 @@ _HARMLESS = {
 
 
 def selected(
-    first: nn.Module, named: Collection[str], apart: Mapping[str, str]
+    first: nn.Module, named: Collection[str], apart: Mapping[str, str], rehearse: bool
 ) -> tuple[dict[str, type[Twin]], dict[str, str]]:
     """Which modules become twins, and which run member by member and why; inside these nothing is replaced.
 
-    `named`: those that the user wants to run so; `apart`: those in which members hold things of their own, and why.
+    `named`: those that the user wants to run so; `apart`: those in which members hold things of their own, and why;
+    `rehearse`: whether a first call finds out where that is wrong.
     """
     modules = dict(first.named_modules(remove_duplicate=False))
     for path in named:
@@ -45,7 +47,7 @@ def selected(
             return {}, {"": f"'{path}' has batch_first=False"}
 
     while True:
-        twins, whole = _visited(first, modules, named, apart)
+        twins, whole = _visited(first, modules, named, apart, rehearse)
         wider = entangled(modules, whole)
         if not wider:
             return twins, whole
@@ -53,7 +55,7 @@ def selected(
 
 
 def _visited(
-    first: nn.Module, modules: dict[str, nn.Module], named: Collection[str], apart: Mapping[str, str]
+    first: nn.Module, modules: dict[str, nn.Module], named: Collection[str], apart: Mapping[str, str], rehearse: bool
 ) -> tuple[dict[str, type[Twin]], dict[str, str]]:
     twins: dict[str, type[Twin]] = {}
     whole: dict[str, str] = {}
@@ -65,7 +67,7 @@ def _visited(
             whole[path] = apart[path]
         elif kind := twin_of(module):
             twins[path] = kind
-        elif reason := why_member_by_member(module):
+        elif reason := why_member_by_member(module, rehearse):
             whole[path] = reason
         else:
             for name, child in module.named_children():
@@ -160,7 +162,7 @@ def twin_of(leaf: nn.Module) -> type[Twin] | None:
     return None
 
 
-def why_member_by_member(module: nn.Module) -> str | None:
+def why_member_by_member(module: nn.Module, rehearse: bool = True) -> str | None:
     """Why a module without a twin has to run whole, once per member; None where its parts can be packed."""
     if any(getattr(module, hooks) for hooks in HOOKS):
         return "it has hooks"
@@ -171,7 +173,7 @@ def why_member_by_member(module: nn.Module) -> str | None:
     own = [name for store in (module._parameters, module._buffers) for name, t in store.items() if t is not None]
     if own and type(module).__module__.startswith("torch.nn."):
         return f"no twin for this {type(module).__name__}"
-    if own:
+    if own and not (rehearse and is_bare(module)):
         return f"it owns '{own[0]}'"
     if isinstance(module, _ALONG_DIM) and module.dim in (0, None):  # None takes 0 of three dimensions
         return "it works along the samples"

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .bare import release
 from .follow import own_module
 from .per_member import PerMember, member_of, per_member_kind
 from .stack import unhook
@@ -50,6 +51,7 @@ def _released(net: nn.Module) -> nn.Module:
     for module in net.modules():
         if isinstance(module, Twin):
             module._twin_release()
+        release(module)
     return net
 
 
