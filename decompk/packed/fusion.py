@@ -63,7 +63,10 @@ def augmented(name: str, value: Any, other: Any) -> Any:
 
 
 class _Tracer(Tracer):
-    """Twins, modules that run member by member and owners of bare parameters stay whole; `entered` are the modules whose code is read."""
+    """Twins, owners of bare parameters and modules that run member by member stay whole.
+
+    entered: the modules whose code is read.
+    """
 
     proxy_buffer_attributes = True
 
