@@ -187,10 +187,21 @@ def train(job: Job, net: nn.Module, forward: Callable[[], Tensor], captured: boo
     return Contestant(run, partial(job.result, lambda name: parameters[name].grad), job.work)
 
 
-def packed(job: Job, fused: bool = False, compiled: bool = False, captured: bool = False) -> Contestant:
-    """Ours: one module, on crops (K, N, …) cut before the race as everybody's are, or on the inputs that all share."""
+def packed(
+    job: Job,
+    fused: bool = False,
+    compiled: bool = False,
+    captured: bool = False,
+    keep: Callable[[decompk.Packed], object] | None = None,
+) -> Contestant:
+    """Ours: one module, on crops (K, N, …) cut before the race as everybody's are, or on the inputs that all share.
+
+    keep: called with the module.
+    """
     net = decompk.pack(job.members, input_dims=job.inputs.dim()).train()
     net = decompk.fuse(net) if fused else net
+    if keep is not None:
+        keep(net)
     call = torch.compile(net, dynamic=False) if compiled else net
     cuts = job.cuts(CL)
     x = cuts[0] if job.crops is None else laid(torch.cat(cuts), CL).unflatten(0, (job.K, -1))

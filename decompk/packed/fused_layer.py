@@ -22,8 +22,10 @@ from ..ops.cpu_layer import call_of, cpu_layer
 from ..ops.fused import fused_rows, window_of
 from .conv import PackedConv2d
 from .norm import PackedBatchNorm2d
+from .norm_then import PackedBatchNormThen2d
 from .twin import HOOKS, batch_rows
 
+_OF_A_NORM = frozenset(vars(nn.BatchNorm2d(1)))
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -120,7 +122,8 @@ def on_kernels(x: Tensor) -> bool:
 def plain_attributes(module: nn.Module) -> dict[str, Any]:
     """The numbers and words among a module's attributes, which its code may read."""
     kinds = (bool, int, float, str, type(None))
-    return {name: value for name, value in vars(module).items() if type(value) in kinds and name != "training"}
+    read = {"training", *(_OF_A_NORM if isinstance(module, PackedBatchNormThen2d) else ())}  # at each call
+    return {name: value for name, value in vars(module).items() if type(value) in kinds and name not in read}
 
 
 def unhooked(module: nn.Module) -> bool:

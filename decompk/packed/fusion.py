@@ -24,6 +24,7 @@ from .conv import PackedConv2d
 from .fused_layer import affines, run_layer, run_shared_layer
 from .fused_pool import pools, run_pool
 from .norm import PackedBatchNorm2d
+from .norm_then import ALONE, PackedBatchNormThen2d, norm_of
 from .per_member import PerMember
 from .twin import Twin
 
@@ -78,7 +79,14 @@ class _Tracer(Tracer):
     def is_leaf_module(self, module: nn.Module, qualified_name: str) -> bool:
         return isinstance(module, (Bare, Twin, PerMember)) or super().is_leaf_module(module, qualified_name)
 
+    def path_of_module(self, module: nn.Module) -> str:
+        around = norm_of(module)
+        return super().path_of_module(module) if around is None else f"{super().path_of_module(around)}.{ALONE}"
+
     def called(self, module: nn.Module, forward: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+        if isinstance(module, PackedBatchNormThen2d):
+            self.entered[module] = None
+            return module._then(super().called(module._norm, forward, args, kwargs))
         if not self.is_leaf_module(module, ""):
             self.entered[module] = None
         return super().called(module, module.forward, args, kwargs)  # without its hooks

@@ -16,6 +16,7 @@ from ..fx.forward_code import attributes, is_changeable, read_forward, why_not_p
 from ..fx.held import walked
 from ..fx.wrapper import Rewritten
 from .bare import is_bare
+from .norm_then import twin_of_norm
 from .twin import HOOKS, Twin, dotted
 from .twins import TWINS
 
@@ -158,7 +159,7 @@ def twin_of(leaf: nn.Module) -> type[Twin] | None:
         if klass in TWINS:
             return TWINS[klass] if TWINS[klass]._twin_fits(leaf) else None
         if not vars(klass).keys() <= _HARMLESS:
-            return None
+            return twin_of_norm(leaf)
     return None
 
 

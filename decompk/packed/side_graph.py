@@ -17,6 +17,7 @@ from .conv import PackedConv2d, PackedConvTranspose2d
 from .fusion import augmented
 from .linear import PackedPReLU
 from .norm import PackedBatchNorm2d, PackedGroupNorm, PackedInstanceNorm2d
+from .norm_then import ALONE
 from .twin import Twin, channel_grouped
 
 
@@ -177,7 +178,7 @@ class SideGraph:
 
     def _layer(self, node: fx.Node, module: nn.Module) -> _Value | None:
         x = self._value(node.args[0]) if len(node.args) == 1 and not node.kwargs else None
-        kind, path = type(module), str(node.target)
+        kind, path = type(module), str(node.target).removesuffix(f".{ALONE}")
         if x is None or kind not in _LAYERS or getattr(module, "return_indices", False):
             return None
         self.paths.add(path)
@@ -188,7 +189,7 @@ class SideGraph:
             return self._each(node, x)
         if function in (side_layers.convolve, side_layers.convolve_transposed):
             self._convolved = True
-        layer = self.new.get_attr(path)
+        layer = self.new.get_attr(str(node.target))
         if function is side_layers.convolve and module.groups == 1 and "shared" in x.forms:
             made = self._call(side_layers.convolve_shared, x.forms["shared"], layer)
         else:
