@@ -29,8 +29,8 @@ from zoo import torchvision  # noqa: F401  before timm, which imports it too
 
 # isort: split
 import timm
-from contestants import OWN, TRAINING, Setting, ensemble, members_alone, packed, side
-from race import Contestant, race
+from contestants import OWN, TRAINING, Job, Setting, members_alone, packed, side
+from race import Contestant, Work, race
 from torch import nn
 
 from decompk.kernels.cache import processor
@@ -38,7 +38,7 @@ from decompk.packed.module import Packed
 
 PEERS = (*OWN, "members on threads", "grouped, channels_last")
 STEPS = 10  # of ours before it is timed
-ROUNDS, LEAST, MOST = 9, 0.1, 6.0  # seconds of a round, and of a contestant's rounds
+ROUNDS, LEAST, MOST = 9, 0.1, 3.0  # seconds of a round, and of a contestant's rounds
 PARAMETERS = 8e6  # larger networks take long, and fill the memory
 
 
@@ -72,8 +72,10 @@ def fits(name: str, pixels: int) -> bool:
 
 def survey(name: str, args: argparse.Namespace) -> str:
     """A row of the table."""
-    setting = Setting(torch.device("cpu"), torch.float32)
-    job = ensemble(partial(made, name, args.pixels), args.members, (3, args.pixels, args.pixels), args.batch, setting)
+    torch.manual_seed(0)
+    members = [made(name, args.pixels).train() for _ in range(args.members)]
+    images, labels = torch.randn(args.batch, 3, args.pixels, args.pixels), torch.randint(10, (args.batch,))
+    job = Job(Setting(torch.device("cpu"), torch.float32), members, None, images, labels, Work(0, 0))
     nets: list[Packed] = []
 
     def ours() -> Contestant:
