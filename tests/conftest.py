@@ -1,5 +1,6 @@
 import contextlib
 import dataclasses
+import gc
 import os
 
 import pytest
@@ -44,6 +45,12 @@ def _hasten_interpreter():
 
 with contextlib.suppress(ImportError, AttributeError, TypeError):  # no Triton here, or another
     _hasten_interpreter()
+
+
+def pytest_collection_finish():
+    """All that was imported stays: the collector need not walk over it again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
