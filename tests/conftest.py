@@ -1,4 +1,6 @@
 import contextlib
+import dataclasses
+import gc
 import os
 
 import pytest
@@ -13,8 +15,9 @@ torch.set_num_threads(1)  # pytest-xdist already uses every core
 
 
 def _hasten_interpreter():
-    """A quarter off Triton's interpreter, which builds a table anew for every dtype that it is asked of, and at every
-    call of a device function puts its own operators where they are already."""
+    """Two thirds off Triton's interpreter, which builds a table anew for every dtype that it is asked of, at every
+    call of a device function puts its own operators where they are already, and computes every integer again in 64
+    bits to assert, where debugging alone asserts, that it did not overflow."""
     from triton import language
     from triton.runtime import interpreter
 
@@ -35,10 +38,19 @@ def _hasten_interpreter():
         return known[name]
 
     interpreter._get_np_dtype = remembered
+    builder = interpreter.interpreter_builder
+    if not builder.options.debug:
+        builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
 
 
-with contextlib.suppress(ImportError, AttributeError):  # no Triton here, or another
+with contextlib.suppress(ImportError, AttributeError, TypeError):  # no Triton here, or another
     _hasten_interpreter()
+
+
+def pytest_collection_finish():
+    """All that was imported stays: the collector need not walk over it again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -21,7 +21,7 @@ SEEDS = {"address": 40, "thread": 40, "halo": 8}  # fibers take their time
 
 def built(sanitizer, into, sources=()):
     try:
-        return sanitize.build(sanitizer, into, sources)
+        return sanitize.build(sanitizer, into, sources, "-O0")  # what compiles longest runs for seconds here
     except sanitize.Unavailable as error:
         pytest.skip(str(error))
 
@@ -38,24 +38,30 @@ def test_the_seeds_draw_every_pass_in_every_form_and_norms():
     assert {"norm", "layer", "channels"} <= {op for op, *_ in drawn}
 
 
-@pytest.mark.parametrize(
-    "sanitizer, file, code, broken, said",
-    [
-        ("address", "conv.h", "tall * wide * C + 3 * LANES)", "tall * wide * C)", "AddressSanitizer"),
-        ("thread", "vectors.h", "static thread_local", "static", "data race"),
-        ("thread", "norm.h", "dbias[at] = float(sum)", "dbias[at] = float(2 * sum)", "is wrong by"),
-    ],
-)
-def test_a_fault_put_in_is_found(sanitizer, file, code, broken, said, tmp_path, capsys):
+FAULTS = {  # sanitizer: {file: (code, what is put in its place)}
+    "address": {
+        "conv.h": ("tall * wide * C + 3 * LANES)", "tall * wide * C)"),
+        "norm.h": ("dbias[at] = float(sum)", "dbias[at] = float(2 * sum)"),
+    },
+    "thread": {"vectors.h": ("static thread_local", "static")},
+}
+
+
+@pytest.mark.parametrize("sanitizer", FAULTS)
+def test_faults_put_in_are_found(sanitizer, tmp_path, capsys):
     for source in (*cpu.SOURCES.glob("*.cpp"), *cpu.SOURCES.glob("*.h")):
-        text = source.read_text()
-        assert code in text or source.name != file
-        (tmp_path / source.name).write_text(text.replace(code, broken) if source.name == file else text)
+        text, (code, broken) = source.read_text(), FAULTS[sanitizer].get(source.name, ("", ""))
+        assert code in text
+        (tmp_path / source.name).write_text(text.replace(code, broken) if code else text)
     program = built(sanitizer, tmp_path, tuple(sorted(tmp_path.glob("*.cpp"))))
     found = sanitize.search(sanitizer, program, THREADS, range(30), seconds=60)
-    assert found.reports + found.faults
-    first = capsys.readouterr().out.splitlines()[0]
-    assert said in first and first.startswith("seed ")
+    said = capsys.readouterr().out.splitlines()
+    assert all(line.startswith("seed ") for line in said)
+    if sanitizer == "thread":
+        assert found.reports and "data race" in said[0]
+    else:  # what runs no convolution is wrong by the other fault alone
+        assert found.reports and any(": conv " in line and "AddressSanitizer" in line for line in said)
+        assert found.faults and any(": norm " in line and "is wrong by" in line for line in said)
 
 
 LEAKS = """#include <iostream>

@@ -3,10 +3,12 @@
 import gc
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 from unittest import mock
 
 import numpy as np
@@ -34,9 +36,9 @@ def _one_thread():
     torch.set_num_threads(before)
 
 
-@pytest.fixture
-def digits(tmp_path):
-    return save_digits(tmp_path / "digits.npz", 96, 40)
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory):
+    return save_digits(tmp_path_factory.mktemp("digits") / "digits.npz", 96, 40)
 
 
 def small(**changes):
@@ -45,6 +47,27 @@ def small(**changes):
         "quick",
         changes={**SHORT, "batch": 20, "log_seconds": 0.0, **{k.replace("__", "."): v for k, v in changes.items()}},
     )
+
+
+@pytest.fixture(scope="module")
+def trainings(digits, tmp_path_factory):
+    """Folders of trainings that others copy: "plain" and "saved" have ended, "killed" has when its members had.
+
+    All are `small(random=False)`; the last two leave checkpoints every 3 steps.
+    """
+    folder = tmp_path_factory.mktemp("trainings")
+    train.train(small(random=False), digits, folder / "plain", report=False)
+    saved = small(random=False, save_steps=3)
+    train.train(saved, digits, folder / "saved", report=False)
+    with mock.patch.object(algorithm._Run, "_global", side_effect=KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
+        train.train(saved, digits, folder / "killed", report=False)
+    return folder
+
+
+@pytest.fixture
+def trained(trainings, tmp_path):
+    """trained(name) is a copy of one of these."""
+    return lambda name: Path(shutil.copytree(trainings / name, tmp_path / "out"))
 
 
 def weights(out, seed=0):
@@ -161,9 +184,9 @@ def weights_of_members(out):
 @pytest.mark.parametrize("kind", ["SGD", "Adam"])
 def test_two_epochs_of_digits_give_packed_members_the_weights_of_separate_trainings(kind):
     """Float32: to the bit in the "loop" backend."""
-    data = train.open_data("digits")
+    data = train.open_data("digits", size=16)
     torch.manual_seed(0)
-    d = decompk.decompose(decompk.models.vgg8(input_size=(1, 32, 32)), data.input_size, 4)
+    d = decompk.decompose(decompk.models.vgg8(input_size=(1, 16, 16)), data.input_size, 4)
     members = d.subnets(seed=0)
     packed = decompk.pack(members, d.crops).to(memory_format=torch.channels_last)
     together = getattr(optim, kind)(packed, lr=[0.01, 0.02, 0.03, 0.04])
@@ -188,7 +211,7 @@ def test_two_epochs_of_digits_give_packed_members_the_weights_of_separate_traini
             assert error <= 1e-6, f"member {k}: {name} differs by {error:.1e}"
 
 
-KILLS = 20
+KILLS = 10
 LIVES = """
 import os, random, signal, sys, time
 from pathlib import Path
@@ -244,7 +267,7 @@ print(",".join(killed))
 """
 
 
-def test_a_run_killed_at_twenty_moments_ends_in_the_bits_of_one_never_killed(digits, tmp_path):
+def test_a_run_killed_at_ten_moments_ends_in_the_bits_of_one_never_killed(digits, tmp_path):
     changes = {**SHORT, "batch": 20, "save_steps": 1, "augment.flip": True, "members.plateau": 1, "log_seconds": 0.0}
     script = LIVES.replace("CHANGES", repr(changes)).replace("KILLS", str(KILLS))
     command = [sys.executable, "-c", script, digits, str(tmp_path), "7"]
@@ -295,9 +318,8 @@ def test_a_training_can_be_stopped_by_a_signal_and_goes_on_behind_a_checkpoint(d
     assert train.checkpoint.Checkpoints(out / "seed0" / "members", {}).files()
 
 
-def test_a_run_killed_between_a_phases_last_checkpoint_and_its_end_goes_on_there(digits, tmp_path):
-    recipe, out = small(random=False), tmp_path / "out"
-    train.train(recipe, digits, out, report=False)
+def test_a_run_killed_between_a_phases_last_checkpoint_and_its_end_goes_on_there(digits, trained):
+    recipe, out = small(random=False), trained("plain")
     before = {name: torch.load(out / "seed0" / f"{name}.pt", weights_only=True) for name in ("members", "global")}
     for name in before:
         (out / "seed0" / f"{name}.ckpt").unlink()
@@ -306,9 +328,8 @@ def test_a_run_killed_between_a_phases_last_checkpoint_and_its_end_goes_on_there
     assert_same_bits(before, {n: torch.load(out / "seed0" / f"{n}.pt", weights_only=True) for n in before})
 
 
-def test_a_folder_that_holds_a_training_is_neither_overwritten_nor_resumed_as_another(digits, tmp_path):
-    out = tmp_path / "out"
-    train.train(small(random=False), digits, out, report=False)
+def test_a_folder_that_holds_a_training_is_neither_overwritten_nor_resumed_as_another(digits, trained, tmp_path):
+    out = trained("plain")
     before = weights_of_members(out)
     with pytest.raises(CheckpointError, match=r"holds a training already: go on with --resume"):
         train.train(small(random=False), digits, out, report=False)
@@ -334,9 +355,8 @@ def test_a_start_that_failed_over_its_recipe_leaves_the_folder_free(digits, tmp_
     train.train(small(random=False), digits, out, report=False)
 
 
-def test_a_network_whose_code_has_changed_is_not_resumed(digits, tmp_path, monkeypatch):
-    out, recipe = tmp_path / "out", small(random=False)
-    train.train(recipe, digits, out, report=False)
+def test_a_network_whose_code_has_changed_is_not_resumed(digits, trained, monkeypatch):
+    out, recipe = trained("plain"), small(random=False)
     wider = decompk.models.vgg8(input_size=(1, 16, 16), width=32)
     monkeypatch.setattr(algorithm, "build_model", lambda *given: wider)
     (out / "seed0" / "members.ckpt").unlink()
@@ -344,9 +364,8 @@ def test_a_network_whose_code_has_changed_is_not_resumed(digits, tmp_path, monke
         train.train(recipe, digits, out, resume=True, report=False)
 
 
-def test_a_bare_resume_reads_recipe_and_data_from_the_folder_and_may_add_seeds(digits, tmp_path):
-    out = tmp_path / "out"
-    train.train(small(random=False), digits, out, report=False)
+def test_a_bare_resume_reads_recipe_and_data_from_the_folder_and_may_add_seeds(trained):
+    out = trained("plain")
     assert main(["train", "--out", str(out), "--resume", "--seeds", "0,1"]) == 0
     result = json.loads((out / "result.json").read_text())
     assert [run["seed"] for run in result["runs"]] == [0, 1] and result["runs"][1]["random"] is None
@@ -390,17 +409,10 @@ class Boom:
     ],
 )
 def test_a_bad_checkpoint_is_refused_by_name_and_the_one_before_it_used(
-    how, sentence, digits, tmp_path, capsys, monkeypatch
+    how, sentence, digits, trainings, trained, tmp_path, capsys, monkeypatch
 ):
     monkeypatch.chdir(tmp_path)
-    recipe = small(random=False, save_steps=3)
-    whole, out = tmp_path / "whole", tmp_path / "out"
-    train.train(recipe, digits, whole, report=False)
-    monkeypatch.setattr(algorithm._Run, "_global", lambda self, *rest: (_ for _ in ()).throw(KeyboardInterrupt))
-    with pytest.raises(KeyboardInterrupt):
-        train.train(recipe, digits, out, report=False)
-    monkeypatch.undo()
-    monkeypatch.chdir(tmp_path)
+    recipe, whole, out = small(random=False, save_steps=3), trainings / "saved", trained("killed")
     (out / "seed0" / "members.ckpt").unlink()
     newest = max((out / "seed0" / "members").glob("step-*.ckpt"))
     damage(newest, how)
@@ -422,9 +434,8 @@ def test_a_damaged_head_of_a_checkpoint_is_named(tmp_path):
             checkpoint.read(tmp_path / "step-1.ckpt", {})
 
 
-def test_with_no_usable_checkpoint_left_nothing_is_thrown_away(digits, tmp_path, monkeypatch):
-    recipe, out = small(random=False, save_steps=3), tmp_path / "out"
-    train.train(recipe, digits, out, report=False)
+def test_with_no_usable_checkpoint_left_nothing_is_thrown_away(digits, trained):
+    recipe, out = small(random=False, save_steps=3), trained("saved")
     (out / "seed0" / "members.ckpt").unlink()
     for path in (out / "seed0" / "members").glob("step-*.ckpt"):
         damage(path, "truncated")
