@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar, cast
 
 import torch
@@ -26,32 +26,33 @@ def in_turns(
     least: int = 1,
     seconds: float = math.inf,
     warm: bool = False,
-    hopeless: float = math.inf,
+    hopeless: float | Sequence[float] = math.inf,
 ) -> dict[str, list[Sample]]:
     """name → samples. A contestant runs once and returns a sample; a round takes each once, the next one first.
 
     rounds: at most as many, for all or for each. seconds: no round begins after them, but for the first `least`. warm:
     before, everybody runs once and is not counted. hopeless: whose smallest sample is as many times the smallest of
-    all takes no further part, and who is left alone has won.
+    all takes no further part, and who is left alone has won; of several such limits each round has the next.
     """
     samples: dict[str, list[Sample]] = {name: [] for name in contestants}
     if warm:
         for run in contestants.values():
             run()
     end = time.perf_counter() + seconds
+    limits = hopeless if isinstance(hopeless, Sequence) else [hopeless]
     names = list(contestants)
     turns = dict(rounds) if isinstance(rounds, Mapping) else dict.fromkeys(names, rounds)
     for turn in itertools.count():
         first = turn % max(1, len(names))
         running = [name for name in names[first:] + names[:first] if turn < turns[name]]
-        won = turn > 0 and hopeless < math.inf and len(running) == 1
+        won = turn > 0 and limits[0] < math.inf and len(running) == 1
         if not running or won or (turn >= least and time.perf_counter() > end):
             break
         for name in running:
             samples[name].append(contestants[name]())
-        if hopeless < math.inf:
+        if limits[0] < math.inf:
             smallest: dict[str, Any] = {name: min(cast(list[Any], found)) for name, found in samples.items()}
-            limit = hopeless * min(smallest.values())
+            limit = limits[min(turn, len(limits) - 1)] * min(smallest.values())
             turns = {name: turns[name] if smallest[name] < limit else 0 for name in names}
     return samples
 

@@ -22,7 +22,8 @@ from .apart import Call, unseen_copy
 if TYPE_CHECKING:
     from .module import Packed
 
-ROUNDS, SECONDS = 5, 3.0  # how often each runs at most, and how long that takes, but for the first time
+LEAST, ROUNDS, SECONDS = 3, 7, 3.0  # rounds; after the least none begins later than these seconds
+CLOSE = (measure.HOPELESS, 1.25, 1.15)  # who takes as many times the fastest's time after a round runs no more
 LONG = 10.0  # seconds of one run from which on each is timed once
 MARGIN = 0.97  # schedules by layers are chosen where others do not take less than that share of their time
 BY_LAYERS = ("together", "fused", "side by side")
@@ -100,5 +101,6 @@ def time_each(call: Call, schedules: Iterable[_Runs]) -> dict[str, float]:
             with contextlib.suppress(Exception):  # whatever a network raises that runs otherwise than it did
                 seconds(one)
                 running[one.name] = partial(seconds, one)
-        found = in_turns(running, 1 if long else ROUNDS, seconds=SECONDS, hopeless=measure.HOPELESS)
+        rounds = {"rounds": 1} if long else {"rounds": ROUNDS, "least": LEAST}
+        found = in_turns(running, **rounds, seconds=SECONDS, hopeless=CLOSE)
     return {name: 1e3 * statistics.median(samples) for name, samples in found.items()}
