@@ -38,6 +38,10 @@ void batch_norm(const float* x, const float* weight, const float* bias, float* r
                 Long K, Long rows, Long C);
 void batch_norm_backward(const float* dy, const float* x, const float* y, const float* saved, int training, int relu,
                          float* dx, float* dweight, float* dbias, float* g, Long K, Long rows, Long C);
+void layer_norm(const float* x, const float* weight, const float* bias, float* y, float* saved, double eps, Long K,
+                Long R, Long D);
+void layer_norm_backward(const float* dy, const float* x, const float* weight, const float* saved, float* dx,
+                         float* dweight, float* dbias, Long K, Long R, Long D);
 }
 
 // ---- OpenMP as GCC calls it, on std::thread: ThreadSanitizer sees all synchronisation in it, and none in libgomp -----
@@ -369,6 +373,61 @@ UNSANITIZED void norm(std::istream& line) {
   if (relu && added) compare("g", backward["g"], g, 0);
 }
 
+// ---- layer norms ----------------------------------------------------------------------------------------------------
+
+// K, R, D, with weight and bias or not, whether dx, dweight and dbias are wanted, the mean, eps
+UNSANITIZED void row_norm(std::istream& line) {
+  Long K, R, D;
+  bool weighted, biased, input, scales, shifts;
+  double middle, eps;
+  line >> K >> R >> D >> weighted >> biased >> input >> scales >> shifts >> middle >> eps;
+  Long rows = K * R, vectors = K * D, count = rows * D;
+  auto if_wanted = [](bool wanted, Floats made) { return wanted ? std::move(made) : Floats(); };
+  Named in, out;
+  in["x"] = random(count, 1, middle), in["dy"] = random(count);
+  in["weight"] = if_wanted(weighted, random(vectors, 0.3, 1)), in["bias"] = if_wanted(biased, random(vectors));
+  out["y"] = Floats(count), out["saved"] = Floats(3 * rows);
+  Named forward = run_on_threads(in, out, [&](Named& in, Named& out) {
+    layer_norm(in["x"].get(), in["weight"].get(), in["bias"].get(), out["y"].get(), out["saved"].get(), eps, K, R, D);
+  });
+  in["saved"] = std::move(forward["saved"]);
+  out.clear();
+  out["dx"] = if_wanted(input, Floats(count));
+  out["dweight"] = if_wanted(scales, Floats(vectors)), out["dbias"] = if_wanted(shifts, Floats(vectors));
+  Named backward = run_on_threads(in, out, [&](Named& in, Named& out) {
+    layer_norm_backward(in["dy"].get(), in["x"].get(), in["weight"].get(), in["saved"].get(), out["dx"].get(),
+                        out["dweight"].get(), out["dbias"].get(), K, R, D);
+  });
+
+  using Doubles = std::vector<double>;
+  Doubles y(count), dx(count), dweight(vectors), dbias(vectors), sizes(vectors), parts(vectors);
+  const Floats &x = in["x"], &dy = in["dy"], &weight = in["weight"], &bias = in["bias"];
+  double steepest = 1;
+  for (Long row = 0; row < rows; ++row) {
+    Long at = row * D, of = row / R * D;
+    double mean = 0, var = 0, share = 0, slope = 0;
+    for (Long i = 0; i < D; ++i) mean += double(x[at + i]) / D;
+    for (Long i = 0; i < D; ++i) var += (x[at + i] - mean) * (x[at + i] - mean) / D;
+    double rstd = 1 / std::sqrt(var + eps);
+    steepest = std::max(steepest, 10 * rstd);
+    for (Long i = 0; i < D; ++i) {
+      double normalised = (x[at + i] - mean) * rstd, g = weighted ? double(dy[at + i]) * weight[of + i] : dy[at + i];
+      y[at + i] = normalised * (weighted ? weight[of + i] : 1) + (biased ? bias[of + i] : 0);
+      dweight[of + i] += dy[at + i] * normalised, parts[of + i] += std::abs(dy[at + i] * normalised);
+      dbias[of + i] += dy[at + i], sizes[of + i] += std::abs(dy[at + i]);
+      share += g / D, slope += g * normalised / D;
+    }
+    for (Long i = 0; i < D; ++i) {
+      double normalised = (x[at + i] - mean) * rstd, g = weighted ? double(dy[at + i]) * weight[of + i] : dy[at + i];
+      dx[at + i] = rstd * (g - share - normalised * slope);
+    }
+  }
+  compare("y", forward["y"], y, 1e-5 * (1 + largest(y)));
+  if (input) compare("dx", backward["dx"], dx, 1e-5 * steepest * (1 + largest(y)));
+  if (scales) compare("dweight", backward["dweight"], dweight, 1e-5 * (1 + largest(parts)));
+  if (shifts) compare("dbias", backward["dbias"], dbias, 1e-5 * (1 + largest(sizes)));
+}
+
 // ---- layers: a convolution with what stands behind it ----------------------------------------------------------------
 
 // form, with norm, bias, ReLU, residual or not, whether dx is wanted, and Shape's numbers
@@ -453,7 +512,11 @@ int main(int, char** arguments) {
     unsigned seed;
     line >> seed >> op;
     engine.seed(seed), faults.clear();
-    op == "conv" ? convolution(line) : op == "layer" ? whole_layer(line) : op == "channels" ? channels(line) : norm(line);
+    op == "conv"         ? convolution(line)
+    : op == "layer"      ? whole_layer(line)
+    : op == "channels"   ? channels(line)
+    : op == "layer_norm" ? row_norm(line)
+                         : norm(line);
     std::cout << "answer: " << (line ? faults : "a line of too few numbers") << std::endl;
   }
 }

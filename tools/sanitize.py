@@ -63,7 +63,7 @@ class Found:
 def line_of(seed: int, sanitizer: str) -> str:
     """The problem of this seed, as the driver reads it."""
     rng = random.Random(seed)
-    draw = _halo if sanitizer == "halo" else rng.choices((_conv, _norm, _layer, _channels), (4, 2, 4, 1))[0]
+    draw = _halo if sanitizer == "halo" else rng.choices(DRAWS, (4, 2, 4, 1, 1))[0]
     return f"{seed} {draw(rng)}"
 
 
@@ -125,6 +125,17 @@ def _norm(rng: random.Random) -> str:
     numbers = (rng.choice((0.1, 0.3, 0, 1)), rng.choice((1e-5, 1e-3)))
     values = (rng.randint(1, 4), rows, C, int(training), *flags, running, rng.randint(0, 1), *numbers)
     return f"norm {' '.join(map(str, values))}"
+
+
+def _layer_norm(rng: random.Random) -> str:
+    D = rng.choice((1, 3, 4, 8, 17, 20, 64, 100, 160, rng.randint(1, 40), rng.randint(1000, 5000)))
+    rows = rng.randint(1, 40 if rng.random() < 0.7 else max(40, 100_000 // D))
+    flags = [rng.randint(0, 1) for _ in ("weight", "bias", "dx", "dweight", "dbias")]
+    values = (rng.randint(1, 4), rows, D, *flags, rng.choice((0, 1, 1000)), rng.choice((1e-5, 1e-3)))
+    return f"layer_norm {' '.join(map(str, values))}"
+
+
+DRAWS = (_conv, _norm, _layer, _channels, _layer_norm)
 
 
 def _halo(rng: random.Random) -> str:

@@ -1,4 +1,4 @@
-"""Convolutions and batch norms of K members on a CPU: C++ that is compiled here, once, for this very processor."""
+"""Convolutions and norms of K members on a CPU: C++ that is compiled here, once, for this very processor."""
 
 from __future__ import annotations
 
@@ -47,6 +47,8 @@ _SIGNATURES = {
     "depthwise_wgrad": [_pointer] * 5,
     "batch_norm": [_pointer] * 8 + [_int, _int, _double, _double] + [_long] * 3,
     "batch_norm_backward": [_pointer] * 4 + [_int, _int] + [_pointer] * 4 + [_long] * 3,
+    "layer_norm": [_pointer] * 5 + [_double] + [_long] * 3,
+    "layer_norm_backward": [_pointer] * 7 + [_long] * 3,
 }
 
 
@@ -322,3 +324,21 @@ def depthwise_backward(
         library().depthwise_wgrad(*map(_at, (x, dy, dw, db)), sizes)
     elif db is not None:
         torch.sum(dy.unflatten(0, (len(weight), -1)), (1, 3, 4), out=db)
+
+
+def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, y: Tensor, saved: Tensor, eps: float) -> None:
+    """y of x (K, R, D), row by row, without gaps; weight and bias (K, D). Fills saved (3, K, R)."""
+    library().layer_norm(*map(_at, (x, weight, bias, y, saved)), eps, *x.shape)
+
+
+def layer_norm_backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    saved: Tensor,
+    dx: Tensor | None,
+    dweight: Tensor | None,
+    dbias: Tensor | None,
+) -> None:
+    """What is not None of dx (K, R, D), dweight and dbias (K, D), as `layer_norm` has them."""
+    library().layer_norm_backward(*map(_at, (dy, x, weight, saved, dx, dweight, dbias)), *x.shape)

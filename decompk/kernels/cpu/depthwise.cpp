@@ -84,15 +84,6 @@ void one_row(const float* src, int W, const float* w, int kw, const float* start
   for (size_t v = columns.until; v < columns.taps.size(); ++v) one(v);
 }
 
-// f(kind, c) for the channels, by vectors, then one by one
-template <typename F>
-void each_channel(int C, F f) {
-  Long c = 0;
-  for (; c + LANES <= C; c += LANES) f(widest{}, c);
-  for (; c + 4 <= C; c += 4) f(vec4{}, c);
-  for (; c < C; ++c) f(0.f, c);
-}
-
 // dst (K, N, rows, columns, C) of src (K, N, H, W, C)
 void gather(const Shape& s, const float* src, int H, int W, const float* w, const float* bias, float* dst,
             const std::vector<std::vector<Tap>>& rows, const Columns& columns, bool back) {
@@ -100,7 +91,7 @@ void gather(const Shape& s, const float* src, int H, int W, const float* w, cons
 #pragma omp parallel for schedule(static)
   for (Long i = 0; i < Long(s.K) * s.N * height; ++i) {
     Long image = i / height, k = image / s.N;
-    each_channel(s.C, [&](auto kind, Long c) {
+    each_vector(s.C, [&](auto kind, Long c) {
       one_row<decltype(kind)>(src + image * H * W * C, W, w + k * s.kh * s.kw * C, s.kw, member(bias, k, C),
                               dst + i * width * C, C, c, rows[i % height], columns, back);
     });
@@ -163,7 +154,7 @@ void depthwise_wgrad(const float* x, const float* dy, float* dw, float* dbias, c
       for (int h = u.row; h < u.row + u.rows; ++h) {
         Long image = Long(u.k) * s.N + u.n + i;
         const float* gradient = dy + (image * s.rows + h) * s.columns * C;
-        each_channel(s.C, [&](auto kind, Long c) {
+        each_vector(s.C, [&](auto kind, Long c) {
           using vec = decltype(kind);
           (s.kw % 3 ? s.kw % 5 ? add_products<vec, 1> : add_products<vec, 5> : add_products<vec, 3>)(s, x + image * s.H * s.W * C, gradient, sum, c, rows[h]);
           vec total = load<vec>(sum + taps + c);

@@ -34,6 +34,26 @@ inline void store(float* to, vec value) {
   std::memcpy(to, &value, sizeof value);
 }
 
+// f(kind, i) for `count` floats in a row, by vectors, then one by one
+template <typename F>
+inline void each_vector(Long count, F f) {
+  Long i = 0;
+  for (; i + LANES <= count; i += LANES) f(widest{}, i);
+  for (; i + 4 <= count; i += 4) f(vec4{}, i);
+  for (; i < count; ++i) f(0.f, i);
+}
+
+template <typename one, typename vec>  // Σ of a vector's lanes, by halves
+inline one all_lanes(vec value) {
+  if constexpr (sizeof(vec) == sizeof(one)) return value[0];
+  else {
+    typedef one half __attribute__((vector_size(sizeof(vec) / 2)));
+    half halves[2];
+    std::memcpy(halves, &value, sizeof value);
+    return all_lanes<one>(halves[0] + halves[1]);
+  }
+}
+
 inline bool all_finite(const float* values, Long count) {
   vec8 sum[4] = {};
   Long i = 0;
