@@ -157,8 +157,12 @@ def test_what_is_no_norm_and_modules_runs_member_by_member(name):
 
 def test_graphs_fuse_the_norm_and_show_what_is_behind_it():
     packed = decompk.pack(members_of(lambda: network(NormAct)))
-    notes = decompk.fuse(packed).describe()
+    fused = decompk.fuse(packed)
+    notes = fused.describe()
     assert notes.count("fused with batch norm") == 2 and notes.count("fused into") == 2
+    x = torch.randn(N, *IMAGE, dtype=torch.float64)
+    for other in (copy.deepcopy(fused), pickle.loads(pickle.dumps(fused))):
+        torch.testing.assert_close(other(x), packed(x))
 
 
 def test_hooks_of_the_module_see_what_it_gives():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -84,13 +85,25 @@ class Standing:
         modules = [m for m in net.modules() if not isinstance(m, PerMember)]
         modules += [m._inner for m in net.modules() if isinstance(m, PerMember | Rewritten)]
         self.why_not = next(filter(None, map(_why_not_apart, modules)), None)
+        self.is_sparse = any(getattr(m, "sparse", False) for m in modules)
         self._noted = [Noted(m) for m in modules]
+        self._leaves: dict[int, tuple[Tensor, int, list[Tensor]]] = {}
         self._tried: dict[Any, str | None] = {}
         self._members: PerMember | None = None
 
     def holds(self) -> bool:
         """Whether no module has changed since, in mode, attributes, hooks or children."""
         return all(noted.holds() for noted in self._noted)
+
+    def leaves(self, stack: Tensor) -> Sequence[Tensor]:
+        """The K slices of a stack, in its memory, as tensors whose graphs begin there; a parameter's are kept."""
+        kept = self._leaves.get(id(stack))
+        if kept is not None and kept[0] is stack and kept[1] == stack.data_ptr() and stack.requires_grad:
+            return kept[2]
+        found = [part.data.requires_grad_(stack.requires_grad) for part in stack.unbind(0)]
+        if stack.requires_grad:
+            self._leaves[id(stack)] = stack, stack.data_ptr(), found
+        return found
 
     def members(self, packed: Packed) -> PerMember:
         """The members, which share the packed network's tensors."""

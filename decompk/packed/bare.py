@@ -26,6 +26,8 @@ class Bare:
 def is_bare(module: nn.Module) -> bool:
     """Whether a module around others owns parameters alone, each of one row, which all samples may share."""
     own = [p for p in module._parameters.values() if p is not None]
+    if type(type(module)) is not type or any("__init_subclass__" in vars(klass) for klass in type(module).__mro__[:-1]):
+        return False  # whoever wrote it decides what a subclass is
     buffers = any(b is not None for b in module._buffers.values())
     inside = any(child is not None for child in module._modules.values())
     return bool(own) and inside and not buffers and all(p.dim() > 1 and p.shape[0] == 1 for p in own)

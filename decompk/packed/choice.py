@@ -22,7 +22,7 @@ from .apart import Call, unseen_copy
 if TYPE_CHECKING:
     from .module import Packed
 
-LEAST, ROUNDS, SECONDS = 3, 7, 3.0  # rounds; after the least none begins later than these seconds
+LEAST, ROUNDS, SECONDS = 3, 7, 6.0  # rounds; after the least none begins later than these seconds
 CLOSE = (measure.HOPELESS, 1.25, 1.15)  # who takes as many times the fastest's time after a round runs no more
 LONG = 10.0  # seconds of one run from which on each is timed once
 MARGIN = 0.97  # schedules by layers are chosen where others do not take less than that share of their time

@@ -24,7 +24,7 @@ from .conv import PackedConv2d
 from .fused_layer import affines, run_layer, run_shared_layer
 from .fused_pool import pools, run_pool
 from .norm import PackedBatchNorm2d
-from .norm_then import ALONE, PackedBatchNormThen2d, norm_of
+from .norm_then import ALONE, PackedBatchNormThen2d
 from .per_member import PerMember
 from .twin import Twin
 
@@ -74,18 +74,20 @@ class _Tracer(Tracer):
     def __init__(self, net: nn.Module):
         super().__init__()
         self.entered = {net: None}
+        self._around: dict[nn.Module, nn.Module] = {}  # a norm alone → the module whose it is
         self._outside = _context()
 
     def is_leaf_module(self, module: nn.Module, qualified_name: str) -> bool:
         return isinstance(module, (Bare, Twin, PerMember)) or super().is_leaf_module(module, qualified_name)
 
     def path_of_module(self, module: nn.Module) -> str:
-        around = norm_of(module)
+        around = self._around.get(module)
         return super().path_of_module(module) if around is None else f"{super().path_of_module(around)}.{ALONE}"
 
     def called(self, module: nn.Module, forward: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         if isinstance(module, PackedBatchNormThen2d):
             self.entered[module] = None
+            self._around[module._norm] = module
             return module._then(super().called(module._norm, forward, args, kwargs))
         if not self.is_leaf_module(module, ""):
             self.entered[module] = None

@@ -80,11 +80,6 @@ _KINDS: dict[type[nn.Module], tuple[type[Twin], ...]] = {
 }
 
 
-def norm_of(module: nn.Module) -> nn.Module | None:
-    """The module whose norm alone `module` is, if it is one's."""
-    return next((around for around, norm in _norms.items() if norm is module), None)
-
-
 def twin_of_norm(leaf: nn.Module) -> type[Twin] | None:
     """The twin of a norm whose class has a forward of its own, where that is the norm and then the modules it holds."""
     base = next((klass for klass in type(leaf).__mro__ if klass in _KINDS), None)

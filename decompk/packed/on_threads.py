@@ -7,6 +7,7 @@ import contextvars
 import functools
 import os
 import threading
+from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
@@ -33,7 +34,7 @@ class OnThreads:
     def why_not(self, call: Call) -> str | None:
         if _workers(call.packed._K) == 1:
             return "there is one member, or one thread to run on"
-        if any(getattr(m, "sparse", False) for m in call.packed._inner.modules()):
+        if call.standing.is_sparse:
             return "it has sparse gradients"
         return call.standing.why_not_for(call)
 
@@ -44,8 +45,9 @@ class OnThreads:
         own = call.parts(read)
         with members._turn:  # they hold the slices of one call
             members._bring_over()
-            laid = members._lay_in(_leaves if gradients else None)
-            outputs = each(packed._K, lambda k: members._members[k](own[k]))
+            laid = members._lay_in(call.standing.leaves if gradients else None)
+            deal = Deal(packed._K)
+            outputs = each(packed._K, lambda k: members._members[k](own[k]), deal)
             written = [members._write_back(laid, k) for k in range(packed._K)]
             if any(written) or len(laid) < len(members._places):
                 members._renew()
@@ -55,14 +57,9 @@ class OnThreads:
             return tree_map(packed._stack, *outputs)
         inputs = [_Input(x, [read] * packed._K if call.shared else own)] if x.requires_grad else []
         inputs += {id(one.stack): _Input(one.stack, one.parts) for one in laid if one.stack.requires_grad}.values()
-        graph = _Graph([_Output(column, packed._stack) for column in columns], inputs)
+        graph = _Graph([_Output(column, packed._stack) for column in columns], inputs, deal)
         stacked = iter(graph.joined())
         return tree_map(lambda *leaves: next(stacked) if _needs_gradient(leaves) else packed._stack(*leaves), *outputs)
-
-
-def _leaves(stack: Tensor) -> Sequence[Tensor]:
-    """The K slices of a stack, in its memory, as tensors whose graphs begin there."""
-    return [part.data.requires_grad_(stack.requires_grad) for part in stack.unbind(0)]
 
 
 def _needs_gradient(leaves: Sequence[Any]) -> bool:
@@ -99,6 +96,7 @@ class _Graph:
 
     outputs: list[_Output]
     inputs: list[_Input]
+    deal: Deal | None = None  # by whom they were computed
     kept: bool = False  # for gradients of gradients, whose graphs go through this one
 
     def joined(self) -> tuple[Tensor, ...]:
@@ -119,12 +117,16 @@ class _Graph:
     def _without(self, outputs: list[_Output], given: list[_Input], inputs: list[_Input]) -> list[Tensor | None]:
         keeps = self.kept or _keeps_graph()
         wholes = [torch.empty_like(one.whole) if one.is_stack else None for one in inputs]
+        places = [None if whole is None else whole.unbind(0) for whole in wholes]
 
-        def of_member(k: int) -> list[Tensor | None]:
+        def of_member(k: int) -> Sequence[Tensor | None]:
             found = _gradients(k, outputs, given, inputs, keeps, creates=False)
-            return [_written(part, whole, k) for part, whole in zip(found, wholes, strict=True)]
+            pairs = [(p[k], part) for p, part in zip(places, found, strict=True) if p is not None and part is not None]
+            if pairs:
+                torch._foreach_copy_(*zip(*pairs, strict=True))
+            return [part if p is None or part is None else p[k] for p, part in zip(places, found, strict=True)]
 
-        columns = list(zip(*each(self._K, of_member), strict=True))
+        columns = list(zip(*each(self._K, of_member, self.deal and Deal(self._K, self.deal)), strict=True))
         return [_whole(one, whole, parts) for one, whole, parts in zip(inputs, wholes, columns, strict=True)]
 
     def _with_graph(self, outputs: list[_Output], given: list[_Input], inputs: list[_Input]) -> list[Tensor | None]:
@@ -166,11 +168,6 @@ def _gradients(
     return torch.autograd.grad(roots, leaves, theirs, keeps, create_graph=creates, allow_unused=True)
 
 
-def _written(part: Tensor | None, whole: Tensor | None, k: int) -> Tensor | None:
-    """A member's gradient, in its place in the whole one where that is there."""
-    return part if part is None or whole is None else whole[k].copy_(part)
-
-
 def _whole(one: _Input, whole: Tensor | None, parts: Sequence[Tensor | None]) -> Tensor | None:
     """The gradient of all members; None where no member has one."""
     present = [part for part in parts if part is not None]
@@ -201,25 +198,62 @@ class _Joined(torch.autograd.Function):
 # ---- workers --------------------------------------------------------------------------------------------------------
 
 
-def each(K: int, run: Callable[[int], Result]) -> list[Result]:
+class Deal:
+    """Members to run, each by whichever worker comes next; or, behind a deal that is over, by the one that ran it.
+
+    There a worker begins with its last, of which most is in its cache, and then takes over others' first ones.
+    """
+
+    def __init__(self, K: int, before: Deal | None = None):
+        self.ran: dict[int, list[int]] = {}  # by worker, in its order
+        self._rest = deque(range(K)) if before is None else deque()
+        self._own = {} if before is None else {worker: deque(ran) for worker, ran in before.ran.items()}
+
+    def next(self) -> int | None:
+        """A member for the calling worker; None where none is left."""
+        me = threading.get_ident()
+        others = sorted((own for worker, own in self._own.items() if worker != me), key=len, reverse=True)
+        for queue, take in ((self._own.get(me), deque.pop), *((one, deque.popleft) for one in (self._rest, *others))):
+            with contextlib.suppress(IndexError):  # another has been faster
+                if queue:
+                    k = take(queue)
+                    self.ran.setdefault(me, []).append(k)
+                    return k
+        return None
+
+    def stop(self) -> None:
+        for queue in (self._rest, *self._own.values()):
+            queue.clear()
+
+
+def each(K: int, run: Callable[[int], Result], deal: Deal | None = None) -> list[Result]:
     """[run(0), …, run(K - 1)] on the workers, under this thread's modes; raises what the first to fail raises."""
     count = _workers(K)
     if count == 1:  # a worker itself, too, which must not wait for its own
         return [run(k) for k in range(K)]
-    enter = _modes()
+    deal, enter = deal or Deal(K), _modes()
+    results: dict[int, Result] = {}
+    failures: dict[int, BaseException] = {}
 
-    def member(k: int) -> Result:
+    def work() -> None:
         with enter():
-            return run(k)
+            while (k := deal.next()) is not None:
+                try:
+                    results[k] = run(k)
+                except BaseException as error:
+                    failures[k] = error
 
-    futures = [_pool(count).submit(contextvars.copy_context().run, member, k) for k in range(K)]
+    futures = [_pool(count).submit(contextvars.copy_context().run, work) for _ in range(count)]
     try:
         wait(futures)
     finally:
-        for one in futures:
-            one.cancel()
+        deal.stop()
         wait(futures)  # after an interrupt: they use what the caller goes on with
-    return [one.result() for one in futures]
+    if failures:
+        raise failures[min(failures)]
+    for one in futures:
+        one.result()
+    return [results[k] for k in range(K)]
 
 
 def _workers(K: int) -> int:
