@@ -2,11 +2,13 @@
 
 import copy
 import pickle
+import threading
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import decompk
 
@@ -58,6 +60,29 @@ class Centre(Positions):
         return self.body(x + self.position.mean(0)[1:] + self.token.mean(0))[:, 0]
 
 
+class Clamped(Positions):
+    """Changes what it owns."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.token.data.clamp_(-0.5, 0.5)
+        with torch.no_grad():
+            self.position.mul_(0.9)
+        return super().forward(x)
+
+
+class Decides(Positions):
+    """Goes by what it owns."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        return y if self.token.abs().max() < 1.5 else 2 * y
+
+
+class Checkpointed(Positions):
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(super().forward, x, use_reentrant=False)
+
+
 def _scaled() -> nn.Module:
     return nn.Sequential(Scale(), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 5))
 
@@ -67,6 +92,9 @@ NETS = {
     "a factor a channel": (_scaled, (3, 8, 8), True),
     "a weight": (Weights, (8,), False),
     "a mean over its row": (Centre, (5, 8), False),
+    "what it changes": (Clamped, (5, 8), False),
+    "what it goes by": (Decides, (5, 8), False),
+    "what it computes again": (Checkpointed, (5, 8), True),
 }
 
 
@@ -120,6 +148,25 @@ def test_every_schedule_runs_them(schedule):
             torch.testing.assert_close(packed(x), torch.stack([m(x) for m in members]), rtol=0, atol=1e-12)
     finally:
         torch.set_num_threads(threads)
+
+
+def test_a_class_that_says_how_it_is_copied_keeps_its_say():
+    class Locked(Positions):
+        def __init__(self):
+            super().__init__()
+            self.lock = threading.Lock()
+
+        def __getstate__(self):
+            return {name: value for name, value in vars(self).items() if name != "lock"}
+
+        def __setstate__(self, state):
+            super().__setstate__(state)
+            self.lock = threading.Lock()
+
+    with pytest.warns(UserWarning, match="member by member"):
+        packed = decompk.pack(_members(Locked), input_dims=3)
+    x = torch.randn(N, 5, 8, dtype=torch.float64)
+    assert torch.equal(copy.deepcopy(packed)(x), packed(x))
 
 
 def test_compiled():

@@ -66,6 +66,13 @@ class Counted(nn.BatchNorm2d):
         return super().forward(x)
 
 
+class Clipped(nn.BatchNorm2d):
+    """Does something else to large values."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).clamp(-5, 5)
+
+
 class Wide(nn.BatchNorm2d):
     """Whose modules hold tensors."""
 
@@ -102,6 +109,7 @@ APART = {
     "a factor": Doubled,
     "what it keeps": Counted,
     "layers inside": Wide,
+    "a limit": Clipped,
 }
 
 
@@ -152,6 +160,44 @@ def test_what_is_no_norm_and_modules_runs_member_by_member(name):
     members = members_of(lambda: network(APART[name]))
     packed = decompk.pack(members)
     assert packed.describe().count("member by member") == 2
+    assert_as_alone(packed, members, torch.randn(N, *IMAGE, dtype=torch.float64))
+
+
+class Switched(nn.BatchNorm2d):
+    gain = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        return y if self.gain is None else y * self.gain
+
+
+@pytest.mark.filterwarnings("ignore:.*member by member")
+def test_a_flag_that_is_set_later_counts():
+    members = members_of(lambda: network(Switched))
+    for member in members:
+        member[1].gain = None  # among its attributes
+    packed = decompk.pack(members)
+    x = torch.randn(N, *IMAGE, dtype=torch.float64)
+    assert_as_alone(packed, members, x)
+    for net in (packed, *members):
+        net[1].gain = 3.0
+    assert_as_alone(packed, members, x)
+
+
+class Twice(nn.BatchNorm2d):
+    """Holds one module under two names, and runs it once."""
+
+    def __init__(self, channels: int):
+        super().__init__(channels)
+        self.act = self.relu = nn.GELU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(super().forward(x))
+
+
+def test_a_module_of_two_names_runs_as_often_as_it_does_alone():
+    members = members_of(lambda: network(Twice))
+    packed = decompk.pack(members, rehearse=False)
     assert_as_alone(packed, members, torch.randn(N, *IMAGE, dtype=torch.float64))
 
 

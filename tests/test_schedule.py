@@ -2,10 +2,12 @@
 
 import contextlib
 import copy
+import gc
 import os
 import pickle
 import threading
 import timeit
+import weakref
 
 import pytest
 import torch
@@ -668,3 +670,24 @@ def test_a_call_pays_little_for_the_choice():
     chosen = packed._plans.chosen
     seconds = min(timeit.repeat(lambda: chosen(call), number=100, repeat=20)) / 100
     assert seconds < 20e-6
+
+
+def test_kept_slices_follow_parameters_that_lie_otherwise_or_are_others():
+    members = [nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6)).double() for _ in range(3)]
+    packed = decompk.pack(members)
+    x = torch.randn(4, 6, dtype=torch.float64)
+
+    def assert_alone():
+        with decompk.schedule("on threads"):
+            torch.testing.assert_close(packed(x), torch.stack([m(x) for m in packed.unpack()]), rtol=0, atol=1e-12)
+
+    assert_alone()
+    packed[0].weight.data = packed[0].weight.data.transpose(1, 2)  # at the same place
+    assert_alone()
+    gone = weakref.ref(packed[1].weight)
+    packed[1].weight = nn.Parameter(torch.randn_like(packed[1].weight))
+    assert_alone()
+    gc.collect()
+    assert gone() is None
+    packed.load_state_dict({name: torch.randn_like(t) for name, t in packed.state_dict().items()})
+    assert_alone()

@@ -36,10 +36,11 @@ _DRAWS = {
     *("randint_like", "uniform_", "normal_", "bernoulli_", "random_", "exponential_", "geometric_", "cauchy_"),
     *("log_normal_", "_standard_gamma", "_sample_dirichlet"),
 }
-NUMBERS, CHOICES, DRAWS = (
+NUMBERS, CHOICES, DRAWS, WRITES = (
     "its code makes numbers of all its samples",
     "its code chooses rows by their values",
     "its code draws one number for all its samples",
+    "its code changes a parameter of its own",
 )
 
 
@@ -60,6 +61,7 @@ class Numbers(TorchFunctionMode):
         self._count, self._apart = count, apart
         self._running: list[str] = []
         self._of: dict[int, int] = {}
+        self._owned: set[int] = set()  # storages of parameters that a user's own code reads
         self._kept: list[Any] = []  # a storage's address tells it from others while it lives
         self._random = _random_states()
 
@@ -77,6 +79,12 @@ class Numbers(TorchFunctionMode):
 
         for tensor in (*net.parameters(), *net.buffers()):
             self._mark(tensor, _OWN)
+        for module in net.modules():
+            if type(module).__module__.partition(".")[0] not in ("torch", "decompk"):
+                for parameter in module._parameters.values():
+                    if parameter is not None:
+                        self._mark(parameter, _BATCH | _OWN)
+                        self._owned.add(parameter.untyped_storage()._cdata)
         net.register_forward_pre_hook(begins, with_kwargs=True)
         for path, module in net.named_modules():
             module.register_forward_pre_hook(lambda m, args, path=path: self._enter(path))
@@ -124,6 +132,10 @@ class Numbers(TorchFunctionMode):
             name = "item"
         if reads and of & _BATCH and of & _OWN and self._chooses(name, args):
             self._add(CHOICES)
+        if reads and args and isinstance(args[0], Tensor) and _writes(name):
+            with torch._C.DisableTorchFunction():
+                if args[0].untyped_storage()._cdata in self._owned:
+                    self._add(WRITES)
         out = function(*args, **kwargs)
         if reads and name in _READS:
             if of & _DRAWN:
@@ -147,6 +159,11 @@ class Numbers(TorchFunctionMode):
         if name == "__getitem__":
             return any(isinstance(leaf, Tensor) and leaf.dtype == torch.bool for leaf in leaves(args[1]))
         return name in _CHOICES
+
+
+def _writes(name: str) -> bool:
+    """Whether a method of this name changes its tensor."""
+    return name == "__setitem__" or (name.endswith("_") and not name.endswith("__")) or name.startswith("__i")
 
 
 def other_numbers(alone: Numbers, together: Numbers) -> list[tuple[str, str]]:

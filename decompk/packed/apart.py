@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import random
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -20,7 +21,7 @@ from .follow import Noted, own_module
 from .fused_layer import unhooked
 from .per_member import PerMember, of_torch
 from .rehearsal import Way
-from .surgery import member_alone
+from .surgery import member_alone, sharing
 from .twin import Twin, deep_copy
 from .watch import drop_hooks
 
@@ -87,7 +88,7 @@ class Standing:
         self.why_not = next(filter(None, map(_why_not_apart, modules)), None)
         self.is_sparse = any(getattr(m, "sparse", False) for m in modules)
         self._noted = [Noted(m) for m in modules]
-        self._leaves: dict[int, tuple[Tensor, int, list[Tensor]]] = {}
+        self._leaves: dict[int, tuple[weakref.ref[Tensor], tuple, list[Tensor]]] = {}
         self._tried: dict[Any, str | None] = {}
         self._members: PerMember | None = None
 
@@ -97,12 +98,14 @@ class Standing:
 
     def leaves(self, stack: Tensor) -> Sequence[Tensor]:
         """The K slices of a stack, in its memory, as tensors whose graphs begin there; a parameter's are kept."""
-        kept = self._leaves.get(id(stack))
-        if kept is not None and kept[0] is stack and kept[1] == stack.data_ptr() and stack.requires_grad:
+        key, lies = id(stack), (stack.data_ptr(), stack.stride(), stack.shape, stack.dtype, stack.requires_grad)
+        kept = self._leaves.get(key)
+        if kept is not None and kept[0]() is stack and kept[1] == lies:
             return kept[2]
         found = [part.data.requires_grad_(stack.requires_grad) for part in stack.unbind(0)]
         if stack.requires_grad:
-            self._leaves[id(stack)] = stack, stack.data_ptr(), found
+            gone = functools.partial(_forget, weakref.ref(self), key)
+            self._leaves[key] = weakref.ref(stack, gone), lies, found
         return found
 
     def members(self, packed: Packed) -> PerMember:
@@ -125,12 +128,21 @@ class Standing:
         return self._tried[kind]
 
 
+def _forget(standing: weakref.ref[Standing], key: int, stack: object) -> None:
+    """A parameter is no more: nor need its slices be."""
+    if (one := standing()) is not None:
+        one._leaves.pop(key, None)
+
+
 _DRAWS = "its forward draws random numbers"
 
 
 def unseen_copy(packed: Packed) -> Packed:
-    """A copy whose parameters share memory with those of `packed`; hooks, buffers and gradients are its own."""
-    memo: dict[int, Any] = {id(p): nn.Parameter(p.detach(), p.requires_grad) for p in packed.parameters()}
+    """A copy whose parameters share memory with those of `packed`, unless a user's code may change them.
+
+    Hooks, buffers and gradients are its own.
+    """
+    memo: dict[int, Any] = sharing(packed._inner)
     new = packed._copied(deep_copy(packed._inner, memo))
     drop_hooks(new._inner)
     return new

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import copyreg
 import functools
+import weakref
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .twin import batch_rows
+
+_DECIDED = ("__getstate__", "__setstate__", "__reduce__", "__reduce_ex__", "__deepcopy__")
+_last_rows: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
 
 
 class Bare:
@@ -26,8 +30,10 @@ class Bare:
 def is_bare(module: nn.Module) -> bool:
     """Whether a module around others owns parameters alone, each of one row, which all samples may share."""
     own = [p for p in module._parameters.values() if p is not None]
-    if type(type(module)) is not type or any("__init_subclass__" in vars(klass) for klass in type(module).__mro__[:-1]):
-        return False  # whoever wrote it decides what a subclass is
+    kind = type(module)
+    copies = any(getattr(kind, name, None) is not getattr(nn.Module, name, None) for name in _DECIDED)
+    if copies or type(kind) is not type or any("__init_subclass__" in vars(klass) for klass in kind.__mro__[:-1]):
+        return False  # whoever wrote it decides what a subclass is, or a copy
     buffers = any(b is not None for b in module._buffers.values())
     inside = any(child is not None for child in module._modules.values())
     return bool(own) and inside and not buffers and all(p.dim() > 1 and p.shape[0] == 1 for p in own)
@@ -66,7 +72,12 @@ def _kind(klass: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
 def _rows(name: str, module: Any) -> Tensor:
     """(K·N, …) where a packed batch is under way, else the stack (K, 1, …)."""
     stack = module._parameters[name]
-    rows = module._bare_rows if torch.compiler.is_compiling() else batch_rows.get()
+    if torch.compiler.is_compiling():
+        rows = module._bare_rows
+    elif rows := batch_rows.get():
+        _last_rows[module] = rows
+    elif torch._C._current_graph_task_id() != -1:  # a checkpoint computes again in a backward
+        rows = _last_rows.get(module, 0)
     if not rows:
         return stack
     K = stack.shape[0]

@@ -12,6 +12,7 @@ from ..fx.forward_code import attributes, is_plain_object
 from ..fx.pytree import leaves
 from ..fx.wrapper import Shell
 from ..kernels.call import watched
+from .norm_then import Then
 from .per_member import of_torch
 from .surgery import without_insides
 from .twin import Twin
@@ -75,12 +76,17 @@ class Kinds:
         return value if value in seen else type(value)
 
 
+def runs_own_code(module: nn.Module) -> bool:
+    """Whether a user's own code stands behind what a packed module computes for all members' rows."""
+    return isinstance(module, Then) or not (isinstance(module, Shell | Twin) or of_torch(module))
+
+
 def switches_of(net: nn.Module) -> list[tuple[Any, list]]:
     """What a user's own code on all members' rows may read beside tensors.
 
     (A module, an object or a dict that it holds; the names of its mode, flags, numbers and what is None.)
     """
-    own = [m for m in without_insides(net) if not isinstance(m, Shell | Twin) and not of_torch(m)]
+    own = [m for m in without_insides(net) if runs_own_code(m)]
     held = {id(v): v for m in own for v in attributes(m).values() if is_plain_object(v) or isinstance(v, dict)}
     plain = bool | str | int | float | None
     return [

@@ -14,7 +14,7 @@ from .norm import PackedBatchNorm1d, PackedBatchNorm2d, PackedBatchNorm3d, Packe
 from .twin import Twin, deep_copy
 
 
-class _Then:
+class Then:
     """Mixin before a norm's twin: its class has a forward of its own, which a trial found to be the norm and then the
     modules below it, in their order."""
 
@@ -29,11 +29,11 @@ class _Then:
         return y
 
 
-class PackedBatchNormThen1d(_Then, PackedBatchNorm1d):
+class PackedBatchNormThen1d(Then, PackedBatchNorm1d):
     pass
 
 
-class PackedBatchNormThen2d(_Then, PackedBatchNorm2d):
+class PackedBatchNormThen2d(Then, PackedBatchNorm2d):
     @property
     def _norm(self) -> PackedBatchNorm2d:
         """The norm alone, for graphs: the same attributes, seen as an object of another class."""
@@ -44,19 +44,19 @@ class PackedBatchNormThen2d(_Then, PackedBatchNorm2d):
         return _norms[self]
 
 
-class PackedBatchNormThen3d(_Then, PackedBatchNorm3d):
+class PackedBatchNormThen3d(Then, PackedBatchNorm3d):
     pass
 
 
-class PackedGroupNormThen(_Then, PackedGroupNorm):
+class PackedGroupNormThen(Then, PackedGroupNorm):
     pass
 
 
-class PackedLayerNormThen(_Then, PackedLayerNorm):
+class PackedLayerNormThen(Then, PackedLayerNorm):
     pass
 
 
-class PackedLayerNormThen2d(_Then, PackedLayerNorm):
+class PackedLayerNormThen2d(Then, PackedLayerNorm):
     """Over the channels of images (K·N, c, H, W)."""
 
     _twin_dims = 4
@@ -70,6 +70,7 @@ _norms: weakref.WeakKeyDictionary[nn.Module, PackedBatchNorm2d] = weakref.WeakKe
 
 ALONE = "_norm"  # the attribute
 _TENSORS = {"weight", "bias", "running_mean", "running_var", "num_batches_tracked"}
+_SCALES = (1.0, -40.0)  # of what is tried: code may do something else to large values
 _SIDES = ((3, 5), (5, 7))  # of images tried: the first that are no channels
 _KINDS: dict[type[nn.Module], tuple[type[Twin], ...]] = {
     nn.BatchNorm1d: (PackedBatchNormThen1d,),
@@ -88,10 +89,11 @@ def twin_of_norm(leaf: nn.Module) -> type[Twin] | None:
         return None
     if read_forward(leaf).stored:
         return None
-    return next((kind for kind in _KINDS[base] if all(_alike(leaf, base, kind, mode) for mode in (True, False))), None)
+    tried = [(mode, scale) for mode in (True, False) for scale in _SCALES]
+    return next((kind for kind in _KINDS[base] if all(_alike(leaf, base, kind, *how) for how in tried)), None)
 
 
-def _alike(leaf: nn.Module, base: type[nn.Module], kind: type[Twin], training: bool) -> bool:
+def _alike(leaf: nn.Module, base: type[nn.Module], kind: type[Twin], training: bool, scale: float) -> bool:
     """Whether copies of `leaf` compute what `base` does, and then their modules; tried unseen, in float64."""
     if (shape := _shape(leaf, base, kind)) is None:
         return False
@@ -99,18 +101,18 @@ def _alike(leaf: nn.Module, base: type[nn.Module], kind: type[Twin], training: b
         one, other = (deep_copy(leaf, {}).cpu().double().train(training) for _ in range(2))
         for part in (one, other):
             for i, p in enumerate(part.parameters()):
-                p.data = p.data + _wave(p.shape, i + 1)
-        x, images = _wave(shape, 0), kind is PackedLayerNormThen2d
+                p.data = (p.data + _wave(p.shape, i + 1)) * scale
+        x, images = _wave(shape, 0) * scale, kind is PackedLayerNormThen2d
         with unseen(), torch.no_grad():
             with seeded(0, ()):
                 theirs = one(x.clone())
             with seeded(0, ()):
                 ours: Any = base.forward(other, x.permute(0, 2, 3, 1) if images else x.clone())
                 ours = ours.permute(0, 3, 1, 2) if images else ours
-                for module in other.children():
+                for module in filter(None, other._modules.values()):
                     ours = module(ours)
         pairs = zip((theirs, *one.buffers()), (ours, *other.buffers()), strict=True)
-        return all(a.shape == b.shape and torch.allclose(a, b, 1e-9, 1e-9) for a, b in pairs)
+        return all(a.shape == b.shape and torch.allclose(a, b, 1e-9, 1e-9, equal_nan=True) for a, b in pairs)
     except Exception:  # whatever the leaf's code raises at what is tried
         return False
 

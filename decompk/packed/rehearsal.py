@@ -21,14 +21,13 @@ from torch.nn.modules.dropout import _DropoutNd
 from ..errors import brief
 from ..fx.numbers import DRAWS, Numbers, other_numbers
 from ..fx.pytree import tensors_of
-from ..fx.wrapper import Shell
 from .figures import Figure, Figures, TooPrecise
-from .per_member import PerMember, of_torch
+from .kinds import runs_own_code
+from .per_member import PerMember
 from .roles import Unknown, find_roles
 from .selection import entangled, is_in
 from .surgery import Changes, without_insides
 from .trial import SAME, Role, Trial
-from .twin import Twin
 from .watch import noting, recording
 
 
@@ -248,7 +247,7 @@ class Rehearsal:
 
         Whatever these samples make it do: a branch that they do not take, say, other samples will.
         """
-        if all(isinstance(m, Twin | Shell) or of_torch(m) for m in without_insides(self.trial.net)):
+        if not any(map(runs_own_code, without_insides(self.trial.net))):
             return []
         apart = {m._path for m in without_insides(self.trial.net) if isinstance(m, PerMember)}
         cut = self.trial.anchor if self.trial.cut else None

@@ -19,9 +19,11 @@ from .twin import Twin, deep_copy
 def member_alone(net: nn.Module, k: int, copies: bool = True) -> nn.Module:
     """Member k of a packed `net` as an ordinary module of its own class; without `copies`, which shares what it can."""
     memo: dict[int, Any] = {}
+    may_change = () if copies else _users_own(net)
     for tensor in (*net.parameters(), *net.buffers()):
         own, parameter = tensor.detach()[k], isinstance(tensor, nn.Parameter)
-        if copies or not parameter or own.dim() > 3:  # a kernel that lies channels_last makes its output lie so
+        lies = own.dim() > 3  # a kernel that lies channels_last makes its output lie so
+        if copies or not parameter or lies or id(tensor) in may_change:
             own = own.clone(memory_format=torch.contiguous_format)
         memo[id(tensor)] = nn.Parameter(own, tensor.requires_grad) if parameter else own
         if copies:
@@ -32,6 +34,24 @@ def member_alone(net: nn.Module, k: int, copies: bool = True) -> nn.Module:
         if isinstance(shell, PerMember):
             memo[id(shell)] = member_of(shell, k, memo)
     return _released(deep_copy(net, memo))
+
+
+def sharing(net: nn.Module) -> dict[int, Any]:
+    """id of every parameter → one in the same memory, or, where a user's code may change it, in other memory."""
+    may_change = _users_own(net)
+    values = {p: p.detach().clone() if id(p) in may_change else p.detach() for p in net.parameters()}
+    return {id(p): nn.Parameter(value, p.requires_grad) for p, value in values.items()}
+
+
+def _users_own(net: nn.Module) -> set[int]:
+    """ids of the parameters that modules of a user's classes own, whose code may change them."""
+    found = set()
+    for module in net.modules():
+        one = vars(module).get("_inner", module)
+        kind = one._twin_class if isinstance(one, Twin) else type(one)
+        if kind.__module__.partition(".")[0] not in ("torch", "decompk"):
+            found |= {id(p) for p in one._parameters.values()}
+    return found
 
 
 def without_insides(module: nn.Module) -> Iterator[nn.Module]:

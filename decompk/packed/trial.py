@@ -17,7 +17,7 @@ from ..fx.pytree import leaves, tensors_of, tree_map
 from ..fx.unseen import OwnDraws, seeded
 from ..kernels.backend import resumed
 from .per_member import PerMember
-from .surgery import Changes, member_alone, without_insides
+from .surgery import Changes, member_alone, sharing, without_insides
 from .twin import Twin, deep_copy, packed_batch, rehearsal_of
 from .watch import Watch, drop_hooks
 
@@ -120,7 +120,7 @@ class Trial:
 
         others: a factor of the samples of all but the last. alike: all have the last one's samples.
         """
-        memo = {id(p): nn.Parameter(p.detach(), p.requires_grad) for p in self.net.parameters()}
+        memo = sharing(self.net)
         net = self._posed(changes.applied(deep_copy(self.net, memo), self.K))
         factors = [others] * (self.K - 1) + [1.0]
         order = [self.K - 1] * self.K if alike else range(self.K)
