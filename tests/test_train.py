@@ -288,6 +288,26 @@ def test_a_run_killed_at_ten_moments_ends_in_the_bits_of_one_never_killed(digits
     assert steps["whole"] == steps["killed"]
 
 
+@pytest.mark.parametrize("file", ["members.pt", "members.ckpt"])
+def test_a_phase_that_is_cut_off_while_its_results_are_written_leaves_all_of_them_in_the_end(digits, tmp_path, file):
+    recipe, write = small(random=False), checkpoint.write_atomically
+
+    def cut_off(path, *content):
+        if path.name == file:
+            raise KeyboardInterrupt
+        return write(path, *content)
+
+    places = [mock.patch.object(module, "write_atomically", cut_off) for module in (algorithm, checkpoint)]
+    with places[0], places[1], pytest.raises(KeyboardInterrupt):
+        train.train(recipe, digits, tmp_path / "out", report=False)
+    train.train(recipe, digits, tmp_path / "out", resume=True, report=False)
+    assert {path.name for path in (tmp_path / "out" / "seed0").glob("*.pt")} == {
+        "members.pt",
+        "composed.pt",
+        "global.pt",
+    }
+
+
 def test_a_training_can_be_stopped_by_a_signal_and_goes_on_behind_a_checkpoint(digits, tmp_path):
     out = tmp_path / "out"
     settings = [

@@ -36,7 +36,7 @@ def is_bare(module: nn.Module) -> bool:
         return False  # whoever wrote it decides what a subclass is, or a copy
     buffers = any(b is not None for b in module._buffers.values())
     inside = any(child is not None for child in module._modules.values())
-    return bool(own) and inside and not buffers and all(p.dim() > 1 and p.shape[0] == 1 for p in own)
+    return len(own) > 0 and inside and not buffers and all(p.dim() > 1 and p.shape[0] == 1 for p in own)
 
 
 def adopt(module: nn.Module) -> None:

@@ -186,9 +186,9 @@ class _Run:
         return self.ranks.from_rank(0, state)
 
     def _finish(self, name: str, net: nn.Module, curve: dict[str, Any]) -> None:
+        self._export(name, net)  # first: a run that goes on takes the other for a sign that this has been done
         if self.ranks.first:
             write(self.folder / f"{name}.ckpt", {"model": net.state_dict(), "curve": curve}, self._identity(name))
-        self._export(name, net)
 
     def _export(self, name: str, net: nn.Module) -> None:
         """The weights as users load them: torch.load(path, weights_only=True) gives the state_dict."""
