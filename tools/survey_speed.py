@@ -31,7 +31,7 @@ from zoo import torchvision  # noqa: F401  before timm, which imports it too
 import timm
 from contestants import OWN, TRAINING, Job, Setting, members_alone, packed, side
 from race import Contestant, Work, race
-from torch import nn
+from survey_timm import made
 
 from decompk.kernels.cache import processor
 from decompk.packed.module import Packed
@@ -42,15 +42,7 @@ ROUNDS, LEAST, MOST = 9, 0.1, 3.0  # seconds of a round, and of a contestant's r
 PARAMETERS = 8e6  # larger networks take long, and fill the memory
 
 
-def made(name: str, pixels: int) -> nn.Module:
-    """A fresh network of ten classes on images of so many pixels."""
-    try:
-        return timm.create_model(name, num_classes=10, img_size=pixels)
-    except TypeError:  # many take no img_size
-        return timm.create_model(name, num_classes=10)
-
-
-def drawn(seed: int, pixels: int) -> list[str]:
+def drawn(seed: int) -> list[str]:
     """timm's networks in an order that the seed decides."""
     names = sorted(timm.list_models())
     random.Random(seed).shuffle(names)
@@ -61,10 +53,10 @@ def fits(name: str, pixels: int) -> bool:
     """Whether a network is small enough, and takes such images."""
     try:
         with torch.device("meta"):
-            net = made(name, pixels)
+            net = made(name, pixels)()
         if sum(p.numel() for p in net.parameters()) > PARAMETERS:
             return False
-        made(name, pixels)(torch.randn(2, 3, pixels, pixels))
+        made(name, pixels)()(torch.randn(2, 3, pixels, pixels))
     except Exception:  # whatever a network raises that wants other images
         return False
     return True
@@ -73,7 +65,7 @@ def fits(name: str, pixels: int) -> bool:
 def survey(name: str, args: argparse.Namespace) -> str:
     """A row of the table."""
     torch.manual_seed(0)
-    members = [made(name, args.pixels).train() for _ in range(args.members)]
+    members = [made(name, args.pixels)().train() for _ in range(args.members)]
     images, labels = torch.randn(args.batch, 3, args.pixels, args.pixels), torch.randint(10, (args.batch,))
     job = Job(Setting(torch.device("cpu"), torch.float32), members, None, images, labels, Work(0, 0))
     nets: list[Packed] = []
@@ -121,7 +113,7 @@ def main() -> None:
         "|---|---|---|---|---|",
     ]
     print(*rows, sep="\n", flush=True)
-    names, done = iter(drawn(args.seed, args.pixels)), 0
+    names, done = iter(drawn(args.seed)), 0
     while done < args.networks and (name := next(names, None)):
         if fits(name, args.pixels):
             began = time.perf_counter()

@@ -162,6 +162,11 @@ def attributes(module: nn.Module) -> dict[str, Any]:
     return {name: value for name, value in vars(module).items() if name not in _OF_EVERY_MODULE}
 
 
+def is_users(kind: type[nn.Module]) -> bool:
+    """Whether a class is neither torch's nor this package's."""
+    return kind.__module__.partition(".")[0] not in ("torch", "decompk")
+
+
 def is_plain_object(value: Any) -> bool:
     """Whether a plain attribute's value holds attributes of its own, such as a configuration."""
     return hasattr(value, "__dict__") and not isinstance(

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from .forward_code import is_users
 from .pytree import leaves
 
 _PACKAGE = os.path.dirname(os.path.dirname(__file__))
@@ -31,6 +32,10 @@ _READS = {
 }
 _LISTS = {"numpy", "tolist", "__array__"}
 _CHOICES = {"nonzero", "argwhere", "masked_select", "unique", "unique_consecutive"}
+_WRITES = {
+    *("__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__", "__ifloordiv__", "__imod__", "__ipow__"),
+    *("__iand__", "__ior__", "__ixor__", "__ilshift__", "__irshift__"),
+}
 _DRAWS = {
     *("rand", "randn", "randint", "normal", "bernoulli", "poisson", "multinomial", "rand_like", "randn_like"),
     *("randint_like", "uniform_", "normal_", "bernoulli_", "random_", "exponential_", "geometric_", "cauchy_"),
@@ -80,11 +85,10 @@ class Numbers(TorchFunctionMode):
         for tensor in (*net.parameters(), *net.buffers()):
             self._mark(tensor, _OWN)
         for module in net.modules():
-            if type(module).__module__.partition(".")[0] not in ("torch", "decompk"):
-                for parameter in module._parameters.values():
-                    if parameter is not None:
-                        self._mark(parameter, _BATCH | _OWN)
-                        self._owned.add(parameter.untyped_storage()._cdata)
+            for parameter in module._parameters.values() if is_users(type(module)) else ():
+                if parameter is not None:
+                    self._mark(parameter, _BATCH | _OWN)
+                    self._owned.add(parameter.untyped_storage()._cdata)
         net.register_forward_pre_hook(begins, with_kwargs=True)
         for path, module in net.named_modules():
             module.register_forward_pre_hook(lambda m, args, path=path: self._enter(path))
@@ -163,7 +167,7 @@ class Numbers(TorchFunctionMode):
 
 def _writes(name: str) -> bool:
     """Whether a method of this name changes its tensor."""
-    return name == "__setitem__" or (name.endswith("_") and not name.endswith("__")) or name.startswith("__i")
+    return name in _WRITES or (name.endswith("_") and not name.endswith("__"))
 
 
 def other_numbers(alone: Numbers, together: Numbers) -> list[tuple[str, str]]:

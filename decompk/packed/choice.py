@@ -101,6 +101,5 @@ def time_each(call: Call, schedules: Iterable[_Runs]) -> dict[str, float]:
             with contextlib.suppress(Exception):  # whatever a network raises that runs otherwise than it did
                 seconds(one)
                 running[one.name] = partial(seconds, one)
-        rounds = {"rounds": 1} if long else {"rounds": ROUNDS, "least": LEAST}
-        found = in_turns(running, **rounds, seconds=SECONDS, hopeless=CLOSE)
+        found = in_turns(running, 1 if long else ROUNDS, least=LEAST, seconds=SECONDS, hopeless=CLOSE)
     return {name: 1e3 * statistics.median(samples) for name, samples in found.items()}

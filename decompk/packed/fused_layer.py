@@ -25,7 +25,6 @@ from .norm import PackedBatchNorm2d
 from .norm_then import PackedBatchNormThen2d
 from .twin import HOOKS, batch_rows
 
-_OF_A_NORM = frozenset(vars(nn.BatchNorm2d(1)))
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -122,7 +121,8 @@ def on_kernels(x: Tensor) -> bool:
 def plain_attributes(module: nn.Module) -> dict[str, Any]:
     """The numbers and words among a module's attributes, which its code may read."""
     kinds = (bool, int, float, str, type(None))
-    read = {"training", *(_OF_A_NORM if isinstance(module, PackedBatchNormThen2d) else ())}  # at each call
+    at_each_call = nn.BatchNorm2d.__constants__ if isinstance(module, PackedBatchNormThen2d) else ()
+    read = {"training", *at_each_call}
     return {name: value for name, value in vars(module).items() if type(value) in kinds and name not in read}
 
 

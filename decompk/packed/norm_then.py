@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -89,32 +91,38 @@ def twin_of_norm(leaf: nn.Module) -> type[Twin] | None:
         return None
     if read_forward(leaf).stored:
         return None
-    tried = [(mode, scale) for mode in (True, False) for scale in _SCALES]
-    return next((kind for kind in _KINDS[base] if all(_alike(leaf, base, kind, *how) for how in tried)), None)
+    return next((kind for kind in _KINDS[base] if _alike(leaf, base, kind)), None)
 
 
-def _alike(leaf: nn.Module, base: type[nn.Module], kind: type[Twin], training: bool, scale: float) -> bool:
-    """Whether copies of `leaf` compute what `base` does, and then their modules; tried unseen, in float64."""
+def _alike(leaf: nn.Module, base: type[nn.Module], kind: type[Twin]) -> bool:
+    """Whether `leaf` computes what `base` does, and then its modules; tried on copies, unseen, in float64."""
     if (shape := _shape(leaf, base, kind)) is None:
         return False
+    images = kind is PackedLayerNormThen2d
+
+    def plain(norm: Any, x: Tensor) -> Tensor:
+        y: Any = base.forward(norm, x.permute(0, 2, 3, 1) if images else x)
+        return Then._then(norm, y.permute(0, 3, 1, 2) if images else y)
+
     try:
-        one, other = (deep_copy(leaf, {}).cpu().double().train(training) for _ in range(2))
-        for part in (one, other):
-            for i, p in enumerate(part.parameters()):
-                p.data = (p.data + _wave(p.shape, i + 1)) * scale
-        x, images = _wave(shape, 0) * scale, kind is PackedLayerNormThen2d
         with unseen(), torch.no_grad():
-            with seeded(0, ()):
-                theirs = one(x.clone())
-            with seeded(0, ()):
-                ours: Any = base.forward(other, x.permute(0, 2, 3, 1) if images else x.clone())
-                ours = ours.permute(0, 3, 1, 2) if images else ours
-                for module in filter(None, other._modules.values()):
-                    ours = module(ours)
-        pairs = zip((theirs, *one.buffers()), (ours, *other.buffers()), strict=True)
+            pairs = zip(_tried(leaf, shape, lambda norm, x: norm(x)), _tried(leaf, shape, plain), strict=True)
         return all(a.shape == b.shape and torch.allclose(a, b, 1e-9, 1e-9, equal_nan=True) for a, b in pairs)
     except Exception:  # whatever the leaf's code raises at what is tried
         return False
+
+
+def _tried(leaf: nn.Module, shape: tuple[int, ...], run: Callable[[nn.Module, Tensor], Tensor]) -> list[Tensor]:
+    """What `run` gives of a copy of `leaf`, and what the copy keeps, in both modes at every scale."""
+    norm = deep_copy(leaf, {}).cpu().double()
+    before, found = [p.detach() for p in norm.parameters()], []
+    with seeded(0, ()):
+        for training, scale in itertools.product((False, True), _SCALES):
+            norm.train(training)
+            for i, (p, value) in enumerate(zip(norm.parameters(), before, strict=True)):
+                p.data = (value + _wave(value.shape, i + 1)) * scale
+            found += [run(norm, _wave(shape, 0) * scale), *(b.clone() for b in norm.buffers())]
+    return found
 
 
 def _shape(leaf: Any, base: type[nn.Module], kind: type[Twin]) -> tuple[int, ...] | None:

@@ -126,7 +126,7 @@ class _Graph:
                 torch._foreach_copy_(*zip(*pairs, strict=True))
             return [part if p is None or part is None else p[k] for p, part in zip(places, found, strict=True)]
 
-        columns = list(zip(*each(self._K, of_member, self.deal and Deal(self._K, self.deal)), strict=True))
+        columns = list(zip(*each(self._K, of_member, Deal(self._K, self.deal)), strict=True))
         return [_whole(one, whole, parts) for one, whole, parts in zip(inputs, wholes, columns, strict=True)]
 
     def _with_graph(self, outputs: list[_Output], given: list[_Input], inputs: list[_Input]) -> list[Tensor | None]:
@@ -206,8 +206,8 @@ class Deal:
 
     def __init__(self, K: int, before: Deal | None = None):
         self.ran: dict[int, list[int]] = {}  # by worker, in its order
-        self._rest = deque(range(K)) if before is None else deque()
-        self._own = {} if before is None else {worker: deque(ran) for worker, ran in before.ran.items()}
+        self._own = {worker: deque(ran) for worker, ran in (before.ran if before else {}).items()}
+        self._rest = deque(sorted({*range(K)}.difference(*self._own.values())))
 
     def next(self) -> int | None:
         """A member for the calling worker; None where none is left."""

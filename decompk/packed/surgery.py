@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..fx.forward_code import is_users
 from .bare import release
 from .follow import own_module
 from .per_member import PerMember, member_of, per_member_kind
@@ -48,8 +49,7 @@ def _users_own(net: nn.Module) -> set[int]:
     found = set()
     for module in net.modules():
         one = vars(module).get("_inner", module)
-        kind = one._twin_class if isinstance(one, Twin) else type(one)
-        if kind.__module__.partition(".")[0] not in ("torch", "decompk"):
+        if is_users(one._twin_class if isinstance(one, Twin) else type(one)):
             found |= {id(p) for p in one._parameters.values()}
     return found
 
