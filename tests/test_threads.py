@@ -196,12 +196,11 @@ def test_what_other_threads_call_while_a_network_is_read_runs_as_it_is():
 
 
 def test_what_another_thread_draws_is_not_taken_for_the_networks():
-    """torch's numbers all the time, Python's now and then; nor do members seem to see each other by it."""
+    """Nor do members seem to see each other by it."""
 
     def draw(i):
         torch.rand(3)
-        if i % 100 == 0:
-            random.random()
+        random.random()
         time.sleep(1e-5)
 
     with Beside(draw):
@@ -230,16 +229,19 @@ def test_reading_a_network_leaves_what_another_thread_draws_alone(read):
     assert torch.equal(torch.cat(found), torch.rand(len(found)))
 
 
-def test_numbers_that_the_network_draws_itself_are_still_refused():
+@pytest.mark.parametrize(
+    "draw", [lambda: torch.rand(()), random.random, lambda: random.gauss(0, 0.1), lambda: random.randint(0, 1)]
+)
+def test_numbers_that_the_network_draws_itself_are_still_refused(draw):
     class Deep(Net):
         def forward(self, x):
-            return super().forward(x) if torch.rand(()) < 2 else x
+            return super().forward(x) if draw() < 2 else x
 
     packed = decompk.pack(members_of(Deep), member_by_member=["fc"])
-    state = torch.get_rng_state()
+    state, pythons = torch.get_rng_state(), random.getstate()
     with pytest.raises(decompk.DecompkError, match="draws a random number"):
         decompk.fuse(packed)
-    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(torch.get_rng_state(), state) and random.getstate() == pythons
 
 
 @pytest.mark.parametrize("make", [Net, Scaled])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import random
+import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
@@ -137,25 +138,46 @@ def _device(args: tuple, kwargs: dict[str, Any]) -> torch.device:
 def undrawn(run: Callable[[], Any]) -> tuple[Any, bool]:
     """(what `run` returns, whether it draws from Python's or torch's random states, which are then as before).
 
-    Another thread may have drawn while it ran. So it runs again, where torch's numbers can be told apart, and once more
-    for Python's, which cannot: one run without any tells enough.
+    Another thread may have drawn while it ran. So it runs again, where what its own thread draws can be told apart.
     """
-    before = random.getstate(), torch.get_rng_state()
-    watch: OwnDraws | None = None
-    drawn = True
+    pythons, torchs = random.getstate(), torch.get_rng_state()
+    pythons_drawn = torchs_drawn = True
     try:
-        for _ in range(3):
-            pythons, torchs = random.getstate(), torch.get_rng_state()
-            with watch or contextlib.nullcontext():
-                out = run()
-            drawn = watch.drawn if watch else not torch.equal(torch.get_rng_state(), torchs)
-            if not drawn and random.getstate() == pythons:
-                before = None
-                return out, False
-            watch = OwnDraws()
-        return out, True
+        out = run()
+        if random.getstate() == pythons and torch.equal(torch.get_rng_state(), torchs):
+            pythons_drawn = torchs_drawn = False
+            return out, False
+        watch = OwnDraws()
+        with watch, own_pythons() as place:
+            start = place()
+            out = run()
+            pythons_drawn = place() != start
+        torchs_drawn = watch.drawn
+        return out, pythons_drawn or torchs_drawn
     finally:
-        if before is not None:
-            random.setstate(before[0])
-            if drawn:
-                torch.set_rng_state(before[1])
+        if pythons_drawn:
+            random.setstate(pythons)
+        if torchs_drawn:
+            torch.set_rng_state(torchs)
+
+
+@contextlib.contextmanager
+def own_pythons() -> Iterator[Callable[[], object]]:
+    """A function whose value changes as this thread draws from Python's own generator, and as no other one does."""
+    if sys.getprofile() is not None:  # a profiler is at work, so anybody's draw counts
+        yield random.getstate
+        return
+    calls = 0
+
+    def note(frame: Any, event: str, function: Any) -> None:
+        nonlocal calls
+        if event == "c_call" and function.__name__ != "getstate":
+            calls += getattr(function, "__self__", None) is random._inst
+        elif event == "call" and frame.f_code.co_filename == random.__file__ and frame.f_code.co_name != "getstate":
+            calls += frame.f_locals.get("self") is random._inst  # gauss may draw nothing, and give what it kept
+
+    sys.setprofile(note)
+    try:
+        yield lambda: calls
+    finally:
+        sys.setprofile(None)

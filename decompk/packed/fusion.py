@@ -142,8 +142,7 @@ def read(net: nn.Module, training: bool) -> tuple[fx.Graph, list[nn.Module]]:
     if draws:
         raise UnsupportedOperation(
             f"{type(net).__name__}.forward draws a random number to decide what it does, which tracing would freeze: "
-            "name the module that does in pack(..., member_by_member=[...]); if it does not, another thread drew from "
-            "Python's random meanwhile: fuse while none does."
+            "name the module that does in pack(..., member_by_member=[...])."
         )
     if vars(reader).keys() - attributes:  # where torch.fx keeps tensors that forward makes
         raise UnsupportedOperation(
