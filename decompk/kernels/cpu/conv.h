@@ -122,12 +122,9 @@ inline const float* window(const float* image, int images, int H, int W, int C, 
     for (Long h = top; h < top + tall; ++h, to += wide * C) {
       bool empty = h < 0 || h >= H;
       Long from = empty ? wide : begin, until = empty ? wide : end;
-      std::fill(to, to + from * C, 0.f);
-      if (from < until) {
-        const float* row = image + ((i * Long(H) + h) * W + left + from) * C;
-        std::copy(row, row + (until - from) * C, to + from * C);
-      }
-      std::fill(to + until * C, to + wide * C, 0.f);
+      clear(to, from * C);
+      if (from < until) copy(image + ((i * Long(H) + h) * W + left + from) * C, (until - from) * C, to + from * C);
+      clear(to + until * C, (wide - until) * C);
     }
   return buffer;
 }
@@ -183,36 +180,52 @@ const float* backward_blocks(const Shape& s, const float* w, int row, int column
   });
 }
 
-// The pixels of a unit: where the input of each starts and where its output is; `step` leads to the next tap row.
-// Behind the `count` ones the last is repeated: what is computed twice is written twice. `inside`: no tap is padding.
-struct Pixels {
+// What a unit's windows read: of every image `tall` rows of `wide` pixels, `step` floats apart. `inside`: none is padding.
+struct Surroundings {
   bool inside;
-  const float** in;
-  float** out;
-  Long step;
-  size_t count;
+  const float* start;
+  Long tall, wide, step, image_step;
 
   // vectors: whether whole vectors of an input's pixel are read, which must not reach behind the image
-  Pixels(const Job& j, const Unit& u, int N, bool vectors = false) : count(size_t(u.images) * u.rows * j.columns) {
-    Long tall = Long(u.rows - 1) * j.stride_h + j.taps_h, wide = Long(j.columns - 1) * j.stride_w + j.taps_w;
+  Surroundings(const Job& j, const Unit& u, int N, bool vectors) {
+    tall = Long(u.rows - 1) * j.stride_h + j.taps_h, wide = Long(j.columns - 1) * j.stride_w + j.taps_w;
     Long top = Long(u.row) * j.stride_h - j.pad_h, left = -j.pad_w;
     inside = top >= 0 && top + tall <= j.H && left >= 0 && left + wide <= j.W;
     bool in_place = inside && (!vectors || j.C % LANES == 0);
     step = (in_place ? Long(j.W) : wide) * j.C;
-    Long image_step = (in_place ? Long(j.H) : tall) * step;
+    image_step = (in_place ? Long(j.H) : tall) * step;
     const float* image = j.src + (Long(u.k) * N + u.n) * j.H * j.W * j.C;
-    const float* start = in_place ? image + top * step + left * j.C
-                                  : window(image, u.images, j.H, j.W, j.C, top, left, tall, wide);
-    float* result = j.dst + ((Long(u.k) * N + u.n) * j.dst_H + j.h0) * j.dst_W * j.O + j.w0 * j.O;
+    start = in_place ? image + top * step + left * j.C : window(image, u.images, j.H, j.W, j.C, top, left, tall, wide);
+  }
+  Surroundings(const float* start, Long tall, Long wide, int C)
+      : inside(false), start(start), tall(tall), wide(wide), step(wide * C), image_step(tall * step) {}
+};
+
+// The pixels of a unit: where the input of each starts and where its output is; `step` leads to the next tap row.
+// Behind the `count` ones the last is repeated: what is computed twice is written twice.
+struct Pixels : Surroundings {
+  const float** in;
+  float** out;  // null where dst is
+  size_t count;
+
+  Pixels(const Job& j, const Unit& u, int N, bool vectors = false)
+      : Surroundings(j, u, N, vectors), count(size_t(u.images) * u.rows * j.columns) {
+    float* result = j.dst ? j.dst + (((Long(u.k) * N + u.n) * j.dst_H + j.h0) * j.dst_W + j.w0) * j.O : nullptr;
     size_t full = filled_up(count), p = 0;
-    in = scratch<const float*, IN_ROWS>(full), out = scratch<float*, OUT_ROWS>(full);
+    in = scratch<const float*, IN_ROWS>(full), out = j.dst ? scratch<float*, OUT_ROWS>(full) : nullptr;
     for (int i = 0; i < u.images; ++i)
-      for (int h = 0; h < u.rows; ++h)
-        for (int w = 0; w < j.columns; ++w, ++p) {
-          in[p] = start + i * image_step + h * j.stride_h * step + w * j.stride_w * j.C;
-          out[p] = result + ((Long(i) * j.dst_H + Long(u.row + h) * j.step_h) * j.dst_W + Long(w) * j.step_w) * j.O;
-        }
-    for (; p < full; ++p) in[p] = in[p - 1], out[p] = out[p - 1];
+      for (int h = 0; h < u.rows; ++h) {
+        const float* from = start + i * image_step + h * j.stride_h * step;
+        float* to = out ? result + (Long(i) * j.dst_H + Long(u.row + h) * j.step_h) * j.dst_W * j.O : nullptr;
+        Long in_step = Long(j.stride_w) * j.C, out_step = Long(j.step_w) * j.O;
+        for (int w = 0; w < j.columns; ++w) in[p + w] = from + w * in_step;
+        for (int w = 0; out && w < j.columns; ++w) out[p + w] = to + w * out_step;
+        p += j.columns;
+      }
+    for (; p < full; ++p) {
+      in[p] = in[p - 1];
+      if (out) out[p] = out[p - 1];
+    }
   }
 };
 
@@ -276,45 +289,56 @@ inline void tiles(const float* const* in, Long from, Long step, int rows, int le
     one(in + p, from, step, rows, length, weight, start, out + p, to);
 }
 
-// dw[i][l] += Σ over pixels of dy[o + i] · x[offset + l], for R outputs and V vectors of a kernel row, `length` of it
-template <int R, int V>
-inline void outer(const float* const* x, Long from, const float* const* dy, Long o, size_t count, float* dw, Long row,
-                  int length) {
-  widest sum[R][V] = {};
+// dw[r][i][l] += Σ over pixels of dy[o + i] · x[r][l], for R outputs and V vectors, `length` floats, of H kernel rows
+template <int R, int V, int H>
+inline void outer(const float* const* x, Long from, Long step, const float* const* dy, Long o, size_t count, float* dw,
+                  Long of_row, Long of_output, int length) {
+  widest sum[H][R][V] = {};
   for (size_t p = 0; p < count; ++p) {
     const float *in = x[p] + from, *g = dy[p] + o;
-    widest value[V];
+    widest value[H][V];
 #pragma GCC unroll 32
-    for (int v = 0; v < V; ++v) value[v] = load<widest>(in + v * LANES);
+    for (int h = 0; h < H; ++h)
+#pragma GCC unroll 32
+      for (int v = 0; v < V; ++v) value[h][v] = load<widest>(in + h * step + v * LANES);
 #pragma GCC unroll 32
     for (int i = 0; i < R; ++i) {
       widest each = g[i] - widest{};
 #pragma GCC unroll 32
-      for (int v = 0; v < V; ++v) sum[i][v] += each * value[v];
+      for (int h = 0; h < H; ++h)
+#pragma GCC unroll 32
+        for (int v = 0; v < V; ++v) sum[h][i][v] += each * value[h][v];
     }
   }
 #pragma GCC unroll 32
-  for (int i = 0; i < R; ++i)
+  for (int h = 0; h < H; ++h)
 #pragma GCC unroll 32
-    for (int v = 0; v < V; ++v) {
-      float* to = dw + i * row + v * LANES;
-      if (length >= (v + 1) * LANES) store(to, load<widest>(to) + sum[i][v]);
-      else
-        for (int l = 0; l < length - v * LANES; ++l) to[l] += sum[i][v][l];
-    }
+    for (int i = 0; i < R; ++i)
+#pragma GCC unroll 32
+      for (int v = 0; v < V; ++v) {
+        float* to = dw + h * of_row + i * of_output + v * LANES;
+        if (length >= (v + 1) * LANES) store(to, load<widest>(to) + sum[h][i][v]);
+        else
+          for (int l = 0; l < length - v * LANES; ++l) to[l] += sum[h][i][v][l];
+      }
 }
 
-// `outer` for every output and all of a kernel row: dw[o][l], `row` floats from output to output.
-inline void outers(const float* const* x, Long from, const float* const* dy, Long o, size_t count, float* dw, Long row,
-                   int length, int outputs) {
-  constexpr int MOST = LANES == 16 ? 8 : 4;  // outputs at once: 24 or 12 sums
+// `outer` for every output and kernel row: dw[o][row][l], of `length`; x's kernel rows begin at `from`, `step` apart.
+inline void outers(const float* const* x, Long from, Long step, int rows, const float* const* dy, Long o, size_t count,
+                   float* dw, int length, int outputs) {
+  constexpr int MOST = LANES == 16 ? 8 : 4, SUMS = 3 * MOST;  // outputs at once, and what registers hold
+  Long of_output = Long(rows) * length;
   for (int l = 0; l < length; l += 3 * LANES) {
     int left = std::min(3 * LANES, length - l), V = (left + LANES - 1) / LANES;
-    auto many = V == 3 ? outer<MOST, 3> : V == 2 ? outer<MOST, 2> : outer<MOST, 1>;
-    auto few = V == 3 ? outer<4, 3> : V == 2 ? outer<4, 2> : outer<4, 1>;
     for (int i = 0, R; i < outputs; i += R) {
       R = outputs - i >= MOST ? MOST : 4;
-      (R == MOST ? many : few)(x, from + l, dy, o + i, count, dw + i * row + l, row, left);
+      int H = rows == 3 && R * V * 3 <= SUMS ? 3 : 1;  // few sums would wait for each other
+      auto one = V == 3   ? (R == MOST ? outer<MOST, 3, 1> : outer<4, 3, 1>)
+                 : V == 2 ? (R == MOST ? outer<MOST, 2, 1> : H == 3 ? outer<4, 2, SUMS / 8> : outer<4, 2, 1>)
+                 : H == 3 ? (R == MOST ? outer<MOST, 1, 3> : outer<4, 1, 3>)
+                          : (R == MOST ? outer<MOST, 1, 1> : outer<4, 1, 1>);
+      for (int r = 0; r < rows; r += H)
+        one(x, from + r * step + l, step, dy, o + i, count, dw + i * of_output + r * length + l, length, of_output, left);
     }
   }
 }

@@ -5,7 +5,7 @@
 // comes in, a few rows of the image are copied, with zeros around them, into a buffer that stays in cache.
 #pragma once
 
-#include "conv.h"
+#include "planar.h"
 
 namespace {
 
@@ -20,6 +20,7 @@ template <typename Then = Nothing>
 inline void run(const Job& j, int K, int N, const std::vector<Unit>& units, const float* weights, const float* bias,
                 Then then = {}) {
   Long taps = Long(j.taps_h) * j.taps_w * j.C;
+  bool planar_too = is_planar(j.O, j.taps_h * j.taps_w) && j.stride_h * j.stride_w * j.step_h * j.step_w == 1;
   std::vector<char> exact(K, true);  // whether padding multiplied by a member's weights adds what is nothing
   if (j.padded())
 #pragma omp parallel for
@@ -30,14 +31,23 @@ inline void run(const Job& j, int K, int N, const std::vector<Unit>& units, cons
 #pragma omp parallel for schedule(dynamic)
   for (size_t i = 0; i < units.size(); ++i) {
     const Unit& u = units[i];
-    Pixels p(j, u, N);
     const float *weight = weights + u.k * taps * j.O, *start = bias ? bias + Long(u.k) * j.O : nullptr;
-    if (!p.inside && !exact[u.k]) tap_by_tap(j, u, N, weight, start);
-    else
-      for (int o = 0, width; o < j.O; o += width) {
-        width = width_of(j.O - o);
-        tiles(p.in, 0, p.step, j.taps_h, j.taps_w * j.C, weight + taps * o, start ? start + o : nullptr, p.out, o, p.count, width);
-      }
+    if (planar_too) {
+      Surroundings around(j, u, N, false);
+      if (!around.inside && !exact[u.k]) tap_by_tap(j, u, N, weight, start);
+      else
+        planar(around, u.images, j.C, j.taps_h, j.taps_w, weight, start, j.O, u.rows, j.columns, [&](int image, int h) {
+          return j.dst + ((Long(u.k) * N + u.n + image) * j.dst_H + u.row + h) * j.dst_W * j.O;
+        });
+    } else {
+      Pixels p(j, u, N);
+      if (!p.inside && !exact[u.k]) tap_by_tap(j, u, N, weight, start);
+      else
+        for (int o = 0, width; o < j.O; o += width) {
+          width = width_of(j.O - o);
+          tiles(p.in, 0, p.step, j.taps_h, j.taps_w * j.C, weight + taps * o, start ? start + o : nullptr, p.out, o, p.count, width);
+        }
+    }
     then(i, u);
   }
 }
@@ -74,8 +84,7 @@ inline void weight_gradient(const Shape& s, const float* x, const float* dy, flo
   int parts = parts_of(s, int(units.size() / s.K));
   const float* sums = sums_of(s.K, units, parts, size, [&](const Unit& u, float* sum) {
     Pixels p(j, u, s.N, true);
-    for (int r = 0; r < s.kh; ++r)
-      outers(p.in, r * p.step, p.out, 0, p.count, sum + r * length, s.kh * length, int(length), s.O);
+    outers(p.in, 0, p.step, s.kh, p.out, 0, p.count, sum, int(length), s.O);
   });
   add_parts(s.K, parts, sums, size, size, dw);
   mend_weights(s, x, dy, dw);

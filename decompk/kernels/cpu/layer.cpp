@@ -94,39 +94,44 @@ bool both(const Shape& s, const Rising& rising, const float* x, const float* w, 
   int halo_h = dx ? s.kh - 1 : 0, halo_w = dx ? s.kw - 1 : 0;  // rows and columns around those of the unit
   int top = dx ? s.kh - 1 - s.pad_h : 0, left = dx ? s.kw - 1 - s.pad_w : 0;  // of them on this side
   const float* weights = dx ? backward_blocks<WEIGHTS>(s, w, 0, 0, s.kh, s.kw) : nullptr;
+  bool tiled = dx && !is_planar(s.C, s.kh * s.kw);
   const float* sums = sums_of(s.K, units, parts, stride, [&](const Unit& u, float* sum) {
     Pixels p(j, u, s.N, true);
     Long first = Long(u.k) * s.N + u.n, tall = u.rows + halo_h, wide = s.columns + halo_w, row = Long(s.columns) * s.O;
     float* d = dy ? dy + (first * s.rows + u.row) * row : scratch<float, RISING>(u.images * tall * wide * s.O);
     size_t full = filled_up(p.count), at = 0;
     auto from = scratch<const float*, RISING_ROWS>(2 * full), into = from + full;
-    auto to = scratch<float*, TO_ROWS>(full);
+    auto to = tiled ? scratch<float*, TO_ROWS>(full) : nullptr;
     bool gapless = tall == u.rows && wide == s.columns;
     if (gapless) rising.row(u.k, (first * s.rows + u.row) * row, p.count * s.O, true, d);
     for (; gapless && at < p.count; ++at) {
       into[at] = d + at * s.O;
-      if (dx) from[at] = into[at], to[at] = dx + ((first * s.H + u.row) * s.W + at) * s.C;
+      if (tiled) from[at] = into[at], to[at] = dx + ((first * s.H + u.row) * s.W + at) * s.C;
     }
     if (!gapless)
       rising.window(s, u, u.row, u.rows, top, left, tall, wide, d, [&](const float* pixels, int i, Long of) {
-        for (int w = 0; w < s.columns; ++w, ++at) {
-          into[at] = pixels + w * s.O;
-          if (!dx) continue;
-          from[at] = into[at] - (top * wide + left) * s.O;
-          to[at] = dx + (((first + i) * s.H + of) * s.W + w) * s.C;
-        }
+        Long away = (top * wide + left) * s.O;
+        float* row_of_dx = tiled ? dx + ((first + i) * s.H + of) * s.W * s.C : nullptr;
+        for (int w = 0; w < s.columns; ++w) into[at + w] = pixels + w * s.O;
+        for (int w = 0; tiled && w < s.columns; ++w) from[at + w] = into[at + w] - away, to[at + w] = row_of_dx + w * s.C;
+        at += s.columns;
       });
-    for (int r = 0; r < s.kh; ++r)
-      outers(p.in, r * p.step, into, 0, p.count, sum + r * length, s.kh * length, int(length), s.O);
+    outers(p.in, 0, p.step, s.kh, into, 0, p.count, sum, int(length), s.O);
     if (dbias)
       for (size_t i = 0; i < p.count; ++i)
         for (int o = 0; o < s.O; ++o) sum[size + o] += into[i][o];
     if (!dx) return;
+    const float* weight = weights + Long(u.k) * s.C * s.kh * s.kw * s.O;
+    if (!tiled) {
+      planar({d, tall, wide, s.O}, u.images, s.O, s.kh, s.kw, weight, nullptr, s.C, u.rows, s.columns, [&](int i, int h) {
+        return dx + ((first + i) * s.H + u.row + h) * s.W * s.C;
+      });
+      return;
+    }
     for (; at < full; ++at) from[at] = from[at - 1], to[at] = to[at - 1];
     for (int c = 0, width; c < s.C; c += width) {
       width = width_of(s.C - c);
-      const float* weight = weights + (Long(u.k) * s.C + c) * s.kh * s.kw * s.O;
-      tiles(from, 0, wide * s.O, s.kh, s.kw * s.O, weight, nullptr, to, c, p.count, width);
+      tiles(from, 0, wide * s.O, s.kh, s.kw * s.O, weight + Long(c) * s.kh * s.kw * s.O, nullptr, to, c, p.count, width);
     }
   });
   add_parts(s.K, parts, sums, stride, size, dw);

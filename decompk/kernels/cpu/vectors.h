@@ -43,6 +43,24 @@ inline void each_vector(Long count, F f) {
   for (; i < count; ++i) f(0.f, i);
 }
 
+// `count` floats copied, or set to zero, without a call: rows of images are short. The last vector overlaps.
+inline void copy(const float* from, Long count, float* to) {
+  Long i = 0;
+  if (count >= LANES) {
+    for (; i + LANES < count; i += LANES) store(to + i, load<widest>(from + i));
+    store(to + count - LANES, load<widest>(from + count - LANES));
+    return;
+  }
+  for (; i + 4 <= count; i += 4) store(to + i, load<vec4>(from + i));
+  for (; i < count; ++i) to[i] = from[i];
+}
+inline void clear(float* to, Long count) {
+  Long i = 0;
+  for (; i + LANES <= count; i += LANES) store(to + i, widest{});
+  for (; i + 4 <= count; i += 4) store(to + i, vec4{});
+  for (; i < count; ++i) to[i] = 0;
+}
+
 template <typename one, typename vec>  // Σ of a vector's lanes, by halves
 inline one all_lanes(vec value) {
   if constexpr (sizeof(vec) == sizeof(one)) return value[0];
@@ -69,7 +87,7 @@ inline bool all_finite(const float* values, Long count) {
   return true;
 }
 
-enum Place { WEIGHTS, BLOCKS, SUMS, WINDOW, INPUTS, OUTPUTS, IN_ROWS, OUT_ROWS, DY_ROWS, FREQUENCIES, RISING, RISING_ROWS, TO_ROWS };
+enum Place { WEIGHTS, BLOCKS, SUMS, WINDOW, INPUTS, OUTPUTS, IN_ROWS, OUT_ROWS, DY_ROWS, FREQUENCIES, RISING, RISING_ROWS, TO_ROWS, PLANES, PIXELS_OF_PLANES };
 
 // `count` values at one place of the calling thread's own, kept from call to call: fresh pages cost more than most layers.
 template <typename T, Place place>

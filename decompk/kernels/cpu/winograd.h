@@ -181,7 +181,7 @@ struct Tiles : Side {
     C % LANES ? read<vec8>(d, into, in.step) : read<widest>(d, into, in.step);
     O % LANES ? read_gradient<vec8>(at, to, dy.step) : read_gradient<widest>(at, to, dy.step);
     for (int f = 0; f < F; ++f)
-      outers(in.rows, f * in.step, dy.rows, f * dy.step, count, sum + f * Long(O) * C, C, C, O);
+      outers(in.rows, f * in.step, 0, 1, dy.rows, f * dy.step, count, sum + f * Long(O) * C, C, O);
   }
 };
 
