@@ -35,7 +35,7 @@ def test_random_problems_overrun_nothing_race_nowhere_and_are_right(sanitizer, t
 def test_the_seeds_draw_every_pass_in_every_form_and_norms():
     drawn = {tuple(sanitize.line_of(seed, "address").split()[1:4]) for seed in range(SEEDS["address"])}
     assert {("conv", kind, form) for kind in PASSES for form in ("direct", "winograd")} <= drawn
-    assert {"norm", "layer", "channels", "layer_norm"} <= {op for op, *_ in drawn}
+    assert {"norm", "layer", "channels", "layer_norm", "pool"} <= {op for op, *_ in drawn}
 
 
 FAULTS = {  # sanitizer: {file: (code, what is put in its place)}

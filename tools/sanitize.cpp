@@ -42,6 +42,8 @@ void layer_norm(const float* x, const float* weight, const float* bias, float* y
                 Long R, Long D);
 void layer_norm_backward(const float* dy, const float* x, const float* weight, const float* saved, float* dx,
                          float* dweight, float* dbias, Long K, Long R, Long D);
+void max_pool(const float* x, float* y, unsigned char* place, const Long* sizes);
+void max_unpool(const float* dy, const unsigned char* place, float* dx, const Long* sizes);
 }
 
 // ---- OpenMP as GCC calls it, on std::thread: ThreadSanitizer sees all synchronisation in it, and none in libgomp -----
@@ -428,6 +430,41 @@ UNSANITIZED void row_norm(std::istream& line) {
   if (shifts) compare("dbias", backward["dbias"], dbias, 1e-5 * (1 + largest(sizes)));
 }
 
+// ---- max-pooling ----------------------------------------------------------------------------------------------------
+
+// Shape's numbers, K = 1
+UNSANITIZED void pool(std::istream& line) {
+  Long s[14];
+  for (Long& value : s) line >> value;
+  Long N = s[1], C = s[2], H = s[4], W = s[5], rows = s[12], columns = s[13], count = N * rows * columns * C;
+  auto bytes = [](Floats& place) { return reinterpret_cast<unsigned char*>(place.get()); };
+  Named in, out;
+  in["x"] = random(N * H * W * C), in["dy"] = random(count);
+  for (size_t i = 0; i < in["x"].size; ++i) in["x"][i] = std::round(3 * in["x"][i]);  // with equal values
+  out["y"] = Floats(count), out["place"] = Floats((count + 3) / 4);
+  Named forward = run_on_threads(in, out, [&](Named& in, Named& out) {
+    max_pool(in["x"].get(), out["y"].get(), bytes(out["place"]), s);
+  });
+  in["place"] = std::move(forward["place"]);
+  out.clear();
+  out["dx"] = Floats(in["x"].size);
+  Named backward = run_on_threads(in, out, [&](Named& in, Named& out) {
+    max_unpool(in["dy"].get(), bytes(in["place"]), out["dx"].get(), s);
+  });
+  std::vector<double> y(count), dx(in["x"].size);
+  for (Long at = 0; at < count; ++at) {
+    Long c = at % C, w = at / C % columns, h = at / C / columns % rows, n = at / C / columns / rows, most = -1;
+    for (Long r = std::max(0L, s[10] - h * s[8]); r < s[6] && h * s[8] - s[10] + r < H; ++r)
+      for (Long t = std::max(0L, s[11] - w * s[9]); t < s[7] && w * s[9] - s[11] + t < W; ++t) {
+        Long from = ((n * H + h * s[8] - s[10] + r) * W + w * s[9] - s[11] + t) * C + c;
+        if (most < 0 || in["x"][from] > in["x"][most]) most = from;
+      }
+    y[at] = in["x"][most], dx[most] += in["dy"][at];
+  }
+  compare("y", forward["y"], y, 0);
+  compare("dx", backward["dx"], dx, 1e-5);
+}
+
 // ---- layers: a convolution with what stands behind it ----------------------------------------------------------------
 
 // form, with norm, bias, ReLU, residual or not, whether dx is wanted, and Shape's numbers
@@ -516,6 +553,7 @@ int main(int, char** arguments) {
     : op == "layer"      ? whole_layer(line)
     : op == "channels"   ? channels(line)
     : op == "layer_norm" ? row_norm(line)
+    : op == "pool"       ? pool(line)
                          : norm(line);
     std::cout << "answer: " << (line ? faults : "a line of too few numbers") << std::endl;
   }

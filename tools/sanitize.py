@@ -63,7 +63,7 @@ class Found:
 def line_of(seed: int, sanitizer: str) -> str:
     """The problem of this seed, as the driver reads it."""
     rng = random.Random(seed)
-    draw = _halo if sanitizer == "halo" else rng.choices(DRAWS, (4, 1, 1, 4, 1))[0]
+    draw = _halo if sanitizer == "halo" else rng.choices(DRAWS, (8, 2, 2, 8, 1, 1))[0]
     return f"{seed} {draw(rng)}"
 
 
@@ -135,7 +135,16 @@ def _layer_norm(rng: random.Random) -> str:
     return f"layer_norm {' '.join(map(str, values))}"
 
 
-DRAWS = (_conv, _norm, _layer_norm, _layer, _channels)
+def _pool(rng: random.Random) -> str:
+    C, kernel = rng.choice((1, 3, 4, 8, 17, 32)), [rng.choice((1, 2, 2, 3, 3, 5)) for _ in "HW"]
+    sides, padding = [rng.randint(k, 20) for k in kernel], [rng.randint(0, k // 2) for k in kernel]
+    stride = kernel if rng.random() < 0.5 else [rng.randint(1, 3) for _ in kernel]
+    out = [(n + 2 * p - k) // s + 1 for n, p, k, s in zip(sides, padding, kernel, stride, strict=True)]
+    values = (1, rng.randint(1, 9), C, C, *sides, *kernel, *stride, *padding, *out)
+    return f"pool {' '.join(map(str, values))}"
+
+
+DRAWS = (_conv, _norm, _layer_norm, _layer, _channels, _pool)
 
 
 def _halo(rng: random.Random) -> str:

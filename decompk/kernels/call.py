@@ -65,11 +65,7 @@ def unwatched(*tensors: Tensor | None) -> bool:
     Then torch's dispatcher, which operators pass and which takes as long as a small layer does, is not needed. It is
     for tensors that are negated in name alone, as the imaginary part of a conjugate is.
     """
-    if torch.compiler.is_compiling() or watched():
-        return False
-    if (modes := torch._C._len_torch_dispatch_stack()) and modes != onlookers.get():
-        return False
-    if torch._C._dispatch_tls_is_dispatch_key_included(torch._C.DispatchKey.PreDispatch):
+    if _looked_on():
         return False
     for t in tensors:  # a loop: a generator takes twice as long
         if t is None:
@@ -79,13 +75,32 @@ def unwatched(*tensors: Tensor | None) -> bool:
     return True
 
 
+def _looked_on() -> bool:
+    if torch.compiler.is_compiling() or watched():
+        return True
+    if (modes := torch._C._len_torch_dispatch_stack()) and modes != onlookers.get():
+        return True
+    return torch._C._dispatch_tls_is_dispatch_key_included(_PRE_DISPATCH)
+
+
+_PRE_DISPATCH = torch._C.DispatchKey.PreDispatch
+
+
 def runs_cpu(*tensors: Tensor | None) -> bool:
     """Whether the C++ kernels for processors take these: float32, on the CPU, and nobody looks on."""
-    if torch.compiler.is_compiling() or forced.get() not in (None, "cpu"):
+    if torch.compiler.is_compiling() or forced.get() not in (None, "cpu") or _looked_on():
         return False
-    if any(t is not None and (t.dtype is not torch.float32 or t.device.type != "cpu") for t in tensors):
-        return False
-    return unwatched(*tensors) and cpu.why_not() is None and not torch.is_autocast_enabled("cpu")
+    return cpu_takes(*tensors) and cpu.why_not() is None and not torch.is_autocast_enabled("cpu")
+
+
+def cpu_takes(*tensors: Tensor | None) -> bool:
+    """Whether these, too, may be given to kernels that take another tensor here and now: see `runs_cpu`."""
+    for t in tensors:
+        if t is None:
+            continue
+        if t.dtype is not torch.float32 or not t.is_cpu or type(t) not in TENSORS or t.is_neg():
+            return False
+    return True
 
 
 def follows(*grads: Tensor | None) -> bool:

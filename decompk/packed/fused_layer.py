@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .. import ops
 from ..crops import Crop
 from ..kernels.backend import asked_for
-from ..kernels.call import runs_cpu, settle, unwatched
+from ..kernels.call import cpu_takes, runs_cpu, settle, unwatched
 from ..kernels.handles import TENSORS
 from ..kernels.layout import output_shape
 from ..kernels.problem import Geometry
@@ -78,7 +78,7 @@ def _run_layer(
         gradient = torch.is_grad_enabled() and any(map(_needs_gradient, (x, conv.weight, conv.bias, residual)))
         if not gradient and (norm is None or affine is not None):
             return fused_rows(*call[:-1], affine or (None, None), residual, relu is not None), x
-        if on_cpu and runs_cpu(*call[1:3]):
+        if on_cpu and cpu_takes(*call[1:3]):
             y = _on_cpu(x, call, norm, residual, relu is not None)
             if y is not None:
                 return y, x
@@ -230,7 +230,7 @@ def _on_cpu(x: Tensor, call: _Call, norm: PackedBatchNorm2d | None, residual: An
     around = None if norm is None else _by_batch(norm, call)
     if not here or window or (norm is None) != (around is None) or (norm is None and not (relu and residual is None)):
         return None
-    if not runs_cpu(residual, *(around or ())[:4]):
+    if not cpu_takes(residual, *(around or ())[:4]):
         return None
     x = settle(x)
     made = call_of(x, weight, bias, geometry, around, x.requires_grad)

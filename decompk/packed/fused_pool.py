@@ -1,4 +1,4 @@
-"""Pooling in a fused network on a GPU, where torch's own takes more launches and bytes than there is to do."""
+"""Pooling in a fused network, where torch's own takes more launches and bytes than there is to do."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..kernels import cpu_pool
 from ..kernels.backend import runs_triton
-from ..kernels.call import follows, settle, unwatched
+from ..kernels.call import follows, runs_cpu, settle, unwatched
 from ..kernels.problem import Pair
 from .fused_layer import unchanged
 
@@ -29,14 +30,19 @@ def pools(module: nn.Module) -> bool:
 
 def run_pool(x: Tensor, pool: nn.Module) -> Tensor:
     """`pool(x)`, x (K·N, C, H, W)."""
-    if not (unchanged(pool, type(pool)) and pools(pool) and x.dim() == 4 and unwatched(x) and runs_triton(x)):
+    if not (unchanged(pool, type(pool)) and pools(pool) and x.dim() == 4 and unwatched(x)):
+        return pool(x)
+    on_cpu = runs_cpu(x)
+    if not (runs_triton(x) or (on_cpu and isinstance(pool, nn.MaxPool2d))):
         return pool(x)
     if isinstance(pool, nn.AdaptiveAvgPool2d):
         return _Mean.apply(x)
     kernel, stride, padding = window = _window(pool)
     if not x.numel() or any(n + 2 * p < k for n, k, p in zip(x.shape[2:], kernel, padding, strict=True)):
         return pool(x)
-    return _Subsample.apply(x, stride) if kernel == (1, 1) else _MaxPool.apply(settle(x), *window)
+    if kernel == (1, 1):
+        return pool(x) if on_cpu else _Subsample.apply(x, stride)
+    return _MaxPool.apply(settle(x), cpu_pool if on_cpu else _kernels(), *window)
 
 
 def _window(pool: Any) -> tuple[Pair, Pair, Pair]:
@@ -85,9 +91,9 @@ class _Subsample(torch.autograd.Function):
 
 class _MaxPool(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, *window: Pair) -> Tensor:
-        y, place = _kernels().launch_max_pool(x, *window)
-        ctx.shape, ctx.window = x.shape, window
+    def forward(ctx, x: Tensor, kernels: ModuleType, *window: Pair) -> Tensor:
+        y, place = kernels.launch_max_pool(x, *window)
+        ctx.shape, ctx.window, ctx.kernels = x.shape, window, kernels
         ctx.save_for_backward(place)
         return y
 
@@ -95,8 +101,8 @@ class _MaxPool(torch.autograd.Function):
     def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
         (place,) = ctx.saved_tensors
         if not (follows(dy) or not unwatched(dy, place)):
-            dx = _kernels().launch_max_unpool(settle(dy), settle(place), ctx.shape, *ctx.window)
-            return dx, None, None, None
+            dx = ctx.kernels.launch_max_unpool(settle(dy), settle(place), ctx.shape, *ctx.window)
+            return dx, *(None,) * 4
         kernel, stride, padding = ctx.window
         rows, columns = (
             torch.arange(n, device=dy.device) * s - p for n, s, p in zip(dy.shape[2:], stride, padding, strict=True)
@@ -104,7 +110,7 @@ class _MaxPool(torch.autograd.Function):
         row, column = place // kernel[1] + rows[:, None], place % kernel[1] + columns
         like = dy.new_empty(ctx.shape)
         around = *ctx.window, (1, 1), False, row * ctx.shape[3] + column
-        return torch.ops.aten.max_pool2d_with_indices_backward(dy, like, *around), None, None, None
+        return torch.ops.aten.max_pool2d_with_indices_backward(dy, like, *around), *(None,) * 4
 
 
 def _kernels() -> ModuleType:

@@ -47,6 +47,8 @@ _SIGNATURES = {
     "depthwise_wgrad": [_pointer] * 5,
     "batch_norm": [_pointer] * 8 + [_int, _int, _double, _double] + [_long] * 3,
     "batch_norm_backward": [_pointer] * 4 + [_int, _int] + [_pointer] * 4 + [_long] * 3,
+    "max_pool": [_pointer] * 4,
+    "max_unpool": [_pointer] * 4,
     "layer_norm": [_pointer] * 5 + [_double] + [_long] * 3,
     "layer_norm_backward": [_pointer] * 7 + [_long] * 3,
 }
@@ -324,6 +326,16 @@ def depthwise_backward(
         library().depthwise_wgrad(*map(_at, (x, dy, dw, db)), sizes)
     elif db is not None:
         torch.sum(dy.unflatten(0, (len(weight), -1)), (1, 3, 4), out=db)
+
+
+def max_pool(x: Tensor, y: Tensor, place: Tensor, sizes: Any) -> None:
+    """y and the places (uint8) of x's maxima in their windows: all NHWC without gaps; sizes: with K = 1."""
+    library().max_pool(*map(_at, (x, y, place)), sizes)
+
+
+def max_unpool(dy: Tensor, place: Tensor, dx: Tensor, sizes: Any) -> None:
+    """dx of dy and what `max_pool` left in `place`."""
+    library().max_unpool(*map(_at, (dy, place, dx)), sizes)
 
 
 def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, y: Tensor, saved: Tensor, eps: float) -> None:
