@@ -353,6 +353,42 @@ class Counting(nn.Module):
         return out
 
 
+class Keeping(nn.Module):
+    """Adds to each sample what was left of the last batch, and says how often it was called."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(192, 8), nn.Linear(8, 8)
+        self.last, self.factor = None, 0.5
+
+    def forward(self, x):
+        y = self.b(torch.relu(self.a(x)))
+        if self.last is not None:
+            y = y + self.factor * self.last
+        self.last = y.detach().mean(0)
+        return y
+
+
+def test_what_parts_keep_between_calls_is_kept_in_one_place():
+    """By whichever schedule and in whichever mode the calls are, and what a user changes meanwhile counts."""
+    members = members_of(lambda: nn.Sequential(nn.Flatten(), Keeping(), nn.Linear(8, 5)))
+    found, wanted = (decompk.pack(copy.deepcopy(members), input_dims=4) for _ in range(2))
+    assert "member by member" in found.describe()
+    for i, name in enumerate(["together", "on threads", "in turn", "together", "on threads", "on threads", "in turn"]):
+        x, results = image(4), []
+        for packed, schedule in ((found, name), (wanted, "together")):
+            packed.train(i % 3 > 0)
+            packed[1].factor = 2.0 if i == 4 else 0.5
+            packed.zero_grad()
+            with decompk.schedule(schedule):
+                out = packed(x)
+            out.square().sum().backward()
+            results.append((out, packed[1].last, *(p.grad for p in packed.parameters())))
+        for one, other in zip(*results, strict=True):
+            assert torch.allclose(one, other, atol=TOLERANCE), (i, name)
+        assert found[1].last.shape == (3, 8)
+
+
 class Overwriting(nn.Module):
     def __init__(self):
         super().__init__()

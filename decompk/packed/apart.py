@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import operator
 import random
 import weakref
 from collections.abc import Sequence
@@ -17,6 +18,7 @@ from ..errors import brief
 from ..fx.forward_code import read_forward
 from ..fx.unseen import seeded, unseen
 from ..fx.wrapper import Rewritten, Shell
+from ..threads import Turn
 from .follow import Noted, own_module
 from .fused_layer import unhooked
 from .per_member import PerMember, of_torch
@@ -53,18 +55,43 @@ class Call:
 
 
 class KeptMembers(PerMember):
-    """The members of packed modules `net`, which run as they do; made anew where a module of `net` changes."""
+    """The members of packed modules `net`, which run as they do; made anew where a module of `net` changes.
+
+    Parts that run member by member are the very ones: what their forward keeps between calls is kept in one place.
+    """
 
     def __init__(self, net: nn.Module, K: int):
-        super().__init__(net, K, "", "", [own_module(_member(net, k)) for k in range(K)])
+        shells = [m for m in net.modules() if isinstance(m, PerMember)]
+        own = [{id(shell): shell._members[k] for shell in shells} for k in range(K)]
+        members = [own_module(_member(net, k, dict(parts)), parts.values()) for k, parts in enumerate(own)]
+        super().__init__(net, K, "", "", members)
+        vars(self).update(_turn=_Turns([self._turn, *(shell._turn for shell in shells)]))
 
     def _bring_over(self) -> None:
-        """Nothing: see `Standing.holds`."""
+        """Nothing: see `Standing.holds`, and `Standing.members`."""
 
 
-def _member(net: nn.Module, k: int) -> nn.Module:
-    """Member k of packed modules `net`, which lays out images where its twin does."""
-    member = member_alone(net, k, copies=False)
+class _Turns:
+    """The turns of all that members are made of."""
+
+    def __init__(self, turns: Sequence[Turn]):
+        self._turns = turns
+
+    def __enter__(self) -> None:
+        for turn in self._turns:
+            turn.__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        for turn in reversed(self._turns):
+            turn.__exit__(*error)
+
+
+def _member(net: nn.Module, k: int, parts: dict[int, Any] | None = None) -> nn.Module:
+    """Member k of packed modules `net`, which lays out images where its twin does.
+
+    parts: what stands in it for modules that run member by member, by their ids; by default copies.
+    """
+    member = member_alone(net, k, copies=False, parts=parts)
     for twin, layer in zip(net.modules(), member.modules(), strict=True):
         if isinstance(twin, Twin) and twin._twin_contiguous:
             layer.register_forward_hook(_contiguous)
@@ -85,12 +112,15 @@ class Standing:
         net = packed._inner
         modules = [m for m in net.modules() if not isinstance(m, PerMember)]
         modules += [m._inner for m in net.modules() if isinstance(m, PerMember | Rewritten)]
-        self.why_not = next(filter(None, map(_why_not_apart, modules)), None)
+        self._shells = [m for m in net.modules() if isinstance(m, PerMember)]
+        inside = {part for shell in self._shells for part in shell._inner.modules()}
+        self.why_not = next(filter(None, (_why_not_apart(m, m in inside) for m in modules)), None)
         self.is_sparse = any(getattr(m, "sparse", False) for m in modules)
         self._noted = [Noted(m) for m in modules]
         self._leaves: dict[int, tuple[weakref.ref[Tensor], tuple, list[Tensor]]] = {}
         self._tried: dict[Any, str | None] = {}
         self._members: PerMember | None = None
+        self._made_of: list[Any] = []
 
     def holds(self) -> bool:
         """Whether no module has changed since, in mode, attributes, hooks or children."""
@@ -110,9 +140,15 @@ class Standing:
 
     def members(self, packed: Packed) -> PerMember:
         """The members, which share the packed network's tensors."""
-        if self._members is None:
-            net = packed._inner
-            self._members = net if isinstance(net, PerMember) else KeptMembers(net, packed._K)
+        net = packed._inner
+        if isinstance(net, PerMember):
+            return net
+        for shell in self._shells:
+            with shell._turn:
+                shell._bring_over()
+        made_of = [shell._was for shell in self._shells]  # another list where its members' modules are others
+        if self._members is None or not all(map(operator.is_, made_of, self._made_of)):
+            self._members, self._made_of = KeptMembers(net, packed._K), made_of
         return self._members
 
     def why_not_for(self, call: Call) -> str | None:
@@ -170,13 +206,14 @@ def _random_states() -> tuple:
     return pythons, numpys[1].tobytes(), numpys[2:], torch.get_rng_state().numpy().tobytes()
 
 
-def _why_not_apart(module: nn.Module) -> str | None:
+def _why_not_apart(module: nn.Module, by_member: bool) -> str | None:
+    """by_member: whether it runs member by member anyhow: what each keeps between calls is its own."""
     name = type(module).__name__
     if not unhooked(module):
         return f"{name} has hooks, or a forward of its own"
     if isinstance(module, Shell) and not isinstance(module, Rewritten):
         return f"{name} is a network around another"
-    if isinstance(module, Twin) or of_torch(module):
+    if by_member or isinstance(module, Twin) or of_torch(module):
         return None
     code = read_forward(module)
     kept = min(code.stored | code.filled, default=None)

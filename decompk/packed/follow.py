@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
@@ -17,12 +17,15 @@ HOOK_STORES = [name for name, value in vars(nn.Module()).items() if isinstance(v
 _was_not = object()
 
 
-def own_module(module: nn.Module) -> nn.Module:
-    """A copy of a member's module with None where its parameters and buffers were: places for slices."""
+def own_module(module: nn.Module, parts: Collection[nn.Module] = ()) -> nn.Module:
+    """A copy of a member's module with None where its parameters and buffers were: places for slices.
+
+    parts: modules inside that are not copied, and have such places already.
+    """
     tensors = [t for m in module.modules() for kind in STORES for t in getattr(m, kind).values() if t is not None]
     # None itself would not do: a GraphModule's own copy sorts what it finds by its class.
     places = {id(t): nn.Parameter(torch.empty(0)) if isinstance(t, nn.Parameter) else torch.empty(0) for t in tensors}
-    new = deep_copy(module, places)
+    new = deep_copy(module, {**places, **{id(part): part for part in parts}})
     for m in new.modules():
         for store in (m._parameters, m._buffers):
             store.update({name: None for name, t in store.items() if any(t is place for place in places.values())})

@@ -17,9 +17,12 @@ from .stack import unhook
 from .twin import Twin, deep_copy
 
 
-def member_alone(net: nn.Module, k: int, copies: bool = True) -> nn.Module:
-    """Member k of a packed `net` as an ordinary module of its own class; without `copies`, which shares what it can."""
-    memo: dict[int, Any] = {}
+def member_alone(net: nn.Module, k: int, copies: bool = True, parts: dict[int, Any] | None = None) -> nn.Module:
+    """Member k of a packed `net` as an ordinary module of its own class; without `copies`, which shares what it can.
+
+    parts: modules in the place of those that run member by member, by their ids; by default copies of member k's.
+    """
+    memo: dict[int, Any] = {} if parts is None else parts
     may_change = () if copies else _users_own(net)
     for tensor in (*net.parameters(), *net.buffers()):
         own, parameter = tensor.detach()[k], isinstance(tensor, nn.Parameter)
@@ -32,7 +35,7 @@ def member_alone(net: nn.Module, k: int, copies: bool = True) -> nn.Module:
     if isinstance(net, PerMember):
         return member_of(net, k, memo)
     for shell in without_insides(net):
-        if isinstance(shell, PerMember):
+        if isinstance(shell, PerMember) and id(shell) not in memo:
             memo[id(shell)] = member_of(shell, k, memo)
     return _released(deep_copy(net, memo))
 
