@@ -16,7 +16,7 @@ from torch.overrides import _len_torch_function_stack
 
 from ..errors import BackendError, DecompkError, UnsupportedOperation, brief
 from ..fx.pytree import tree_map
-from ..kernels import measure
+from ..kernels import cpu, measure
 from ..kernels.backend import EXACT
 from ..kernels.backend import forced as forced_backend
 from ..kernels.call import watched
@@ -156,6 +156,8 @@ def why_together(call: Call) -> str | None:
 
 def run(call: Call) -> Any:
     """What the packed network returns for `call`, by the schedule in force: asked for, or the fastest known."""
+    if call.x.is_cpu:
+        cpu.keep_freed_memory()
     name = forced.get()
     if name is None:
         chosen = call.packed._plans.chosen(call)

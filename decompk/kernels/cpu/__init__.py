@@ -140,7 +140,7 @@ def _functions(file: str) -> ctypes.CDLL:
         if function is None:
             raise OSError(f"the library has no function {name}")
         function.argtypes, function.restype = signature, None
-    _keep_freed_memory()
+    keep_freed_memory()
     return library
 
 
@@ -152,7 +152,8 @@ def keeps_memory() -> bool:
     return os.environ.get("DECOMPK_KEEP_MEMORY") != "0"
 
 
-def _keep_freed_memory() -> None:
+@functools.cache
+def keep_freed_memory() -> None:
     """Have glibc keep what is freed, as torch does on a GPU.
 
     An activation in fresh pages costs ten times what writing to it does: the kernel has to find and clear them.
