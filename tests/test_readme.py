@@ -86,14 +86,20 @@ def test_the_report_is_the_commands_output():
 
 
 def test_the_trainings_table_is_that_of_the_committed_run():
-    result = json.loads((RESULTS / "quick" / "result.json").read_text())
+    folder = ROOT / "bench/results/cpu-intel-xeon-family-6-model-207-avx-512-amx-2-cores/quick"
+    result = json.loads((folder / "result.json").read_text())
+    assert f"{folder.relative_to(ROOT)}/summary.md" in README
     shown = [text for _, text in BLOCKS if text.startswith(result["title"])]
     expected = [table.to_text().split("\n\n- ")[0].strip() for table in (tables(result)[0], tables(result)[-1])]
     assert "\n\n".join(expected) == shown[0].strip() and len(expected[0].splitlines()) > 10
     made = result["made_with"]
     assert f"torch {made['torch'].partition('+')[0]} on {made['device']}" in README
     epoch = {phase: result["flops"][phase] / result["epochs"][phase] for phase in ("members", "global")}
-    assert f"a {epoch['global'] / epoch['members']:.0f}th of a global epoch's FLOPs" in " ".join(README.split())
+    words = " ".join(README.split())
+    assert f"a {epoch['global'] / epoch['members']:.0f}th of a global epoch's FLOPs" in words
+    table = {str(row[0]): row[-1] for row in tables(result)[0].rows}
+    more = sorted(table["SNets, all 4"] / table[name] for name in ("GNet-T-trained", "GNet-R-trained"))
+    assert "the members saw {:.1f} to {:.1f} times as many images a second".format(*more) in words
 
 
 def test_the_splits_table_is_that_of_the_committed_run():
