@@ -389,6 +389,19 @@ def test_what_parts_keep_between_calls_is_kept_in_one_place():
         assert found[1].last.shape == (3, 8)
 
 
+@pytest.mark.parametrize("schedule", APART)
+def test_hooks_of_parts_that_run_member_by_member_are_seen(schedule):
+    packed = decompk.pack(members_of(lambda: nn.Sequential(nn.Flatten(), Keeping())), input_dims=4)
+    x = image(4)
+    with decompk.schedule(schedule):
+        packed(x)
+        handle = packed[1].register_forward_hook(lambda m, i, o: 10 * o)
+        with pytest.raises(DecompkError, match="Keeping has hooks"):
+            packed(x)
+        handle.remove()
+        packed(x)
+
+
 class Overwriting(nn.Module):
     def __init__(self):
         super().__init__()

@@ -1,5 +1,6 @@
 """Several threads or processes at once: what torch and a process have but one of stays what it was for the others."""
 
+import functools
 import io
 import multiprocessing
 import os
@@ -197,11 +198,12 @@ def test_what_other_threads_call_while_a_network_is_read_runs_as_it_is():
 
 
 def test_what_another_thread_draws_is_not_taken_for_the_networks():
-    """Nor do members seem to see each other by it."""
+    """torch's numbers all the time, Python's now and then; nor do members seem to see each other by it."""
 
     def draw(i):
         torch.rand(3)
-        random.random()
+        if i % 100 == 0:
+            random.random()
         time.sleep(1e-5)
 
     with Beside(draw):
@@ -243,8 +245,26 @@ def test_numbers_that_the_network_draws_itself_are_still_refused(draw):
     assert torch.equal(torch.get_rng_state(), state) and random.getstate() == pythons
 
 
-def test_a_number_that_was_drawn_before_and_kept_counts_as_drawn():
-    assert all(undrawn(lambda: random.gauss(0, 1))[1] for _ in range(4))
+def test_numbers_that_another_thread_draws_all_the_time_are_told_from_its_own():
+    with Beside(lambda _: random.random() and torch.rand(3)):
+        assert not any(undrawn(lambda: sum(range(30_000)))[1] for _ in range(40))
+
+
+def _in_a_thread():
+    one = threading.Thread(target=random.random)
+    one.start()
+    one.join()
+
+
+@pytest.mark.parametrize(
+    "draw",
+    [random.random, lambda: random.gauss(0, 1), functools.partial(random.random), _in_a_thread, lambda: torch.rand(3)],
+)
+def test_whatever_way_numbers_are_drawn_they_are_drawn_and_the_state_is_as_before(draw):
+    for _ in range(4):  # gauss keeps every second number
+        states = random.getstate(), torch.get_rng_state()
+        assert undrawn(draw)[1]
+        assert random.getstate() == states[0] and torch.equal(torch.get_rng_state(), states[1])
 
 
 @pytest.mark.parametrize("make", [Net, Scaled])

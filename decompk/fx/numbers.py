@@ -19,7 +19,6 @@ from torch.overrides import TorchFunctionMode
 
 from .forward_code import is_users
 from .pytree import leaves
-from .unseen import own_pythons
 
 _PACKAGE = os.path.dirname(os.path.dirname(__file__))
 _NOT_USERS = tuple(
@@ -69,8 +68,7 @@ class Numbers(TorchFunctionMode):
         self._of: dict[int, int] = {}
         self._owned: set[int] = set()  # storages of parameters that a user's own code reads
         self._kept: list[Any] = []  # a storage's address tells it from others while it lives
-        self._place: Callable[[], object] = random.getstate
-        self._random: tuple = ()
+        self._random = _random_states()
 
     @contextlib.contextmanager
     def watch(self, net: nn.Module, own: Sequence[bool | None]) -> Iterator[None]:
@@ -95,8 +93,8 @@ class Numbers(TorchFunctionMode):
         for path, module in net.named_modules():
             module.register_forward_pre_hook(lambda m, args, path=path: self._enter(path))
             module.register_forward_hook(lambda m, args, out: self._leave())
-        with self, own_pythons() as self._place:
-            self._random = self._random_states()
+        self._random = _random_states()
+        with self:
             yield
 
     def _enter(self, path: str) -> None:
@@ -108,15 +106,10 @@ class Numbers(TorchFunctionMode):
         self._running.pop()
 
     def _note_draws(self) -> None:
-        states = self._random_states()
+        states = _random_states()
         if states != self._random and self._running:
             self._add(DRAWS)
         self._random = states
-
-    def _random_states(self) -> tuple:
-        """Of Python's and NumPy's random numbers, which a network's own code draws from."""
-        kind, keys, position, *_ = np.random.get_state()  # noqa: NPY002
-        return self._place(), kind, keys.tobytes(), position
 
     def _add(self, reason: str) -> None:
         path = self._running[-1]
@@ -185,3 +178,9 @@ def other_numbers(alone: Numbers, together: Numbers) -> list[tuple[str, str]]:
     if len(alone.shared) != len(together.shared):
         return [(alone.shared[-1][0], NUMBERS)]
     return []
+
+
+def _random_states() -> tuple:
+    """Of Python's and NumPy's random numbers, which a network's own code draws from."""
+    kind, keys, position, *_ = np.random.get_state()  # noqa: NPY002
+    return random.getstate(), kind, keys.tobytes(), position

@@ -138,7 +138,8 @@ def _device(args: tuple, kwargs: dict[str, Any]) -> torch.device:
 def undrawn(run: Callable[[], Any]) -> tuple[Any, bool]:
     """(what `run` returns, whether it draws from Python's or torch's random states, which are then as before).
 
-    Another thread may have drawn while it ran. So it runs again, where what its own thread draws can be told apart.
+    Another thread may have drawn while it ran. So it runs again, where what its own thread draws can be told apart; and
+    where Python's numbers are drawn and this thread is not seen to, a few times more: others rarely draw as many.
     """
     pythons, torchs = random.getstate(), torch.get_rng_state()
     pythons_drawn = torchs_drawn = True
@@ -147,12 +148,19 @@ def undrawn(run: Callable[[], Any]) -> tuple[Any, bool]:
         if random.getstate() == pythons and torch.equal(torch.get_rng_state(), torchs):
             pythons_drawn = torchs_drawn = False
             return out, False
-        watch = OwnDraws()
-        with watch, own_pythons() as place:
-            start = place()
-            out = run()
-            pythons_drawn = place() != start
-        torchs_drawn = watch.drawn
+        watch, taken = OwnDraws(), set()
+        for _ in range(6):
+            before = random.getstate()
+            with watch, _own_calls() as calls:
+                out = run()
+            after = random.getstate()
+            pythons_drawn, torchs_drawn = before != after, watch.drawn
+            if calls() or not pythons_drawn:
+                break
+            taken.add((after[1][-1] - before[1][-1]) % 624)  # how many numbers of 32 bits
+            if len(taken) > 1:
+                pythons_drawn = False
+                break
         return out, pythons_drawn or torchs_drawn
     finally:
         if pythons_drawn:
@@ -162,11 +170,11 @@ def undrawn(run: Callable[[], Any]) -> tuple[Any, bool]:
 
 
 @contextlib.contextmanager
-def own_pythons() -> Iterator[Callable[[], object]]:
-    """A function whose value changes as this thread draws from Python's own generator, and as no other one does."""
-    if sys.getprofile() is not None:  # a profiler is at work, so anybody's draw counts
-        yield random.getstate
-        return
+def _own_calls() -> Iterator[Callable[[], int]]:
+    """How often this thread's Python code has called Python's own generator meanwhile; nothing of a profiler's is lost.
+
+    What calls it by way of C, as functools.partial does, or in a thread of its own, is not seen.
+    """
     calls = 0
 
     def note(frame: Any, event: str, function: Any) -> None:
@@ -176,6 +184,9 @@ def own_pythons() -> Iterator[Callable[[], object]]:
         elif event == "call" and frame.f_code.co_filename == random.__file__ and frame.f_code.co_name != "getstate":
             calls += frame.f_locals.get("self") is random._inst  # gauss may draw nothing, and give what it kept
 
+    if sys.getprofile() is not None:
+        yield lambda: calls
+        return
     sys.setprofile(note)
     try:
         yield lambda: calls

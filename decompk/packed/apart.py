@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..errors import brief
 from ..fx.forward_code import read_forward
 from ..fx.unseen import seeded, unseen
-from ..fx.wrapper import Rewritten, Shell
+from ..fx.wrapper import Rewritten, Shell, innermost
 from ..threads import Turn
 from .follow import Noted, own_module
 from .fused_layer import unhooked
@@ -155,6 +155,9 @@ class Standing:
         """`why_not`, or why members cannot run apart in calls of this kind: one of them tries it first, unseen."""
         if self.why_not:
             return self.why_not
+        hooked = next((shell for shell in self._shells if not unhooked(shell)), None)
+        if hooked is not None:
+            return f"{type(innermost(hooked)).__name__} has hooks"
         if call.way.random or call.way.draws:
             return _DRAWS
         x = call.x

@@ -21,7 +21,10 @@ def pools(module: nn.Module) -> bool:
         return module.output_size in (1, (1, 1))
     if type(module) is not nn.MaxPool2d or module.return_indices or module.ceil_mode:
         return False
-    (kh, kw), stride, padding = window = _window(module)
+    window = _window(module)
+    if any(len(pair) != 2 for pair in window):
+        return False  # an empty stride is the kernel's size to torch
+    (kh, kw), stride, padding = window
     if not all(type(n) is int for n in (*sum(window, ()), *_pair(module.dilation))):
         return False  # torch says what is wrong with them
     fits = all(0 <= 2 * p <= k for k, p in zip((kh, kw), padding, strict=True))
