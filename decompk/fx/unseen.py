@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import random
 import sys
+import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
@@ -139,7 +140,8 @@ def undrawn(run: Callable[[], Any]) -> tuple[Any, bool]:
     """(what `run` returns, whether it draws from Python's or torch's random states, which are then as before).
 
     Another thread may have drawn while it ran. So it runs again, where what its own thread draws can be told apart; and
-    where Python's numbers are drawn and this thread is not seen to, a few times more: others rarely draw as many.
+    where Python's numbers are drawn and this thread is not seen to, a few times more, for longer: others hardly draw as
+    many each time.
     """
     pythons, torchs = random.getstate(), torch.get_rng_state()
     pythons_drawn = torchs_drawn = True
@@ -149,10 +151,11 @@ def undrawn(run: Callable[[], Any]) -> tuple[Any, bool]:
             pythons_drawn = torchs_drawn = False
             return out, False
         watch, taken = OwnDraws(), set()
-        for _ in range(6):
+        for i in range(6):
             before = random.getstate()
             with watch, _own_calls() as calls:
                 out = run()
+            time.sleep(1e-3 * i)  # in which others draw more, and it draws no more
             after = random.getstate()
             pythons_drawn, torchs_drawn = before != after, watch.drawn
             if calls() or not pythons_drawn:
