@@ -14,6 +14,7 @@ from decompk.kernels.problem import Epilogue
 from decompk.ops import conv as conv_op
 from decompk.ops import conv_norm as conv_norm_op
 from decompk.ops import fused as fused_op
+from decompk.packed.fused_pool import run_pool
 from decompk.packed.pack import pack
 from decompk.packed.twin import deep_copy
 from decompk.train import open_data
@@ -196,3 +197,21 @@ def used_members(make, count, dtype=None):
             if "running" in name:
                 tensor.uniform_(0.5, 1.5)
     return members
+
+
+def assert_pools_as_torch(pool, channels):
+    """What runs `pool` here is not torch's, and gives its values and gradients, which can be differentiated again."""
+    x = torch.randn(4, channels, 7, 9).mul(2).round()  # with equal values
+    x[0, 0, 2, 3], x[1] = float("nan"), float("-inf")
+    x = x.contiguous(memory_format=torch.channels_last)
+    a, b = x.clone().requires_grad_(), x.clone().requires_grad_()
+    y, z = run_pool(a, pool), pool(b)
+    assert type(y.grad_fn) is not type(z.grad_fn)
+    dy = torch.randn_like(z).requires_grad_()
+    (found,) = torch.autograd.grad(y, a, dy, retain_graph=True)
+    (followed,) = torch.autograd.grad(y, a, dy, create_graph=True)
+    (wanted,) = torch.autograd.grad(z, b, dy.detach())
+    torch.testing.assert_close(y, z, rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(found, wanted)
+    torch.testing.assert_close(followed, wanted)
+    assert torch.autograd.grad(followed.sum(), dy)[0].unique().tolist() == [1.0]

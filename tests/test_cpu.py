@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import asked_by_operators, by_form
+from helpers import asked_by_operators, assert_pools_as_torch, by_form
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -24,7 +24,6 @@ from decompk.kernels.choose import choose
 from decompk.kernels.device import KNOWN
 from decompk.kernels.problem import PASSES, Problem, key_of
 from decompk.ops.norm import batch_norm_rows
-from decompk.packed.fused_pool import run_pool
 
 FORMS = [form.name for form in conv.FORMS if form.backend == "cpu"]
 
@@ -126,19 +125,7 @@ def test_batch_norm_with_what_follows_is_right(training, relu, added, channels, 
 )
 @pytest.mark.parametrize("channels", [1, 3, 4, 6, 16, 20, 64])
 def test_pools_give_torchs_values_and_gradients(channels, window):
-    pool = nn.MaxPool2d(*window)
-    x = torch.randn(4, channels, 7, 9).mul(2).round()  # with equal values
-    x[0, 0, 2, 3], x[1] = float("nan"), float("-inf")
-    a, b = (x.contiguous(memory_format=torch.channels_last).requires_grad_() for _ in range(2))
-    y, z = run_pool(a, pool), pool(b)
-    assert type(y.grad_fn) is not type(z.grad_fn)
-    dy = torch.randn_like(z).requires_grad_()
-    (found,) = torch.autograd.grad(y, a, dy, retain_graph=True)
-    (followed,) = torch.autograd.grad(y, a, dy, create_graph=True)
-    (wanted,) = torch.autograd.grad(z, b, dy.detach())
-    torch.testing.assert_close(y, z, rtol=0, atol=0, equal_nan=True)
-    torch.testing.assert_close(found, wanted)
-    torch.testing.assert_close(followed, wanted)
+    assert_pools_as_torch(nn.MaxPool2d(*window), channels)
 
 
 def test_large_means_do_not_cancel():

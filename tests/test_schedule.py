@@ -354,7 +354,7 @@ class Counting(nn.Module):
 
 
 class Keeping(nn.Module):
-    """Adds to each sample what was left of the last batch, and says how often it was called."""
+    """Adds to each sample what was left of the last batch."""
 
     def __init__(self):
         super().__init__()

@@ -65,7 +65,7 @@ inline void each_window(const Shape& s, int h, F body) {
 
 // f(tap, its pixel from the window's first on) for the taps of a window that lie in the image
 template <int size, typename F>
-inline void each_tap(const Shape& s, std::integral_constant<int, size>, Taps down, Taps across, F f) {
+inline void each_in_window(const Shape& s, std::integral_constant<int, size>, Taps down, Taps across, F f) {
   if constexpr (size > 0) {
 #pragma GCC unroll 9
     for (int tap = 0; tap < size * size; ++tap) f(tap, Long(tap / size) * s.W + tap % size);
@@ -84,7 +84,7 @@ void unpool(const Shape& s, const float* dy, const unsigned char* place, float* 
         using vec = decltype(kind);
         vec value = load<vec>(dy + from + c);
         auto at = Lanes<vec>::at(place + from + c);
-        each_tap(s, size, down, across, [&](int tap, Long pixel) {
+        each_in_window(s, size, down, across, [&](int tap, Long pixel) {
           float* to = dx + (first + pixel) * s.C + c;
           vec part = at == tap ? value : vec{};
           store(to, adds ? load<vec>(to) + part : part);
@@ -114,7 +114,7 @@ void max_pool(const float* x, float* y, unsigned char* place, const Long* sizes)
           int begin = down.begin * s.kw + across.begin;
           vec most = load<vec>(from + (Long(down.begin) * s.W + across.begin) * s.C);
           numbers at = numbers{} + begin;
-          each_tap(s, size, down, across, [&](int tap, Long pixel) {
+          each_in_window(s, size, down, across, [&](int tap, Long pixel) {
             vec one = load<vec>(from + pixel * s.C);
             auto larger = (one > most) | (one != one);
             most = larger ? one : most;
