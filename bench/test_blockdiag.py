@@ -15,22 +15,24 @@ from decompk.cost import walk
 from decompk.cost.figures import total
 from decompk.divide.blockdiag import Layerwise, ZeroSkipping, layer_by_layer
 
-CASES = {"ResNet32, K=4": ("resnet32", 32), "VGG16, K=4": ("vgg16", 4)}  # network, images
+CASES = (("ResNet32", 4, 32), ("ResNet32", 16, 32), ("VGG16", 4, 4))  # network, K, images
 SIDES = {"dense": "peer", "dense, channels_last": "peer", "members": "ours", "layer by layer": "ours"}
 
 
 def specs(setting: Setting, full: bool, compiled: bool) -> list[Spec]:
     return [
-        Spec("composed", case, SIDES, partial(run, name, images, setting), {"network": name, "K": 4, "batch": images})
-        for case, (name, images) in CASES.items()
+        Spec("composed", f"{title}, K={K}", SIDES, partial(run, name, K, images, setting), facts)
+        for title, K, images in CASES
+        for name in (title.lower(),)
+        for facts in ({"network": name, "K": K, "batch": images},)
     ]
 
 
 @torch.no_grad()
-def run(name: str, images: int, setting: Setting) -> Race:
+def run(name: str, K: int, images: int, setting: Setting) -> Race:
     torch.manual_seed(0)
     size = models.spec(name).input_size
-    d = decompk.decompose(models.build(name), size, 4)
+    d = decompk.decompose(models.build(name), size, K)
     dense = d.compose(d.subnets(seed=0)).eval()
     by_layer = layer_by_layer(dense)
     assert isinstance(by_layer, Layerwise)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -11,19 +10,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from ..cost.walk import layers
 from ..crops import Crop
 from ..errors import DecompkError, PackError, brief
 from ..fx.graph import on_meta
-from ..fx.pytree import tree_map
 from ..fx.wrapper import Shell
-from ..kernels.backend import asked_for
 from ..packed.linear import PackedLinear
 from ..packed.pack import Packed, pack
-from ..packed.per_member import PerMember
-from ..packed.twin import HOOKS, dotted, member_rows
+from ..packed.twin import HOOKS, dotted
 from ..report.table import Column, Table, decimals
 from .compose import tensors
 from .decompose import Decomposition
@@ -33,7 +28,6 @@ from .zero_skipping import (
     SUMMED_HEADS,
     Blocks,
     CroppedLinear,
-    as_one_member,
     count_components,
     find_blocks,
     hold_zeros,
@@ -138,30 +132,7 @@ class Members(ZeroSkipping, Packed):
     one for all.
     """
 
-    _SCHEDULED = False
-
-    def _run(self, x: Tensor, cuts: bool) -> Any:
-        if torch.compiler.is_compiling() or not self._runs_in_turn(x):
-            return super()._run(x, cuts)
-        rows = [t.contiguous(memory_format=torch.channels_last) if t.dim() == 4 else t for t in member_rows(x, self._K)]
-        with as_one_member(self._inner) as members:
-            outputs = [functional_call(self._inner, *call) for call in zip(members, rows, strict=True)]
-        return tree_map(lambda *leaves: torch.cat(leaves) if isinstance(leaves[0], Tensor) else leaves[0], *outputs)
-
-    def _runs_in_turn(self, x: Tensor) -> bool:
-        """Whether members run one after the other: in inference on a CPU, where nothing need be put side by side then.
-
-        Judged by the multiply-accumulates of a middling layer at a map of a quarter of the input's side. On one core,
-        ms together / in turn: ResNet32, K=4 at 32², 32 images: 701 / 536; ResNet50, K=4 at 140², 4 images: 230 / 158;
-        VGG16, K=4 at 140², 2 images: 110 / 103; ResNet50, K=16 at 70², 16 images: 381 / 432.
-        """
-        if x.device.type != "cpu" or torch.is_grad_enabled() or asked_for("triton") or x.dim() < 3:
-            return False
-        modules = list(self._inner.modules())
-        if any(isinstance(m, PerMember) for m in modules):
-            return False
-        layers = [m.weight[0].numel() for m in modules if isinstance(m, nn.modules.conv._ConvNd)]
-        return x.shape[0] // self._K * x[0, 0].numel() // 16 * statistics.median(layers or [0]) > 2**23
+    _WHY_NOT_APART = "the biases of its heads are one for all members"
 
     def _by_member(self, leaf: Tensor) -> Tensor:
         return leaf.sum(0)

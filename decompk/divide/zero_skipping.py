@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,7 +17,6 @@ from ..kernels.block_choice import Mask, is_diagonal, mask_text
 from ..packed import conv
 from ..packed.conv import PackedConv2d
 from ..packed.linear import PackedLinear
-from ..packed.twin import Twin, dotted
 
 LEAST = 8  # channels of a block: what tensor cores and vectors take whole
 _CHANCE = 0.01  # of a dense weight's numbers may be zero: of random bfloat16 up to 0.004 are
@@ -334,29 +332,6 @@ class HeadConv2d(PackedConv2d):
     bias = property(_stacked)
 
 
-@contextlib.contextmanager
-def as_one_member(net: nn.Module) -> Iterator[list[dict[str, Tensor]]]:
-    """While it runs, the layers of packed `net` are those of one member; gives each member's tensors by name.
-
-    They are views of the stacks: gradients and statistics reach these.
-    """
-    members: list[dict[str, Tensor]] = []
-    twins = [(module, type(module)) for module in net.modules() if isinstance(module, Twin)]
-    for path, module in net.named_modules():
-        for name in (*module._parameters, *module._buffers):
-            stack = getattr(module, name)  # of a head's bias what all members hold
-            for k, part in enumerate(() if stack is None else stack.unbind(0)):
-                members += [{}] if k == len(members) else []
-                members[k][dotted(path, name)] = part
-    try:
-        for module, kind in twins:
-            module.__class__ = _OneCropped if issubclass(kind, CroppedLinear) else module._twin_class
-        yield members
-    finally:
-        for module, kind in twins:
-            module.__class__ = kind
-
-
 SUMMED_HEADS = {PackedLinear: HeadLinear, PackedConv2d: HeadConv2d}
 
 
@@ -372,13 +347,6 @@ def stack_bias(head: nn.Module) -> None:
     stacked = nn.Parameter(head.bias.detach(), head._parameters["bias"].requires_grad)
     head._parameters["bias"] = stacked
     head.__class__ = {once: plain for plain, once in SUMMED_HEADS.items()}[type(head)]
-
-
-class _OneCropped(nn.Linear):
-    """One member of CroppedLinear."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x[..., self._twin_columns], self.weight, self.bias)
 
 
 class CroppedLinear(PackedLinear):

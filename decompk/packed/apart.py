@@ -114,7 +114,8 @@ class Standing:
         modules += [m._inner for m in net.modules() if isinstance(m, PerMember | Rewritten)]
         self._shells = [m for m in net.modules() if isinstance(m, PerMember)]
         inside = {part for shell in self._shells for part in shell._inner.modules()}
-        self.why_not = next(filter(None, (_why_not_apart(m, m in inside) for m in modules)), None)
+        why_not = (_why_not_apart(m, m in inside) for m in modules)
+        self.why_not = packed._WHY_NOT_APART or next(filter(None, why_not), None)
         self.is_sparse = any(getattr(m, "sparse", False) for m in modules)
         self._noted = [Noted(m) for m in modules]
         self._leaves: dict[int, tuple[weakref.ref[Tensor], tuple, list[Tensor]]] = {}

@@ -74,7 +74,7 @@ class Packed(Shell):
     _inner: Any
     _kinds: Kinds
     _plans: Plans
-    _SCHEDULED = True  # whether other schedules than together may run it
+    _WHY_NOT_APART: str | None = None  # why its members cannot run each by itself
 
     def __init__(
         self,

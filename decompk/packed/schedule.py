@@ -141,8 +141,6 @@ def why_together(call: Call) -> str | None:
         return "its input is no plain tensor on a CPU"
     if forced_backend.get() is not None:
         return f"backend '{forced_backend.get()}' is asked for"
-    if not call.packed._SCHEDULED:
-        return "it is no packed network of decompk.pack, grouped_subnets or fuse"
     if watched() or torch._C._len_torch_dispatch_stack() or _len_torch_function_stack():
         return "something watches or transforms what it computes"
     if call.way.apart:

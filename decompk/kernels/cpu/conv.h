@@ -162,8 +162,16 @@ const float* forward_blocks(const Shape& s, const float* w) {
   Long taps = Long(s.kh) * s.kw * s.C;
   return in_blocks<place>(s.K, s.O, taps, [=](int k, int first, int width, float* to) {
     const float* from = w + (Long(k) * s.O + first) * taps;
-    for (Long tap = 0; tap < taps; ++tap)
-      for (int i = 0; i < width; ++i) *to++ = from[i * taps + tap];
+    Long tap = 0;
+    for (; width >= LANES && tap + LANES <= taps; tap += LANES)
+      for (int i = 0; i < width; i += LANES) {
+        widest square[LANES];
+        for (int row = 0; row < LANES; ++row) square[row] = load<widest>(from + (i + row) * taps + tap);
+        turn(square);
+        for (int row = 0; row < LANES; ++row) store(to + (tap + row) * width + i, square[row]);
+      }
+    for (; tap < taps; ++tap)
+      for (int i = 0; i < width; ++i) to[tap * width + i] = from[i * taps + tap];
   });
 }
 

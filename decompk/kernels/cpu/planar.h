@@ -4,29 +4,15 @@
 // every pixel, also across the ends of rows; what is computed for the few pixels of padding there is not written.
 #pragma once
 
-#include <utility>
-
 #include "conv.h"
 
 namespace {
 
-// Lanes of a (0 to LANES − 1) and b (from LANES on).
-template <int... lane>
-inline widest mixed(widest a, widest b) {
-  return __builtin_shufflevector(a, b, lane...);
-}
-
-// a and b in turns, `each` of their lanes at a time, from their lane `first` on
-template <int each, int first, int... i>
-inline widest in_turns(widest a, widest b, std::integer_sequence<int, i...>) {
-  return mixed<(first + i / (2 * each) * each + i % each + (i / each % 2 ? LANES : 0))...>(a, b);
-}
 // every `each`-th run of `each` lanes of a, then of b, from the run `first` on
 template <int each, int first, int... i>
 inline widest every_other(widest a, widest b, std::integer_sequence<int, i...>) {
   return mixed<(i / each * 2 * each + first * each + i % each)...>(a, b);
 }
-using every_lane = std::make_integer_sequence<int, LANES>;
 
 // Four channels of LANES pixels, a vector each ↔ pixel by pixel, a quarter of the pixels a vector.
 inline void to_pixels(const widest (&c)[4], widest (&pixels)[4]) {

@@ -3,6 +3,7 @@
 
 #include <cstring>
 #include <memory>
+#include <utility>
 
 using Long = long;
 typedef float vec16 __attribute__((vector_size(64)));
@@ -32,6 +33,35 @@ inline vec load(const float* from) {
 template <typename vec>
 inline void store(float* to, vec value) {
   std::memcpy(to, &value, sizeof value);
+}
+
+// Lanes of a (0 to LANES − 1) and b (from LANES on).
+template <int... lane>
+inline widest mixed(widest a, widest b) {
+  return __builtin_shufflevector(a, b, lane...);
+}
+
+// a and b in turns, `each` of their lanes at a time, from their lane `first` on
+template <int each, int first, int... i>
+inline widest in_turns(widest a, widest b, std::integer_sequence<int, i...>) {
+  return mixed<(first + i / (2 * each) * each + i % each + (i / each % 2 ? LANES : 0))...>(a, b);
+}
+using every_lane = std::make_integer_sequence<int, LANES>;
+
+// The rows of a square become its columns: in each round the second half of a deck of cards comes between the first.
+inline void turn(widest (&rows)[LANES]) {
+  every_lane all;
+#pragma GCC unroll 4
+  for (int left = LANES; left > 1; left /= 2) {
+    widest next[LANES];
+#pragma GCC unroll 8
+    for (int i = 0; i < LANES / 2; ++i) {
+      next[2 * i] = in_turns<1, 0>(rows[i], rows[i + LANES / 2], all);
+      next[2 * i + 1] = in_turns<1, LANES / 2>(rows[i], rows[i + LANES / 2], all);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < LANES; ++i) rows[i] = next[i];
+  }
 }
 
 // f(kind, i) for `count` floats in a row, by vectors, then one by one
