@@ -64,8 +64,8 @@ class Rewritten(Shell):
     def __init__(self, net: nn.Module, graphs: Mapping[Any, fx.Graph]):
         super().__init__(net)
         self._reads_tensors = any(node.op == "get_attr" for graph in graphs.values() for node in graph.nodes)
-        self._source = {mode: _source(graph) for mode, graph in graphs.items()}
-        self._code: dict[Any, Callable] = {mode: _compiled(*source) for mode, source in self._source.items()}
+        self._source = {mode: source_of(graph) for mode, graph in graphs.items()}
+        self._code: dict[Any, Callable] = {mode: compiled(*source) for mode, source in self._source.items()}
 
     def forward(self, x: torch.Tensor) -> Any:
         return self._code[self.training](self._inner, x)
@@ -78,7 +78,7 @@ class Rewritten(Shell):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._code = {mode: _compiled(*source) for mode, source in self._source.items()}
+        self._code = {mode: compiled(*source) for mode, source in self._source.items()}
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ def edited(graph: fx.Graph, arguments: dict[str, tuple], behind: dict[str, tuple
     return copy
 
 
-def _source(graph: fx.Graph) -> tuple[str, dict[str, Any]]:
+def source_of(graph: fx.Graph) -> tuple[str, dict[str, Any]]:
     code = graph.python_code("self")
     imports: dict[str, Any] = {}
     for name, value in code.globals.items():
@@ -122,7 +122,7 @@ def _source(graph: fx.Graph) -> tuple[str, dict[str, Any]]:
     return code.src, imports
 
 
-def _compiled(source: str, imports: dict[str, Any]) -> Callable:
+def compiled(source: str, imports: dict[str, Any]) -> Callable:
     scope: dict[str, Any] = {}
     for name, value in imports.items():
         if isinstance(value, tuple):

@@ -168,8 +168,11 @@ class Call:
         return (self.problem, self._one_image) if form.one_image else (self.as_given, self._views)
 
     def weight(self, weight: Tensor) -> Tensor:
-        """(K, O, C, kh, kw) → dense (K, O, kh, kw, C): a view where the memory is so already, else a copy."""
-        if not self._weight_is_dense:
+        """(K, O, C, kh, kw) → dense (K, O, kh, kw, C): a view where the memory is so already, else a copy.
+
+        Hooks of saved tensors may have given it back in another layout than the forward had it in.
+        """
+        if not self._weight_is_dense or weight.stride() != self.ends.weight[1]:
             weight = weight.movedim(2, -1).contiguous()
         return weight.as_strided(*self._weight_view)
 

@@ -15,7 +15,7 @@ from .problem import Pair
 
 def launch_max_pool(x: Tensor, kernel: Pair, stride: Pair, padding: Pair) -> tuple[Tensor, Tensor]:
     """x (N, C, H, W) → y (N, C, H', W') and the places of its maxima, uint8; all channels_last."""
-    size, sizes = _sizes(x.shape, kernel, stride, padding)
+    size, sizes = sizes_of(x.shape, kernel, stride, padding)
     y = torch.empty(size, memory_format=torch.channels_last)
     place = torch.empty(size, dtype=torch.uint8, memory_format=torch.channels_last)
     cpu.max_pool(x, y, place, sizes)
@@ -27,12 +27,12 @@ def launch_max_unpool(
 ) -> Tensor:
     """dx (N, C, H, W) of dy and the places of the maxima (N, C, H', W'); all channels_last."""
     dx = torch.empty(shape, memory_format=torch.channels_last)
-    cpu.max_unpool(dy, place, dx, _sizes(shape, kernel, stride, padding)[1])
+    cpu.max_unpool(dy, place, dx, sizes_of(shape, kernel, stride, padding)[1])
     return dx
 
 
 @functools.lru_cache(maxsize=256)
-def _sizes(shape: torch.Size, kernel: Pair, stride: Pair, padding: Pair) -> tuple[tuple[int, ...], Any]:
+def sizes_of(shape: torch.Size, kernel: Pair, stride: Pair, padding: Pair) -> tuple[tuple[int, ...], Any]:
     """The pooled images' sizes, and what the kernels take."""
     N, C, H, W = shape
     rows, columns = output_shape((1, *shape), (1, C, C, *kernel), stride, padding, (1, 1))[3:]

@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from .. import ops
 from ..crops import Crop
 from ..kernels.backend import asked_for
+from ..kernels.call import Call as KernelCall
 from ..kernels.call import cpu_takes, runs_cpu, settle, unwatched
 from ..kernels.handles import TENSORS
+from ..kernels.layer_choice import LayerChoice
 from ..kernels.layout import output_shape
 from ..kernels.problem import Geometry
 from ..ops.conv import arguments, autocast, autocast_now, convolve_now
@@ -78,10 +80,8 @@ def _run_layer(
         gradient = torch.is_grad_enabled() and any(map(_needs_gradient, (x, conv.weight, conv.bias, residual)))
         if not gradient and (norm is None or affine is not None):
             return fused_rows(*call[:-1], affine or (None, None), residual, relu is not None), x
-        if on_cpu and cpu_takes(*call[1:3]):
-            y = _on_cpu(x, call, norm, residual, relu is not None)
-            if y is not None:
-                return y, x
+        if on_cpu and (way := _on_cpu(x, call, norm, residual, relu is not None)) is not None:
+            return cpu_layer(*way, residual, relu is not None), x
         around = _by_batch(norm, call) if norm is not None and on_kernels(x) else None
         if around is not None:
             if call[-1] and all(t is None or type(t) in TENSORS for t in (around.weight, around.bias, residual)):
@@ -224,17 +224,31 @@ def _by_batch(norm: PackedBatchNorm2d, call: _Call) -> Norm | None:
     return Norm(norm.weight, norm.bias, *moved, 0.0 if norm.momentum is None else norm.momentum, norm.eps)
 
 
-def _on_cpu(x: Tensor, call: _Call, norm: PackedBatchNorm2d | None, residual: Any, relu: bool) -> Tensor | None:
-    """The layer by the CPU's one operator each way, None where there is none for it."""
+OnCPU = tuple[Tensor, Tensor, Tensor | None, tuple[KernelCall, LayerChoice], Norm | None]
+
+
+def _on_cpu(x: Tensor, call: _Call, norm: PackedBatchNorm2d | None, residual: Any, relu: bool) -> OnCPU | None:
+    """What `cpu_layer` takes of the layer, but for residual and ReLU; None where it has no operator of its own."""
     _, weight, bias, geometry, window, here = call
     around = None if norm is None else _by_batch(norm, call)
-    if not here or window or (norm is None) != (around is None) or (norm is None and not (relu and residual is None)):
+    if not here or window or (norm is None) != (around is None) or (norm is None and residual is not None):
         return None
-    if not cpu_takes(residual, *(around or ())[:4]):
+    if not cpu_takes(weight, bias, residual, *(around or ())[:4]):
         return None
     x = settle(x)
     made = call_of(x, weight, bias, geometry, around, x.requires_grad)
-    return None if made is None else cpu_layer(x, weight, bias, made, around, residual, relu)
+    return None if made is None else (x, weight, bias, made, around)
+
+
+def on_cpu(
+    x: Tensor, conv: PackedConv2d, norm: PackedBatchNorm2d | None, residual: Any, relu: nn.Module | str | None
+) -> OnCPU | None:
+    """The same for rows x (K·N, C, H, W), which the layer's modules are asked about."""
+    known = unchanged(conv, PackedConv2d) and unchanged(norm, PackedBatchNorm2d) and unchanged(relu, nn.ReLU)
+    call = _call(x, None, conv) if known and runs_cpu(x) else None
+    if call is None or not (residual is None or _fits(residual, call)):
+        return None
+    return _on_cpu(x, call, norm, residual, relu is not None)
 
 
 def _conv_norm(

@@ -21,7 +21,7 @@ def pools(module: nn.Module) -> bool:
         return module.output_size in (1, (1, 1))
     if type(module) is not nn.MaxPool2d or module.return_indices or module.ceil_mode:
         return False
-    window = _window(module)
+    window = window_of(module)
     if any(len(pair) != 2 for pair in window):
         return False  # an empty stride is the kernel's size to torch
     (kh, kw), stride, padding = window
@@ -40,15 +40,27 @@ def run_pool(x: Tensor, pool: nn.Module) -> Tensor:
         return pool(x)
     if isinstance(pool, nn.AdaptiveAvgPool2d):
         return _Mean.apply(x)
-    kernel, stride, padding = window = _window(pool)
-    if not x.numel() or any(n + 2 * p < k for n, k, p in zip(x.shape[2:], kernel, padding, strict=True)):
+    kernel, stride, _ = window = window_of(pool)
+    if not _meet(x, window):
         return pool(x)
-    if kernel == (1, 1):
-        return pool(x) if on_cpu else _Subsample.apply(x, stride)
+    if kernel == (1, 1) and not on_cpu:
+        return _Subsample.apply(x, stride)
     return _MaxPool.apply(settle(x), cpu_pool if on_cpu else _kernels(), *window)
 
 
-def _window(pool: Any) -> tuple[Pair, Pair, Pair]:
+def cpu_pools(x: Tensor, pool: nn.Module) -> bool:
+    """Whether `run_pool(x, pool)` is one of `cpu_pool`'s on a CPU."""
+    known = type(pool) is nn.MaxPool2d and unchanged(pool, nn.MaxPool2d) and pools(pool) and x.dim() == 4
+    return known and runs_cpu(x) and _meet(x, window_of(pool))
+
+
+def _meet(x: Tensor, window: tuple[Pair, Pair, Pair]) -> bool:
+    """Whether every window meets the images."""
+    kernel, _, padding = window
+    return x.numel() > 0 and all(n + 2 * p >= k for n, k, p in zip(x.shape[2:], kernel, padding, strict=True))
+
+
+def window_of(pool: Any) -> tuple[Pair, Pair, Pair]:
     """Kernel, stride and padding."""
     return _pair(pool.kernel_size), _pair(pool.stride), _pair(pool.padding)
 

@@ -207,10 +207,10 @@ class Fusion:
             self._normalise(chain)
             self._add(chain)
             self._activate(chain)
+            self._taken.update(chain.nodes)
+            yield chain
             if len(chain.nodes) > 1 or chain.reads_image:
-                self._taken.update(chain.nodes)
                 self.notes[conv._twin_path] = str(chain)
-                yield chain
                 return
             reason = self._follower(node)
         self.notes[conv._twin_path] = f"not fused: {reason}"

@@ -5,15 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from ..crops import Crop
 from ..errors import UnsupportedOperation
 from ..fx.wrapper import Rewritten
-from ..kernels.call import watched
+from ..kernels.call import runs_cpu, watched
 from .fused_layer import plain_attributes, unhooked
 from .fusion import Fusion
+from .stretch import Reader, Whole
+
+KINDS = 8  # of calls whose stretches are kept
 
 
 class Edited(Rewritten):
@@ -56,6 +60,9 @@ class Program(Edited):
     _notes: dict[bool, dict[str, str]]
     _reads_image: dict[bool, bool]
     _called: dict[bool, list[nn.Module]]
+    _crops: Sequence[Crop] | None
+    _graph: fx.Graph | None  # of training, where it has been read here
+    _whole: dict[Any, Whole | None]  # by kind of call, in training
 
     def __init__(self, net: nn.Module, crops: Sequence[Crop] | None):
         fusions = {mode: Fusion(net, mode, crops) for mode in (True, False)}
@@ -65,12 +72,38 @@ class Program(Edited):
             _notes={mode: fusion.notes for mode, fusion in fusions.items()},
             _reads_image={mode: fusion.reads_image for mode, fusion in fusions.items()},
             _called={mode: fusion.called for mode, fusion in fusions.items()},
+            _crops=crops,
+            _graph=fusions[True].graph,
+            _whole={},
         )
 
     def forward(self, x: Tensor, crops: Sequence[Crop] | None = None) -> Any:
         """x: rows of all members (K·N, …), or with crops the image (N, …) that they share."""
         mode = self._inner.training
-        return self._code[mode](self._inner, x, crops, all(map(unhooked, self._called[mode])))
+        alone = all(map(unhooked, self._called[mode]))
+        if mode and alone and torch.is_grad_enabled() and runs_cpu(x):
+            return self._by_stretch(x, crops)
+        return self._code[mode](self._inner, x, crops, alone)
+
+    def _by_stretch(self, x: Tensor, crops: Sequence[Crop] | None) -> Any:
+        """The same, as much of it in one call as there is."""
+        key = x.shape, x.requires_grad, crops is None, torch.get_num_threads()
+        whole = self._whole.get(key)
+        if whole is not None and (tensors := whole.stretch.tensors()) is not None:
+            return whole.run(self._inner, x, crops, tensors)
+        if key in self._whole and whole is None:
+            return self._code[True](self._inner, x, crops, True)
+        if len(self._whole) >= KINDS:
+            self._whole.clear()
+        if self._graph is None:
+            vars(self)["_graph"] = Fusion(self._inner, True, self._crops).graph
+        reader = Reader(self._inner, self._graph)
+        result = reader.run(x, crops, True)
+        self._whole[key] = reader.whole()
+        return result
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_graph": None, "_whole": {}}
 
     def reads_image(self) -> bool:
         return self._reads_image[self._inner.training]

@@ -47,6 +47,8 @@ _SIGNATURES = {
     "depthwise_wgrad": [_pointer] * 5,
     "batch_norm": [_pointer] * 8 + [_int, _int, _double, _double] + [_long] * 3,
     "batch_norm_backward": [_pointer] * 4 + [_int, _int] + [_pointer] * 4 + [_long] * 3,
+    "stretch": [_pointer, _long] + [_pointer] * 4,
+    "stretch_backward": [_pointer, _long] + [_pointer] * 8,
     "max_pool": [_pointer] * 4,
     "max_unpool": [_pointer] * 4,
     "layer_norm": [_pointer] * 5 + [_double] + [_long] * 3,
@@ -327,6 +329,26 @@ def depthwise_backward(
         library().depthwise_wgrad(*map(_at, (x, dy, dw, db)), sizes)
     elif db is not None:
         torch.sum(dy.unflatten(0, (len(weight), -1)), (1, 3, 4), out=db)
+
+
+def stretch(steps: Any, x: Tensor, result: Tensor, room: Tensor, tensors: Any) -> None:
+    """Fills result and room as stretch.cpp says; steps and tensors: arrays of ctypes."""
+    library().stretch(steps, len(steps), *map(_at, (x, result, room)), tensors)
+
+
+def stretch_backward(
+    steps: Any,
+    x: Tensor,
+    result: Tensor,
+    room: Tensor,
+    dz: Tensor,
+    dx: Tensor | None,
+    gradients: Tensor,
+    tensors: Any,
+    found: Any,
+) -> None:
+    """Fills dx and what `found` points to; gradients: room."""
+    library().stretch_backward(steps, len(steps), *map(_at, (x, result, room, dz, dx, gradients)), tensors, found)
 
 
 def max_pool(x: Tensor, y: Tensor, place: Tensor, sizes: Any) -> None:

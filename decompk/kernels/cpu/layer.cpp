@@ -2,6 +2,7 @@
 //
 // Forward the moments are taken of what is still in cache, so that the norm is one pass. Backward the gradient of the
 // convolution's output is never written: dgrad and wgrad of a few rows form it from that of the layer's output.
+#include "functions.h"
 #include "norm.h"
 #include "winograd.h"
 

@@ -1,0 +1,17 @@
+// Functions of the library that others of it call.
+#pragma once
+
+#include "vectors.h"
+
+extern "C" {
+
+void layer(const float* x, const float* w, const float* bias, const float* gamma, const float* beta, float* running_mean,
+           float* running_var, const float* residual, float* y, float* z, float* saved, int relu, double momentum, double eps,
+           int winograd, const Long* sizes);
+void layer_backward(const float* dz, const float* x, const float* w, const float* y, const float* z, const float* saved,
+                    int relu, float* dx, float* dw, float* dgamma, float* dbeta, float* g, float* dy, int winograd,
+                    const Long* sizes);
+void max_pool(const float* x, float* y, unsigned char* place, const Long* sizes);
+void max_unpool(const float* dy, const unsigned char* place, float* dx, const Long* sizes);
+
+}  // extern "C"

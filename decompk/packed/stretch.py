@@ -1,0 +1,433 @@
+"""A stretch of a fused network, layers and poolings on a CPU, in one C++ call each way.
+
+What the interpreter does around each layer takes longer than a narrow member's layer itself. So the first call of a
+kind notes, node by node, what the kernels were called with; further calls hand all of it over at once. They compute the
+same bits: the kernels and their order are the same.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import operator
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from ..crops import Crop
+from ..fx.wrapper import compiled, source_of
+from ..kernels import cpu, cpu_pool
+from ..kernels.backend import ANY, forced, resumed
+from ..kernels.call import follows, settle, unwatched
+from ..kernels.conv.direct import sizes_of
+from ..kernels.handles import TENSORS
+from ..kernels.layer_choice import WINOGRAD, in_one_go
+from ..ops.followed import by_torch, gradients
+from ..ops.norm import torch_norm
+from .fused_layer import affines, on_cpu, run_layer, run_shared_layer
+from .fused_pool import cpu_pools, run_pool, window_of
+
+NONE, GIVEN, RESULT = -1, -2, -3  # places: see kernels/cpu/stretch.cpp
+LINE = 16  # floats of a line of the cache, with which each place begins
+LEAST = 2  # steps that are worth it
+
+
+class _Step(ctypes.Structure):
+    """As kernels/cpu/stretch.cpp has it."""
+
+    _fields_ = [
+        *((name, ctypes.c_long) for name in ("pools", "relu", "winograd", "winograd_back")),
+        *((name, ctypes.c_long) for name in ("x", "residual", "y", "z", "saved")),
+        *((name, ctypes.c_long) for name in ("dz", "dx", "g", "dy", "room_dx", "room_g")),
+        *((name, ctypes.c_double) for name in ("momentum", "eps")),
+        ("sizes", ctypes.c_long * 14),
+    ]
+
+
+class _Layer(NamedTuple):
+    """A layer of the stretch: what it reads, by number, 0 what the stretch is given and i + 1 what step i gives."""
+
+    reads: int
+    adds: int | None
+    conv: Any
+    norm: Any
+    relu: bool
+    how: Any
+    shape: torch.Size
+
+    def tensors(self) -> list[tuple[dict, str]]:
+        """Where its weight, bias, gamma, beta and running statistics are held, by which name."""
+        conv, norm = self.conv._parameters, {} if self.norm is None else self.norm._parameters
+        buffers = {} if self.norm is None else self.norm._buffers
+        here = [(conv, "weight"), (conv, "bias"), (norm, "weight"), (norm, "bias")]
+        return [*here, (buffers, "running_mean"), (buffers, "running_var")]
+
+    def as_read(self) -> tuple:
+        """What its modules are asked at each call, and the stretch was made by."""
+        conv, norm = vars(self.conv), {} if self.norm is None else vars(self.norm)
+        of_norm = norm.get("training"), norm.get("track_running_stats"), norm.get("momentum") is None
+        return conv["stride"], conv["padding"], conv["dilation"], *of_norm
+
+
+class _Pool(NamedTuple):
+    reads: int
+    pool: nn.MaxPool2d
+    window: tuple
+    images: torch.Size
+    shape: torch.Size
+
+    def tensors(self) -> list[tuple[dict, str]]:
+        return [({}, "")] * 6
+
+    def as_read(self) -> tuple:
+        return window_of(self.pool)
+
+
+@dataclass
+class Whole:
+    """A network of which a stretch is one call: its code with what the stretch gives as a further argument."""
+
+    stretch: Stretch
+    code: Callable
+
+    def run(self, net: nn.Module, x: Tensor, crops: Sequence[Crop] | None, tensors: list[Tensor | None]) -> Any:
+        """What the network gives; tensors: of the stretch."""
+        rows = x if crops is None else torch.cat([crop.cut(x) for crop in crops])
+        return self.code(net, x, crops, True, self.stretch(rows, tensors))
+
+
+class Reader(fx.Interpreter):
+    """Runs a fused graph node by node, and finds the stretch of it that begins with its input."""
+
+    def __init__(self, net: nn.Module, graph: fx.Graph):
+        super().__init__(net, garbage_collect_values=False, graph=graph)
+        self._steps: list[_Layer | _Pool] = []
+        self._values: list[Tensor] = []  # what the stretch is given and what each step gives
+        self._number: dict[fx.Node, int] = {}
+        self._ended = False
+        self._ends: list[fx.Node] = []  # the node behind which each step is done
+
+    def run_node(self, node: fx.Node) -> Any:
+        args: Any = self.fetch_args_kwargs_from_env(node)[0]
+        step = None
+        if not self._ended and not self._is_read(node):
+            step = self._step(node, args)
+            passes = node.target is operator.getitem or isinstance(self._called(node), nn.Identity)
+            self._ended = step is None and not (passes and self._find(args[0]) is not None)
+        value = super().run_node(node)
+        if step is not None:
+            self._steps.append(step)
+            self._values.append(value[0] if node.target is run_shared_layer else value)
+            self._ends.append(node)
+        found = None if self._ended else self._find(value)
+        if found is not None:
+            self._number[node] = found
+        return value
+
+    @staticmethod
+    def _is_read(node: fx.Node) -> bool:
+        """Whether it only reads what steps are given."""
+        of = node.args[0] if node.target is operator.getitem else node
+        return node.op in ("placeholder", "get_attr", "output") or (isinstance(of, fx.Node) and of.target is affines)
+
+    def _called(self, node: fx.Node) -> Any:
+        return self.fetch_attr(str(node.target)) if node.op == "call_module" else None
+
+    def _find(self, value: Any) -> int | None:
+        """Which value of the stretch it is."""
+        value = value[0] if isinstance(value, tuple) and value else value
+        return next((i for i, one in enumerate(self._values) if one is value), None)
+
+    def _step(self, node: fx.Node, args: Any) -> _Layer | _Pool | None:
+        if node.target is run_pool:
+            x, pool = args
+            reads = self._find(x)
+            return self._pool(reads, x, pool) if reads is not None else None
+        if node.target not in (run_layer, run_shared_layer):
+            return None
+        x, crops, conv, norm, _, residual, _, relu = args[2 if node.target is run_shared_layer else 1 :]
+        if not self._values:
+            x = x if crops is None else torch.cat([crop.cut(x) for crop in crops])
+            self._values.append(x)
+        elif crops is not None:
+            return None
+        reads, adds = self._find(x), None if residual is None else self._find(residual)
+        last = conv if norm is None else norm
+        if reads is None or (residual is not None and adds is None) or last._twin_contiguous:
+            return None
+        way = on_cpu(x, conv, norm, residual, relu)
+        if way is None or (reads and way[0] is not x):
+            return None
+        call, by = way[3]
+        return _Layer(reads, adds, conv, norm, relu is not None, (call, by), torch.Size(call.shape))
+
+    def _pool(self, reads: int, x: Tensor, pool: Any) -> _Pool | None:
+        if not cpu_pools(x, pool) or settle(x) is not x:
+            return None
+        window = window_of(pool)
+        return _Pool(reads, pool, window, x.shape, torch.Size(cpu_pool.sizes_of(x.shape, *window)[0]))
+
+    def whole(self) -> Whole | None:
+        """The network with the longest stretch that has one result; None where none is worth it."""
+        for count in range(len(self._steps), LEAST - 1, -1):
+            inside = {node: i for node, i in self._number.items() if 0 < i <= count}
+            read = {i for node, i in inside.items() if any(user not in inside for user in node.users)}
+            used = {i for step in self._steps[:count] for i in (step.reads, getattr(step, "adds", None))}
+            if read == {count} and used.issuperset(range(1, count)):
+                stretch = Stretch(self._steps[:count], self._values[0], self._values[count])
+                return Whole(stretch, self._behind(inside, count)) if stretch.is_possible() else None
+        return None
+
+    def _behind(self, inside: dict[fx.Node, int], count: int) -> Callable:
+        """The code of what comes behind the first `count` steps, whose result it takes."""
+        graph = fx.Graph()
+        new: dict[fx.Node, fx.Node] = {}
+        for node in self.graph.nodes:
+            if node.op == "placeholder":
+                new[node] = graph.node_copy(node)
+        result = graph.placeholder("result", default_value=None)
+        for node in self.graph.nodes:
+            if node.op != "placeholder":
+                new[node] = result if node in inside else graph.node_copy(node, new.__getitem__)
+        for node in reversed(graph.nodes):
+            if not node.users and (node.op == "get_attr" or node.target in (affines, operator.getitem)):
+                graph.erase_node(node)
+        return compiled(*source_of(graph))
+
+
+class Room:
+    """Places of one memory, handed out and taken back; `size` is what all of them take, in floats."""
+
+    def __init__(self) -> None:
+        self.size = 0
+        self._free: list[tuple[int, int]] = []  # (place, size)
+
+    def take(self, count: int) -> int:
+        count = -(-count // LINE) * LINE
+        fitting = [one for one in self._free if one[1] >= count]
+        if not fitting:
+            self.size += count
+            return self.size - count
+        place, size = best = min(fitting, key=operator.itemgetter(1))
+        self._free.remove(best)
+        if size > count:
+            self._free.append((place + count, size - count))
+        return place
+
+    def give_back(self, place: int, count: int) -> None:
+        self._free.append((place, -(-count // LINE) * LINE))
+        joined: list[tuple[int, int]] = []
+        for first, size in sorted(self._free):
+            if joined and sum(joined[-1]) == first:
+                first, size = joined[-1][0], joined.pop()[1] + size
+            joined.append((first, size))
+        self._free = joined
+
+
+class Stretch:
+    """Steps from the network's input on, of the shapes and by the kernels that they had when they were read."""
+
+    def __init__(self, steps: Sequence[_Layer | _Pool], given: Tensor, result: Tensor):
+        self._steps = list(steps)
+        self._wants_dx = given.requires_grad
+        self._shapes = [given.shape, *(step.shape for step in steps)]
+        self._places = [place for step in steps for place in step.tensors()]
+        self._as_read = [step.as_read() for step in steps]
+        self._result = result.shape, result.stride()
+        self._lies, self._needs = self._look(self._tensors())
+        self._table = (_Step * len(steps))()
+        self.size = self._lay_out()
+        self.gradients_size = self._lay_out_gradients()
+
+    # ---- what the calls have in common ------------------------------------------------------------------------------
+
+    def _tensors(self) -> list[Tensor | None]:
+        return [held.get(name) for held, name in self._places]
+
+    @staticmethod
+    def _look(tensors: Sequence[Tensor | None]) -> tuple[list, list]:
+        """How each lies, and whether it wants a gradient."""
+        lies = [None if t is None else (type(t), t.dtype, t.shape, t.stride()) for t in tensors]
+        return lies, [t is not None and t.requires_grad for t in tensors]
+
+    def is_possible(self) -> bool:
+        """Whether every weight and vector can be read as it lies, and has a gradient."""
+        for i, (t, needs) in enumerate(zip(self._tensors(), self._needs, strict=True)):
+            if t is None:
+                continue
+            moved = i % 6 > 3
+            dense = (t.movedim(2, -1) if i % 6 == 0 else t).is_contiguous()
+            if type(t) not in TENSORS or t.dtype is not torch.float32 or not dense or needs == moved:
+                return False
+        return True
+
+    def tensors(self) -> list[Tensor | None] | None:
+        """The weights, vectors and statistics of all steps; None where a step is no longer what it was."""
+        tensors = self._tensors()
+        same = self._look(tensors) == (self._lies, self._needs)
+        return tensors if same and [step.as_read() for step in self._steps] == self._as_read else None
+
+    # ---- where everything lies --------------------------------------------------------------------------------------
+
+    def _lay_out(self) -> int:
+        """Gives activations their places; the floats that they take."""
+        room, places = Room(), [GIVEN]
+        for i, (step, row) in enumerate(zip(self._steps, self._table, strict=True)):
+            last = i == len(self._steps) - 1
+            result = RESULT if last else room.take(step.shape.numel())
+            row.x, row.residual, row.y, row.z, row.saved = places[step.reads], NONE, result, NONE, NONE
+            places.append(result)
+            if isinstance(step, _Pool):
+                row.pools, row.saved = 1, room.take(-(-step.shape.numel() // 4))  # bytes
+                row.sizes[:] = cpu_pool.sizes_of(step.images, *step.window)[1]
+                continue
+            call, by = step.how
+            row.relu, row.winograd, row.winograd_back = step.relu, by.forward == WINOGRAD, by.backward == WINOGRAD
+            row.sizes[:] = sizes_of(call.as_given)
+            if step.adds is not None:
+                row.residual = places[step.adds]
+            if step.norm is not None:
+                row.y, row.z = room.take(step.shape.numel()), result
+                row.saved, row.eps = room.take(4 * call.as_given.K * call.as_given.O), step.norm.eps
+        return room.size
+
+    def _lay_out_gradients(self) -> int:
+        """Gives gradients theirs: each from the last step that reads a value to the one that made it."""
+        room = Room()
+        places: dict[int, int] = {len(self._steps): RESULT, **({0: GIVEN} if self._wants_dx else {})}
+        written = {len(self._steps)}
+
+        def place(value: int | None, count: int) -> tuple[int, int]:
+            """Of a value's gradient, and of what is added to it, if there is some already."""
+            if value is None or (value == 0 and not self._wants_dx):
+                return NONE, NONE
+            if value not in places:
+                places[value] = room.take(count)
+            if value in written:
+                return places[value], room.take(count)
+            written.add(value)
+            return places[value], NONE
+
+        for i in reversed(range(len(self._steps))):
+            step, row = self._steps[i], self._table[i]
+            of_x = self._shapes[step.reads].numel()
+            row.dz, row.dy = places[i + 1], NONE
+            row.dx, row.room_dx = place(step.reads, of_x)
+            row.g, row.room_g = NONE, NONE
+            after = [(row.room_dx, of_x)]
+            if isinstance(step, _Layer):
+                row.g, row.room_g = place(step.adds, step.shape.numel())
+                if row.dx != NONE and not in_one_go(step.how[0].as_given):
+                    row.dy = room.take(step.shape.numel())
+                after += [(row.room_g, step.shape.numel()), (row.dy, step.shape.numel())]
+            for used, count in (*after, (row.dz, step.shape.numel())):
+                if used >= 0:
+                    room.give_back(used, count)
+        return room.size
+
+    # ---- a call -----------------------------------------------------------------------------------------------------
+
+    def __call__(self, x: Tensor, tensors: list[Tensor | None]) -> Tensor:
+        """What the stretch gives for rows x (K·N, C, H, W); tensors: as `tensors` gave them."""
+        learned = [t for i, t in enumerate(tensors) if t is not None and i % 6 < 4]
+        return _Stretch.apply(settle(x), self, tensors, *learned)
+
+    def run(self, x: Tensor, tensors: list[Tensor | None]) -> tuple[Tensor, Tensor]:
+        """The result and the room that holds what the backward reads."""
+        result = torch.empty_strided(*self._result)
+        room = torch.empty(self.size)
+        norms = [(row, step.norm) for row, step in zip(self._table, self._steps, strict=True) if row.z != NONE]
+        for row, norm in norms:
+            row.momentum, row.eps = norm.momentum or 0.0, norm.eps
+        pointers = _pointers(tensors)
+        cpu.stretch(self._table, x, result, room, pointers)
+        moved = [t for i, t in enumerate(tensors) if t is not None and i % 6 > 3]
+        counters = [
+            n.num_batches_tracked for _, n in norms if n.track_running_stats and n.num_batches_tracked is not None
+        ]
+        if counters:
+            torch._foreach_add_(counters, 1)
+        torch.autograd.graph.increment_version(moved)
+        return result, room
+
+    def run_back(
+        self, dz: Tensor, x: Tensor, result: Tensor, room: Tensor, tensors: list[Tensor | None]
+    ) -> tuple[Tensor | None, list[Tensor]]:
+        """dx and the gradients of the weights and vectors that there are."""
+        dx = torch.empty_like(x) if self._wants_dx else None
+        found: list[Tensor | None] = []
+        grads: list[Tensor] = []
+        biases: list[tuple[int, Tensor]] = []  # in front of a norm, which takes off again what they add
+        for i, step in enumerate(self._steps):
+            if isinstance(step, _Pool):
+                found += [None] * 3
+                continue
+            weight, bias, gamma, beta = tensors[6 * i : 6 * i + 4]
+            p = step.how[0].as_given
+            dw = torch.empty(p.K, p.O, *p.kernel, p.C)
+            grads.append(dw.movedim(-1, 2))
+            if step.norm is None:
+                db = None if bias is None else torch.empty(p.K, p.O)
+                found += [dw, None, db]
+                grads += [] if db is None else [db]
+                continue
+            dgamma, dbeta = torch.empty(p.K, p.O), torch.empty(p.K, p.O)
+            found += [dw, dgamma, dbeta]
+            if bias is not None:
+                biases.append((len(grads), dbeta))
+                grads.append(dbeta)
+            grads += [one for one, of in ((dgamma, gamma), (dbeta, beta)) if of is not None]
+        gradients = torch.empty(self.gradients_size)
+        cpu.stretch_backward(self._table, x, result, room, dz, dx, gradients, _pointers(tensors), _pointers(found))
+        for at, dbeta in biases:
+            grads[at] = 0 * dbeta
+        return dx, grads
+
+    def by_torch(self, x: Tensor, *learned: Tensor) -> Tensor:
+        """The same by torch's own operators; statistics stay as they are."""
+        given = iter(learned)
+        values = [x]
+        for i, step in enumerate(self._steps):
+            x = values[step.reads]
+            if isinstance(step, _Pool):
+                values.append(F.max_pool2d(x, *step.window))
+                continue
+            weight, bias, gamma, beta = (None if t is None else next(given) for t in self._tensors()[6 * i : 6 * i + 4])
+            assert weight is not None
+            y = by_torch(x.unflatten(0, (len(weight), -1)), weight, bias, *step.how[0].ends.geometry)
+            if step.norm is not None:
+                y = torch_norm(y, gamma, beta, None, None, True, 0.0, step.norm.eps)
+            y = y.flatten(0, 1)
+            y = y if step.adds is None else y + values[step.adds]
+            values.append(y.relu() if step.relu else y)
+        return values[-1]
+
+
+def _pointers(tensors: Sequence[Tensor | None]) -> Any:
+    return (ctypes.c_void_p * len(tensors))(*(None if t is None else t.data_ptr() for t in tensors))
+
+
+class _Stretch(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, stretch: Stretch, tensors: list[Tensor | None], *learned: Tensor) -> Tensor:
+        result, room = stretch.run(x, tensors)
+        ctx.stretch, ctx.tensors, ctx.asked = stretch, tensors, forced.get()
+        ctx.learned = learned
+        read = [t for i, t in enumerate(tensors) if t is not None and i % 6 in (0, 2, 3)]  # biases may change
+        ctx.save_for_backward(x, result, room, *read)
+        return result
+
+    @staticmethod
+    def backward(ctx, dz: Tensor) -> tuple[Tensor | None, ...]:
+        x, result, room, *_ = ctx.saved_tensors
+        if follows(dz) or not unwatched(dz):
+            with resumed(ctx.asked or ANY):
+                wanted = ctx.needs_input_grad
+                found = gradients(ctx.stretch.by_torch, (x, *ctx.learned), dz, (wanted[0], *wanted[3:]))
+            return found[0], None, None, *found[1:]
+        x, result = settle(x), settle(result)  # hooks of saved tensors may have given back what lies otherwise
+        dx, grads = ctx.stretch.run_back(settle(dz), x, result, room, ctx.tensors)
+        return dx, None, None, *grads

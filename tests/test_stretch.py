@@ -1,0 +1,295 @@
+"""A stretch of a fused network in one C++ call leaves the same bits as its layers one by one."""
+
+import copy
+import pickle
+import random
+
+import pytest
+import torch
+from helpers import used_members
+from torch import nn
+from zoo import torchvision
+
+import decompk
+from decompk import models
+from decompk.kernels import cpu
+from decompk.packed.pack import pack
+from decompk.packed.program import Program
+from decompk.packed.stretch import Room
+
+pytestmark = pytest.mark.skipif(cpu.why_not() is not None, reason="the C++ kernels cannot be built here")
+needs_torchvision = pytest.mark.skipif(torchvision is None, reason="torchvision is not installed")
+
+
+def conv(i, o, k=3, stride=1, bias=False, relu=True, **norm):
+    return [nn.Conv2d(i, o, k, stride, k // 2, bias=bias), nn.BatchNorm2d(o, **norm), *([nn.ReLU()] if relu else [])]
+
+
+class Block(nn.Module):
+    """A residual block, whose shortcut is what it is given or a bare convolution."""
+
+    def __init__(self, i, o, stride=1):
+        super().__init__()
+        self.body = nn.Sequential(*conv(i, o, 3, stride), *conv(o, o, relu=False, bias=True))
+        self.shortcut = nn.Conv2d(i, o, 1, stride) if stride > 1 or i != o else nn.Identity()
+
+    def forward(self, x):
+        return torch.relu(self.body(x) + self.shortcut(x))
+
+
+class TwoEnds(nn.Module):
+    """Two values of what could be a stretch are read behind it."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.body = nn.Sequential(*conv(4, 8)), nn.Sequential(*conv(8, 8), *conv(8, 8))
+
+    def forward(self, x):
+        x = self.stem(x)
+        return torch.cat([self.body(x), x.sigmoid()], 1).mean((2, 3))
+
+
+class Unread(nn.Module):
+    """A layer that nobody reads."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.left, self.right = (nn.Sequential(*conv(i, 8)) for i in (4, 8, 8))
+
+    def forward(self, x):
+        x = self.stem(x)
+        self.left(x)
+        return self.right(x).mean((2, 3))
+
+
+def head(channels):
+    return nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, 5)
+
+
+NETS = {  # network → steps of its stretch
+    "chain": (lambda: nn.Sequential(*conv(4, 8), *conv(8, 16, bias=True), *conv(16, 16, 1), *head(16)), 3),
+    "pools": (lambda: nn.Sequential(*conv(4, 8), nn.MaxPool2d(2), *conv(8, 12), nn.MaxPool2d(3, 2, 1), *head(12)), 4),
+    "no norms": (lambda: nn.Sequential(nn.Conv2d(4, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3, 2), nn.ReLU(), *head(4)), 2),
+    "not affine": (
+        lambda: nn.Sequential(*conv(4, 8, affine=False), *conv(8, 8, track_running_stats=False), *head(8)),
+        2,
+    ),
+    "residual": (lambda: nn.Sequential(*conv(4, 8), Block(8, 8), Block(8, 16, 2), Block(16, 16), *head(16)), 8),
+    "identity": (lambda: nn.Sequential(*conv(4, 8), nn.Identity(), *conv(8, 8), *head(8)), 2),
+    "two ends": (TwoEnds, 0),
+    "unread": (Unread, 0),
+    "another layer": (lambda: nn.Sequential(*conv(4, 8), *conv(8, 8), nn.GELU(), *conv(8, 8), *head(8)), 2),
+    "odd channels": (lambda: nn.Sequential(*conv(4, 8), *conv(8, 8), *conv(8, 6), *conv(6, 8), *head(6 + 2)), 2),
+    "layer by layer": (lambda: nn.Sequential(*conv(4, 6), *conv(6, 8), *head(8)), 0),
+    "resnet8": (lambda: models.build("resnet8", width=8, num_classes=5), 9),
+    "resnet50": (lambda: models.build("resnet50", width=8, input_size=(3, 32, 32), num_classes=5), 57),
+    "vgg8": (lambda: models.build("vgg8", width=8, input_size=(3, 32, 32), num_classes=5), 9),
+}
+
+
+def layer_by_layer(self, x, crops):
+    return self._code[True](self._inner, x, crops, True)
+
+
+def steps_of(packed):
+    """The steps of its stretches, one number a kind of call."""
+    program = packed._plans.program(packed)
+    return [0 if whole is None else len(whole.stretch._steps) for whole in program._whole.values()]
+
+
+def train(packed, x, change=lambda packed: None, steps=3, other=None):
+    """What `steps` of training leave, with `change` after the first, and what x's gradients are."""
+    optimizer, left = torch.optim.SGD(packed.parameters(), 0.1, momentum=0.9), []
+    for i in range(steps):
+        x = x.detach().requires_grad_(x.requires_grad)
+        torch.manual_seed(i)
+        with decompk.schedule("fused"):
+            y = packed(x if other is None or i % 2 == 0 else other)
+        optimizer.zero_grad()
+        (y * torch.linspace(-1, 1, y.numel()).view_as(y)).sum().backward()
+        left += [y.detach(), *([] if x.grad is None else [x.grad])]
+        left += [p.grad.clone() for p in packed.parameters() if p.grad is not None]
+        optimizer.step()
+        if i == 0:
+            change(packed)
+    return [*left, *packed.parameters(), *packed.buffers()]
+
+
+def same_bits(make, x, monkeypatch, **around):
+    """A network trained by stretches and another layer by layer; → the first."""
+    packed = pack(used_members(make, 3), input_dims=4).train()
+    other = copy.deepcopy(packed)
+    found = train(packed, x, **around)
+    with monkeypatch.context() as patch:
+        patch.setattr(Program, "_by_stretch", layer_by_layer)
+        expected = train(other, x, **around)
+    assert len(found) == len(expected)
+    for a, b in zip(found, expected, strict=True):
+        assert torch.equal(a, b)
+    return packed
+
+
+@pytest.mark.parametrize("wants", [False, True])
+@pytest.mark.parametrize("name", NETS)
+def test_a_stretch_leaves_the_same_bits_as_its_layers(name, wants, monkeypatch):
+    make, steps = NETS[name]
+    torch.manual_seed(0)
+    channels = 3 if name in models.names() else 4
+    x = torch.randn(3, 2, channels, 32, 32, requires_grad=wants)
+    steps = 0 if wants and channels % 4 else steps  # no kernel of ours finds the gradient of three channels
+    assert steps_of(same_bits(make, x, monkeypatch)) == [steps]
+
+
+def test_crops_of_an_image_are_cut_for_a_stretch(monkeypatch):
+    d = decompk.decompose(models.build("vgg8", width=16, input_size=(3, 32, 32)), (3, 32, 32), 4, 16)
+    packed = decompk.pack(d.subnets(0), d.crops).train()
+    other, x = copy.deepcopy(packed), torch.randn(2, 3, 32, 32)
+    found = train(packed, x)
+    monkeypatch.setattr(Program, "_by_stretch", layer_by_layer)
+    assert all(map(torch.equal, found, train(other, x)))
+    monkeypatch.undo()
+    assert steps_of(packed) == [9]
+
+
+def freeze(packed):
+    next(packed.parameters()).requires_grad_(False)
+
+
+def one_norm_in_eval(packed):
+    next(m for m in packed.modules() if isinstance(m, nn.BatchNorm2d)).eval()
+
+
+def momentum(packed):
+    for m in packed.modules():
+        if isinstance(m, nn.BatchNorm2d):
+            m.momentum = 0.5
+
+
+def no_momentum(packed):
+    for m in packed.modules():
+        if isinstance(m, nn.BatchNorm2d):
+            m.momentum = None
+
+
+def other_eps(packed):
+    for m in packed.modules():
+        if isinstance(m, nn.BatchNorm2d):
+            m.eps = 0.1
+
+
+def other_memory(packed):
+    for p in packed.parameters():
+        p.data = p.data.clone(memory_format=torch.contiguous_format)
+
+
+def hook(packed):
+    layer = next(m for m in packed.modules() if isinstance(m, nn.Conv2d))
+    layer.register_forward_hook(lambda module, args, out: out * 2)
+
+
+def stride(packed):
+    for m in packed.modules():
+        if isinstance(m, nn.Conv2d):
+            m.stride = (2, 2)
+
+
+def window(packed):
+    for m in packed.modules():
+        if isinstance(m, nn.MaxPool2d):
+            m.kernel_size = 3
+
+
+CHANGES = (freeze, one_norm_in_eval, momentum, no_momentum, other_eps, other_memory, hook, stride, window)
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_changes_between_calls_counts(change, monkeypatch):
+    same_bits(NETS["pools"][0], torch.randn(3, 2, 4, 32, 32), monkeypatch, change=change)
+
+
+def test_other_batches_other_threads_and_layouts(monkeypatch):
+    x = torch.randn(3, 2, 4, 32, 32)
+    packed = same_bits(NETS["residual"][0], x, monkeypatch, other=torch.randn(3, 5, 4, 16, 20))
+    assert steps_of(packed) == [8, 8]
+    same_bits(NETS["residual"][0], x.transpose(3, 4), monkeypatch)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        same_bits(NETS["residual"][0], x, monkeypatch)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_gradients_of_a_stretch_can_be_followed_kept_and_taken_twice():
+    packed = pack(used_members(NETS["residual"][0], 2), input_dims=4).train()
+    exact = copy.deepcopy(packed).double()
+    x = torch.randn(2, 3, 4, 16, 16)
+    found = []
+    for net, images in ((packed, x), (exact, x.double())):
+        images = images.requires_grad_()
+        with decompk.schedule("fused"):
+            y = net(images)
+        own = [images, *net.parameters()]
+        first = torch.autograd.grad(y.square().sum(), own, retain_graph=True)
+        again = torch.autograd.grad(y.square().sum(), own, retain_graph=True)
+        assert all(map(torch.equal, first, again))
+        (followed,) = torch.autograd.grad(y.square().sum(), images, create_graph=True)
+        second = torch.autograd.grad(followed.square().sum(), own, allow_unused=True)
+        found.append([y, *first, *(torch.zeros(1) if t is None else t for t in second)])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(
+            a.double(), b.double(), rtol=1e-2, atol=1e-3 * max(1.0, float(b.detach().abs().max()))
+        )
+
+
+def test_weights_that_change_before_the_backward_are_noticed():
+    packed = pack(used_members(NETS["chain"][0], 2), input_dims=4).train()
+    with decompk.schedule("fused"):
+        y = packed(torch.randn(2, 3, 4, 16, 16))
+    with torch.no_grad():
+        next(packed.parameters()).add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+def test_copies_and_pickles_of_a_fused_network_have_stretches_of_their_own(monkeypatch):
+    x = torch.randn(3, 2, 4, 32, 32)
+    packed = decompk.fuse(pack(used_members(NETS["residual"][0], 3), input_dims=4).train())
+    packed(x).sum().backward()
+    nets = [packed, copy.deepcopy(packed), pickle.loads(pickle.dumps(packed))]
+    for net in nets:
+        net.zero_grad()
+        net(x).sum().backward()
+        assert [len(whole.stretch._steps) for whole in net._program._whole.values()] == [8]
+    for other in nets[1:]:
+        assert all(torch.equal(a.grad, b.grad) for a, b in zip(packed.parameters(), other.parameters(), strict=True))
+
+
+def test_saved_tensors_may_come_back_in_another_layout():
+    packed = decompk.fuse(pack(used_members(NETS["residual"][0], 3), input_dims=4).train())
+    other, x = copy.deepcopy(packed), torch.randn(3, 2, 4, 32, 32)
+    packed(x).sum().backward()
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t.contiguous(), lambda t: t.contiguous()):
+        other(x).sum().backward()
+    assert all(torch.equal(a.grad, b.grad) for a, b in zip(packed.parameters(), other.parameters(), strict=True))
+
+
+def test_places_of_a_room_that_are_taken_at_once_do_not_meet():
+    rng, room, taken = random.Random(0), Room(), {}
+    for _ in range(500):
+        if taken and rng.random() < 0.5:
+            room.give_back(*taken.popitem())
+            continue
+        count = rng.randint(1, 100)
+        place = room.take(count)
+        assert place % 16 == 0 and place + count <= room.size
+        assert all(place + count <= first or first + size <= place for first, size in taken.items())
+        taken[place] = count
+
+
+@needs_torchvision
+@pytest.mark.parametrize("name", ["resnet18", "vgg11_bn", "squeezenet1_1"])
+def test_networks_of_torchvision_in_stretches(name, monkeypatch):
+    same_bits(
+        lambda: getattr(torchvision.models, name)(num_classes=5), torch.randn(3, 2, 3, 64, 64), monkeypatch, steps=2
+    )
