@@ -233,6 +233,7 @@ class Stretch:
     def __init__(self, steps: Sequence[_Layer | _Pool], given: Tensor, result: Tensor):
         self._steps = list(steps)
         self._wants_dx = given.requires_grad
+        self._K = next(step.how[0].as_given.K for step in steps if isinstance(step, _Layer))
         self._shapes = [given.shape, *(step.shape for step in steps)]
         self._places = [place for step in steps for place in step.tensors()]
         self._as_read = [step.as_read() for step in steps]
@@ -295,7 +296,7 @@ class Stretch:
         return room.size
 
     def _lay_out_gradients(self) -> int:
-        """Gives gradients theirs: each from the last step that reads a value to the one that made it."""
+        """Gives gradients theirs, in a member's part, from the last step that reads a value to the one that made it."""
         room = Room()
         places: dict[int, int] = {len(self._steps): RESULT, **({0: GIVEN} if self._wants_dx else {})}
         written = {len(self._steps)}
@@ -313,17 +314,18 @@ class Stretch:
 
         for i in reversed(range(len(self._steps))):
             step, row = self._steps[i], self._table[i]
-            of_x = self._shapes[step.reads].numel()
+            own = step.shape.numel() // self._K
+            of_x = self._shapes[step.reads].numel() // self._K
             row.dz, row.dy = places[i + 1], NONE
             row.dx, row.room_dx = place(step.reads, of_x)
             row.g, row.room_g = NONE, NONE
             after = [(row.room_dx, of_x)]
             if isinstance(step, _Layer):
-                row.g, row.room_g = place(step.adds, step.shape.numel())
+                row.g, row.room_g = place(step.adds, own)
                 if row.dx != NONE and not in_one_go(step.how[0].as_given):
-                    row.dy = room.take(step.shape.numel())
-                after += [(row.room_g, step.shape.numel()), (row.dy, step.shape.numel())]
-            for used, count in (*after, (row.dz, step.shape.numel())):
+                    row.dy = room.take(own)
+                after += [(row.room_g, own), (row.dy, own)]
+            for used, count in (*after, (row.dz, own)):
                 if used >= 0:
                     room.give_back(used, count)
         return room.size
@@ -339,11 +341,12 @@ class Stretch:
         """The result and the room that holds what the backward reads."""
         result = torch.empty_strided(*self._result)
         room = torch.empty(self.size)
-        norms = [(row, step.norm) for row, step in zip(self._table, self._steps, strict=True) if row.z != NONE]
+        layers = [(row, s) for row, s in zip(self._table, self._steps, strict=True) if isinstance(s, _Layer)]
+        norms = [(row, layer.norm) for row, layer in layers if layer.norm is not None]
         for row, norm in norms:
             row.momentum, row.eps = norm.momentum or 0.0, norm.eps
         pointers = _pointers(tensors)
-        cpu.stretch(self._table, x, result, room, pointers)
+        cpu.stretch(self._table, self._K, x, result, room, pointers)
         moved = [t for i, t in enumerate(tensors) if t is not None and i % 6 > 3]
         counters = [
             n.num_batches_tracked for _, n in norms if n.track_running_stats and n.num_batches_tracked is not None
@@ -380,8 +383,10 @@ class Stretch:
                 biases.append((len(grads), dbeta))
                 grads.append(dbeta)
             grads += [one for one, of in ((dgamma, gamma), (dbeta, beta)) if of is not None]
-        gradients = torch.empty(self.gradients_size)
-        cpu.stretch_backward(self._table, x, result, room, dz, dx, gradients, _pointers(tensors), _pointers(found))
+        gradients = torch.empty(self._K * self.gradients_size)
+        cpu.stretch_backward(
+            self._table, self._K, x, result, room, dz, dx, gradients, _pointers(tensors), _pointers(found)
+        )
         for at, dbeta in biases:
             grads[at] = 0 * dbeta
         return dx, grads
@@ -412,7 +417,7 @@ def _pointers(tensors: Sequence[Tensor | None]) -> Any:
 
 class _Stretch(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, stretch: Stretch, tensors: list[Tensor | None], *learned: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, stretch: Stretch, tensors: list[Tensor | None], *learned: Tensor) -> Tensor:
         result, room = stretch.run(x, tensors)
         ctx.stretch, ctx.tensors, ctx.asked = stretch, tensors, forced.get()
         ctx.learned = learned
@@ -421,7 +426,7 @@ class _Stretch(torch.autograd.Function):
         return result
 
     @staticmethod
-    def backward(ctx, dz: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dz: Tensor) -> tuple[Tensor | None, ...]:
         x, result, room, *_ = ctx.saved_tensors
         if follows(dz) or not unwatched(dz):
             with resumed(ctx.asked or ANY):

@@ -47,8 +47,8 @@ _SIGNATURES = {
     "depthwise_wgrad": [_pointer] * 5,
     "batch_norm": [_pointer] * 8 + [_int, _int, _double, _double] + [_long] * 3,
     "batch_norm_backward": [_pointer] * 4 + [_int, _int] + [_pointer] * 4 + [_long] * 3,
-    "stretch": [_pointer, _long] + [_pointer] * 4,
-    "stretch_backward": [_pointer, _long] + [_pointer] * 8,
+    "stretch": [_pointer, _long, _long] + [_pointer] * 4,
+    "stretch_backward": [_pointer, _long, _long] + [_pointer] * 6 + [_long] + [_pointer] * 2,
     "max_pool": [_pointer] * 4,
     "max_unpool": [_pointer] * 4,
     "layer_norm": [_pointer] * 5 + [_double] + [_long] * 3,
@@ -331,13 +331,14 @@ def depthwise_backward(
         torch.sum(dy.unflatten(0, (len(weight), -1)), (1, 3, 4), out=db)
 
 
-def stretch(steps: Any, x: Tensor, result: Tensor, room: Tensor, tensors: Any) -> None:
+def stretch(steps: Any, members: int, x: Tensor, result: Tensor, room: Tensor, tensors: Any) -> None:
     """Fills result and room as stretch.cpp says; steps and tensors: arrays of ctypes."""
-    library().stretch(steps, len(steps), *map(_at, (x, result, room)), tensors)
+    library().stretch(steps, len(steps), members, *map(_at, (x, result, room)), tensors)
 
 
 def stretch_backward(
     steps: Any,
+    members: int,
     x: Tensor,
     result: Tensor,
     room: Tensor,
@@ -347,8 +348,10 @@ def stretch_backward(
     tensors: Any,
     found: Any,
 ) -> None:
-    """Fills dx and what `found` points to; gradients: room."""
-    library().stretch_backward(steps, len(steps), *map(_at, (x, result, room, dz, dx, gradients)), tensors, found)
+    """Fills dx and what `found` points to; gradients: room, as much for each member."""
+    size = len(gradients) // members
+    given = map(_at, (x, result, room, dz, dx, gradients))
+    library().stretch_backward(steps, len(steps), members, *given, size, tensors, found)
 
 
 def max_pool(x: Tensor, y: Tensor, place: Tensor, sizes: Any) -> None:

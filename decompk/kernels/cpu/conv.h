@@ -8,6 +8,8 @@
 
 #include "vectors.h"
 
+inline thread_local int alone_with = -1;  // the member that this thread computes, in all functions of the library
+
 namespace {
 
 struct Shape {
@@ -23,6 +25,10 @@ struct Shape {
       N = W = columns = 1;
     }
   }
+
+  Long inputs() const { return Long(N) * H * W * C; }  // of a member
+  Long outputs() const { return Long(N) * rows * columns * O; }
+  Long weights() const { return Long(O) * kh * kw * C; }
 };
 
 // dst pixel (h · step_h + h0, w · step_w + w0) = Σ over taps of src pixel (h · stride_h + tap − pad_h, …) · weight
@@ -45,18 +51,30 @@ inline Job forward_job(const Shape& s, const float* x, float* y) {
           s.kh, s.kw, s.stride_h, s.stride_w, s.pad_h, s.pad_w};
 }
 
-// Whether each thread takes a member at a time, whose activations stay in its cache, and threads wait but once: f(k,
-// shape) for every member; else f(0, shape of all).
+// Each thread takes a member at a time, whose activations stay in its cache, and threads wait but once: f(k) for every
+// member, with which the thread is then alone; or f(-1) for all of them where they do not share out evenly.
+template <typename F>
+void by_member(int K, F f) {
+  int threads = omp_get_max_threads(), turns = (K + threads - 1) / threads;
+  if (turns * threads * 10 > K * 11 || omp_in_parallel()) return f(-1);
+#pragma omp parallel for schedule(dynamic)
+  for (int k = 0; k < K; ++k) {
+    alone_with = k;
+    f(k);
+    alone_with = -1;
+  }
+}
+
+// f(k, shape) of the member that the calling thread is alone with, or of every member as above; or f(0, shape of all).
 template <typename F>
 void by_member(const Shape& s, F f) {
-  int threads = omp_get_max_threads(), turns = (s.K + threads - 1) / threads;
-  if (turns * threads * 10 > s.K * 11 || omp_in_parallel()) return f(0, s);
-#pragma omp parallel for schedule(dynamic)
-  for (int k = 0; k < s.K; ++k) {
+  auto of = [&](int k) {
     Shape one = s;
-    one.K = 1;
-    f(k, one);
-  }
+    if (k >= 0) one.K = 1;
+    f(std::max(k, 0), one);
+  };
+  if (alone_with >= 0) of(alone_with);
+  else by_member(s.K, of);
 }
 
 template <typename T>

@@ -232,12 +232,11 @@ extern "C" {
 void layer(const float* x, const float* w, const float* bias, const float* gamma, const float* beta, float* running_mean,
            float* running_var, const float* residual, float* y, float* z, float* saved, int relu, double momentum, double eps,
            int winograd, const Long* sizes) {
-  Shape all(sizes);
-  Long in = Long(all.N) * all.H * all.W * all.C, out = Long(all.N) * all.rows * all.columns * all.O;
-  by_member(all, [&](int k, const Shape& s) {
+  by_member(Shape(sizes), [&](int k, const Shape& s) {
     auto of = [&](auto vector) { return member(vector, k, s.O); };
+    Long out = s.outputs();
     Norm norm{of(gamma), of(beta), of(running_mean), of(running_var), of(saved), momentum, eps};
-    forward(s, x + k * in, w + Long(k) * s.O * s.kh * s.kw * s.C, of(bias), norm, member(residual, k, out), y + k * out,
+    forward(s, x + k * s.inputs(), w + k * s.weights(), of(bias), norm, member(residual, k, out), y + k * out,
             member(z, k, out), relu, winograd);
   });
 }
@@ -249,14 +248,12 @@ void layer(const float* x, const float* w, const float* bias, const float* gamma
 void layer_backward(const float* dz, const float* x, const float* w, const float* y, const float* z, const float* saved,
                     int relu, float* dx, float* dw, float* dgamma, float* dbeta, float* g, float* dy, int winograd,
                     const Long* sizes) {
-  Shape all(sizes);
-  Long in = Long(all.N) * all.H * all.W * all.C, out = Long(all.N) * all.rows * all.columns * all.O;
-  by_member(all, [&](int k, const Shape& s) {
+  by_member(Shape(sizes), [&](int k, const Shape& s) {
     auto of = [&](auto vector) { return member(vector, k, s.O); };
-    auto activation = [&](auto tensor) { return member(tensor, k, out); };
-    Long weights = Long(s.O) * s.kh * s.kw * s.C;
-    Outputs to{member(dx, k, in), dw + k * weights, of(dgamma), of(dbeta), activation(g), activation(dy)};
-    backward(s, dz + k * out, x + k * in, w + k * weights, activation(y), activation(z), of(saved), relu, to, winograd);
+    auto activation = [&](auto tensor) { return member(tensor, k, s.outputs()); };
+    Outputs to{member(dx, k, s.inputs()), dw + k * s.weights(), of(dgamma), of(dbeta), activation(g), activation(dy)};
+    backward(s, dz + k * s.outputs(), x + k * s.inputs(), w + k * s.weights(), activation(y), activation(z), of(saved), relu, to,
+             winograd);
   });
 }
 

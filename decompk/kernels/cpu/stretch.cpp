@@ -4,7 +4,8 @@
 
 namespace {
 
-// A layer, or a pooling, as `layer` and `max_pool` have it. Activations and gradients are places in two rooms, in floats.
+// A layer, or a pooling, as `layer` and `max_pool` have it. Activations and gradients are places in two rooms, in floats,
+// those of gradients in the part of each member, since members that are computed alone are at different steps.
 struct Step {
   Long pools, relu, winograd, winograd_back;
   Long x, residual, y, z, saved;  // saved: what the norm saved, or where a pooling found its maxima
@@ -27,6 +28,19 @@ struct Room {
   }
 };
 
+// Gradients of member k, or of all where it is negative; what is found lies where all members' would begin.
+struct Gradients {
+  float *first, *given, *result;
+  Long members, size;  // of a member's part
+  int k;
+
+  float* at(Long place, Long of_member) const {
+    if (place == NONE) return nullptr;
+    if (place < 0) return place == GIVEN ? given : result;
+    return k < 0 ? first + members * place : first + k * size + place - k * of_member;
+  }
+};
+
 void add(const float* from, Long count, float* to) {
   constexpr Long piece = 4096;
 #pragma omp parallel for
@@ -37,46 +51,72 @@ void add(const float* from, Long count, float* to) {
     });
 }
 
+// A pooling of member k of `members`, or of all where k is negative, as the pooling's own sizes, which know but images.
+struct Pooling : Step {
+  Long skipped_in = 0, skipped_out = 0;
+
+  Pooling(const Step& s, Long members, int k) : Step(s) {
+    Long& images = sizes[1];
+    if (k < 0) return;
+    images /= members;
+    skipped_in = k * in(), skipped_out = k * out();
+  }
+  Long in() const { return Shape(sizes, false).inputs(); }
+  Long out() const { return Shape(sizes, false).outputs(); }
+};
+
 }  // namespace
 
 extern "C" {
 
 // tensors: TENSORS of each step, null where there is none; those of the running statistics move.
-void stretch(const Step* steps, Long count, const float* x, float* result, float* room, float* const* tensors) {
+void stretch(const Step* steps, Long count, Long members, const float* x, float* result, float* room, float* const* tensors) {
   Room<float> at{room, const_cast<float*>(x), result};
-  for (const Step* s = steps; s < steps + count; ++s, tensors += TENSORS) {
-    if (s->pools) max_pool(at.at(s->x), at.at(s->y), reinterpret_cast<unsigned char*>(at.at(s->saved)), s->sizes);
-    else
-      layer(at.at(s->x), tensors[0], tensors[1], tensors[2], tensors[3], tensors[4], tensors[5], at.at(s->residual),
-            at.at(s->y), at.at(s->z), at.at(s->saved), int(s->relu), s->momentum, s->eps, int(s->winograd), s->sizes);
-  }
+  by_member(int(members), [&](int k) {
+    for (Long i = 0; i < count; ++i) {
+      const Step& s = steps[i];
+      float* const* own = tensors + i * TENSORS;
+      if (s.pools) {
+        Pooling p(s, members, k);
+        auto places = reinterpret_cast<unsigned char*>(at.at(s.saved)) + p.skipped_out;
+        max_pool(at.at(s.x) + p.skipped_in, at.at(s.y) + p.skipped_out, places, p.sizes);
+      } else
+        layer(at.at(s.x), own[0], own[1], own[2], own[3], own[4], own[5], at.at(s.residual), at.at(s.y), at.at(s.z),
+              at.at(s.saved), int(s.relu), s.momentum, s.eps, int(s.winograd), s.sizes);
+    }
+  });
 }
 
 // Of dz, the result's gradient: dx, that of what was given, unless it is null, and FOUND of each step; what else there
-// is as `stretch` left it. gradients: room for them.
-void stretch_backward(const Step* steps, Long count, const float* x, const float* result, const float* room, const float* dz,
-                      float* dx, float* gradients, float* const* tensors, float* const* found) {
+// is as `stretch` left it. gradients: room for them, `size` floats a member.
+void stretch_backward(const Step* steps, Long count, Long members, const float* x, const float* result, const float* room,
+                      const float* dz, float* dx, float* gradients, Long size, float* const* tensors, float* const* found) {
   Room<const float> at{room, x, result};
-  Room<float> of{gradients, dx, const_cast<float*>(dz)};
-  for (Long i = count; i-- > 0;) {
-    const Step& s = steps[i];
-    Shape sizes(s.sizes, false);
-    const float* given = of.at(s.dz);
-    float *dx_whole = of.at(s.dx), *g_whole = of.at(s.g);
-    float* to = dx_whole && s.room_dx != NONE ? of.at(s.room_dx) : dx_whole;
-    float* passed = g_whole && s.room_g != NONE ? of.at(s.room_g) : g_whole;
-    if (s.pools) max_unpool(given, reinterpret_cast<const unsigned char*>(at.at(s.saved)), to, s.sizes);
-    else {
-      bool norm = s.saved != NONE, decides = s.relu && (!norm || s.residual != NONE);
-      float* const* own = found + i * FOUND;
-      layer_backward(given, at.at(s.x), tensors[i * TENSORS], norm ? at.at(s.y) : nullptr,
-                     decides ? at.at(norm ? s.z : s.y) : nullptr, at.at(s.saved), int(s.relu), to, own[0], own[1], own[2],
-                     passed, of.at(s.dy), int(s.winograd_back), s.sizes);
+  by_member(int(members), [&](int k) {
+    Gradients of{gradients, dx, const_cast<float*>(dz), members, size, k};
+    for (Long i = count; i-- > 0;) {
+      const Step& s = steps[i];
+      Pooling p(s, members, k);
+      Long in = s.pools ? p.in() : Shape(s.sizes, false).inputs(), out = s.pools ? p.out() : Shape(s.sizes, false).outputs();
+      if (s.pools && k < 0) in /= members, out /= members;
+      float *given = of.at(s.dz, out), *dx_whole = of.at(s.dx, in), *g_whole = of.at(s.g, out);
+      float* to = dx_whole && s.room_dx != NONE ? of.at(s.room_dx, in) : dx_whole;
+      float* passed = g_whole && s.room_g != NONE ? of.at(s.room_g, out) : g_whole;
+      if (s.pools) {
+        auto places = reinterpret_cast<const unsigned char*>(at.at(s.saved)) + p.skipped_out;
+        if (to) max_unpool(given + p.skipped_out, places, to + p.skipped_in, p.sizes);
+      } else {
+        bool norm = s.saved != NONE, decides = s.relu && (!norm || s.residual != NONE);
+        float* const* own = found + i * FOUND;
+        layer_backward(given, at.at(s.x), tensors[i * TENSORS], norm ? at.at(s.y) : nullptr,
+                       decides ? at.at(norm ? s.z : s.y) : nullptr, at.at(s.saved), int(s.relu), to, own[0], own[1], own[2],
+                       passed, of.at(s.dy, out), int(s.winograd_back), s.sizes);
+      }
+      Long first = std::max(k, 0), share = k < 0 ? members : 1;
+      if (to != dx_whole) add(to + first * in, share * in, dx_whole + first * in);
+      if (passed != g_whole) add(passed + first * out, share * out, g_whole + first * out);
     }
-    Long images = Long(sizes.K) * sizes.N;
-    if (to != dx_whole) add(to, images * sizes.H * sizes.W * sizes.C, dx_whole);
-    if (passed != g_whole) add(passed, images * sizes.rows * sizes.columns * sizes.O, g_whole);
-  }
+  });
 }
 
 }  // extern "C"
