@@ -286,7 +286,7 @@ def test_generations_of_one_name_have_names_of_their_own():
     ]
 
 
-def test_choices_are_those_of_one_generation_its_vector_units_cores_and_threads(path_on, monkeypatch):
+def test_choices_are_those_of_one_generation_its_vector_units_cores_threads_and_code(path_on, monkeypatch):
     others = [
         *(SAPPHIRE, MILAN, GRAVITON, None),
         *(SKYLAKE.replace(*change) for change in (("stepping\t: 4", "stepping\t: 7"), ("fma", ""), ("85", "106"))),
@@ -297,6 +297,8 @@ def test_choices_are_those_of_one_generation_its_vector_units_cores_and_threads(
     ]
     threads, paths = torch.get_num_threads(), [path_on(text) for text in (SKYLAKE, *others)]
     monkeypatch.setattr(cache, "cores", lambda: 77)
+    paths.append(path_on(SKYLAKE))
+    monkeypatch.setattr(measure, "_code", lambda: "of another version")
     paths.append(path_on(SKYLAKE))
     monkeypatch.setattr(torch, "get_num_threads", lambda: 33)
     paths.append(path_on(SKYLAKE))

@@ -31,13 +31,25 @@ MARGIN = 0.95  # torch's operators are chosen where they take less than that sha
 def path() -> Path:
     """The file of choices made under what decides how fast they are; it may be removed at any time.
 
-    That is the processor's generation and vector units, the cores that this process may use, torch's threads and torch.
+    That is the processor's generation and vector units, the cores that this process may use, torch's threads, torch and
+    the code that was measured.
     """
     torch_version = torch.__version__.partition("+")[0]
     processor, cores, threads = cache.processor(), cache.cores(), torch.get_num_threads()
-    digest = hashlib.sha256(repr((processor.model, cores, threads, torch_version)).encode()).hexdigest()[:8]
+    digest = hashlib.sha256(repr((processor.model, cores, threads, torch_version, _code())).encode()).hexdigest()[:8]
     where = f"{cache.slug(processor.name)}-{threads}-threads-{cores}-cores"
     return cache.folder() / f"choices-{where}-torch-{torch_version}-{digest}.json"
+
+
+@functools.cache
+def _code() -> str:
+    """A digest of the sources that decide how fast a network runs."""
+    package, contents = Path(__file__).parent.parent, hashlib.sha256()
+    for part in ("kernels", "ops", "packed"):
+        for source in sorted((package / part).rglob("*")):
+            if source.suffix in (".py", ".cpp", ".h"):
+                contents.update(source.read_bytes())
+    return contents.hexdigest()
 
 
 def allowed() -> bool:
