@@ -14,6 +14,8 @@ from decompk import models
 from decompk.cost import walk
 from decompk.cost.figures import total
 from decompk.divide.blockdiag import Layerwise, ZeroSkipping, layer_by_layer
+from decompk.packed.pack import Packed
+from decompk.packed.schedule import CALLS
 
 CASES = (("ResNet32", 4, 32), ("ResNet32", 16, 32), ("VGG16", 4, 4))  # network, K, images
 SIDES = {"dense": "peer", "dense, channels_last": "peer", "members": "ours", "layer by layer": "ours"}
@@ -54,6 +56,8 @@ def run(name: str, K: int, images: int, setting: Setting) -> Race:
             with setting.autocast():
                 return net(mine)
 
+        for _ in range(CALLS if isinstance(net, Packed) else 0):  # until it has chosen its schedule
+            forward()
         return Contestant(forward, lambda y: {"output": y.unsqueeze(0)}, work(dense, net, size, images))
 
     builds = {how: partial(contestant, how) for how in nets}

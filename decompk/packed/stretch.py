@@ -69,7 +69,8 @@ class _Layer(NamedTuple):
         """What its modules are asked at each call, and the stretch was made by."""
         conv, norm = vars(self.conv), {} if self.norm is None else vars(self.norm)
         of_norm = norm.get("training"), norm.get("track_running_stats"), norm.get("momentum") is None
-        return conv["stride"], conv["padding"], conv["dilation"], *of_norm
+        laid = self.conv._twin_contiguous, self.norm is not None and self.norm._twin_contiguous
+        return conv["stride"], conv["padding"], conv["dilation"], *of_norm, *laid
 
 
 class _Pool(NamedTuple):
@@ -104,6 +105,7 @@ class Reader(fx.Interpreter):
 
     def __init__(self, net: nn.Module, graph: fx.Graph):
         super().__init__(net, garbage_collect_values=False, graph=graph)
+        self.extra_traceback = False  # errors are those of the layers alone
         self._steps: list[_Layer | _Pool] = []
         self._values: list[Tensor] = []  # what the stretch is given and what each step gives
         self._number: dict[fx.Node, int] = {}

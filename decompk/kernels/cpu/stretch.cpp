@@ -51,18 +51,18 @@ void add(const float* from, Long count, float* to) {
     });
 }
 
-// A pooling of member k of `members`, or of all where k is negative, as the pooling's own sizes, which know but images.
-struct Pooling : Step {
-  Long skipped_in = 0, skipped_out = 0;
+// What a step reads and writes of each member. A pooling's sizes know but images, all members' in a row.
+struct Share {
+  Long in, out, first;  // floats; and the member they begin with
+  Long sizes[14];  // of a pooling that is to do
 
-  Pooling(const Step& s, Long members, int k) : Step(s) {
-    Long& images = sizes[1];
-    if (k < 0) return;
-    images /= members;
-    skipped_in = k * in(), skipped_out = k * out();
+  Share(const Step& s, Long members, int k) : first(std::max(k, 0)) {
+    Shape all(s.sizes, false);
+    Long parts = s.pools ? members : 1;
+    in = all.inputs() / parts, out = all.outputs() / parts;
+    std::copy_n(s.sizes, 14, sizes);
+    if (k >= 0) sizes[1] /= members;
   }
-  Long in() const { return Shape(sizes, false).inputs(); }
-  Long out() const { return Shape(sizes, false).outputs(); }
 };
 
 }  // namespace
@@ -77,9 +77,9 @@ void stretch(const Step* steps, Long count, Long members, const float* x, float*
       const Step& s = steps[i];
       float* const* own = tensors + i * TENSORS;
       if (s.pools) {
-        Pooling p(s, members, k);
-        auto places = reinterpret_cast<unsigned char*>(at.at(s.saved)) + p.skipped_out;
-        max_pool(at.at(s.x) + p.skipped_in, at.at(s.y) + p.skipped_out, places, p.sizes);
+        Share of(s, members, k);
+        Long in = of.first * of.in, out = of.first * of.out;
+        max_pool(at.at(s.x) + in, at.at(s.y) + out, reinterpret_cast<unsigned char*>(at.at(s.saved)) + out, of.sizes);
       } else
         layer(at.at(s.x), own[0], own[1], own[2], own[3], own[4], own[5], at.at(s.residual), at.at(s.y), at.at(s.z),
               at.at(s.saved), int(s.relu), s.momentum, s.eps, int(s.winograd), s.sizes);
@@ -96,15 +96,15 @@ void stretch_backward(const Step* steps, Long count, Long members, const float* 
     Gradients of{gradients, dx, const_cast<float*>(dz), members, size, k};
     for (Long i = count; i-- > 0;) {
       const Step& s = steps[i];
-      Pooling p(s, members, k);
-      Long in = s.pools ? p.in() : Shape(s.sizes, false).inputs(), out = s.pools ? p.out() : Shape(s.sizes, false).outputs();
-      if (s.pools && k < 0) in /= members, out /= members;
+      Share share(s, members, k);
+      Long in = share.in, out = share.out;
       float *given = of.at(s.dz, out), *dx_whole = of.at(s.dx, in), *g_whole = of.at(s.g, out);
       float* to = dx_whole && s.room_dx != NONE ? of.at(s.room_dx, in) : dx_whole;
       float* passed = g_whole && s.room_g != NONE ? of.at(s.room_g, out) : g_whole;
+      Long skipped_in = share.first * in, skipped_out = share.first * out, together = k < 0 ? members : 1;
       if (s.pools) {
-        auto places = reinterpret_cast<const unsigned char*>(at.at(s.saved)) + p.skipped_out;
-        if (to) max_unpool(given + p.skipped_out, places, to + p.skipped_in, p.sizes);
+        auto places = reinterpret_cast<const unsigned char*>(at.at(s.saved)) + skipped_out;
+        if (to) max_unpool(given + skipped_out, places, to + skipped_in, share.sizes);
       } else {
         bool norm = s.saved != NONE, decides = s.relu && (!norm || s.residual != NONE);
         float* const* own = found + i * FOUND;
@@ -112,9 +112,8 @@ void stretch_backward(const Step* steps, Long count, Long members, const float* 
                        decides ? at.at(norm ? s.z : s.y) : nullptr, at.at(s.saved), int(s.relu), to, own[0], own[1], own[2],
                        passed, of.at(s.dy, out), int(s.winograd_back), s.sizes);
       }
-      Long first = std::max(k, 0), share = k < 0 ? members : 1;
-      if (to != dx_whole) add(to + first * in, share * in, dx_whole + first * in);
-      if (passed != g_whole) add(passed + first * out, share * out, g_whole + first * out);
+      if (to != dx_whole) add(to + skipped_in, together * in, dx_whole + skipped_in);
+      if (passed != g_whole) add(passed + skipped_out, together * out, g_whole + skipped_out);
     }
   });
 }
