@@ -133,10 +133,12 @@ class Standing:
         kept = self._leaves.get(key)
         if kept is not None and kept[0]() is stack and kept[1] == lies:
             return kept[2]
-        found = [part.data.requires_grad_(stack.requires_grad) for part in stack.unbind(0)]
-        if stack.requires_grad:
-            gone = functools.partial(_forget, weakref.ref(self), key)
-            self._leaves[key] = weakref.ref(stack, gone), lies, found
+        if not stack.requires_grad:  # each counts its own changes: another member's are nothing to its graph
+            return [part.data for part in stack.unbind(0)]
+        # They share the stack's count, by which a graph notices that a weight is no longer what it was.
+        found = [part.requires_grad_() for part in stack.detach().unbind(0)]
+        gone = functools.partial(_forget, weakref.ref(self), key)
+        self._leaves[key] = weakref.ref(stack, gone), lies, found
         return found
 
     def members(self, packed: Packed) -> PerMember:
