@@ -16,7 +16,8 @@ from decompk.kernels import cpu
 from decompk.kernels.problem import PASSES
 
 THREADS = [1, 2, 4]
-SEEDS = {"address": 40, "thread": 40, "halo": 8}  # fibers take their time
+STRETCHES = [seed for seed in range(48, 300) if " stretch " in sanitize.line_of(seed, "address")][:8]  # they are rare
+SEEDS = {"address": [*range(48), *STRETCHES], "thread": [*range(48), *STRETCHES], "halo": range(8)}  # fibers: slow
 
 
 def built(sanitizer, into, sources=()):
@@ -28,14 +29,27 @@ def built(sanitizer, into, sources=()):
 
 @pytest.mark.parametrize("sanitizer", sanitize.SANITIZERS)
 def test_random_problems_overrun_nothing_race_nowhere_and_are_right(sanitizer, tmp_path):
-    found = sanitize.search(sanitizer, built(sanitizer, tmp_path), THREADS, range(SEEDS[sanitizer]), seconds=60)
-    assert found.problems == SEEDS[sanitizer] and not found.reports and not found.faults
+    found = sanitize.search(sanitizer, built(sanitizer, tmp_path), THREADS, SEEDS[sanitizer], seconds=60)
+    assert found.problems == len(SEEDS[sanitizer]) and not found.reports and not found.faults
 
 
 def test_the_seeds_draw_every_pass_in_every_form_and_norms():
-    drawn = {tuple(sanitize.line_of(seed, "address").split()[1:4]) for seed in range(SEEDS["address"])}
+    drawn = {tuple(sanitize.line_of(seed, "address").split()[1:4]) for seed in SEEDS["address"]}
     assert {("conv", kind, form) for kind in PASSES for form in ("direct", "winograd")} <= drawn
-    assert {"norm", "layer", "channels", "layer_norm", "pool"} <= {op for op, *_ in drawn}
+    assert {"norm", "layer", "channels", "layer_norm", "pool", "stretch"} <= {op for op, *_ in drawn}
+
+
+def test_stretches_pool_run_by_winograd_add_and_have_members_for_every_thread():
+    members, seen = set(), set()
+    for seed in STRETCHES:
+        K, wants, count, *numbers = map(int, sanitize.line_of(seed, "address").split()[2:])
+        steps = [numbers[i : i + 24] for i in range(0, len(numbers), 24)]
+        assert len(steps) == count
+        read = [value for step in steps for value in step[8:10] if value > 0 or (wants and value == 0)]
+        members.add(K)
+        seen |= {name for i, name in ((0, "pools"), (2, "forward"), (3, "back")) if any(step[i] for step in steps)}
+        seen |= {"twice"} if len(set(read)) < len(read) else set()
+    assert seen == {"pools", "forward", "back", "twice"} and {2, 4} <= members
 
 
 FAULTS = {  # sanitizer: {file: (code, what is put in its place)}

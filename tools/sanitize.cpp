@@ -1,7 +1,8 @@
 // Drives the CPU kernels for tools/sanitize.py: a line of stdin is a problem, a line of stdout what is wrong with it.
 //
 // Every tensor is an allocation of its own, of the exact size; outputs are full of NaN before. Results are held against
-// plain loops in double, and those of any number of threads, bit for bit, against each other.
+// plain loops in double, and those of any number of threads, bit for bit, against each other; those of a stretch, bit for
+// bit, against what its steps give one by one.
 #include <algorithm>
 #include <cmath>
 #include <condition_variable>
@@ -44,6 +45,9 @@ void layer_norm_backward(const float* dy, const float* x, const float* weight, c
                          float* dweight, float* dbias, Long K, Long R, Long D);
 void max_pool(const float* x, float* y, unsigned char* place, const Long* sizes);
 void max_unpool(const float* dy, const unsigned char* place, float* dx, const Long* sizes);
+void stretch(const void* steps, Long count, Long members, const float* x, float* result, float* room, float* const* tensors);
+void stretch_backward(const void* steps, Long count, Long members, const float* x, const float* result, const float* room,
+                      const float* dz, float* dx, float* gradients, Long size, float* const* tensors, float* const* found);
 }
 
 // ---- OpenMP as GCC calls it, on std::thread: ThreadSanitizer sees all synchronisation in it, and none in libgomp -----
@@ -147,6 +151,8 @@ struct Floats {
   float& operator[](size_t i) const { return at[i]; }
   bool same(const Floats& other) const { return !size || !std::memcmp(get(), other.get(), size * sizeof(float)); }
 };
+
+unsigned char* bytes_of(const Floats& floats) { return reinterpret_cast<unsigned char*>(floats.get()); }
 
 UNSANITIZED Floats random(size_t size, double deviation = 1, double middle = 0) {
   std::normal_distribution<double> normal(middle, deviation);
@@ -437,19 +443,18 @@ UNSANITIZED void pool(std::istream& line) {
   Long s[14];
   for (Long& value : s) line >> value;
   Long N = s[1], C = s[2], H = s[4], W = s[5], rows = s[12], columns = s[13], count = N * rows * columns * C;
-  auto bytes = [](Floats& place) { return reinterpret_cast<unsigned char*>(place.get()); };
   Named in, out;
   in["x"] = random(N * H * W * C), in["dy"] = random(count);
   for (size_t i = 0; i < in["x"].size; ++i) in["x"][i] = std::round(3 * in["x"][i]);  // with equal values
   out["y"] = Floats(count), out["place"] = Floats((count + 3) / 4);
   Named forward = run_on_threads(in, out, [&](Named& in, Named& out) {
-    max_pool(in["x"].get(), out["y"].get(), bytes(out["place"]), s);
+    max_pool(in["x"].get(), out["y"].get(), bytes_of(out["place"]), s);
   });
   in["place"] = std::move(forward["place"]);
   out.clear();
   out["dx"] = Floats(in["x"].size);
   Named backward = run_on_threads(in, out, [&](Named& in, Named& out) {
-    max_unpool(in["dy"].get(), bytes(in["place"]), out["dx"].get(), s);
+    max_unpool(in["dy"].get(), bytes_of(in["place"]), out["dx"].get(), s);
   });
   std::vector<double> y(count), dx(in["x"].size);
   for (Long at = 0; at < count; ++at) {
@@ -538,6 +543,201 @@ UNSANITIZED void whole_layer(std::istream& line) {
   if (normed && added) compare("g", backward["g"], g, 0);
 }
 
+// ---- stretches: several layers and poolings in one call --------------------------------------------------------------
+
+struct Row {  // Step in stretch.cpp
+  Long pools, relu, winograd, winograd_back, x, residual, y, z, saved, dz, dx, g, dy, room_dx, room_g;
+  double momentum, eps;
+  Long s[14];
+};
+const Long NONE = -1, GIVEN = -2, RESULT = -3;
+
+// A step, and the values that it reads and adds, by number: 0 what the stretch is given, i + 1 what step i gives.
+struct Step : Row {
+  bool normed, biased, affine, running;
+  Long reads, adds, in, out;  // in, out: how many floats
+
+  Step(std::istream& line, Long K) : Row() {
+    line >> pools >> relu >> winograd >> winograd_back >> normed >> biased >> affine >> running >> reads >> adds;
+    for (Long& value : s) line >> value;
+    in = s[0] * s[1] * s[4] * s[5] * s[2], out = s[0] * s[1] * s[12] * s[13] * s[3];
+    momentum = 0.3, eps = 1e-5;
+  }
+  Long vectors() const { return s[0] * s[3]; }
+  Long weights() const { return vectors() * s[6] * s[7] * s[2]; }
+  Long bytes() const { return (out + 3) / 4; }  // floats that hold the places of a pooling's maxima
+  bool same() const { return s[8] * s[9] == 1 && s[12] == s[4] && s[13] == s[5]; }
+  bool decides() const { return relu && (!normed || adds >= 0); }
+};
+
+// Places side by side in one memory of `size` floats: what is given back is taken again, so that what is read or written
+// too late, or by a thread that is at another step, meets other numbers there.
+struct Places {
+  Long size = 0;
+  std::vector<std::pair<Long, Long>> free;  // place and size
+
+  Long take(Long count) {
+    for (auto& one : free)
+      if (one.second >= count) {
+        Long place = one.first;
+        one.first += count, one.second -= count;
+        return place;
+      }
+    return (size += count) - count;
+  }
+  void give_back(Long place, Long count) {
+    if (place >= 0) free.emplace_back(place, count);
+  }
+};
+
+// Where activations lie; the floats that they take.
+Long lay_out(std::vector<Step>& steps) {
+  Places room;
+  std::vector<Long> values{GIVEN};
+  for (Step& step : steps) {
+    Long result = &step == &steps.back() ? RESULT : room.take(step.out);
+    step.x = values[step.reads], step.residual = step.adds < 0 ? NONE : values[step.adds];
+    step.y = step.normed ? room.take(step.out) : result, step.z = step.normed ? result : NONE;
+    step.saved = step.pools ? room.take(step.bytes()) : step.normed ? room.take(4 * step.vectors()) : NONE;
+    values.push_back(result);
+  }
+  return room.size;
+}
+
+// The same of gradients, in a member's part of K.
+Long lay_out_gradients(std::vector<Step>& steps, Long K, bool wants) {
+  Places room;
+  std::vector<Long> values(steps.size() + 1, NONE);
+  values.back() = RESULT;
+  std::vector<bool> found(values.size());
+  auto place = [&](Long value, Long size, Long& at, Long& more) {
+    at = more = NONE;
+    if (value < 0 || (!value && !wants)) return;
+    if (values[value] == NONE) values[value] = value ? room.take(size) : GIVEN;
+    at = values[value];
+    if (found[value]) more = room.take(size);
+    found[value] = true;
+  };
+  for (size_t i = steps.size(); i-- > 0;) {
+    Step& step = steps[i];
+    Long in = step.in / K, out = step.out / K;
+    step.dz = values[i + 1];
+    place(step.reads, in, step.dx, step.room_dx);
+    place(step.adds, out, step.g, step.room_g);
+    step.dy = step.pools || step.dx == NONE || step.same() ? NONE : room.take(out);
+    room.give_back(step.room_dx, in);
+    for (Long used : {step.room_g, step.dy, step.dz}) room.give_back(used, out);
+  }
+  return room.size;
+}
+
+// What a stretch gives, by the functions of its steps, called one by one. Tensors of a step bear its number.
+struct OneByOne {
+  const std::vector<Step>& steps;
+  bool wants;
+  Named &in, &out;
+  std::vector<Floats> values, y, saved, gradients;
+
+  OneByOne(const std::vector<Step>& steps, bool wants, Named& in, Named& out)
+      : steps(steps), wants(wants), in(in), out(out), values(steps.size() + 1), y(steps.size()), saved(steps.size()),
+        gradients(steps.size() + 1) {
+    values[0] = Floats(in["x"]), gradients.back() = Floats(in["dz"]);
+    for (size_t i = 0; i < steps.size(); ++i) forward(i);
+    for (size_t i = steps.size(); i-- > 0;) backward(i);
+    out["result"] = std::move(values.back()), out["dx"] = std::move(gradients[0]);
+  }
+
+  static float* of(Named& named, const char* name, size_t i) { return named[name + std::to_string(i)].get(); }
+
+  void forward(size_t i) {
+    const Step& step = steps[i];
+    Floats &x = values[step.reads], &z = values[i + 1] = Floats(step.out);
+    if (step.pools) {
+      saved[i] = Floats(step.bytes());
+      return max_pool(x.get(), z.get(), bytes_of(saved[i]), step.s);
+    }
+    if (step.normed) y[i] = Floats(step.out), saved[i] = Floats(4 * step.vectors());
+    layer(x.get(), of(in, "w", i), of(in, "bias", i), of(in, "gamma", i), of(in, "beta", i), of(out, "running_mean", i),
+          of(out, "running_var", i), step.adds < 0 ? nullptr : values[step.adds].get(), (step.normed ? y[i] : z).get(),
+          step.normed ? z.get() : nullptr, saved[i].get(), int(step.relu), step.momentum, step.eps, int(step.winograd),
+          step.s);
+  }
+
+  void backward(size_t i) {
+    const Step& step = steps[i];
+    Floats &dz = gradients[i + 1], dx, g, dy;
+    if (step.reads || wants) dx = Floats(step.in);
+    if (step.adds > 0 || (!step.adds && wants)) g = Floats(step.out);
+    if (!step.pools && dx.at && !step.same()) dy = Floats(step.out);
+    if (!step.pools)
+      layer_backward(dz.get(), values[step.reads].get(), of(in, "w", i), y[i].get(),
+                     step.decides() ? values[i + 1].get() : nullptr, saved[i].get(), int(step.relu), dx.get(),
+                     of(out, "dw", i), of(out, "dgamma", i), of(out, "dbeta", i), g.get(), dy.get(), int(step.winograd_back),
+                     step.s);
+    else if (dx.at) max_unpool(dz.get(), bytes_of(saved[i]), dx.get(), step.s);
+    if (dx.at) add(std::move(dx), gradients[step.reads]);
+    if (g.at) add(std::move(g), gradients[step.adds]);
+  }
+
+  static void add(Floats part, Floats& to) {
+    if (!to.at) to = std::move(part);
+    else
+      for (size_t i = 0; i < to.size; ++i) to[i] += part[i];
+  }
+};
+
+// K, whether dx is wanted, how many steps, and of each what Step reads: whether it pools, has a ReLU, runs by Winograd's
+// algorithm forward and backward, has a norm, a bias, gamma and beta, running statistics; what it reads and adds, -1 for
+// nothing; and Shape's numbers, those of a pooling with K = 1
+UNSANITIZED void whole_stretch(std::istream& line) {
+  Long K, count;
+  bool wants;
+  line >> K >> wants >> count;
+  std::vector<Step> steps;
+  for (Long i = 0; i < count; ++i) steps.emplace_back(line, K);
+  Long size = lay_out(steps), share = lay_out_gradients(steps, K, wants);
+  auto if_wanted = [](bool wanted, Floats made) { return wanted ? std::move(made) : Floats(); };
+  Named in, out;
+  in["x"] = random(steps[0].in), in["dz"] = random(steps.back().out);
+  out["result"] = Floats(steps.back().out), out["dx"] = if_wanted(wants, Floats(steps[0].in));
+  for (Long i = 0; i < count; ++i) {
+    const Step& step = steps[i];
+    std::string of = std::to_string(i);
+    Long vectors = step.vectors();
+    if (step.pools) continue;
+    in["w" + of] = random(step.weights(), 1 / std::sqrt(double(step.weights()) / vectors));
+    in["bias" + of] = if_wanted(step.biased, random(vectors));
+    in["gamma" + of] = if_wanted(step.affine, random(vectors, 0.3, 1));
+    in["beta" + of] = if_wanted(step.affine, random(vectors));
+    out["running_mean" + of] = if_wanted(step.running, random(vectors));
+    out["running_var" + of] = if_wanted(step.running, random(vectors, 0.1, 2));
+    out["dw" + of] = Floats(step.weights()), out["dgamma" + of] = if_wanted(step.normed, Floats(vectors));
+    out["dbeta" + of] = if_wanted(step.normed || step.biased, Floats(vectors));
+  }
+  Named wanted = run_on_threads(in, out, [&](Named& in, Named& out) { OneByOne(steps, wants, in, out); });
+  Named found = run_on_threads(in, out, [&](Named& in, Named& out) {
+    Floats room(size), gradients(K * share);
+    std::vector<Row> rows(steps.begin(), steps.end());
+    std::vector<float*> tensors, grads;
+    for (Long i = 0; i < count; ++i) {
+      for (auto name : {"w", "bias", "gamma", "beta"}) tensors.push_back(OneByOne::of(in, name, i));
+      for (auto name : {"running_mean", "running_var"}) tensors.push_back(OneByOne::of(out, name, i));
+      for (auto name : {"dw", "dgamma", "dbeta"}) grads.push_back(OneByOne::of(out, name, i));
+    }
+    float *x = in["x"].get(), *result = out["result"].get();
+    stretch(rows.data(), count, K, x, result, room.get(), tensors.data());
+    const Floats kept = room;
+    stretch_backward(rows.data(), count, K, x, result, room.get(), in["dz"].get(), out["dx"].get(), gradients.get(), share,
+                     tensors.data(), grads.data());
+    if (!room.same(kept)) fault("activations, an input of the backward, were written");
+  });
+  for (auto& [name, tensor] : found) {
+    if (!tensor.same(wanted[name])) fault(name + " has other bits than its steps give one by one");
+    for (size_t i = 0; i < tensor.size; ++i)
+      if (!std::isfinite(tensor[i])) return fault(name + " is " + std::to_string(tensor[i]) + " at " + std::to_string(i));
+  }
+}
+
 }  // namespace
 
 // Arguments: the numbers of threads.
@@ -554,6 +754,7 @@ int main(int, char** arguments) {
     : op == "channels"   ? channels(line)
     : op == "layer_norm" ? row_norm(line)
     : op == "pool"       ? pool(line)
+    : op == "stretch"    ? whole_stretch(line)
                          : norm(line);
     std::cout << "answer: " << (line ? faults : "a line of too few numbers") << std::endl;
   }

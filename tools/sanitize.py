@@ -21,6 +21,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -63,7 +64,7 @@ class Found:
 def line_of(seed: int, sanitizer: str) -> str:
     """The problem of this seed, as the driver reads it."""
     rng = random.Random(seed)
-    draw = _halo if sanitizer == "halo" else rng.choices(DRAWS, (8, 2, 2, 8, 1, 1))[0]
+    draw = _halo if sanitizer == "halo" else rng.choices(DRAWS, (8, 2, 2, 8, 1, 1, 1))[0]
     return f"{seed} {draw(rng)}"
 
 
@@ -144,7 +145,48 @@ def _pool(rng: random.Random) -> str:
     return f"pool {' '.join(map(str, values))}"
 
 
-DRAWS = (_conv, _norm, _layer_norm, _layer, _channels, _pool)
+def _stretch(rng: random.Random) -> str:
+    most = 24 if rng.random() < 0.1 else 9  # the former: enough pixels for sums in several parts
+    K, N, wants, count = rng.choice((1, 2, 3, 4, 4, 5)), rng.randint(1, 3), rng.randint(0, 1), rng.randint(2, 4)
+    while True:
+        channels = rng.choice((4, 8, 8, 16) if wants else (3, 4, 8))
+        values = [(channels, *(rng.randint(most // 3, most) for _ in "HW"))]  # what is given, and what steps give
+        steps, used, cost = [], {count}, 0
+        while len(steps) < count and (step := _step(rng, K, N, values, wants)):
+            text, reads, p = step
+            steps.append(text)
+            values.append((p.O, *p.out_size))
+            used |= reads
+            cost += K * N * p.C * p.O * p.taps * prod(p.out_size)
+        if len(steps) == count and used.issuperset(range(count)) and cost < (2e6 if most > 9 else 2e5):
+            return f"stretch {K} {wants} {count} {' '.join(steps)}"
+
+
+def _step(rng: random.Random, K: int, N: int, values: list, wants: int) -> tuple[str, set[int], Problem] | None:
+    """A pooling or a layer that reads one of `values`, which of them it uses, and its problem; None if it cannot be."""
+    last, pools = len(values) - 1, rng.random() < 0.25
+    reads = last if rng.random() < 0.7 else rng.randint(0, last)
+    C, *sides = values[reads]
+    k, stride = rng.choice((2, 3) if pools else (1, 3, 3)), rng.choice((1, 2) if pools else (1, 1, 2))
+    padding, O = rng.choice((0, k // 2, k // 2)), C if pools else rng.choice((4, 8, 8, 16, C))
+    p = Problem("fprop", "float32", K, N, C, O, *sides, (k, k), (stride, stride), (padding, padding))
+    passes = [kind for kind in PASSES if kind != "dgrad" or reads or wants]
+    if min(p.out_size) < 1 or not (pools or all(_legal(p.of(kind), "direct") for kind in passes)):
+        return None
+    same, fast = p.out_size == (p.H, p.W), _legal(p, "winograd")
+    winograd, back = fast and rng.randint(0, 1), fast and (same or "dgrad" not in passes) and rng.randint(0, 1)
+    normed = N * prod(p.out_size) > 1 and rng.random() < 0.7
+    fitting = [i for i, value in enumerate(values) if value == (O, *p.out_size)][-2 if reads == last else -1 :]
+    adds = rng.choice(fitting) if normed and fitting and rng.random() < 0.8 else -1
+    flags = [rng.randint(0, 1) for _ in ("relu", "bias", "affine", "running")]
+    how = (0, flags[0], winograd, back, normed, flags[1], normed and flags[2], normed and flags[3], reads, adds)
+    if pools:
+        how, adds = (1, *(0,) * 7, reads, -1), -1
+    sizes = (*((1, K * N) if pools else (K, N)), C, O, *sides, *p.kernel, *p.stride, *p.padding, *p.out_size)
+    return " ".join(map(str, map(int, (*how, *sizes)))), {reads, adds}, p
+
+
+DRAWS = (_conv, _norm, _layer_norm, _layer, _channels, _pool, _stretch)
 
 
 def _halo(rng: random.Random) -> str:
@@ -246,7 +288,7 @@ def _gist(said: list[str]) -> str:
     return (telling or said or ["it ended without a word"])[-1].strip()
 
 
-def search(sanitizer: str, program: Path, threads: list[int], seeds: range, seconds: float) -> Found:
+def search(sanitizer: str, program: Path, threads: list[int], seeds: Sequence[int], seconds: float) -> Found:
     """Run the problems of `seeds` for at most so many seconds; says on stdout which fail."""
     found, end = Found(), time.monotonic() + seconds
     with Driver(program, threads) as driver:
