@@ -114,6 +114,19 @@ def test_results_do_not_depend_on_the_number_of_threads():
         assert all(torch.equal(other[name], t) for name, t in found[0].items())
 
 
+def test_a_member_that_is_not_finite_leaves_the_others_their_bits_on_any_number_of_threads(monkeypatch):
+    monkeypatch.setattr("decompk.ops.cpu_layer.choose_layer", lambda *_: LayerChoice("winograd", "winograd"))
+    members = [nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.ReLU()) for _ in range(5)]
+    x, weights, found = torch.randn(5, 4, 8, 6, 6), torch.randn(5, 4, 8, 6, 6), []
+    x[0, 0, 0, 0, 0] = float("nan")
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        found.append(trained(decompk.fuse(decompk.pack(copy.deepcopy(members))), x, weights))
+    torch.set_num_threads(1)
+    for name, t in found[0].items():
+        assert torch.equal(t[1:], found[1][name][1:]), name
+
+
 def test_what_follows_a_backward_follows_the_layers():
     members = [Layer(8, residual=True) for _ in range(2)]
     packed = decompk.pack(copy.deepcopy(members)).double().float()

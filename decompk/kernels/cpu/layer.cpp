@@ -201,7 +201,8 @@ struct Outputs {  // of a backward; what is not wanted is null
   float *dx, *dw, *dgamma, *dbeta, *g, *dy;
 };
 
-void backward(const Shape& s, const float* dz, const float* x, const float* w, const float* y, const float* z,
+// False where some of several members are not finite: then each has to be computed by itself, as it is on its own thread.
+bool backward(const Shape& s, const float* dz, const float* x, const float* w, const float* y, const float* z,
               const float* saved, bool relu, const Outputs& to, bool winograd) {
   Rows r(s.K, Long(s.N) * s.rows * s.columns, s.O, s.members);
   Gradients t(r, dz, y, z, saved);
@@ -213,13 +214,15 @@ void backward(const Shape& s, const float* dz, const float* x, const float* w, c
   if (winograd ? both_by_winograd(s, rising, x, w, dx, to.dw, dbias)
                : both(s, rising, x, w, dy ? nullptr : dx, to.dw, dbias, dy)) {
     if (dy && dx) input_gradient(s, dy, w, dx);
-    return;
+    return true;
   }
+  if (s.K > 1) return false;
   std::vector<float> room(dy ? 0 : r.K * r.rows * r.C);
   float* all = dy ? dy : room.data();
   rising.all(all);
   weight_gradient(s, x, all, to.dw);
   if (dx) input_gradient(s, all, w, dx);
+  return true;
 }
 
 }  // namespace
@@ -248,12 +251,18 @@ void layer(const float* x, const float* w, const float* bias, const float* gamma
 void layer_backward(const float* dz, const float* x, const float* w, const float* y, const float* z, const float* saved,
                     int relu, float* dx, float* dw, float* dgamma, float* dbeta, float* g, float* dy, int winograd,
                     const Long* sizes) {
-  by_member(Shape(sizes), [&](int k, const Shape& s) {
+  auto members = [&](int k, const Shape& s) {
     auto of = [&](auto vector) { return member(vector, k, s.O); };
     auto activation = [&](auto tensor) { return member(tensor, k, s.outputs()); };
     Outputs to{member(dx, k, s.inputs()), dw + k * s.weights(), of(dgamma), of(dbeta), activation(g), activation(dy)};
-    backward(s, dz + k * s.outputs(), x + k * s.inputs(), w + k * s.weights(), activation(y), activation(z), of(saved), relu, to,
-             winograd);
+    return backward(s, dz + k * s.outputs(), x + k * s.inputs(), w + k * s.weights(), activation(y), activation(z), of(saved),
+                    relu, to, winograd);
+  };
+  by_member(Shape(sizes), [&](int k, const Shape& s) {
+    if (members(k, s)) return;
+    Shape one = s;
+    one.K = 1;
+    for (k = 0; k < s.K; ++k) members(k, one);
   });
 }
 
