@@ -6,6 +6,7 @@ import random
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from helpers import used_members
 from torch import nn
 
@@ -271,6 +272,74 @@ def test_saved_tensors_may_come_back_in_another_layout():
     with torch.autograd.graph.saved_tensors_hooks(lambda t: t.contiguous(), lambda t: t.contiguous()):
         other(x).sum().backward()
     assert all(torch.equal(a.grad, b.grad) for a, b in zip(packed.parameters(), other.parameters(), strict=True))
+
+
+def other_act(packed):
+    packed._inner[2] = nn.GELU()
+
+
+def other_layer(packed):
+    packed._inner[0] = other = copy.deepcopy(packed._inner[0])
+    other.weight.data.mul_(-3)
+
+
+def other_body(packed):
+    packed._inner[3] = other = copy.deepcopy(packed._inner[3])
+    other.body[1].weight.data.mul_(-3)
+
+
+@pytest.mark.parametrize("replace", [other_act, other_layer, other_body])
+def test_a_module_that_is_replaced_runs_from_then_on(replace, monkeypatch):
+    same_bits(NETS["residual"][0], torch.randn(3, 2, 4, 16, 16), monkeypatch, change=replace)
+
+
+@pytest.mark.parametrize("behind", [nn.Dropout(0.3, inplace=True), nn.SiLU(inplace=True)])
+@pytest.mark.parametrize("relu", [True, False])
+def test_what_changes_the_result_in_place_may(behind, relu, monkeypatch):
+    def make():
+        return nn.Sequential(*conv(4, 8), *conv(8, 8, relu=relu), copy.deepcopy(behind), *head(8))
+
+    same_bits(make, torch.randn(3, 2, 4, 16, 16), monkeypatch)
+
+
+def test_a_checkpoint_counts_what_is_saved():
+    packed = decompk.fuse(pack(used_members(NETS["chain"][0], 3), input_dims=4).train())
+    for _ in range(2):
+        x = torch.randn(3, 2, 4, 16, 16, requires_grad=True)
+        torch.utils.checkpoint.checkpoint(packed, x, use_reentrant=False).sum().backward()
+        assert x.grad is not None
+
+
+def test_defaults_of_device_and_dtype_are_nothing_to_a_stretch():
+    packed, x = (
+        decompk.fuse(pack(used_members(NETS["pools"][0], 3), input_dims=4).train()),
+        torch.randn(3, 2, 4, 32, 32),
+    )
+    packed(x).sum().backward()
+    with torch.device("meta"):
+        packed(x).sum().backward()
+    try:
+        torch.set_default_dtype(torch.float64)
+        y = packed(x)
+        y.sum().backward()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert y.dtype is torch.float32 and y.isfinite().all()
+
+
+def test_weights_that_lie_otherwise_by_the_backward_are_read_as_they_lie():
+    packed = decompk.fuse(pack(used_members(NETS["chain"][0], 3), input_dims=4).train())
+    packed(x := torch.randn(3, 2, 4, 16, 16)).sum().backward()
+    found = []
+    for moves in (False, True):
+        packed.zero_grad()
+        y = packed(x)
+        if moves:
+            other_memory(packed)
+        y.square().sum().backward()
+        found.append([p.grad.clone() for p in packed.parameters()])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4 * max(1.0, float(a.abs().max())))
 
 
 def test_places_of_a_room_that_are_taken_at_once_do_not_meet():

@@ -16,8 +16,8 @@ from .problem import Pair
 def launch_max_pool(x: Tensor, kernel: Pair, stride: Pair, padding: Pair) -> tuple[Tensor, Tensor]:
     """x (N, C, H, W) → y (N, C, H', W') and the places of its maxima, uint8; all channels_last."""
     size, sizes = sizes_of(x.shape, kernel, stride, padding)
-    y = torch.empty(size, memory_format=torch.channels_last)
-    place = torch.empty(size, dtype=torch.uint8, memory_format=torch.channels_last)
+    y = torch.empty(size, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    place = torch.empty(size, dtype=torch.uint8, device=x.device, memory_format=torch.channels_last)
     cpu.max_pool(x, y, place, sizes)
     return y, place
 
@@ -26,7 +26,7 @@ def launch_max_unpool(
     dy: Tensor, place: Tensor, shape: torch.Size, kernel: Pair, stride: Pair, padding: Pair
 ) -> Tensor:
     """dx (N, C, H, W) of dy and the places of the maxima (N, C, H', W'); all channels_last."""
-    dx = torch.empty(shape, memory_format=torch.channels_last)
+    dx = torch.empty(shape, dtype=dy.dtype, device=dy.device, memory_format=torch.channels_last)
     cpu.max_unpool(dy, place, dx, sizes_of(shape, kernel, stride, padding)[1])
     return dx
 

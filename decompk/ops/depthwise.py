@@ -32,7 +32,8 @@ class _Depthwise(torch.autograd.Function):
         size = output_shape((K, N, C, H, W), (K, C, C, *kernel), stride, padding, (1, 1))[-2:]
         ctx.sizes = cpu.sizes((K, N, C, C, H, W, *kernel, *stride, *padding, *size))
         ctx.stride, ctx.padding = stride, padding
-        y = torch.empty((K * N, C, *size), memory_format=torch.channels_last)
+        like = {"dtype": x.dtype, "device": x.device, "memory_format": torch.channels_last}
+        y = torch.empty((K * N, C, *size), **like)
         cpu.depthwise(x, _inside(weight), None if bias is None else bias.contiguous(), y, ctx.sizes)
         ctx.save_for_backward(x, weight, bias)
         return y

@@ -17,7 +17,7 @@ from .fused_layer import plain_attributes, unhooked
 from .fusion import Fusion
 from .stretch import Reader, Whole
 
-KINDS = 8  # of calls whose stretches are kept
+KINDS = 32  # of calls whose stretches are kept
 
 
 class Edited(Rewritten):
@@ -81,7 +81,9 @@ class Program(Edited):
         """x: rows of all members (K·N, …), or with crops the image (N, …) that they share."""
         mode = self._inner.training
         alone = all(map(unhooked, self._called[mode]))
-        if mode and alone and torch.is_grad_enabled() and runs_cpu(x):
+        # Who saves tensors otherwise, as a checkpoint that computes again, counts them: they are the same at each call.
+        plain = torch._C._autograd._top_saved_tensors_default_hooks(True) is None
+        if mode and alone and plain and torch.is_grad_enabled() and runs_cpu(x):
             return self._by_stretch(x, crops)
         return self._code[mode](self._inner, x, crops, alone)
 
@@ -89,12 +91,12 @@ class Program(Edited):
         """The same, as much of it in one call as there is."""
         key = x.shape, x.requires_grad, crops is None, torch.get_num_threads()
         whole = self._whole.get(key)
-        if whole is not None and (tensors := whole.stretch.tensors()) is not None:
+        if whole is not None and (tensors := whole.tensors()) is not None:
             return whole.run(self._inner, x, crops, tensors)
         if key in self._whole and whole is None:
             return self._code[True](self._inner, x, crops, True)
-        if len(self._whole) >= KINDS:
-            self._whole.clear()
+        while len(self._whole) >= KINDS:
+            del self._whole[next(iter(self._whole))]
         if self._graph is None:
             vars(self)["_graph"] = Fusion(self._inner, True, self._crops).graph
         reader = Reader(self._inner, self._graph)

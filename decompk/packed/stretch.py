@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -93,6 +93,12 @@ class Whole:
 
     stretch: Stretch
     code: Callable
+    modules: Sequence[tuple[dict[str, Any], str, nn.Module]]  # that it stands for: where each is held, by which name
+
+    def tensors(self) -> list[Tensor | None] | None:
+        """Those of the stretch; None where it is no longer what the network would do."""
+        same = all(held.get(name) is module for held, name, module in self.modules)
+        return self.stretch.tensors() if same else None
 
     def run(self, net: nn.Module, x: Tensor, crops: Sequence[Crop] | None, tensors: list[Tensor | None]) -> Any:
         """What the network gives; tensors: of the stretch."""
@@ -180,8 +186,24 @@ class Reader(fx.Interpreter):
             used = {i for step in self._steps[:count] for i in (step.reads, getattr(step, "adds", None))}
             if read == {count} and used.issuperset(range(1, count)):
                 stretch = Stretch(self._steps[:count], self._values[0], self._values[count])
-                return Whole(stretch, self._behind(inside, count)) if stretch.is_possible() else None
+                whole = Whole(stretch, self._behind(inside, count), self._modules(inside))
+                return whole if stretch.is_possible() else None
         return None
+
+    def _modules(self, inside: Collection[fx.Node]) -> list[tuple[dict[str, Any], str, nn.Module]]:
+        """The modules that `inside` calls or reads, and those around them."""
+        read = {
+            node for one in inside for node in (one, *one.all_input_nodes) if node.op in ("call_module", "get_attr")
+        }
+        found: dict[str, tuple[dict[str, Any], str, nn.Module]] = {}
+        for node in read:
+            around: Any = self.module
+            names = str(node.target).split(".")
+            for i, name in enumerate(names):
+                held = around._modules if name in around._modules else vars(around)
+                around = getattr(around, name)
+                found[".".join(names[: i + 1])] = held, name, around
+        return list(found.values())
 
     def _behind(self, inside: dict[fx.Node, int], count: int) -> Callable:
         """The code of what comes behind the first `count` steps, whose result it takes."""
@@ -267,6 +289,15 @@ class Stretch:
                 return False
         return True
 
+    def reads_result(self) -> bool:
+        """Whether the backward asks the result what the last ReLU let pass."""
+        last = self._table[len(self._steps) - 1]
+        return bool(last.relu) and (last.z == NONE or last.residual != NONE)
+
+    def fits(self, tensors: Sequence[Tensor | None]) -> bool:
+        """Whether they lie as they did when the stretch was made."""
+        return self._look(tensors)[0] == self._lies
+
     def tensors(self) -> list[Tensor | None] | None:
         """The weights, vectors and statistics of all steps; None where a step is no longer what it was."""
         tensors = self._tensors()
@@ -341,8 +372,8 @@ class Stretch:
 
     def run(self, x: Tensor, tensors: list[Tensor | None]) -> tuple[Tensor, Tensor]:
         """The result and the room that holds what the backward reads."""
-        result = torch.empty_strided(*self._result)
-        room = torch.empty(self.size)
+        result = x.new_empty_strided(*self._result)
+        room = x.new_empty(self.size)
         layers = [(row, s) for row, s in zip(self._table, self._steps, strict=True) if isinstance(s, _Layer)]
         norms = [(row, layer.norm) for row, layer in layers if layer.norm is not None]
         for row, norm in norms:
@@ -359,7 +390,7 @@ class Stretch:
         return result, room
 
     def run_back(
-        self, dz: Tensor, x: Tensor, result: Tensor, room: Tensor, tensors: list[Tensor | None]
+        self, dz: Tensor, x: Tensor, result: Tensor | None, room: Tensor, tensors: list[Tensor | None]
     ) -> tuple[Tensor | None, list[Tensor]]:
         """dx and the gradients of the weights and vectors that there are."""
         dx = torch.empty_like(x) if self._wants_dx else None
@@ -372,20 +403,20 @@ class Stretch:
                 continue
             weight, bias, gamma, beta = tensors[6 * i : 6 * i + 4]
             p = step.how[0].as_given
-            dw = torch.empty(p.K, p.O, *p.kernel, p.C)
+            dw = x.new_empty(p.K, p.O, *p.kernel, p.C)
             grads.append(dw.movedim(-1, 2))
             if step.norm is None:
-                db = None if bias is None else torch.empty(p.K, p.O)
+                db = None if bias is None else x.new_empty(p.K, p.O)
                 found += [dw, None, db]
                 grads += [] if db is None else [db]
                 continue
-            dgamma, dbeta = torch.empty(p.K, p.O), torch.empty(p.K, p.O)
+            dgamma, dbeta = x.new_empty(p.K, p.O), x.new_empty(p.K, p.O)
             found += [dw, dgamma, dbeta]
             if bias is not None:
                 biases.append((len(grads), dbeta))
                 grads.append(dbeta)
             grads += [one for one, of in ((dgamma, gamma), (dbeta, beta)) if of is not None]
-        gradients = torch.empty(self._K * self.gradients_size)
+        gradients = x.new_empty(self._K * self.gradients_size)
         cpu.stretch_backward(
             self._table, self._K, x, result, room, dz, dx, gradients, _pointers(tensors), _pointers(found)
         )
@@ -424,17 +455,16 @@ class _Stretch(torch.autograd.Function):
         ctx.stretch, ctx.tensors, ctx.asked = stretch, tensors, forced.get()
         ctx.learned = learned
         read = [t for i, t in enumerate(tensors) if t is not None and i % 6 in (0, 2, 3)]  # biases may change
-        ctx.save_for_backward(x, result, room, *read)
+        ctx.save_for_backward(x, result if stretch.reads_result() else None, room, *read)
         return result
 
     @staticmethod
     def backward(ctx: Any, dz: Tensor) -> tuple[Tensor | None, ...]:
         x, result, room, *_ = ctx.saved_tensors
-        if follows(dz) or not unwatched(dz):
+        if follows(dz) or not unwatched(dz) or not ctx.stretch.fits(ctx.tensors):
             with resumed(ctx.asked or ANY):
                 wanted = ctx.needs_input_grad
                 found = gradients(ctx.stretch.by_torch, (x, *ctx.learned), dz, (wanted[0], *wanted[3:]))
             return found[0], None, None, *found[1:]
-        x, result = settle(x), settle(result)  # hooks of saved tensors may have given back what lies otherwise
         dx, grads = ctx.stretch.run_back(settle(dz), x, result, room, ctx.tensors)
         return dx, None, None, *grads

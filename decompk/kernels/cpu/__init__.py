@@ -340,7 +340,7 @@ def stretch_backward(
     steps: Any,
     members: int,
     x: Tensor,
-    result: Tensor,
+    result: Tensor | None,
     room: Tensor,
     dz: Tensor,
     dx: Tensor | None,
