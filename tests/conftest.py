@@ -11,6 +11,7 @@ if not torch.cuda.is_available():
 
 os.environ["DECOMPK_MEASURE"] = "0"  # which kernel runs does not depend on what else the machine does
 
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # processes that tests start take cores only to compute
 torch.set_num_threads(1)  # pytest-xdist already uses every core
 
 

@@ -178,4 +178,4 @@ def test_a_module_that_is_not_there_is_looked_for_in_the_current_directory(name,
 
 def test_a_saved_network_names_the_module_that_is_gone():
     with pytest.raises(DecompkError, match=r"^the network calls the module 'gone', which is not found here\.$"):
-        shell._compiled("def forward(self): pass", {"f": ("gone", "f")})
+        shell.compiled("def forward(self): pass", {"f": ("gone", "f")})

@@ -7,6 +7,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+import pytest
 import torch
 
 from decompk.report import bench
@@ -126,15 +127,24 @@ def test_its_timings_are_those_of_the_committed_bench(tmp_path):
     assert len(README.partition(bench.BEGIN)[2].partition(bench.END)[0].splitlines()) > 10
 
 
-def test_the_speed_without_zero_blocks_is_that_of_the_committed_bench():
-    result = json.loads((RESULTS / "composed.json").read_text())
+INTEL = ROOT / "bench/results/cpu-intel-xeon-family-6-model-207-avx-512-amx-2-cores"
+COMPOSED = {
+    "AMD EPYC": (RESULTS, ("ResNet32, K=4", "VGG16, K=4")),
+    "Intel Xeon": (INTEL, ("ResNet32, K=4", "ResNet32, K=16", "VGG16, K=4")),
+}
+
+
+@pytest.mark.parametrize("processor", COMPOSED)
+def test_the_speed_without_zero_blocks_is_that_of_the_committed_bench(processor):
+    folder, cases = COMPOSED[processor]
+    result = json.loads((folder / "composed.json").read_text())
     medians = {b["name"].removeprefix("test_composed_inference"): b["stats"]["median"] for b in result["benchmarks"]}
-    for case in ("ResNet32, K=4", "VGG16, K=4"):
+    for case in cases:
         hows = ("dense", "dense, channels_last", "members", "layer by layer")
         one, other, members, layers = (medians[f"[{case}-{how}]"] * 1e3 for how in hows)
         dense = min(one, other)
         cells = f"{dense:.0f} ms | {members:.0f} ms | {dense / members:.1f}× | {layers:.0f} ms |"
-        assert re.search(rf"composed {case}, [^|]*\| {re.escape(cells)}", README), cells
+        assert re.search(rf"composed {case}, [^|]*\| {processor} \| {re.escape(cells)}", README), cells
 
 
 def test_the_counts_it_gives_are_those_of_the_tables_and_the_survey():
