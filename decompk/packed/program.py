@@ -81,9 +81,7 @@ class Program(Edited):
         """x: rows of all members (K·N, …), or with crops the image (N, …) that they share."""
         mode = self._inner.training
         alone = all(map(unhooked, self._called[mode]))
-        # Who saves tensors otherwise, as a checkpoint that computes again, counts them: they are the same at each call.
-        plain = torch._C._autograd._top_saved_tensors_default_hooks(True) is None
-        if mode and alone and plain and torch.is_grad_enabled() and runs_cpu(x):
+        if mode and alone and torch.is_grad_enabled() and runs_cpu(x) and _saves_plainly():
             return self._by_stretch(x, crops)
         return self._code[mode](self._inner, x, crops, alone)
 
@@ -112,3 +110,8 @@ class Program(Edited):
 
     def notes(self) -> dict[str, str]:
         return self._notes[self._inner.training]
+
+
+def _saves_plainly() -> bool:
+    """Whether nobody saves tensors otherwise: a checkpoint that computes again counts them, the same at each call."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is None

@@ -292,7 +292,7 @@ class Stretch:
     def reads_result(self) -> bool:
         """Whether the backward asks the result what the last ReLU let pass."""
         last = self._table[len(self._steps) - 1]
-        return bool(last.relu) and (last.z == NONE or last.residual != NONE)
+        return last.relu != 0 and (last.z == NONE or last.residual != NONE)
 
     def fits(self, tensors: Sequence[Tensor | None]) -> bool:
         """Whether they lie as they did when the stretch was made."""
