@@ -159,22 +159,22 @@ def one_norm_in_eval(packed):
     next(m for m in packed.modules() if isinstance(m, nn.BatchNorm2d)).eval()
 
 
-def momentum(packed):
+def every_norm(packed, **values):
     for m in packed.modules():
         if isinstance(m, nn.BatchNorm2d):
-            m.momentum = 0.5
+            vars(m).update(values)
+
+
+def momentum(packed):
+    every_norm(packed, momentum=0.5)
 
 
 def no_momentum(packed):
-    for m in packed.modules():
-        if isinstance(m, nn.BatchNorm2d):
-            m.momentum = None
+    every_norm(packed, momentum=None)
 
 
 def other_eps(packed):
-    for m in packed.modules():
-        if isinstance(m, nn.BatchNorm2d):
-            m.eps = 0.1
+    every_norm(packed, eps=0.1)
 
 
 def other_memory(packed):

@@ -20,17 +20,11 @@
 #include <tuple>
 #include <vector>
 
-using Long = long;
+#include "../decompk/kernels/cpu/functions.h"
 
 extern "C" {  // as decompk/kernels/cpu defines them
 using Backward = void(const float* a, const float* b, float* to, const Long* sizes);
 Backward dgrad, wgrad, winograd_dgrad, winograd_wgrad;
-void layer(const float* x, const float* w, const float* bias, const float* gamma, const float* beta, float* running_mean,
-           float* running_var, const float* residual, float* y, float* z, float* saved, int relu, double momentum, double eps,
-           int winograd, const Long* sizes);
-void layer_backward(const float* dz, const float* x, const float* w, const float* y, const float* z, const float* saved,
-                    int relu, float* dx, float* dw, float* dgamma, float* dbeta, float* g, float* dy, int winograd,
-                    const Long* sizes);
 void depthwise(const float* x, const float* w, const float* bias, float* y, const Long* sizes);
 void depthwise_dgrad(const float* dy, const float* w, float* dx, const Long* sizes);
 void depthwise_wgrad(const float* x, const float* dy, float* dw, float* dbias, const Long* sizes);
@@ -43,8 +37,6 @@ void layer_norm(const float* x, const float* weight, const float* bias, float* y
                 Long R, Long D);
 void layer_norm_backward(const float* dy, const float* x, const float* weight, const float* saved, float* dx,
                          float* dweight, float* dbias, Long K, Long R, Long D);
-void max_pool(const float* x, float* y, unsigned char* place, const Long* sizes);
-void max_unpool(const float* dy, const unsigned char* place, float* dx, const Long* sizes);
 void stretch(const void* steps, Long count, Long members, const float* x, float* result, float* room, float* const* tensors);
 void stretch_backward(const void* steps, Long count, Long members, const float* x, const float* result, const float* room,
                       const float* dz, float* dx, float* gradients, Long size, float* const* tensors, float* const* found);

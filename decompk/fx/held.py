@@ -5,10 +5,11 @@ from __future__ import annotations
 import functools
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from types import FunctionType, MethodType, ModuleType
 from typing import Any
 
+from torch import nn
 from torch.nn.modules.module import _WrappedHook
 
 
@@ -64,3 +65,16 @@ def content(cell: Any) -> Any:
         return cell.cell_contents
     except ValueError:  # not yet filled
         return None
+
+
+def held_at(net: nn.Module, paths: Iterable[str]) -> list[tuple[dict[str, Any], str, nn.Module]]:
+    """The modules at `paths` and those around them: where each is held, by which name."""
+    found: dict[str, tuple[dict[str, Any], str, nn.Module]] = {}
+    for path in sorted(paths):
+        around: Any = net
+        names = path.split(".")
+        for i, name in enumerate(names):
+            held = around._modules if name in around._modules else vars(around)
+            around = getattr(around, name)
+            found[".".join(names[: i + 1])] = held, name, around
+    return list(found.values())

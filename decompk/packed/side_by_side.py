@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..crops import Part
 from ..errors import UnsupportedOperation
+from ..fx.held import held_at
 from ..kernels.backend import forced
 from ..kernels.layout import side_by_side
 from .fused_layer import unhooked
@@ -78,8 +79,4 @@ class SideBySide(Edited):
 
 def _noted(net: nn.Module, paths: Sequence[str]) -> list[tuple[dict[str, Any], str, nn.Module, list]]:
     """The layers at `paths` and the modules around them: where each is held, by which name, and what decides."""
-    around = {".".join(path.split(".")[: i + 1]) for path in paths for i in range(path.count(".") + 1)}
-    places = [
-        (net.get_submodule(parent)._modules, name) for parent, _, name in (p.rpartition(".") for p in sorted(around))
-    ]
-    return [(store, name, m, list(map(vars(m).get, _DECIDES))) for store, name in places if (m := store[name])]
+    return [(held, name, m, list(map(vars(m).get, _DECIDES))) for held, name, m in held_at(net, paths)]

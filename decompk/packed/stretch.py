@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from ..crops import Crop
+from ..fx.held import held_at
 from ..fx.wrapper import compiled, source_of
 from ..kernels import cpu, cpu_pool
 from ..kernels.backend import ANY, forced, resumed
@@ -195,15 +196,7 @@ class Reader(fx.Interpreter):
         read = {
             node for one in inside for node in (one, *one.all_input_nodes) if node.op in ("call_module", "get_attr")
         }
-        found: dict[str, tuple[dict[str, Any], str, nn.Module]] = {}
-        for node in read:
-            around: Any = self.module
-            names = str(node.target).split(".")
-            for i, name in enumerate(names):
-                held = around._modules if name in around._modules else vars(around)
-                around = getattr(around, name)
-                found[".".join(names[: i + 1])] = held, name, around
-        return list(found.values())
+        return held_at(self.module, [str(node.target) for node in read])
 
     def _behind(self, inside: dict[fx.Node, int], count: int) -> Callable:
         """The code of what comes behind the first `count` steps, whose result it takes."""
@@ -325,7 +318,7 @@ class Stretch:
                 row.residual = places[step.adds]
             if step.norm is not None:
                 row.y, row.z = room.take(step.shape.numel()), result
-                row.saved, row.eps = room.take(4 * call.as_given.K * call.as_given.O), step.norm.eps
+                row.saved = room.take(4 * call.as_given.K * call.as_given.O)
         return room.size
 
     def _lay_out_gradients(self) -> int:

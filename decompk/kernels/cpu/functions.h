@@ -1,7 +1,7 @@
-// Functions of the library that others of it call.
+// Functions of the library that others of it call, and the driver of the sanitizers.
 #pragma once
 
-#include "vectors.h"
+using Long = long;
 
 extern "C" {
 
