@@ -11,7 +11,7 @@ from torch import nn
 import decompk
 from decompk.kernels import conv, cpu, layer_choice
 from decompk.kernels.device import KNOWN
-from decompk.kernels.layer_choice import DIRECT, WINOGRAD, LayerChoice
+from decompk.kernels.layer_choice import DIRECT, WINOGRAD, LayerChoice, choose_layer
 from decompk.kernels.problem import Problem
 
 if reason := cpu.why_not():
@@ -21,13 +21,13 @@ K, N = 3, 4
 
 
 class Layer(nn.Module):
-    """relu(norm(conv(stem(x))) + stem(x)), each part but the convolution where it is asked for."""
+    """relu(norm(conv(stem(x))) + stem(x)), each part but the convolution where it is asked for; relu: or 6."""
 
-    def __init__(self, width, stride=1, kernel=3, norm=True, residual=False, relu=True, bias=False):
+    def __init__(self, width, stride=1, kernel=3, norm=True, residual=False, relu=True, bias=False, groups=1):
         super().__init__()
         self.stem = nn.Conv2d(3, 8, 1)
         out = 8 if residual else width
-        self.conv = nn.Conv2d(8, out, kernel, stride, kernel // 2, bias=bias)
+        self.conv = nn.Conv2d(8, out, kernel, stride, kernel // 2, groups=groups, bias=bias)
         self.norm = nn.BatchNorm2d(out) if norm else None
         self.residual, self.relu = residual, relu
 
@@ -36,7 +36,7 @@ class Layer(nn.Module):
         y = self.conv(x)
         y = y if self.norm is None else self.norm(y)
         y = y + x if self.residual else y
-        return F.relu(y) if self.relu else y
+        return F.relu6(y) if self.relu == 6 else F.relu(y) if self.relu else y
 
 
 def trained(net, x, weights):
@@ -70,6 +70,15 @@ CASES = {
     "1×1": dict(width=40, kernel=1),
     "1×1, strided": dict(width=16, kernel=1, stride=2),
     "5×5": dict(width=8, kernel=5),
+    "ReLU6": dict(width=16, relu=6),
+    "ReLU6, residual": dict(width=8, relu=6, residual=True),
+    "ReLU6, bare": dict(width=16, relu=6, norm=False, bias=True),
+    "6 outputs, 5×5": dict(width=6, kernel=5),
+    "7 outputs, bare": dict(width=7, norm=False, bias=True),
+    "by channel": dict(width=8, groups=8, bias=True),
+    "by channel, strided, ReLU6": dict(width=8, groups=8, stride=2, kernel=5, relu=6),
+    "by channel, residual": dict(width=8, groups=8, residual=True),
+    "by channel, bare": dict(width=8, groups=8, norm=False, bias=True),
 }
 
 
@@ -77,14 +86,21 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_a_fused_layer_is_as_exact_as_torchs(name, way, monkeypatch):
     """Twice the error of members alone at most, but for rounding; by either algorithm, where it may."""
-    used = []
+    used, ways = [], []
 
-    def choose_layer(problem, norm, gradient):
+    def layer(*args, run=cpu.layer):
+        ways.append(args[-2])
+        run(*args)
+
+    def choice(problem, norm, gradient):
+        if choose_layer(problem, norm, gradient) is None:
+            return None
         legal = conv.named(WINOGRAD).why_not(problem, None, KNOWN[90]) is None
         used.append(LayerChoice(*(way if legal else DIRECT,) * 2))
         return used[-1]
 
-    monkeypatch.setattr("decompk.ops.cpu_layer.choose_layer", choose_layer)
+    monkeypatch.setattr("decompk.ops.cpu_layer.choose_layer", choice)
+    monkeypatch.setattr(cpu, "layer", layer)
     members = [Layer(**CASES[name]) for _ in range(K)]
     x = torch.randn(K, N, 3, 9, 8)
     weights = torch.randn(K, *members[0](x[0]).shape)
@@ -94,7 +110,7 @@ def test_a_fused_layer_is_as_exact_as_torchs(name, way, monkeypatch):
     with decompk.backend("loop"):
         alone = trained(packed[1], x, weights)
     found = trained(decompk.fuse(packed[2]), x, weights)
-    assert used
+    assert cpu.BY_CHANNEL in ways if CASES[name].get("groups") else used
     for key, exact in reference.items():
         if key == "dconv.bias" and CASES[name].get("norm", True):
             assert found[key].abs().max() == 0  # the norm takes off again what it adds
@@ -200,7 +216,12 @@ DEPTHWISE = {
 def test_channels_by_themselves_are_as_exact_as_torchs(name, threads, monkeypatch):
     C, H, W, kernel, stride, padding = DEPTHWISE[name]
     called = []
-    monkeypatch.setattr(cpu, "depthwise", lambda *a, run=cpu.depthwise: called.append(1) or run(*a))
+
+    def layer(*args, run=cpu.layer):
+        called.append(args[-2])
+        run(*args)
+
+    monkeypatch.setattr(cpu, "layer", layer)
     members = [nn.Sequential(nn.Conv2d(C, C, kernel, stride, padding, groups=C)) for _ in range(K)]
     x = torch.randn(K, N, C, H, W)
     weights = torch.randn(K, *members[0](x[0]).shape)
@@ -212,7 +233,7 @@ def test_channels_by_themselves_are_as_exact_as_torchs(name, threads, monkeypatc
     torch.set_num_threads(threads)
     found = trained(packed, x, weights)
     torch.set_num_threads(1)
-    assert called
+    assert set(called) == {cpu.BY_CHANNEL}
     for key, exact in reference.items():
         assert distance(found[key], exact) <= 2 * distance(alone[key], exact) + 2e-6, key
 

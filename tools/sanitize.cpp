@@ -25,9 +25,6 @@
 extern "C" {  // as decompk/kernels/cpu defines them
 using Backward = void(const float* a, const float* b, float* to, const Long* sizes);
 Backward dgrad, wgrad, winograd_dgrad, winograd_wgrad;
-void depthwise(const float* x, const float* w, const float* bias, float* y, const Long* sizes);
-void depthwise_dgrad(const float* dy, const float* w, float* dx, const Long* sizes);
-void depthwise_wgrad(const float* x, const float* dy, float* dw, float* dbias, const Long* sizes);
 void batch_norm(const float* x, const float* weight, const float* bias, float* running_mean, float* running_var,
                 const float* residual, float* y, float* saved, int training, int relu, double momentum, double eps,
                 Long K, Long rows, Long C);
@@ -204,7 +201,8 @@ struct Products {
   std::vector<double> sums, sizes;  // Σ a · b and Σ |a · b| of every output
 };
 
-UNSANITIZED Products plain(const std::string& kind, const Long* s, const Floats& x, const Floats& w, const Floats& dy) {
+UNSANITIZED Products plain(const std::string& kind, const Long* s, const Floats& x, const Floats& w, const Floats& dy,
+                           By by = DIRECT) {
   auto [K, N, C, O, H, W, kh, kw] = std::tie(s[0], s[1], s[2], s[3], s[4], s[5], s[6], s[7]);
   Long rows = s[12], columns = s[13];
   size_t size = kind == "fprop" ? dy.size : kind == "dgrad" ? x.size : w.size;
@@ -217,9 +215,10 @@ UNSANITIZED Products plain(const std::string& kind, const Long* s, const Floats&
             Long row = h * s[8] + r - s[10], column = v * s[9] + t - s[11];
             if (row < 0 || row >= H || column < 0 || column >= W) continue;
             for (Long o = 0; o < O; ++o)
-              for (Long c = 0; c < C; ++c) {
+              for (Long c = by == BY_CHANNEL ? o : 0; c < (by == BY_CHANNEL ? o + 1 : C); ++c) {
                 Long in = ((image * H + row) * W + column) * C + c, out = ((image * rows + h) * columns + v) * O + o;
-                Long tap = (((image / N * O + o) * kh + r) * kw + t) * C + c;
+                Long tap = ((image / N * O + o) * kh + r) * kw + t;
+                if (by != BY_CHANNEL) tap = tap * C + c;
                 Long to = kind == "fprop" ? out : kind == "dgrad" ? in : tap;
                 double product = kind == "fprop"   ? double(x[in]) * w[tap]
                                  : kind == "dgrad" ? double(dy[out]) * w[tap]
@@ -259,41 +258,6 @@ void convolution(std::istream& line) {
     if (kind == "wgrad") (direct ? wgrad : winograd_wgrad)(x, dy, to, s);
   });
   compare(kind, found[kind], wanted.sums, 1e-5 * std::max(largest(wanted.sizes), 1.));
-}
-
-// Channel by channel: with a bias or not, and Shape's numbers, O = C
-UNSANITIZED void channels(std::istream& line) {
-  bool biased;
-  Long s[14];
-  line >> biased;
-  for (Long& value : s) line >> value;
-  Long K = s[0], N = s[1], C = s[2], taps = s[6] * s[7];
-  Named in, out;
-  in["x"] = random(K * N * s[4] * s[5] * C), in["w"] = random(K * taps * C), in["dy"] = random(K * N * s[12] * s[13] * C);
-  in["bias"] = biased ? random(K * C) : Floats();
-  out["y"] = Floats(in["dy"].size), out["dx"] = Floats(in["x"].size), out["dw"] = Floats(in["w"].size);
-  out["dbias"] = biased ? Floats(K * C) : Floats();
-  Named found = run_on_threads(in, out, [&](Named& in, Named& out) {
-    depthwise(in["x"].get(), in["w"].get(), in["bias"].get(), out["y"].get(), s);
-    depthwise_dgrad(in["dy"].get(), in["w"].get(), out["dx"].get(), s);
-    depthwise_wgrad(in["x"].get(), in["dy"].get(), out["dw"].get(), out["dbias"].get(), s);
-  });
-  std::vector<double> y(in["dy"].size), dx(in["x"].size), dw(in["w"].size), dbias(K * C);
-  for (Long i = 0; i < K * N * s[12] * s[13] * C; ++i) {
-    Long c = i % C, v = i / C % s[13], h = i / C / s[13] % s[12], image = i / C / s[13] / s[12], k = image / N;
-    if (biased) y[i] += in["bias"][k * C + c], dbias[k * C + c] += in["dy"][i];
-    for (Long tap = 0; tap < taps; ++tap) {
-      Long row = h * s[8] + tap / s[7] - s[10], column = v * s[9] + tap % s[7] - s[11];
-      if (row < 0 || row >= s[4] || column < 0 || column >= s[5]) continue;
-      Long at = ((image * s[4] + row) * s[5] + column) * C + c, of = (k * taps + tap) * C + c;
-      y[i] += double(in["x"][at]) * in["w"][of];
-      dx[at] += double(in["dy"][i]) * in["w"][of], dw[of] += double(in["dy"][i]) * in["x"][at];
-    }
-  }
-  compare("y", found["y"], y, 1e-5 * (1 + largest(y)));
-  compare("dx", found["dx"], dx, 1e-5 * (1 + largest(dx)));
-  compare("dw", found["dw"], dw, 1e-4 * (1 + largest(dw)));
-  if (biased) compare("dbias", found["dbias"], dbias, 1e-4 * (1 + largest(dbias)));
 }
 
 // ---- batch norms ----------------------------------------------------------------------------------------------------
@@ -464,15 +428,16 @@ UNSANITIZED void pool(std::istream& line) {
 
 // ---- layers: a convolution with what stands behind it ----------------------------------------------------------------
 
-// form, with norm, bias, ReLU, residual or not, whether dx is wanted, and Shape's numbers
+// how it is computed, with norm, bias or not, its ReLU, residual or not, whether dx is wanted, and Shape's numbers
 UNSANITIZED void whole_layer(std::istream& line) {
-  std::string form;
-  bool normed, biased, relu, added, wants;
+  int way, relu;
+  bool normed, biased, added, wants;
   Long s[14];
-  line >> form >> normed >> biased >> relu >> added >> wants;
+  line >> way >> normed >> biased >> relu >> added >> wants;
   for (Long& value : s) line >> value;
-  Long vectors = s[0] * s[3], rows = s[1] * s[12] * s[13], count = vectors * rows, taps = s[6] * s[7] * s[2];
-  bool same = s[8] * s[9] == 1 && s[12] == s[4] && s[13] == s[5], winograd = form == "winograd";
+  Long vectors = s[0] * s[3], rows = s[1] * s[12] * s[13], count = vectors * rows, taps = s[6] * s[7] * (way == BY_CHANNEL ? 1 : s[2]);
+  bool same = way == BY_CHANNEL || (s[8] * s[9] == 1 && s[12] == s[4] && s[13] == s[5]);
+  By by = By(way);
   bool decides = relu && (added || !normed);
   auto if_wanted = [](bool wanted, Floats made) { return wanted ? std::move(made) : Floats(); };
   Named in, out;
@@ -482,14 +447,14 @@ UNSANITIZED void whole_layer(std::istream& line) {
   out["y"] = Floats(count), out["z"] = if_wanted(normed, Floats(count)), out["saved"] = if_wanted(normed, Floats(4 * vectors));
   Named forward = run_on_threads(in, out, [&](Named& in, Named& out) {
     layer(in["x"].get(), in["w"].get(), in["bias"].get(), in["gamma"].get(), in["beta"].get(), nullptr, nullptr,
-          in["residual"].get(), out["y"].get(), out["z"].get(), out["saved"].get(), relu, 0, 1e-5, winograd, s);
+          in["residual"].get(), out["y"].get(), out["z"].get(), out["saved"].get(), relu, 0, 1e-5, way, s);
   });
 
   using Doubles = std::vector<double>;
   auto each = [&](auto body) {
     for (Long i = 0; i < count; ++i) body(i, i / (rows * s[3]) * s[3] + i % s[3]);
   };
-  Products products = plain("fprop", s, in["x"], in["w"], Floats(count));
+  Products products = plain("fprop", s, in["x"], in["w"], Floats(count), by);
   Doubles y = products.sums, mean(vectors), var(vectors), rstd(vectors, 1), before(count), z(count);
   each([&](Long i, Long c) { y[i] += biased ? in["bias"][c] : 0, mean[c] += y[i] / rows; });
   each([&](Long i, Long c) { var[c] += (y[i] - mean[c]) * (y[i] - mean[c]) / rows; });
@@ -499,14 +464,15 @@ UNSANITIZED void whole_layer(std::istream& line) {
   each([&](Long i, Long c) {
     before[i] = normed ? (y[i] - mean[c]) * rstd[c] * in["gamma"][c] + in["beta"][c] : y[i];
     if (added) before[i] += in["residual"][i];
-    z[i] = relu ? std::max(before[i], 0.) : before[i];
+    z[i] = relu ? std::min(std::max(before[i], 0.), relu > 1 ? 6. : HUGE_VAL) : before[i];
   });
   if (normed) compare("y", forward["y"], y, 1e-5 * (1 + largest(products.sizes)));
   compare("z", forward[normed ? "z" : "y"], z, 1e-5 * slack * (1 + largest(z)));
 
   in["dz"] = random(count), in["y"] = if_wanted(normed, forward["y"]), in["saved"] = std::move(forward["saved"]);
   in["z"] = if_wanted(decides, std::move(forward[normed ? "z" : "y"]));
-  each([&](Long i, Long) { if (relu && std::abs(before[i]) < 1e-4 * slack) in["dz"][i] = 0; });  // either side is right
+  auto stops = [&](double value, double by) { return std::abs(value) < by || (relu > 1 && std::abs(value - 6) < by); };
+  each([&](Long i, Long) { if (relu && stops(before[i], 1e-4 * slack)) in["dz"][i] = 0; });  // either side is right
   out.clear();
   out["dx"] = if_wanted(wants, Floats(in["x"].size)), out["dw"] = Floats(in["w"].size);
   out["dgamma"] = if_wanted(normed, Floats(vectors)), out["dbeta"] = if_wanted(normed || biased, Floats(vectors));
@@ -515,19 +481,19 @@ UNSANITIZED void whole_layer(std::istream& line) {
     Floats dy = if_wanted(wants && !same, Floats(count));
     layer_backward(in["dz"].get(), in["x"].get(), in["w"].get(), in["y"].get(), in["z"].get(), in["saved"].get(), relu,
                    out["dx"].get(), out["dw"].get(), out["dgamma"].get(), out["dbeta"].get(), out["g"].get(), dy.get(),
-                   winograd, s);
+                   way, s);
   });
   Doubles g(count), dgamma(vectors), dbeta(vectors);
   Floats dy(count);
   each([&](Long i, Long c) {
-    g[i] = relu && before[i] <= 0 ? 0 : in["dz"][i];
+    g[i] = relu && (before[i] <= 0 || (relu > 1 && before[i] >= 6)) ? 0 : in["dz"][i];
     dbeta[c] += g[i], dgamma[c] += g[i] * (y[i] - mean[c]) * rstd[c];
   });
   each([&](Long i, Long c) {
     double normalised = (y[i] - mean[c]) * rstd[c];
     dy[i] = float(normed ? in["gamma"][c] * rstd[c] * (g[i] - (dbeta[c] + normalised * dgamma[c]) / rows) : g[i]);
   });
-  Products dx = plain("dgrad", s, in["x"], in["w"], dy), dw = plain("wgrad", s, in["x"], in["w"], dy);
+  Products dx = plain("dgrad", s, in["x"], in["w"], dy, by), dw = plain("wgrad", s, in["x"], in["w"], dy, by);
   if (wants) compare("dx", backward["dx"], dx.sums, 1e-5 * slack * (1 + largest(dx.sizes)));
   compare("dw", backward["dw"], dw.sums, 1e-5 * slack * (1 + largest(dw.sizes)));
   if (normed) compare("dgamma", backward["dgamma"], dgamma, 1e-5 * slack * rows);
@@ -538,7 +504,7 @@ UNSANITIZED void whole_layer(std::istream& line) {
 // ---- stretches: several layers and poolings in one call --------------------------------------------------------------
 
 struct Row {  // Step in stretch.cpp
-  Long pools, relu, winograd, winograd_back, x, residual, y, z, saved, dz, dx, g, dy, room_dx, room_g;
+  Long pools, relu, by, by_back, x, residual, y, z, saved, dz, dx, g, dy, room_dx, room_g;
   double momentum, eps;
   Long s[14];
 };
@@ -550,15 +516,15 @@ struct Step : Row {
   Long reads, adds, in, out;  // in, out: how many floats
 
   Step(std::istream& line, Long K) : Row() {
-    line >> pools >> relu >> winograd >> winograd_back >> normed >> biased >> affine >> running >> reads >> adds;
+    line >> pools >> relu >> by >> by_back >> normed >> biased >> affine >> running >> reads >> adds;
     for (Long& value : s) line >> value;
     in = s[0] * s[1] * s[4] * s[5] * s[2], out = s[0] * s[1] * s[12] * s[13] * s[3];
     momentum = 0.3, eps = 1e-5;
   }
   Long vectors() const { return s[0] * s[3]; }
-  Long weights() const { return vectors() * s[6] * s[7] * s[2]; }
+  Long weights() const { return vectors() * s[6] * s[7] * (by == BY_CHANNEL ? 1 : s[2]); }
   Long bytes() const { return (out + 3) / 4; }  // floats that hold the places of a pooling's maxima
-  bool same() const { return s[8] * s[9] == 1 && s[12] == s[4] && s[13] == s[5]; }
+  bool same() const { return by == BY_CHANNEL || (s[8] * s[9] == 1 && s[12] == s[4] && s[13] == s[5]); }
   bool decides() const { return relu && (!normed || adds >= 0); }
 };
 
@@ -651,7 +617,7 @@ struct OneByOne {
     if (step.normed) y[i] = Floats(step.out), saved[i] = Floats(4 * step.vectors());
     layer(x.get(), of(in, "w", i), of(in, "bias", i), of(in, "gamma", i), of(in, "beta", i), of(out, "running_mean", i),
           of(out, "running_var", i), step.adds < 0 ? nullptr : values[step.adds].get(), (step.normed ? y[i] : z).get(),
-          step.normed ? z.get() : nullptr, saved[i].get(), int(step.relu), step.momentum, step.eps, int(step.winograd),
+          step.normed ? z.get() : nullptr, saved[i].get(), int(step.relu), step.momentum, step.eps, int(step.by),
           step.s);
   }
 
@@ -664,7 +630,7 @@ struct OneByOne {
     if (!step.pools)
       layer_backward(dz.get(), values[step.reads].get(), of(in, "w", i), y[i].get(),
                      step.decides() ? values[i + 1].get() : nullptr, saved[i].get(), int(step.relu), dx.get(),
-                     of(out, "dw", i), of(out, "dgamma", i), of(out, "dbeta", i), g.get(), dy.get(), int(step.winograd_back),
+                     of(out, "dw", i), of(out, "dgamma", i), of(out, "dbeta", i), g.get(), dy.get(), int(step.by_back),
                      step.s);
     else if (dx.at) max_unpool(dz.get(), bytes_of(saved[i]), dx.get(), step.s);
     if (dx.at) add(std::move(dx), gradients[step.reads]);
@@ -678,8 +644,8 @@ struct OneByOne {
   }
 };
 
-// K, whether dx is wanted, how many steps, and of each what Step reads: whether it pools, has a ReLU, runs by Winograd's
-// algorithm forward and backward, has a norm, a bias, gamma and beta, running statistics; what it reads and adds, -1 for
+// K, whether dx is wanted, how many steps, and of each what Step reads: whether it pools, its ReLU, how it is computed
+// forward and backward, whether it has a norm, a bias, gamma and beta, running statistics; what it reads and adds, -1 for
 // nothing; and Shape's numbers, those of a pooling with K = 1
 UNSANITIZED void whole_stretch(std::istream& line) {
   Long K, count;
@@ -743,7 +709,6 @@ int main(int, char** arguments) {
     engine.seed(seed), faults.clear();
     op == "conv"         ? convolution(line)
     : op == "layer"      ? whole_layer(line)
-    : op == "channels"   ? channels(line)
     : op == "layer_norm" ? row_norm(line)
     : op == "pool"       ? pool(line)
     : op == "stretch"    ? whole_stretch(line)

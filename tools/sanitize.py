@@ -64,11 +64,12 @@ class Found:
 def line_of(seed: int, sanitizer: str) -> str:
     """The problem of this seed, as the driver reads it."""
     rng = random.Random(seed)
-    draw = _halo if sanitizer == "halo" else rng.choices(DRAWS, (8, 2, 2, 8, 1, 1, 1))[0]
+    draw = _halo if sanitizer == "halo" else rng.choices(DRAWS, (8, 2, 2, 9, 1, 1))[0]
     return f"{seed} {draw(rng)}"
 
 
 FORMS = [form.name for form in conv.FORMS if form.backend == "cpu"]
+RELUS = (0, 1, 6)
 
 
 def _conv(rng: random.Random) -> str:
@@ -79,16 +80,14 @@ def _conv(rng: random.Random) -> str:
 
 
 def _layer(rng: random.Random) -> str:
-    form, normed = rng.choice(FORMS), rng.randint(0, 1)
-    flags = rng.randint(0, 1), rng.randint(0, 1), normed and rng.randint(0, 1), rng.randint(0, 1)
-    sizes = _sizes(rng, form, PASSES, same=form == "winograd", least=8 if normed else 1)
-    return f"layer {form} {normed} {' '.join(map(str, flags))} {sizes}"
-
-
-def _channels(rng: random.Random) -> str:
-    sizes = _sizes(rng, "direct", ("fprop",)).split()
-    sizes[3] = sizes[2]
-    return f"channels {rng.randint(0, 1)} {' '.join(sizes)}"
+    by, normed = rng.choice(list(cpu.BY)), rng.randint(0, 1)
+    flags = rng.randint(0, 1), rng.choice(RELUS), normed and rng.randint(0, 1), rng.randint(0, 1)
+    passes = ("wgrad",) if by == cpu.BY_CHANNEL else PASSES  # which takes any number of channels
+    sizes = _sizes(rng, by if by in FORMS else cpu.DIRECT, passes, by == cpu.WINOGRAD, 8 if normed else 1)
+    if by == cpu.BY_CHANNEL:
+        K, N, C, _, *others = sizes.split()
+        sizes = " ".join((K, N, C, C, *others))
+    return f"layer {cpu.BY[by]} {normed} {' '.join(map(str, flags))} {sizes}"
 
 
 def _sizes(rng: random.Random, form: str, passes: Sequence[str], same: bool = False, least: int = 1) -> str:
@@ -171,22 +170,24 @@ def _step(rng: random.Random, K: int, N: int, values: list, wants: int) -> tuple
     padding, O = rng.choice((0, k // 2, k // 2)), C if pools else rng.choice((4, 8, 8, 16, C))
     p = Problem("fprop", "float32", K, N, C, O, *sides, (k, k), (stride, stride), (padding, padding))
     passes = [kind for kind in PASSES if kind != "dgrad" or reads or wants]
-    if min(p.out_size) < 1 or not (pools or all(_legal(p.of(kind), "direct") for kind in passes)):
+    by_channel = O == C and rng.random() < 0.3
+    if min(p.out_size) < 1 or not (pools or by_channel or all(_legal(p.of(kind), "direct") for kind in passes)):
         return None
     same, fast = p.out_size == (p.H, p.W), _legal(p, "winograd")
-    winograd, back = fast and rng.randint(0, 1), fast and (same or "dgrad" not in passes) and rng.randint(0, 1)
+    by, back = fast and rng.randint(0, 1), fast and (same or "dgrad" not in passes) and rng.randint(0, 1)
+    by, back = (cpu.BY[cpu.BY_CHANNEL],) * 2 if by_channel else (by, back)
     normed = N * prod(p.out_size) > 1 and rng.random() < 0.7
     fitting = [i for i, value in enumerate(values) if value == (O, *p.out_size)][-2 if reads == last else -1 :]
     adds = rng.choice(fitting) if normed and fitting and rng.random() < 0.8 else -1
-    flags = [rng.randint(0, 1) for _ in ("relu", "bias", "affine", "running")]
-    how = (0, flags[0], winograd, back, normed, flags[1], normed and flags[2], normed and flags[3], reads, adds)
+    flags = rng.choice(RELUS), *(rng.randint(0, 1) for _ in ("bias", "affine", "running"))
+    how = (0, flags[0], by, back, normed, flags[1], normed and flags[2], normed and flags[3], reads, adds)
     if pools:
         how, adds = (1, *(0,) * 7, reads, -1), -1
     sizes = (*((1, K * N) if pools else (K, N)), C, O, *sides, *p.kernel, *p.stride, *p.padding, *p.out_size)
     return " ".join(map(str, map(int, (*how, *sizes)))), {reads, adds}, p
 
 
-DRAWS = (_conv, _norm, _layer_norm, _layer, _channels, _pool, _stretch)
+DRAWS = (_conv, _norm, _layer_norm, _layer, _pool, _stretch)
 
 
 def _halo(rng: random.Random) -> str:

@@ -15,15 +15,16 @@ from . import conv, cpu
 from . import device as devices
 from .choose import WORTH, choose
 from .conv.direct import sizes_of
+from .cpu import DIRECT, WINOGRAD
 from .measure import allowed, least, times
 from .problem import Problem, key_of
 
-DIRECT, WINOGRAD, APART = "direct", "winograd", "apart"
+APART = "apart"
 MARGIN = 0.95  # the parts one by one are chosen where they take less than that share of the layer's time
 
 
 class LayerChoice(NamedTuple):
-    """Forward and backward, each DIRECT or WINOGRAD."""
+    """Forward and backward, each one of `cpu.BY`."""
 
     forward: str
     backward: str
@@ -67,7 +68,7 @@ def _forward(problem: Problem, norm: bool, winograd: bool) -> dict[str, Callable
 
     def layer(way: str) -> None:
         z, saved = (t.z, t.saved) if norm else (None, None)
-        cpu.layer(t.x, t.weight, None, t.affine, None, t.y, z, saved, True, 0.0, 1e-5, way == WINOGRAD, sizes)
+        cpu.layer(t.x, t.weight, None, t.affine, None, t.y, z, saved, True, 0.0, 1e-5, way, sizes)
 
     def apart() -> None:
         y = _run(problem, t.x, t.weight, t.y)
@@ -88,11 +89,11 @@ def _backward(problem: Problem, norm: bool, winograd: bool, gradient: bool) -> d
         torch.empty_like(t.saved),
     )
     inputs = (t.y, None, t.saved) if norm else (None, t.z, None)
-    cpu.layer(t.x, t.weight, None, t.affine, None, t.y, t.z, t.saved, True, 0.0, 1e-5, False, sizes)
+    cpu.layer(t.x, t.weight, None, t.affine, None, t.y, t.z, t.saved, True, 0.0, 1e-5, DIRECT, sizes)
 
     def layer(way: str) -> None:
         dy = torch.empty_like(t.y) if gradient and not in_one_go(problem) else None
-        around = (dx, dw, dvectors[0], dvectors[1], None, dy, way == WINOGRAD, sizes)
+        around = (dx, dw, dvectors[0], dvectors[1], None, dy, way, sizes)
         cpu.layer_backward(t.dz, t.x, t.weight, *inputs, True, *around)
 
     def apart() -> None:

@@ -20,7 +20,7 @@ from ..kernels.conv.form import Choice
 from ..kernels.layout import cut, pieces_of
 from ..kernels.problem import Epilogue, Geometry, GradientEpilogue
 from .conv import call_again, chosen, gradients_seen, settled_call
-from .followed import by_torch, gradients
+from .followed import activated, by_torch, gradients
 from .norm import contiguous, kernels, torch_norm
 
 
@@ -251,9 +251,10 @@ def layer_gradients(
         y = by_torch(read, weight.to(x.dtype), None if bias is None else bias.to(x.dtype), *ends.geometry)
         y = y if eps is None else torch_norm(y, gamma, beta, None, None, True, 0.0, eps)
         y = y.flatten(0, 1)
-        return y.relu() if ctx.relu and z is None else y
+        return y if z is not None else activated(y, ctx.relu)
 
-    g = dz.masked_fill(z <= 0, 0) if z is not None else dz
+    stopped = None if z is None else (z <= 0) | (z >= ctx.relu) if ctx.relu > 1 else z <= 0
+    g = dz if stopped is None else dz.masked_fill(stopped, 0)
     needs = ctx.needs_input_grad
     with resumed(ctx.asked or ANY):
         found = gradients(layer, inputs, g, needs[:5])

@@ -6,10 +6,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..kernels.backend import exact, resumed
 from ..kernels.conv import named
+from ..kernels.conv.loop import convolution
 from ..kernels.conv.torch_form import TorchForm
 from ..kernels.layout import cut
 from ..kernels.problem import Pair
@@ -64,8 +66,19 @@ def conv_gradients(
 
 
 def by_torch(x: Tensor, weight: Tensor, bias: Tensor | None, stride: Pair, padding: Pair, dilation: Pair) -> Tensor:
-    """`grouped_conv2d` for whatever follows torch's own operators: any derivative, torch.func, an export."""
+    """`grouped_conv2d` for whatever follows torch's own operators: any derivative, torch.func, an export.
+
+    Also where members' channels are grouped again: weight (K, O, C / groups, kh, kw).
+    """
+    if (groups := x.shape[2] // weight.shape[2]) > 1:
+        members = zip(x, weight, [None] * len(x) if bias is None else bias, strict=True)
+        return torch.stack([convolution(*one, (stride, padding, dilation), groups, True) for one in members])
     return torch_form(x.dtype).convolve(x, weight, bias, (stride, padding, dilation), differentiable=True)
+
+
+def activated(y: Tensor, relu: int) -> Tensor:
+    """y past a ReLU (1), a ReLU6 (6) or none (0)."""
+    return F.hardtanh(y, 0.0, float(relu)) if relu > 1 else y.relu() if relu else y
 
 
 def torch_form(dtype: torch.dtype) -> TorchForm:

@@ -9,11 +9,11 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..kernels.backend import EXACT, asked_for, exact, forced
-from ..kernels.call import runs_cpu, unwatched, watched
+from ..kernels.call import runs_cpu, settle, unwatched, watched
 from ..kernels.thresholds import conv_form
 from ..kernels.torch_limits import as_torch_can, mixes_groups
 from ..ops.conv import convolve_now
-from ..ops.depthwise import depthwise_rows
+from ..ops.cpu_layer import call_of, cpu_layer
 from .twin import Twin, batch_rows, channel_grouped, member_major
 
 
@@ -111,13 +111,19 @@ class PackedConv2d(_PackedConv, nn.Conv2d):
         y = ops.grouped_conv2d(x.unflatten(0, samples), self.weight, self.bias, self.stride, padding, self.dilation)
         return y.flatten(0, 1)
 
+    def _twin_is_by_channel(self) -> bool:
+        """Whether every output reads one channel, its own, as the kernels for that take it."""
+        return 1 < self.groups == self.in_channels == self.out_channels and self.dilation == (1, 1)
+
     def _twin_by_channel(self, x: Tensor, padding) -> Tensor | None:
-        if not self.groups == self.in_channels == self.out_channels or self.dilation != (1, 1) or padding == "same":
+        if not self._twin_is_by_channel() or padding == "same":
             return None
         if not runs_cpu(x, self.weight, self.bias) or not x.numel():
             return None
         padding = padding if isinstance(padding, tuple) else (0, 0)  # "valid", or padded before
-        return depthwise_rows(x, self.weight, self.bias, self.stride, padding)
+        x = settle(x)
+        how = call_of(x, self.weight, self.bias, (self.stride, padding, self.dilation), None, x.requires_grad)
+        return None if how is None else cpu_layer(x, self.weight, self.bias, how)
 
 
 class PackedConv3d(_PackedConv, nn.Conv3d):

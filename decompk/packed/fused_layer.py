@@ -7,20 +7,19 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import ops
 from ..crops import Crop
 from ..kernels.backend import asked_for
-from ..kernels.call import Call as KernelCall
 from ..kernels.call import cpu_takes, runs_cpu, settle, unwatched
 from ..kernels.handles import TENSORS
-from ..kernels.layer_choice import LayerChoice
 from ..kernels.layout import output_shape
 from ..kernels.problem import Geometry
 from ..ops.conv import arguments, autocast, autocast_now, convolve_now
 from ..ops.conv_norm import Norm, conv_norm
-from ..ops.cpu_layer import call_of, cpu_layer
+from ..ops.cpu_layer import How, call_of, cpu_layer
 from ..ops.fused import fused_rows, window_of
 from .conv import PackedConv2d
 from .norm import PackedBatchNorm2d
@@ -68,20 +67,27 @@ def _run_layer(
     """relu(norm(conv(x)) + residual) and x: x (K·N, C, H, W), or with crops the image (N, C, H, W) → (K·N, O, H', W').
 
     In as few launches as arguments, modes and hooks allow; else as the network's own code does it. affine: scale and
-    shift (K, O) of a norm by its running statistics. relu: a module, or the name of a function of torch.
+    shift (K, O) of a norm by its running statistics. relu: a module, or the name of a function: see `relu_of`.
     """
-    known = unchanged(conv, PackedConv2d) and unchanged(norm, PackedBatchNorm2d) and unchanged(relu, nn.ReLU)
+    known, code = is_known(conv, norm, relu), relu_of(relu)
     on_cpu = runs_cpu(x)
     joins = known and norm is not None and on_cpu  # the norm takes what follows it
     if crops is not None and on_cpu:  # whose kernels read no windows
         x, crops = torch.cat([crop.cut(x) for crop in crops]), None
     call = _call(x, crops, conv) if known else None
-    if call is not None and (residual is None or _fits(residual, call)):
-        gradient = torch.is_grad_enabled() and any(map(_needs_gradient, (x, conv.weight, conv.bias, residual)))
-        if not gradient and (norm is None or affine is not None):
+    if call is not None and residual is not None and not _fits(residual, call):
+        call = None
+    folds = norm is None or affine is not None
+    if call is not None and torch.is_grad_enabled():
+        folds = folds and not any(map(_needs_gradient, (x, conv.weight, conv.bias, residual)))
+    if call is not None and on_cpu and not folds and (way := _on_cpu(x, call, norm, residual)) is not None:
+        return cpu_layer(*way, residual, code), x
+    if code > 1:  # what is below knows ReLU alone
+        y, x = _run_layer(passes, False, x, crops, conv, norm, affine, residual, add_in_place, None)
+        return (relu(y) if isinstance(relu, nn.Module) else F.relu6(y)), x
+    if call is not None and conv.groups == 1:
+        if folds:
             return fused_rows(*call[:-1], affine or (None, None), residual, relu is not None), x
-        if on_cpu and (way := _on_cpu(x, call, norm, residual, relu is not None)) is not None:
-            return cpu_layer(*way, residual, relu is not None), x
         around = _by_batch(norm, call) if norm is not None and on_kernels(x) else None
         if around is not None:
             if call[-1] and all(t is None or type(t) in TENSORS for t in (around.weight, around.bias, residual)):
@@ -90,7 +96,7 @@ def _run_layer(
 
     if crops is None:
         y = conv(x)
-    elif call is not None and on_kernels(x):
+    elif call is not None and conv.groups == 1 and on_kernels(x):
         image, weight, bias, geometry, window, here = call
         if here:
             y = convolve_now(image, weight, bias, geometry, window)
@@ -131,8 +137,23 @@ def unhooked(module: nn.Module) -> bool:
     return "forward" not in own and not any(map(own.get, HOOKS))
 
 
-def unchanged(part: nn.Module | str | None, kind: type[nn.Module]) -> bool:
-    return part is None or isinstance(part, str) or (type(part) is kind and unhooked(part))
+def unchanged(part: nn.Module | None, kind: type[nn.Module]) -> bool:
+    return part is None or (type(part) is kind and unhooked(part))
+
+
+def is_known(conv: nn.Module, norm: nn.Module | None, relu: nn.Module | str | None) -> bool:
+    """Whether a layer's parts are what they are taken for, and nobody looks on at one of them."""
+    plain = relu is None or isinstance(relu, str) or (relu_of(relu) > 0 and unhooked(relu))
+    return plain and unchanged(conv, PackedConv2d) and unchanged(norm, PackedBatchNorm2d)
+
+
+def relu_of(relu: nn.Module | str | None) -> int:
+    """1 for a ReLU, 6 for a ReLU6, modules or functions by their names; 0 for anything else."""
+    if isinstance(relu, nn.ReLU6):
+        return 6 if type(relu) is nn.ReLU6 and (relu.min_val, relu.max_val) == (0, 6) else 0
+    if isinstance(relu, str):
+        return 6 if relu == "relu6" else 1
+    return int(type(relu) is nn.ReLU)
 
 
 def _needs_gradient(t: Tensor | None) -> bool:
@@ -224,10 +245,10 @@ def _by_batch(norm: PackedBatchNorm2d, call: _Call) -> Norm | None:
     return Norm(norm.weight, norm.bias, *moved, 0.0 if norm.momentum is None else norm.momentum, norm.eps)
 
 
-OnCPU = tuple[Tensor, Tensor, Tensor | None, tuple[KernelCall, LayerChoice], Norm | None]
+OnCPU = tuple[Tensor, Tensor, Tensor | None, How, Norm | None]
 
 
-def _on_cpu(x: Tensor, call: _Call, norm: PackedBatchNorm2d | None, residual: Any, relu: bool) -> OnCPU | None:
+def _on_cpu(x: Tensor, call: _Call, norm: PackedBatchNorm2d | None, residual: Any) -> OnCPU | None:
     """What `cpu_layer` takes of the layer, but for residual and ReLU; None where it has no operator of its own."""
     _, weight, bias, geometry, window, here = call
     around = None if norm is None else _by_batch(norm, call)
@@ -244,11 +265,10 @@ def on_cpu(
     x: Tensor, conv: PackedConv2d, norm: PackedBatchNorm2d | None, residual: Any, relu: nn.Module | str | None
 ) -> OnCPU | None:
     """The same for rows x (K·N, C, H, W), which the layer's modules are asked about."""
-    known = unchanged(conv, PackedConv2d) and unchanged(norm, PackedBatchNorm2d) and unchanged(relu, nn.ReLU)
-    call = _call(x, None, conv) if known and runs_cpu(x) else None
+    call = _call(x, None, conv) if is_known(conv, norm, relu) and runs_cpu(x) else None
     if call is None or not (residual is None or _fits(residual, call)):
         return None
-    return _on_cpu(x, call, norm, residual, relu is not None)
+    return _on_cpu(x, call, norm, residual)
 
 
 def _conv_norm(

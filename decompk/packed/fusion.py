@@ -21,7 +21,7 @@ from ..fx.wrapper import Shell
 from ..threads import Tracer, one_at_a_time
 from .bare import Bare
 from .conv import PackedConv2d
-from .fused_layer import affines, run_layer, run_shared_layer
+from .fused_layer import affines, relu_of, run_layer, run_shared_layer
 from .fused_pool import pools, run_pool
 from .norm import PackedBatchNorm2d
 from .norm_then import ALONE, PackedBatchNormThen2d
@@ -216,7 +216,7 @@ class Fusion:
         self.notes[conv._twin_path] = f"not fused: {reason}"
 
     def _why_not(self, node: fx.Node, conv: PackedConv2d) -> str | None:
-        if conv.groups != 1:
+        if conv.groups != 1 and not (conv._twin_is_by_channel() and isinstance(conv.padding, tuple)):
             return f"it has {conv.groups} groups"
         if conv.padding_mode != "zeros":
             return f"its padding is {conv.padding_mode}"
@@ -280,7 +280,8 @@ class Fusion:
         user = self._next(chain)
         if user is None:
             return
-        if (type(self._modules.get(user)) is nn.ReLU and _only_argument(user)) or user.target in _RELUS:
+        module = self._modules.get(user)
+        if (relu_of(module) and _only_argument(user)) or user.target in RELUS:
             chain.relu = user
             chain.nodes.append(user)
 
@@ -352,16 +353,18 @@ class Fusion:
         return user in fused or isinstance(module, _READERS)
 
     def _activation(self, relu: fx.Node | None) -> Any:
-        """The ReLU as `run_layer` takes it: a module, the name of a function of torch, or None."""
+        """The ReLU as `run_layer` takes it: a module, the name of a function, or None."""
         if relu is None:
             return None
         if relu.op == "call_module":
             return self.graph.get_attr(str(relu.target))
+        if relu.target is F.relu6:
+            return "relu6"
         return "relu_" if _in_place(relu) else "relu"
 
 
 _READERS = (PackedConv2d, nn.MaxPool2d, nn.AvgPool2d)  # they leave their input as it is and give no view of it
-_RELUS = (F.relu, torch.relu, torch.relu_, "relu", "relu_")
+RELUS = (F.relu, F.relu6, torch.relu, torch.relu_, "relu", "relu_")
 
 
 def _addends(node: fx.Node) -> tuple[Any, ...]:

@@ -25,10 +25,10 @@ from ..kernels.backend import ANY, forced, resumed
 from ..kernels.call import follows, settle, unwatched
 from ..kernels.conv.direct import sizes_of
 from ..kernels.handles import TENSORS
-from ..kernels.layer_choice import WINOGRAD, in_one_go
-from ..ops.followed import by_torch, gradients
+from ..ops.cpu_layer import needs_dy
+from ..ops.followed import activated, by_torch, gradients
 from ..ops.norm import torch_norm
-from .fused_layer import affines, on_cpu, run_layer, run_shared_layer
+from .fused_layer import affines, on_cpu, relu_of, run_layer, run_shared_layer
 from .fused_pool import cpu_pools, run_pool, window_of
 
 NONE, GIVEN, RESULT = -1, -2, -3  # places: see kernels/cpu/stretch.cpp
@@ -40,7 +40,7 @@ class _Step(ctypes.Structure):
     """As kernels/cpu/stretch.cpp has it."""
 
     _fields_ = [
-        *((name, ctypes.c_long) for name in ("pools", "relu", "winograd", "winograd_back")),
+        *((name, ctypes.c_long) for name in ("pools", "relu", "by", "by_back")),
         *((name, ctypes.c_long) for name in ("x", "residual", "y", "z", "saved")),
         *((name, ctypes.c_long) for name in ("dz", "dx", "g", "dy", "room_dx", "room_g")),
         *((name, ctypes.c_double) for name in ("momentum", "eps")),
@@ -55,7 +55,8 @@ class _Layer(NamedTuple):
     adds: int | None
     conv: Any
     norm: Any
-    relu: bool
+    relu: int
+    activation: nn.Module | str | None
     how: Any
     shape: torch.Size
 
@@ -71,7 +72,7 @@ class _Layer(NamedTuple):
         conv, norm = vars(self.conv), {} if self.norm is None else vars(self.norm)
         of_norm = norm.get("training"), norm.get("track_running_stats"), norm.get("momentum") is None
         laid = self.conv._twin_contiguous, self.norm is not None and self.norm._twin_contiguous
-        return conv["stride"], conv["padding"], conv["dilation"], *of_norm, *laid
+        return conv["stride"], conv["padding"], conv["dilation"], *of_norm, *laid, relu_of(self.activation)
 
 
 class _Pool(NamedTuple):
@@ -171,7 +172,7 @@ class Reader(fx.Interpreter):
         if way is None or (reads and way[0] is not x):
             return None
         call, by = way[3]
-        return _Layer(reads, adds, conv, norm, relu is not None, (call, by), torch.Size(call.shape))
+        return _Layer(reads, adds, conv, norm, relu_of(relu), relu, (call, by), torch.Size(call.shape))
 
     def _pool(self, reads: int, x: Tensor, pool: Any) -> _Pool | None:
         if not cpu_pools(x, pool) or settle(x) is not x:
@@ -312,7 +313,7 @@ class Stretch:
                 row.sizes[:] = cpu_pool.sizes_of(step.images, *step.window)[1]
                 continue
             call, by = step.how
-            row.relu, row.winograd, row.winograd_back = step.relu, by.forward == WINOGRAD, by.backward == WINOGRAD
+            row.relu, row.by, row.by_back = step.relu, cpu.BY[by.forward], cpu.BY[by.backward]
             row.sizes[:] = sizes_of(call.as_given)
             if step.adds is not None:
                 row.residual = places[step.adds]
@@ -348,7 +349,7 @@ class Stretch:
             after = [(row.room_dx, of_x)]
             if isinstance(step, _Layer):
                 row.g, row.room_g = place(step.adds, own)
-                if row.dx != NONE and not in_one_go(step.how[0].as_given):
+                if row.dx != NONE and needs_dy(step.how[0].as_given, step.how[1]):
                     row.dy = room.take(own)
                 after += [(row.room_g, own), (row.dy, own)]
             for used, count in (*after, (row.dz, own)):
@@ -395,8 +396,9 @@ class Stretch:
                 found += [None] * 3
                 continue
             weight, bias, gamma, beta = tensors[6 * i : 6 * i + 4]
+            assert weight is not None
             p = step.how[0].as_given
-            dw = x.new_empty(p.K, p.O, *p.kernel, p.C)
+            dw = x.new_empty(p.K, p.O, *p.kernel, weight.shape[2])
             grads.append(dw.movedim(-1, 2))
             if step.norm is None:
                 db = None if bias is None else x.new_empty(p.K, p.O)
@@ -433,7 +435,7 @@ class Stretch:
                 y = torch_norm(y, gamma, beta, None, None, True, 0.0, step.norm.eps)
             y = y.flatten(0, 1)
             y = y if step.adds is None else y + values[step.adds]
-            values.append(y.relu() if step.relu else y)
+            values.append(activated(y, step.relu))
         return values[-1]
 
 

@@ -24,21 +24,21 @@ class Direct(PlainForm):
     backend = "cpu"
     devices: tuple[str, ...] = ("cpu",)
     functions = "dgrad", "wgrad"  # of the C++ library
-    winograd = False
 
     def missing(self) -> str | None:
         return cpu.why_not()
 
     def why_not(self, problem: Problem, config: None, device: Device) -> str | None:
         p = problem
-        outputs = p.C if p.kind == "dgrad" else p.O
+        outputs = {"fprop": p.O, "dgrad": p.C, "wgrad": 4}[p.kind]
         if p.dtype != "float32":
             return f"it is in {p.dtype}, not float32"
         if p.layout != "member":
             return "its activations are not member-major"
         if p.dilation != (1, 1):
             return "it is dilated"
-        if outputs % 4:
+        planar = outputs < 16 and p.taps > 1 and p.stride == (1, 1)  # see kernels/cpu/planar.h
+        if outputs % 4 and not planar:
             return f"{outputs} channels are no multiple of 4"
         return None
 
@@ -64,7 +64,7 @@ class Direct(PlainForm):
         bias = None if epilogue.bias is None else epilogue.bias.contiguous()
         by, added = None if bias is None else bias.data_ptr(), epilogue.residual
         read = x.data_ptr(), weight.data_ptr(), by, *_NO_NORM, None if added is None else added.data_ptr()
-        how = epilogue.relu, 0.0, 0.0, self.winograd, sizes_of(problem)
+        how = epilogue.relu, 0.0, 0.0, cpu.BY[self.name], sizes_of(problem)
         cpu.library().layer(*read, y.data_ptr(), None, None, *how)
         if epilogue.moments is None:
             return y

@@ -12,7 +12,6 @@ class Winograd(Direct):
 
     name = "winograd"
     functions = "winograd_dgrad", "winograd_wgrad"
-    winograd = True
 
     def why_not(self, problem: Problem, config: None, device: Device) -> str | None:
         if reason := super().why_not(problem, config, device):

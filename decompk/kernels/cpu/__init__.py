@@ -34,6 +34,9 @@ FLAGS = (
 )
 COMPILERS = ("c++", "g++", "clang++")
 
+DIRECT, WINOGRAD, BY_CHANNEL = "direct", "winograd", "by channel"
+BY = {DIRECT: 0, WINOGRAD: 1, BY_CHANNEL: 2}  # how a layer is computed, as functions.h has it
+
 _pointer, _int, _long, _double = ctypes.c_void_p, ctypes.c_int, ctypes.c_long, ctypes.c_double
 _SIGNATURES = {
     "dgrad": [_pointer] * 4,
@@ -42,9 +45,6 @@ _SIGNATURES = {
     "winograd_wgrad": [_pointer] * 4,
     "layer": [_pointer] * 11 + [_int, _double, _double, _int, _pointer],
     "layer_backward": [_pointer] * 6 + [_int] + [_pointer] * 6 + [_int, _pointer],
-    "depthwise": [_pointer] * 5,
-    "depthwise_dgrad": [_pointer] * 4,
-    "depthwise_wgrad": [_pointer] * 5,
     "batch_norm": [_pointer] * 8 + [_int, _int, _double, _double] + [_long] * 3,
     "batch_norm_backward": [_pointer] * 4 + [_int, _int] + [_pointer] * 4 + [_long] * 3,
     "stretch": [_pointer, _long, _long] + [_pointer] * 4,
@@ -267,20 +267,20 @@ def layer(
     y: Tensor,
     z: Tensor | None,
     saved: Tensor | None,
-    relu: bool,
+    relu: int,
     momentum: float,
     eps: float,
-    winograd: bool,
+    by: str,
     sizes: Any,
 ) -> None:
     """y = conv(x), and z = relu(norm(y) + residual) by its batch's moments; saved (4, K, O) is filled for the backward.
 
-    x, y, z, residual NHWC without gaps, weight (K, O, kh, kw, C), the rest (K, O); norm: weight, bias, running_mean and
-    running_var, which move. Without a norm, saved and z None, y is relu(conv(x) + residual). winograd: by
-    that algorithm, where it may. sizes: Shape in conv.h.
+    x, y, z, residual NHWC without gaps, weight (K, O, kh, kw, C), channel by channel (K, O, kh, kw), the rest (K, O);
+    norm: weight, bias, running_mean and running_var, which move. Without a norm, saved and z None, y is relu(conv(x) +
+    residual). relu: 0 where there is none, 1, or 6 for a ReLU6. by: one of BY. sizes: Shape in conv.h.
     """
     tensors = map(_at, (x, weight, bias, *norm, residual, y, z, saved))
-    library().layer(*tensors, relu, momentum, eps, winograd, sizes)
+    library().layer(*tensors, relu, momentum, eps, BY[by], sizes)
 
 
 def layer_backward(
@@ -290,45 +290,28 @@ def layer_backward(
     y: Tensor | None,
     z: Tensor | None,
     saved: Tensor | None,
-    relu: bool,
+    relu: int,
     dx: Tensor | None,
     dw: Tensor,
     dgamma: Tensor | None,
     dbeta: Tensor | None,
     g: Tensor | None,
     dy: Tensor | None,
-    winograd: bool,
+    by: str,
     sizes: Any,
 ) -> None:
     """Of dz, the gradient of what `layer` gave: dw, and what is not None of dx, dgamma, dbeta, and g, the residual's.
 
-    z: where it says what the ReLU let pass, behind a residual or without a norm; then dbeta is the bias's gradient.
+    z: where it says what was let pass, behind a residual or without a norm; then dbeta is the bias's gradient.
     dy: room for the gradient of y, as y, where the convolution is strided or its result of another size than x.
     """
     before = map(_at, (dz, x, weight, y, z, saved))
-    library().layer_backward(*before, relu, *map(_at, (dx, dw, dgamma, dbeta, g, dy)), winograd, sizes)
+    library().layer_backward(*before, relu, *map(_at, (dx, dw, dgamma, dbeta, g, dy)), BY[by], sizes)
 
 
 def sizes(values: Sequence[int]) -> Any:
     """Shape in conv.h, of its numbers."""
     return (ctypes.c_long * len(values))(*values)
-
-
-def depthwise(x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor, sizes: Any) -> None:
-    """y of x, channel by channel: both NHWC without gaps, weight (K, kh, kw, C), bias (K, C)."""
-    library().depthwise(*map(_at, (x, weight, bias, y)), sizes)
-
-
-def depthwise_backward(
-    dy: Tensor, x: Tensor, weight: Tensor, dx: Tensor | None, dw: Tensor | None, db: Tensor | None, sizes: Any
-) -> None:
-    """What is not None of dx, dw (K, kh, kw, C) and db, which comes with dw alone."""
-    if dx is not None:
-        library().depthwise_dgrad(*map(_at, (dy, weight, dx)), sizes)
-    if dw is not None:
-        library().depthwise_wgrad(*map(_at, (x, dy, dw, db)), sizes)
-    elif db is not None:
-        torch.sum(dy.unflatten(0, (len(weight), -1)), (1, 3, 4), out=db)
 
 
 def stretch(steps: Any, members: int, x: Tensor, result: Tensor, room: Tensor, tensors: Any) -> None:

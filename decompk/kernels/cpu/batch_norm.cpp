@@ -15,11 +15,11 @@ void backward(const Rows& r, Gradients t, float* dx, float* dweight, float* dbia
       const float *m = means.fill(r, t.mean + first), *a = scales.fill(r, t.scale + first), *b = biases.fill(r, t.bias + first);
       const float *level = share.fill(r, &t.shares[first]), *tilt = slope.fill(r, &t.slopes[first]);
       const float *dy = t.dy + at, *x = t.x + at, *decide = t.decides(mask) + at;
-      float *to = dx + at, *g = passes ? passes + at : nullptr;
+      float *to = dx + at, *g = passes ? passes + at : nullptr, last = t.last;
       each(r, r.count(unit), [=](auto kind, Long d, Long c) {
         using vec = decltype(kind);
         vec mid = load<vec>(m + c), slant = load<vec>(a + c);
-        vec value = passed(mask, load<vec>(dy + d), decide + d, mid, slant, load<vec>(b + c));
+        vec value = passed(mask, last, load<vec>(dy + d), decide + d, mid, slant, load<vec>(b + c));
         if (g) store(g + d, value);
         if constexpr (training) value = value - load<vec>(level + c) - (load<vec>(x + d) - mid) * load<vec>(tilt + c);
         store(to + d, value * slant);
@@ -56,7 +56,7 @@ void batch_norm_backward(const float* dy, const float* x, const float* y, const 
   auto run = training ? (!relu ? backward<EVERYWHERE, true> : y ? backward<FROM_Y, true> : backward<FROM_X, true>)
                       : (!relu ? backward<EVERYWHERE, false> : y ? backward<FROM_Y, false> : backward<FROM_X, false>);
   Rows r(K, rows, C);
-  run(r, Gradients(r, dy, x, y, saved), dx, dweight, dbias, g);
+  run(r, Gradients(r, dy, x, y, saved, relu), dx, dweight, dbias, g);
 }
 
 }  // extern "C"

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "functions.h"
 #include "vectors.h"
 
 inline thread_local int alone_with = -1;  // the member that this thread computes, in all functions of the library
@@ -15,12 +16,13 @@ namespace {
 struct Shape {
   int K, N, C, O, H, W, kh, kw, stride_h, stride_w, pad_h, pad_w, rows, columns;  // rows, columns: of y
   int members;  // of all; K are those that are computed together
+  int per_output;  // inputs of an output: all, or one
 
-  explicit Shape(const Long* sizes, bool merges = true) {
+  explicit Shape(const Long* sizes, By by = DIRECT) {
     for (int* field : {&K, &N, &C, &O, &H, &W, &kh, &kw, &stride_h, &stride_w, &pad_h, &pad_w, &rows, &columns})
       *field = int(*sizes++);
-    members = K;
-    if (merges && kh * kw == 1 && stride_h * stride_w == 1 && !pad_h && !pad_w) {  // whose images are one, a column of all pixels
+    members = K, per_output = by == BY_CHANNEL ? 1 : C;
+    if (by != BY_CHANNEL && kh * kw == 1 && stride_h * stride_w == 1 && !pad_h && !pad_w) {  // whose images are one, a column of all pixels
       H = rows = N * H * W;
       N = W = columns = 1;
     }
@@ -28,7 +30,7 @@ struct Shape {
 
   Long inputs() const { return Long(N) * H * W * C; }  // of a member
   Long outputs() const { return Long(N) * rows * columns * O; }
-  Long weights() const { return Long(O) * kh * kw * C; }
+  Long weights() const { return Long(O) * kh * kw * per_output; }
 };
 
 // dst pixel (h · step_h + h0, w · step_w + w0) = Σ over taps of src pixel (h · stride_h + tap − pad_h, …) · weight
@@ -147,14 +149,14 @@ inline const float* window(const float* image, int images, int H, int W, int C, 
   return buffer;
 }
 
-// Outputs are computed in blocks of one or two of the widest vectors, of 8 or of 4; PIXELS of them at once, or twice as
+// Outputs are computed in blocks of one or two of the widest vectors, of 8, or of what is left; PIXELS of them at once, or twice as
 // many where a block is one vector of those: as many sums as registers hold.
 constexpr int BLOCK = 2 * LANES, PIXELS = LANES == 16 ? 12 : 6;
 
 inline int width_of(int left) {
   for (int width = BLOCK; width > 4; width /= 2)
     if (left >= width) return width;
-  return 4;
+  return left;  // 4, or any where lanes are pixels: see planar.h
 }
 inline size_t filled_up(size_t count) { return (count + 2 * PIXELS - 1) / (2 * PIXELS) * (2 * PIXELS); }  // whole tiles
 
@@ -349,22 +351,39 @@ inline void outer(const float* const* x, Long from, Long step, const float* cons
       }
 }
 
+// `outer` for R outputs and V vectors, and for as many kernel rows of `rows` at once as fit: few sums wait for each other.
+constexpr int MOST = LANES == 16 ? 8 : 4, MOST_SUMS = 3 * MOST;  // outputs at once, and what registers hold
+struct Outer {
+  decltype(&outer<1, 1, 1>) run;
+  int rows;
+
+  template <int R, int V>
+  static Outer of(int rows) {
+    if constexpr (R * V * 5 <= MOST_SUMS)
+      if (rows == 5) return {outer<R, V, 5>, 5};
+    if constexpr (R * V * 3 <= MOST_SUMS)
+      if (rows == 3) return {outer<R, V, 3>, 3};
+    return {outer<R, V, 1>, 1};
+  }
+  template <int R>
+  static Outer of(int V, int rows) {
+    return V == 3 ? of<R, 3>(rows) : V == 2 ? of<R, 2>(rows) : of<R, 1>(rows);
+  }
+};
+
 // `outer` for every output and kernel row: dw[o][row][l], of `length`; x's kernel rows begin at `from`, `step` apart.
 inline void outers(const float* const* x, Long from, Long step, int rows, const float* const* dy, Long o, size_t count,
                    float* dw, int length, int outputs) {
-  constexpr int MOST = LANES == 16 ? 8 : 4, SUMS = 3 * MOST;  // outputs at once, and what registers hold
   Long of_output = Long(rows) * length;
   for (int l = 0; l < length; l += 3 * LANES) {
     int left = std::min(3 * LANES, length - l), V = (left + LANES - 1) / LANES;
     for (int i = 0, R; i < outputs; i += R) {
-      R = outputs - i >= MOST ? MOST : 4;
-      int H = rows == 3 && R * V * 3 <= SUMS ? 3 : 1;  // few sums would wait for each other
-      auto one = V == 3   ? (R == MOST ? outer<MOST, 3, 1> : outer<4, 3, 1>)
-                 : V == 2 ? (R == MOST ? outer<MOST, 2, 1> : H == 3 ? outer<4, 2, SUMS / 8> : outer<4, 2, 1>)
-                 : H == 3 ? (R == MOST ? outer<MOST, 1, 3> : outer<4, 1, 3>)
-                          : (R == MOST ? outer<MOST, 1, 1> : outer<4, 1, 1>);
-      for (int r = 0; r < rows; r += H)
-        one(x, from + r * step + l, step, dy, o + i, count, dw + i * of_output + r * length + l, length, of_output, left);
+      int more = outputs - i;
+      R = more >= MOST ? MOST : more >= 4 ? 4 : more >= 2 ? 2 : 1;
+      Outer outer = R == MOST ? Outer::of<MOST>(V, rows) : R == 4 ? Outer::of<4>(V, rows)
+                    : R == 2  ? Outer::of<2>(V, rows) : Outer::of<1>(V, rows);
+      for (int r = 0; r < rows; r += outer.rows)
+        outer.run(x, from + r * step + l, step, dy, o + i, count, dw + i * of_output + r * length + l, length, of_output, left);
     }
   }
 }

@@ -1,88 +1,12 @@
-// A convolution and what stands behind it, batch norm of the batch, residual and ReLU, of K members on a CPU, both ways.
+// A convolution and what stands behind it, batch norm of the batch, residual and ReLU or ReLU6, of K members on a CPU,
+// both ways.
 //
 // Forward the moments are taken of what is still in cache, so that the norm is one pass. Backward the gradient of the
 // convolution's output is never written: dgrad and wgrad of a few rows form it from that of the layer's output.
-#include "functions.h"
-#include "norm.h"
+#include "by_channel.h"
 #include "winograd.h"
 
 namespace {
-
-// The gradient of a convolution's output, formed row by row: behind a norm as Gradients has it, or, without one, what
-// the ReLU lets pass.
-struct Rising {
-  const Rows& r;
-  const Gradients& t;
-  Mask mask;
-  bool norm;
-  float* g;  // where what the ReLU lets pass goes, or null
-  std::vector<float> vectors;  // [member][mean, scale, bias, share, slope][wide]
-
-  Rising(const Rows& r, const Gradients& t, Mask mask, bool norm, float* g)
-      : r(r), t(t), mask(mask), norm(norm), g(g), vectors(norm ? r.K * 5 * r.wide : 0) {
-    if (!norm) return;
-    for (Long k = 0; k < r.K; ++k) {
-      const float* of[] = {t.mean, t.scale, t.bias, t.shares.data(), t.slopes.data()};
-      for (int v = 0; v < 5; ++v) repeat(r, of[v] + k * r.C, &vectors[(k * 5 + v) * r.wide]);
-    }
-  }
-
-  template <Mask mask, typename vec>
-  void one(Long d, const float* own, Long c, float* to, float* passes) const {
-    vec value = load<vec>(t.dy + d);
-    if (!norm) {
-      store(to, passed(mask, value, t.y + d, vec{}, vec{}, vec{}));
-      return;
-    }
-    vec mean = load<vec>(own + c), scale = load<vec>(own + r.wide + c), bias = load<vec>(own + 2 * r.wide + c);
-    value = passed(mask, value, t.decides(mask) + d, mean, scale, bias);
-    if (passes) store(passes + d, value);
-    vec share = load<vec>(own + 3 * r.wide + c), slope = load<vec>(own + 4 * r.wide + c);
-    store(to, (value - share - (load<vec>(t.x + d) - mean) * slope) * scale);
-  }
-
-  template <Mask mask>
-  void fill(int k, Long at, Long count, bool keeps, float* to) const {
-    const float* own = vectors.data() + k * 5 * r.wide;
-    float* passes = keeps ? g : nullptr;
-    Long i = 0, c = 0;
-    for (; i + LANES <= count; i += LANES, c = c + LANES < r.wide ? c + LANES : 0)
-      one<mask, widest>(at + i, own, c, to + i, passes);
-    for (; i < count; ++i, ++c) one<mask, float>(at + i, own, c, to + i, passes);
-  }
-
-  // `count` numbers from `at` on, the beginning of a row; keeps: whether g gets its part of them.
-  void row(int k, Long at, Long count, bool keeps, float* to) const {
-    if (mask == FROM_Y) fill<FROM_Y>(k, at, count, keeps, to);
-    else if (mask == FROM_X) fill<FROM_X>(k, at, count, keeps, to);
-    else fill<EVERYWHERE>(k, at, count, keeps, to);
-  }
-
-  // `tall` rows of `wide` pixels of a unit's images from (first - top, -left) on, with zeros outside of them, into `to`;
-  // own(row's pixels, image, row) for each of the unit's `rows` from `first` on.
-  template <typename Own>
-  void window(const Shape& s, const Unit& u, Long first, Long rows, Long top, Long left, Long tall, Long wide, float* to,
-              Own own) const {
-    Long row = Long(s.columns) * s.O;
-    for (int i = 0; i < u.images; ++i)
-      for (Long h = 0; h < tall; ++h, to += wide * s.O) {
-        Long of = first - top + h;
-        bool inside = of >= 0 && of < s.rows, mine = of >= first && of < first + rows;
-        float* pixels = to + left * s.O;
-        std::fill(to, inside ? pixels : to + wide * s.O, 0.f);
-        if (!inside) continue;
-        this->row(u.k, ((Long(u.k) * s.N + u.n + i) * s.rows + of) * row, row, mine, pixels);
-        std::fill(pixels + row, to + wide * s.O, 0.f);
-        if (mine) own(pixels, i, of);
-      }
-  }
-
-  void all(float* to) const {
-#pragma omp parallel for
-    for (Long unit = 0; unit < r.units(); ++unit)
-      row(int(r.member(unit)), r.start(unit), r.count(unit) * r.C, true, to + r.start(unit));
-  }
-};
 
 // dx where it is wanted and y is as large as x, dw, and without a norm dbias, in one go over the pixels. Without dx, or
 // where it is found later, `dy` is filled unless it is null. False where numbers are not finite: see conv.h.
@@ -167,15 +91,16 @@ bool both_by_winograd(const Shape& s, const Rising& rising, const float* x, cons
 }
 
 void forward(const Shape& s, const float* x, const float* w, const float* bias, Norm norm, const float* residual, float* y,
-             float* z, bool relu, bool winograd) {
+             float* z, Activation activation, By by) {
   Rows r(s.K, Long(s.N) * s.rows * s.columns, s.O, s.members);
   Side side = forward_side(s);
-  auto units = winograd ? side.units(s.K) : units_of(s.K, s.N, s.rows, s.columns, TARGET);
+  auto units = by == WINOGRAD ? side.units(s.K) : units_of(s.K, s.N, s.rows, s.columns, TARGET);
   auto start = [&](const Unit& u) { return y + ((Long(u.k) * s.N + u.n) * s.rows + u.row) * s.columns * s.O; };
   auto count = [&](const Unit& u) { return Long(u.images) * u.rows * s.columns; };
   auto convolve = [&](auto then) {
+    if (by == BY_CHANNEL) return run_by_channel(s, x, w, bias, units, y, then);
     const float* blocks = forward_blocks<BLOCKS>(s, w);
-    if (winograd) run_winograd(x, s.K, side, units, blocks, bias, y, then);
+    if (by == WINOGRAD) run_winograd(x, s.K, side, units, blocks, bias, y, then);
     else run(forward_job(s, x, y), s.K, s.N, units, blocks, bias, then);
   };
   if (!norm.saved) {
@@ -184,7 +109,7 @@ void forward(const Shape& s, const float* x, const float* w, const float* bias, 
       const float* more = residual ? residual + (values - y) : nullptr;
       Long size = count(u) * s.O;
       for (Long i = 0; more && i < size; ++i) values[i] += more[i];
-      for (Long i = 0; relu && i < size; ++i) values[i] = 0 > values[i] ? 0 : values[i];  // NaN stays
+      for (Long i = 0; activation.there && i < size; ++i) values[i] = activation(values[i]);
     });
     return;
   }
@@ -194,7 +119,7 @@ void forward(const Shape& s, const float* x, const float* w, const float* bias, 
     moments.take(r, i, start(u), count(u), repeated);
   });
   norm.settle(r, &moments);
-  normalise(r, y, norm.saved, residual, relu, z);
+  normalise(r, y, norm.saved, residual, activation, z);
 }
 
 struct Outputs {  // of a backward; what is not wanted is null
@@ -203,16 +128,20 @@ struct Outputs {  // of a backward; what is not wanted is null
 
 // False where some of several members are not finite: then each has to be computed by itself, as it is on its own thread.
 bool backward(const Shape& s, const float* dz, const float* x, const float* w, const float* y, const float* z,
-              const float* saved, bool relu, const Outputs& to, bool winograd) {
+              const float* saved, Activation activation, const Outputs& to, By by) {
   Rows r(s.K, Long(s.N) * s.rows * s.columns, s.O, s.members);
-  Gradients t(r, dz, y, z, saved);
-  Mask mask = !relu ? EVERYWHERE : z ? FROM_Y : FROM_X;
+  Gradients t(r, dz, y, z, saved, activation);
+  Mask mask = !activation.there ? EVERYWHERE : z ? FROM_Y : FROM_X;
   auto sum = mask == FROM_Y ? &Gradients::sum<FROM_Y> : mask == FROM_X ? &Gradients::sum<FROM_X> : &Gradients::sum<EVERYWHERE>;
   if (saved) (t.*sum)(r, to.dgamma, to.dbeta);
   Rising rising(r, t, mask, saved, to.g);
   float *dy = to.dy, *dx = to.dx, *dbias = saved ? nullptr : to.dbeta;
-  if (winograd ? both_by_winograd(s, rising, x, w, dx, to.dw, dbias)
-               : both(s, rising, x, w, dy ? nullptr : dx, to.dw, dbias, dy)) {
+  if (by == BY_CHANNEL) {
+    both_by_channel(s, rising, x, w, dx, to.dw, dbias);
+    return true;
+  }
+  if (by == WINOGRAD ? both_by_winograd(s, rising, x, w, dx, to.dw, dbias)
+                     : both(s, rising, x, w, dy ? nullptr : dx, to.dw, dbias, dy)) {
     if (dy && dx) input_gradient(s, dy, w, dx);
     return true;
   }
@@ -231,34 +160,33 @@ extern "C" {
 
 // z = relu(norm(y) + residual) of y = x ∗ w + bias. bias, gamma, beta, the running statistics, which move, and residual
 // may be null. saved (4, K, O): as Norm has it, or null where there is no norm: then y is the result, and z null.
-// winograd: whether by that algorithm, see winograd.h.
+// relu: 0 none, 1 ReLU, 6 ReLU6; by: see functions.h.
 void layer(const float* x, const float* w, const float* bias, const float* gamma, const float* beta, float* running_mean,
            float* running_var, const float* residual, float* y, float* z, float* saved, int relu, double momentum, double eps,
-           int winograd, const Long* sizes) {
-  by_member(Shape(sizes), [&](int k, const Shape& s) {
+           int by, const Long* sizes) {
+  by_member(Shape(sizes, By(by)), [&](int k, const Shape& s) {
     auto of = [&](auto vector) { return member(vector, k, s.O); };
     Long out = s.outputs();
     Norm norm{of(gamma), of(beta), of(running_mean), of(running_var), of(saved), momentum, eps};
     forward(s, x + k * s.inputs(), w + k * s.weights(), of(bias), norm, member(residual, k, out), y + k * out,
-            member(z, k, out), relu, winograd);
+            member(z, k, out), relu, By(by));
   });
 }
 
-// Of dz: dx unless it is null, dw, dgamma, dbeta, and g, dz as the ReLU lets it pass, unless that is null. y: what the
-// norm normalised; z: the result, where it decides what the ReLU let pass, or null. dy: room for the gradient of y where
-// `both` cannot find dx, else null. winograd: whether by that algorithm, see winograd.h. Without a norm saved, dgamma
-// and g are null, and dbeta is the bias's or null.
+// Of dz: dx unless it is null, dw, dgamma, dbeta, and g, dz as the activation lets it pass, unless that is null. y: what
+// the norm normalised; z: the result, where it decides what was let pass, or null. dy: room for the gradient of y where
+// `both` cannot find dx, else null. Without a norm saved, dgamma and g are null, and dbeta is the bias's or null.
 void layer_backward(const float* dz, const float* x, const float* w, const float* y, const float* z, const float* saved,
-                    int relu, float* dx, float* dw, float* dgamma, float* dbeta, float* g, float* dy, int winograd,
+                    int relu, float* dx, float* dw, float* dgamma, float* dbeta, float* g, float* dy, int by,
                     const Long* sizes) {
   auto members = [&](int k, const Shape& s) {
     auto of = [&](auto vector) { return member(vector, k, s.O); };
     auto activation = [&](auto tensor) { return member(tensor, k, s.outputs()); };
     Outputs to{member(dx, k, s.inputs()), dw + k * s.weights(), of(dgamma), of(dbeta), activation(g), activation(dy)};
     return backward(s, dz + k * s.outputs(), x + k * s.inputs(), w + k * s.weights(), activation(y), activation(z), of(saved),
-                    relu, to, winograd);
+                    relu, to, By(by));
   };
-  by_member(Shape(sizes), [&](int k, const Shape& s) {
+  by_member(Shape(sizes, By(by)), [&](int k, const Shape& s) {
     if (members(k, s)) return;
     Shape one = s;
     one.K = 1;

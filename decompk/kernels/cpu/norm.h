@@ -171,9 +171,25 @@ struct Norm {
   }
 };
 
-template <bool relu, bool residual>
+// ReLU and those that stop at a number: `most` of ReLU6 is 6, of a ReLU infinity.
+struct Activation {
+  bool there;
+  float most, last;  // the largest that comes out, and the largest that a gradient passes
+
+  Activation(int code)  // 0: none; 1: ReLU; else what it stops at
+      : there(code), most(code > 1 ? float(code) : HUGE_VALF), last(code > 1 ? std::nextafter(most, 0.f) : most) {}
+
+  template <typename vec>
+  vec operator()(vec value) const {  // NaN stays
+    value = vec{} > value ? vec{} : value;
+    vec top = most - vec{};
+    return value > top ? top : value;
+  }
+};
+
+template <bool acts, bool residual>
 void apply(const Rows& r, const float* x, const float* mean, const float* scale, const float* bias, const float* other,
-           float* y) {
+           Activation activation, float* y) {
 #pragma omp parallel
   {
     Repeated means, scales, biases;
@@ -187,41 +203,45 @@ void apply(const Rows& r, const float* x, const float* mean, const float* scale,
         using vec = decltype(kind);
         vec value = (load<vec>(from + d) - load<vec>(m + c)) * load<vec>(a + c) + load<vec>(b + c);
         if constexpr (residual) value += load<vec>(add + d);
-        if constexpr (relu) value = vec{} > value ? vec{} : value;  // NaN stays
+        if constexpr (acts) value = activation(value);
         store(to + d, value);
       });
     }
   }
 }
 
-// y = (x − mean) · scale + bias, + residual unless it is null, past the ReLU if there is one
-inline void normalise(const Rows& r, const float* x, const float* saved, const float* residual, bool relu, float* y) {
+// y = (x − mean) · scale + bias, + residual unless it is null, past the activation if there is one
+inline void normalise(const Rows& r, const float* x, const float* saved, const float* residual, Activation activation,
+                      float* y) {
   const float *mean = saved, *scale = mean + 2 * r.plane, *bias = scale + r.plane;
-  auto run = relu ? (residual ? apply<true, true> : apply<true, false>)
-                  : (residual ? apply<false, true> : apply<false, false>);
-  run(r, x, mean, scale, bias, residual, y);
+  auto run = activation.there ? (residual ? apply<true, true> : apply<true, false>)
+                              : (residual ? apply<false, true> : apply<false, false>);
+  run(r, x, mean, scale, bias, residual, activation, y);
 }
 
-// Where the ReLU stops gradients, as torch's does: where y is at most zero (not NaN), FROM_Y, or, without a residual,
-// where (x − mean) · scale + bias is, FROM_X.
+// Where the activation stops gradients, as torch's does: where y is at most zero (not NaN) or more than `last`, FROM_Y, or,
+// without a residual, where (x − mean) · scale + bias is, FROM_X.
 enum Mask { EVERYWHERE, FROM_Y, FROM_X };
 
 template <typename vec>
-inline vec passed(Mask mask, vec dy, const float* from, vec mean, vec scale, vec bias) {
-  if (mask == FROM_Y) return load<vec>(from) <= 0 ? vec{} : dy;
-  if (mask == FROM_X) return (load<vec>(from) - mean) * scale + bias <= 0 ? vec{} : dy;
-  return dy;
+inline vec passed(Mask mask, float last, vec dy, const float* from, vec mean, vec scale, vec bias) {
+  if (mask == EVERYWHERE) return dy;
+  vec value = load<vec>(from);
+  if (mask == FROM_X) value = (value - mean) * scale + bias;
+  dy = value <= 0 ? vec{} : dy;
+  return value > last - vec{} ? vec{} : dy;
 }
 
 // The gradient behind a batch norm as a function of the one before it: dx = scale · (g − share − (x − mean) · slope),
-// where g is dy as the ReLU lets it pass; in eval mode scale · g.
+// where g is dy as the activation lets it pass; in eval mode scale · g.
 struct Gradients {
   const float *dy, *x, *y, *mean, *rstd, *scale, *bias;
+  float last;  // of the activation
   std::vector<float> shares, slopes;
 
-  Gradients(const Rows& r, const float* dy, const float* x, const float* y, const float* saved)
+  Gradients(const Rows& r, const float* dy, const float* x, const float* y, const float* saved, Activation activation)
       : dy(dy), x(x), y(y), mean(saved), rstd(of(saved, 1, r)), scale(of(saved, 2, r)), bias(of(saved, 3, r)),
-        shares(r.K * r.C), slopes(r.K * r.C) {}
+        last(activation.last), shares(r.K * r.C), slopes(r.K * r.C) {}
 
   static const float* of(const float* saved, Long i, const Rows& r) { return saved ? saved + i * r.plane : nullptr; }
 
@@ -240,11 +260,11 @@ struct Gradients {
         Long at = r.start(unit), first = r.member(unit) * C;
         const float *m = means.fill(r, mean + first), *a = scales.fill(r, scale + first), *b = biases.fill(r, bias + first);
         const float *from = dy + at, *values = x + at, *decide = decides(mask) + at;
-        column_sums<2>(r, r.count(unit), 0, [=](auto kind, Long d, Long c, auto* found) {
+        column_sums<2>(r, r.count(unit), 0, [=, last = last](auto kind, Long d, Long c, auto* found) {
           using vec = decltype(kind);
           using sum = decltype(found[0] + found[0]);
           vec mid = load<vec>(m + c);
-          found[0] = as<sum>(passed(mask, load<vec>(from + d), decide + d, mid, load<vec>(a + c), load<vec>(b + c)));
+          found[0] = as<sum>(passed(mask, last, load<vec>(from + d), decide + d, mid, load<vec>(a + c), load<vec>(b + c)));
           found[1] = found[0] * as<sum>(load<vec>(values + d) - mid);
         }, {&sums[unit * 2 * C], &sums[unit * 2 * C + C]});
       }

@@ -4,6 +4,8 @@
 // every pixel, also across the ends of rows; what is computed for the few pixels of padding there is not written.
 #pragma once
 
+#include <array>
+
 #include "conv.h"
 
 namespace {
@@ -30,8 +32,9 @@ inline void to_channels(const widest (&pixels)[4], widest (&c)[4]) {
   c[2] = every_other<1, 0>(high[0], high[1], all), c[3] = every_other<1, 1>(high[0], high[1], all);
 }
 
-// Whether it pays to take channels apart; one tap has too little to do with them.
-inline bool is_planar(int outputs, int taps) { return outputs < LANES && outputs % 4 == 0 && taps > 1; }
+// Whether it pays to take channels apart; one tap has too little to do with them. Outputs that are no multiple of 4, fewer
+// than 16, have no other way: see kernels/conv/direct.py.
+inline bool is_planar(int outputs, int taps) { return (outputs < LANES || outputs % 4) && taps > 1; }
 
 // Four channels of a quarter of LANES pixels, which are C floats apart.
 inline widest four_of(const float* pixels, int C) {
@@ -96,12 +99,14 @@ inline void planar_tile(const float* at, Long plane, Long wide, int taps_h, int 
         }
       }
     }
+  constexpr int QUADS = (O + 3) / 4;
 #pragma GCC unroll 8
   for (int p = 0; p < P; ++p, to += LANES * outputs) {
-    widest pixels[O / 4][4];
+    widest pixels[QUADS][4];
 #pragma GCC unroll 2
-    for (int q = 0; q < O / 4; ++q) {
-      widest channels[4] = {sum[4 * q][p], sum[4 * q + 1][p], sum[4 * q + 2][p], sum[4 * q + 3][p]};
+    for (int q = 0; q < QUADS; ++q) {
+      auto of = [&](int o) { return o < O ? sum[o < O ? o : 0][p] : widest{}; };
+      widest channels[4] = {of(4 * q), of(4 * q + 1), of(4 * q + 2), of(4 * q + 3)};
       to_pixels(channels, pixels[q]);
     }
     every_lane all;
@@ -113,12 +118,22 @@ inline void planar_tile(const float* at, Long plane, Long wide, int taps_h, int 
         store(to + (2 * v + 1) * LANES, in_turns<4, LANES / 2>(pixels[0][v], pixels[O / 8][v], all));
       } else
 #pragma GCC unroll 2
-        for (int q = 0; q < O / 4; ++q)
+        for (int q = 0; q < QUADS; ++q)
 #pragma GCC unroll 4
           for (int i = 0; i < LANES / 4; ++i)
-            std::memcpy(to + (v * (LANES / 4) + i) * outputs + 4 * q, reinterpret_cast<float*>(&pixels[q][v]) + 4 * i, 16);
+            std::memcpy(to + (v * (LANES / 4) + i) * outputs + 4 * q, reinterpret_cast<float*>(&pixels[q][v]) + 4 * i,
+                        sizeof(float) * std::min(O - 4 * q, 4));
     }
   }
+}
+
+constexpr int ALL_SUMS = LANES == 16 ? 24 : 8;  // that registers hold
+constexpr int at_once(int outputs) { return std::max(ALL_SUMS / std::max(outputs, 4), 1); }  // vectors of pixels
+
+// `planar_tile` for P vectors or as many as fit, by the number of outputs.
+template <int P, int... o>
+auto planar_tiles(std::integer_sequence<int, o...>) {
+  return std::array{planar_tile<std::min(P, at_once(o + 1)), o + 1>...};
 }
 
 // Of surroundings `from`, `images` times `tall` rows of `wide` pixels of C channels: `rows` rows of `columns` pixels of
@@ -126,7 +141,6 @@ inline void planar_tile(const float* at, Long plane, Long wide, int taps_h, int 
 template <typename To>
 inline void planar(const Surroundings& from, int images, int C, int taps_h, int taps_w, const float* weight,
                    const float* start, int outputs, int rows, int columns, To to) {
-  constexpr int MOST = LANES == 16 ? 24 : 8;  // sums that registers hold
   Long wide = from.wide, count = rows * wide;
   Long plane = (count + LANES - 1) / LANES * LANES + taps_h * wide + LANES;
   float* planes = scratch<float, PLANES>(C * plane);
@@ -142,14 +156,14 @@ inline void planar(const Surroundings& from, int images, int C, int taps_h, int 
       for (Long p = 0, vectors = (count + LANES - 1) / LANES; vectors > 0;) {
         auto tile = [&](auto size) {
           constexpr int P = decltype(size)::value;
-          auto one = width == 8 ? planar_tile<(P < MOST / 8 ? P : MOST / 8), 8> : planar_tile<P, 4>;
-          int done = width == 8 ? std::min(P, MOST / 8) : P;
-          one(planes + p, plane, wide, taps_h, taps_w, C, own, level, result + p * outputs + o, outputs);
+          auto run = planar_tiles<P>(std::make_integer_sequence<int, 8>())[width - 1];
+          int done = std::min(P, at_once(width));
+          run(planes + p, plane, wide, taps_h, taps_w, C, own, level, result + p * outputs + o, outputs);
           p += done * LANES, vectors -= done;
         };
-        if (vectors >= MOST / 4) tile(std::integral_constant<int, MOST / 4>{});
-        else if (vectors >= 4 && MOST / 4 > 4) tile(std::integral_constant<int, 4>{});
-        else if (vectors == 3 && MOST / 4 > 3) tile(std::integral_constant<int, 3>{});
+        if (vectors >= ALL_SUMS / 4) tile(std::integral_constant<int, ALL_SUMS / 4>{});
+        else if (vectors >= 4 && ALL_SUMS / 4 > 4) tile(std::integral_constant<int, 4>{});
+        else if (vectors == 3 && ALL_SUMS / 4 > 3) tile(std::integral_constant<int, 3>{});
         else if (vectors >= 2) tile(std::integral_constant<int, 2>{});
         else tile(std::integral_constant<int, 1>{});
       }

@@ -100,7 +100,7 @@ extern "C" {
 // y, and in place which of its window's kh · kw values it is: the first of the largest, or the last that is no number.
 // sizes: Shape in conv.h, K = 1 and N all images. Every window meets the image.
 void max_pool(const float* x, float* y, unsigned char* place, const Long* sizes) {
-  Shape s(sizes, false);
+  Shape s(sizes, BY_CHANNEL);
 #pragma omp parallel for collapse(2) schedule(static)
   for (int n = 0; n < s.N; ++n)
     for (int h = 0; h < s.rows; ++h) {
@@ -128,7 +128,7 @@ void max_pool(const float* x, float* y, unsigned char* place, const Long* sizes)
 }
 
 void max_unpool(const float* dy, const unsigned char* place, float* dx, const Long* sizes) {
-  Shape s(sizes, false);
+  Shape s(sizes, BY_CHANNEL);
   bool adds = s.kh > s.stride_h || s.kw > s.stride_w;
   bool all = s.kh == s.stride_h && s.kw == s.stride_w && s.rows * s.kh == s.H && s.columns * s.kw == s.W && !s.pad_h && !s.pad_w;
   Long image = Long(s.H) * s.W * s.C, pooled = Long(s.rows) * s.columns * s.C;

@@ -7,7 +7,7 @@ namespace {
 // A layer, or a pooling, as `layer` and `max_pool` have it. Activations and gradients are places in two rooms, in floats,
 // those of gradients in the part of each member, since members that are computed alone are at different steps.
 struct Step {
-  Long pools, relu, winograd, winograd_back;
+  Long pools, relu, by, by_back;
   Long x, residual, y, z, saved;  // saved: what the norm saved, or where a pooling found its maxima
   Long dz, dx, g, dy;
   Long room_dx, room_g;  // where dx and g are found first if they are added to what is there already, else nowhere
@@ -57,7 +57,7 @@ struct Share {
   Long sizes[14];  // of a pooling that is to do
 
   Share(const Step& s, Long members, int k) : first(std::max(k, 0)) {
-    Shape all(s.sizes, false);
+    Shape all(s.sizes, BY_CHANNEL);
     Long parts = s.pools ? members : 1;
     in = all.inputs() / parts, out = all.outputs() / parts;
     std::copy_n(s.sizes, 14, sizes);
@@ -82,7 +82,7 @@ void stretch(const Step* steps, Long count, Long members, const float* x, float*
         max_pool(at.at(s.x) + in, at.at(s.y) + out, reinterpret_cast<unsigned char*>(at.at(s.saved)) + out, of.sizes);
       } else
         layer(at.at(s.x), own[0], own[1], own[2], own[3], own[4], own[5], at.at(s.residual), at.at(s.y), at.at(s.z),
-              at.at(s.saved), int(s.relu), s.momentum, s.eps, int(s.winograd), s.sizes);
+              at.at(s.saved), int(s.relu), s.momentum, s.eps, int(s.by), s.sizes);
     }
   });
 }
@@ -110,7 +110,7 @@ void stretch_backward(const Step* steps, Long count, Long members, const float* 
         float* const* own = found + i * FOUND;
         layer_backward(given, at.at(s.x), tensors[i * TENSORS], norm ? at.at(s.y) : nullptr,
                        decides ? at.at(norm ? s.z : s.y) : nullptr, at.at(s.saved), int(s.relu), to, own[0], own[1], own[2],
-                       passed, of.at(s.dy, out), int(s.winograd_back), s.sizes);
+                       passed, of.at(s.dy, out), int(s.by_back), s.sizes);
       }
       if (to != dx_whole) add(to + skipped_in, together * in, dx_whole + skipped_in);
       if (passed != g_whole) add(passed + skipped_out, together * out, g_whole + skipped_out);

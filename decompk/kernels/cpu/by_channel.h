@@ -1,7 +1,9 @@
-// Convolutions channel by channel of K members on a CPU: x (K, N, H, W, C), w (K, kh, kw, C), y (K, N, H', W', C).
+// Convolutions channel by channel of K members on a CPU: x (K, N, H, W, C), w (K, C, kh, kw), y (K, N, H', W', C).
 //
 // No padding is computed: each row and each column of pixels knows its taps. So NaN and infinity stay where torch has them.
-#include "conv.h"
+#pragma once
+
+#include "rising.h"
 
 namespace {
 
@@ -84,18 +86,22 @@ void one_row(const float* src, int W, const float* w, int kw, const float* start
   for (size_t v = columns.until; v < columns.taps.size(); ++v) one(v);
 }
 
-// dst (K, N, rows, columns, C) of src (K, N, H, W, C)
-void gather(const Shape& s, const float* src, int H, int W, const float* w, const float* bias, float* dst,
-            const std::vector<std::vector<Tap>>& rows, const Columns& columns, bool back) {
-  Long height = rows.size(), width = columns.taps.size(), C = s.C;
-#pragma omp parallel for schedule(static)
-  for (Long i = 0; i < Long(s.K) * s.N * height; ++i) {
-    Long image = i / height, k = image / s.N;
-    each_vector(s.C, [&](auto kind, Long c) {
-      one_row<decltype(kind)>(src + image * H * W * C, W, w + k * s.kh * s.kw * C, s.kw, member(bias, k, C),
-                              dst + i * width * C, C, c, rows[i % height], columns, back);
-    });
-  }
+// A row of `dst` from the image `src` (H, W, C) by a member's weights (kh, kw, C).
+inline void one_row(const float* src, int W, const float* w, int kw, const float* start, float* dst, int C,
+                    const std::vector<Tap>& rows, const Columns& columns, bool back) {
+  each_vector(C, [&](auto kind, Long c) {
+    one_row<decltype(kind)>(src, W, w, kw, start, dst, C, c, rows, columns, back);
+  });
+}
+
+// Every member's weights (C, kh, kw) as (kh, kw, C).
+inline const float* channels_inside(const Shape& s, const float* w) {
+  int taps = s.kh * s.kw;
+  float* to = scratch<float, BLOCKS>(Long(s.K) * taps * s.C);
+  for (int k = 0; k < s.K; ++k)
+    for (int c = 0; c < s.C; ++c)
+      for (int t = 0; t < taps; ++t) to[(Long(k) * taps + t) * s.C + c] = w[(Long(k) * s.C + c) * taps + t];
+  return to;
 }
 
 // sum (kh, kw, C) += of a row of dy, T taps of a kernel row at a time
@@ -125,46 +131,61 @@ void add_products(const Shape& s, const float* x, const float* dy, float* sum, L
     }
 }
 
-}  // namespace
-
-extern "C" {
-
-// bias (K, C) or null; sizes: as Shape has them, O = C.
-void depthwise(const float* x, const float* w, const float* bias, float* y, const Long* sizes) {
-  Shape s(sizes, false);
-  gather(s, x, s.H, s.W, w, bias, y, taps_of(s.rows, s.H, s.kh, s.stride_h, s.pad_h, false),
-         Columns(taps_of(s.columns, s.W, s.kw, s.stride_w, s.pad_w, false), s.kw, s.stride_w, false), false);
-}
-
-void depthwise_dgrad(const float* dy, const float* w, float* dx, const Long* sizes) {
-  Shape s(sizes, false);
-  gather(s, dy, s.rows, s.columns, w, nullptr, dx, taps_of(s.H, s.rows, s.kh, s.stride_h, s.pad_h, true),
-         Columns(taps_of(s.W, s.columns, s.kw, s.stride_w, s.pad_w, true), s.kw, s.stride_w, true), true);
-}
-
-// dw (K, kh, kw, C) and, unless it is null, dbias (K, C). How the sums are cut does not depend on the threads.
-void depthwise_wgrad(const float* x, const float* dy, float* dw, float* dbias, const Long* sizes) {
-  Shape s(sizes, false);
-  Long C = s.C, taps = Long(s.kh) * s.kw * C, size = taps + C;
+// then(i, unit) when a unit's outputs are written
+template <typename Then>
+void run_by_channel(const Shape& s, const float* x, const float* w, const float* bias, const std::vector<Unit>& units,
+                    float* y, Then then) {
+  const float* weights = channels_inside(s, w);
   auto rows = taps_of(s.rows, s.H, s.kh, s.stride_h, s.pad_h, false);
-  auto units = units_of(s.K, s.N, s.rows, s.columns, 512);
+  Columns columns(taps_of(s.columns, s.W, s.kw, s.stride_w, s.pad_w, false), s.kw, s.stride_w, false);
+#pragma omp parallel for schedule(dynamic)
+  for (size_t i = 0; i < units.size(); ++i) {
+    const Unit& u = units[i];
+    for (int image = u.n; image < u.n + u.images; ++image)
+      for (int h = u.row; h < u.row + u.rows; ++h) {
+        Long of = Long(u.k) * s.N + image;
+        one_row(x + of * s.H * s.W * s.C, s.W, weights + Long(u.k) * s.kh * s.kw * s.C, s.kw, member(bias, u.k, s.C),
+                y + (of * s.rows + h) * s.columns * s.C, s.C, rows[h], columns, false);
+      }
+    then(i, u);
+  }
+}
+
+// dx unless it is null, dw, and without a norm dbias, image by image: of each the gradient of y is formed once.
+inline void both_by_channel(const Shape& s, const Rising& rising, const float* x, const float* w, float* dx, float* dw,
+                            float* dbias) {
+  Long C = s.C, pixels = Long(s.rows) * s.columns, taps = Long(s.kh) * s.kw * C, size = taps + C;
+  auto rows = taps_of(s.rows, s.H, s.kh, s.stride_h, s.pad_h, false);
+  auto back = taps_of(s.H, s.rows, s.kh, s.stride_h, s.pad_h, true);
+  Columns columns(taps_of(s.W, s.columns, s.kw, s.stride_w, s.pad_w, true), s.kw, s.stride_w, true);
+  const float* weights = channels_inside(s, w);
+  auto units = units_of(s.K, s.N, 1, 1, 1);
   int parts = parts_of(s, int(units.size() / s.K));
   const float* sums = sums_of(s.K, units, parts, size, [&](const Unit& u, float* sum) {
-    for (int i = 0; i < u.images; ++i)
-      for (int h = u.row; h < u.row + u.rows; ++h) {
-        Long image = Long(u.k) * s.N + u.n + i;
-        const float* gradient = dy + (image * s.rows + h) * s.columns * C;
-        each_vector(s.C, [&](auto kind, Long c) {
-          using vec = decltype(kind);
-          (s.kw % 3 ? s.kw % 5 ? add_products<vec, 1> : add_products<vec, 5> : add_products<vec, 3>)(s, x + image * s.H * s.W * C, gradient, sum, c, rows[h]);
-          vec total = load<vec>(sum + taps + c);
-          for (int v = 0; v < s.columns; ++v) total += load<vec>(gradient + Long(v) * C + c);
-          store(sum + taps + c, total);
-        });
-      }
+    Long image = Long(u.k) * s.N + u.n;
+    const float* own = x + image * s.H * s.W * C;
+    float* d = scratch<float, RISING>(pixels * C);
+    rising.row(u.k, image * pixels * C, pixels * C, true, d);
+    for (int h = 0; h < s.rows; ++h) {
+      const float* gradient = d + Long(h) * s.columns * C;
+      each_vector(s.C, [&](auto kind, Long c) {
+        using vec = decltype(kind);
+        (s.kw % 3 ? s.kw % 5 ? add_products<vec, 1> : add_products<vec, 5> : add_products<vec, 3>)(s, own, gradient, sum, c, rows[h]);
+        if (!dbias) return;
+        vec total = load<vec>(sum + taps + c);
+        for (int v = 0; v < s.columns; ++v) total += load<vec>(gradient + Long(v) * C + c);
+        store(sum + taps + c, total);
+      });
+    }
+    for (int h = 0; dx && h < s.H; ++h)
+      one_row(d, s.columns, weights + u.k * taps, s.kw, nullptr, dx + (image * s.H + h) * s.W * C, s.C, back[h], columns, true);
   });
-  add_parts(s.K, parts, sums, size, taps, dw);
+  float* inside = scratch<float, BLOCKS>(s.K * taps);
+  add_parts(s.K, parts, sums, size, taps, inside);
+  for (Long k = 0; k < s.K; ++k)
+    for (Long c = 0; c < C; ++c)
+      for (Long t = 0; t < taps / C; ++t) dw[k * taps + c * (taps / C) + t] = inside[k * taps + t * C + c];
   if (dbias) add_parts(s.K, parts, sums + taps, size, C, dbias);
 }
 
-}  // extern "C"
+}  // namespace
