@@ -36,7 +36,8 @@ def test_random_problems_overrun_nothing_race_nowhere_and_are_right(sanitizer, t
 def test_the_seeds_draw_every_pass_in_every_form_and_norms():
     drawn = {tuple(sanitize.line_of(seed, "address").split()[1:4]) for seed in SEEDS["address"]}
     assert {("conv", kind, form) for kind in PASSES for form in ("direct", "winograd")} <= drawn
-    assert {"norm", "layer", "channels", "layer_norm", "pool", "stretch"} <= {op for op, *_ in drawn}
+    assert {("layer", str(way)) for way in cpu.BY.values()} <= {(op, way) for op, way, _ in drawn}
+    assert {"norm", "layer_norm", "pool", "stretch"} <= {op for op, *_ in drawn}
 
 
 def test_stretches_pool_run_by_winograd_add_and_have_members_for_every_thread():
@@ -47,9 +48,12 @@ def test_stretches_pool_run_by_winograd_add_and_have_members_for_every_thread():
         assert len(steps) == count
         read = [value for step in steps for value in step[8:10] if value > 0 or (wants and value == 0)]
         members.add(K)
-        seen |= {name for i, name in ((0, "pools"), (2, "forward"), (3, "back")) if any(step[i] for step in steps)}
+        seen |= {("pools", step[0]) for step in steps} | {("relu", step[1]) for step in steps}
+        seen |= {(name, step[i]) for i, name in ((2, "forward"), (3, "back")) for step in steps}
         seen |= {"twice"} if len(set(read)) < len(read) else set()
-    assert seen == {"pools", "forward", "back", "twice"} and {2, 4} <= members
+    ways = {(name, way) for name in ("forward", "back") for way in cpu.BY.values()}
+    assert seen == {("pools", 0), ("pools", 1), *(("relu", code) for code in sanitize.RELUS), *ways, "twice"}
+    assert {2, 4} <= members
 
 
 FAULTS = {  # sanitizer: {file: (code, what is put in its place)}
