@@ -95,13 +95,22 @@ NETS = {  # network → steps of its stretch
     "two ends": (TwoEnds, 0),
     "unread": (Unread, 0),
     "another layer": (lambda: nn.Sequential(*conv(4, 8), *conv(8, 8), nn.GELU(), *conv(8, 8), *head(8)), 2),
-    "odd channels": (lambda: nn.Sequential(*conv(4, 8), *conv(8, 8), *conv(8, 18), *conv(18, 8), *head(8)), 2),
-    "layer by layer": (lambda: nn.Sequential(*conv(4, 18), *conv(18, 8), *head(8)), 0),
+    "dilated": (
+        lambda: nn.Sequential(*conv(4, 8), *conv(8, 8), nn.Conv2d(8, 8, 3, dilation=2), *conv(8, 8), *head(8)),
+        2,
+    ),
+    "layer by layer": (lambda: nn.Sequential(nn.Conv2d(4, 8, 3, dilation=2), *conv(8, 8), *head(8)), 0),
+    "odd channels": (lambda: nn.Sequential(*conv(4, 18), *conv(18, 7, 1), *conv(7, 9), *head(9)), 3),
     "six channels": (lambda: nn.Sequential(*conv(4, 6, 5), nn.MaxPool2d(2), *conv(6, 10, bias=True), *head(10)), 3),
     "MobileNet": (lambda: nn.Sequential(*conv(4, 8), Inverted(8, 12, 2), Inverted(12, 12), *head(12)), 7),
+    "linear": (
+        lambda: nn.Sequential(*conv(4, 8), nn.MaxPool2d(4), nn.Flatten(), nn.Linear(512, 6), nn.Linear(6, 3)),
+        5,
+    ),
+    "flat": (lambda: nn.Sequential(nn.Flatten(), nn.Linear(4096, 8), nn.ReLU(), nn.Linear(8, 6), nn.ReLU6()), 2),
     "resnet8": (lambda: models.build("resnet8", width=8, num_classes=5), 9),
     "resnet50": (lambda: models.build("resnet50", width=8, input_size=(3, 32, 32), num_classes=5), 57),
-    "vgg8": (lambda: models.build("vgg8", width=8, input_size=(3, 32, 32), num_classes=5), 9),
+    "vgg8": (lambda: models.build("vgg8", width=8, input_size=(3, 32, 32), num_classes=5), 12),
 }
 
 
@@ -166,7 +175,7 @@ def test_crops_of_an_image_are_cut_for_a_stretch(monkeypatch):
     monkeypatch.setattr(Program, "_by_stretch", layer_by_layer)
     assert all(map(torch.equal, found, train(other, x)))
     monkeypatch.undo()
-    assert steps_of(packed) == [9]
+    assert steps_of(packed) == [12]
 
 
 def freeze(packed):

@@ -504,11 +504,12 @@ UNSANITIZED void whole_layer(std::istream& line) {
 // ---- stretches: several layers and poolings in one call --------------------------------------------------------------
 
 struct Row {  // Step in stretch.cpp
-  Long pools, relu, by, by_back, x, residual, y, z, saved, dz, dx, g, dy, room_dx, room_g;
+  Long kind, relu, by, by_back, x, residual, y, z, saved, dz, dx, g, dy, room_dx, room_g;
   double momentum, eps;
   Long s[14];
 };
 const Long NONE = -1, GIVEN = -2, RESULT = -3;
+enum Kind : Long { LAYER, POOL, FLATTEN };
 
 // A step, and the values that it reads and adds, by number: 0 what the stretch is given, i + 1 what step i gives.
 struct Step : Row {
@@ -516,7 +517,7 @@ struct Step : Row {
   Long reads, adds, in, out;  // in, out: how many floats
 
   Step(std::istream& line, Long K) : Row() {
-    line >> pools >> relu >> by >> by_back >> normed >> biased >> affine >> running >> reads >> adds;
+    line >> kind >> relu >> by >> by_back >> normed >> biased >> affine >> running >> reads >> adds;
     for (Long& value : s) line >> value;
     in = s[0] * s[1] * s[4] * s[5] * s[2], out = s[0] * s[1] * s[12] * s[13] * s[3];
     momentum = 0.3, eps = 1e-5;
@@ -556,7 +557,7 @@ Long lay_out(std::vector<Step>& steps) {
     Long result = &step == &steps.back() ? RESULT : room.take(step.out);
     step.x = values[step.reads], step.residual = step.adds < 0 ? NONE : values[step.adds];
     step.y = step.normed ? room.take(step.out) : result, step.z = step.normed ? result : NONE;
-    step.saved = step.pools ? room.take(step.bytes()) : step.normed ? room.take(4 * step.vectors()) : NONE;
+    step.saved = step.kind == POOL ? room.take(step.bytes()) : step.normed ? room.take(4 * step.vectors()) : NONE;
     values.push_back(result);
   }
   return room.size;
@@ -582,7 +583,7 @@ Long lay_out_gradients(std::vector<Step>& steps, Long K, bool wants) {
     step.dz = values[i + 1];
     place(step.reads, in, step.dx, step.room_dx);
     place(step.adds, out, step.g, step.room_g);
-    step.dy = step.pools || step.dx == NONE || step.same() ? NONE : room.take(out);
+    step.dy = step.kind != LAYER || step.dx == NONE || step.same() ? NONE : room.take(out);
     room.give_back(step.room_dx, in);
     for (Long used : {step.room_g, step.dy, step.dz}) room.give_back(used, out);
   }
@@ -605,12 +606,20 @@ struct OneByOne {
     out["result"] = std::move(values.back()), out["dx"] = std::move(gradients[0]);
   }
 
+  static void turn_over(const Floats& from, Long images, Long rows, Long columns, Floats& to) {
+    for (Long i = 0; i < images * rows * columns; ++i) {
+      Long r = i / columns % rows, c = i % columns, image = i / (rows * columns);
+      to[(image * columns + c) * rows + r] = from[i];
+    }
+  }
+
   static float* of(Named& named, const char* name, size_t i) { return named[name + std::to_string(i)].get(); }
 
   void forward(size_t i) {
     const Step& step = steps[i];
     Floats &x = values[step.reads], &z = values[i + 1] = Floats(step.out);
-    if (step.pools) {
+    if (step.kind == FLATTEN) return turn_over(x, step.s[1], step.s[4] * step.s[5], step.s[2], z);
+    if (step.kind == POOL) {
       saved[i] = Floats(step.bytes());
       return max_pool(x.get(), z.get(), bytes_of(saved[i]), step.s);
     }
@@ -626,12 +635,13 @@ struct OneByOne {
     Floats &dz = gradients[i + 1], dx, g, dy;
     if (step.reads || wants) dx = Floats(step.in);
     if (step.adds > 0 || (!step.adds && wants)) g = Floats(step.out);
-    if (!step.pools && dx.at && !step.same()) dy = Floats(step.out);
-    if (!step.pools)
+    if (step.kind == LAYER && dx.at && !step.same()) dy = Floats(step.out);
+    if (step.kind == LAYER)
       layer_backward(dz.get(), values[step.reads].get(), of(in, "w", i), y[i].get(),
                      step.decides() ? values[i + 1].get() : nullptr, saved[i].get(), int(step.relu), dx.get(),
                      of(out, "dw", i), of(out, "dgamma", i), of(out, "dbeta", i), g.get(), dy.get(), int(step.by_back),
                      step.s);
+    else if (dx.at && step.kind == FLATTEN) turn_over(dz, step.s[1], step.s[2], step.s[4] * step.s[5], dx);
     else if (dx.at) max_unpool(dz.get(), bytes_of(saved[i]), dx.get(), step.s);
     if (dx.at) add(std::move(dx), gradients[step.reads]);
     if (g.at) add(std::move(g), gradients[step.adds]);
@@ -644,8 +654,8 @@ struct OneByOne {
   }
 };
 
-// K, whether dx is wanted, how many steps, and of each what Step reads: whether it pools, its ReLU, how it is computed
-// forward and backward, whether it has a norm, a bias, gamma and beta, running statistics; what it reads and adds, -1 for
+// K, whether dx is wanted, how many steps, and of each what Step reads: its kind, its ReLU, how it is computed forward
+// and backward, whether it has a norm, a bias, gamma and beta, running statistics; what it reads and adds, -1 for
 // nothing; and Shape's numbers, those of a pooling with K = 1
 UNSANITIZED void whole_stretch(std::istream& line) {
   Long K, count;
@@ -662,7 +672,7 @@ UNSANITIZED void whole_stretch(std::istream& line) {
     const Step& step = steps[i];
     std::string of = std::to_string(i);
     Long vectors = step.vectors();
-    if (step.pools) continue;
+    if (step.kind != LAYER) continue;
     in["w" + of] = random(step.weights(), 1 / std::sqrt(double(step.weights()) / vectors));
     in["bias" + of] = if_wanted(step.biased, random(vectors));
     in["gamma" + of] = if_wanted(step.affine, random(vectors, 0.3, 1));

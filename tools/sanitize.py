@@ -70,6 +70,7 @@ def line_of(seed: int, sanitizer: str) -> str:
 
 FORMS = [form.name for form in conv.FORMS if form.backend == "cpu"]
 RELUS = (0, 1, 6)
+LAYER, POOL, FLATTEN = range(3)  # kinds of steps
 
 
 def _conv(rng: random.Random) -> str:
@@ -152,39 +153,45 @@ def _stretch(rng: random.Random) -> str:
         values = [(channels, *(rng.randint(most // 3, most) for _ in "HW"))]  # what is given, and what steps give
         steps, used, cost = [], {count}, 0
         while len(steps) < count and (step := _step(rng, K, N, values, wants)):
-            text, reads, p = step
+            text, reads, out, paid = step
             steps.append(text)
-            values.append((p.O, *p.out_size))
+            values.append(out)
             used |= reads
-            cost += K * N * p.C * p.O * p.taps * prod(p.out_size)
+            cost += paid
         if len(steps) == count and used.issuperset(range(count)) and cost < (2e6 if most > 9 else 2e5):
             return f"stretch {K} {wants} {count} {' '.join(steps)}"
 
 
-def _step(rng: random.Random, K: int, N: int, values: list, wants: int) -> tuple[str, set[int], Problem] | None:
-    """A pooling or a layer that reads one of `values`, which of them it uses, and its problem; None if it cannot be."""
-    last, pools = len(values) - 1, rng.random() < 0.25
+def _step(
+    rng: random.Random, K: int, N: int, values: list, wants: int
+) -> tuple[str, set[int], tuple[int, ...], int] | None:
+    """A step that reads one of `values`, which of them it uses, the value it gives, and its products; or None."""
+    last, kind = len(values) - 1, rng.choices((LAYER, POOL, FLATTEN), (7, 2, 1))[0]
     reads = last if rng.random() < 0.7 else rng.randint(0, last)
     C, *sides = values[reads]
-    k, stride = rng.choice((2, 3) if pools else (1, 3, 3)), rng.choice((1, 2) if pools else (1, 1, 2))
-    padding, O = rng.choice((0, k // 2, k // 2)), C if pools else rng.choice((4, 8, 8, 16, C))
+    k, stride = rng.choice((2, 3) if kind == POOL else (1, 3, 3)), rng.choice((1, 2) if kind == POOL else (1, 1, 2))
+    padding, O = rng.choice((0, k // 2, k // 2)), C if kind != LAYER else rng.choice((4, 6, 8, 8, 16, C))
+    if kind == FLATTEN:
+        k, stride, padding = 1, 1, 0
     p = Problem("fprop", "float32", K, N, C, O, *sides, (k, k), (stride, stride), (padding, padding))
-    passes = [kind for kind in PASSES if kind != "dgrad" or reads or wants]
-    by_channel = O == C and rng.random() < 0.3
-    if min(p.out_size) < 1 or not (pools or by_channel or all(_legal(p.of(kind), "direct") for kind in passes)):
+    passes = [each for each in PASSES if each != "dgrad" or reads or wants]
+    if min(p.out_size) < 1:
         return None
+    out = (O, *p.out_size) if kind != FLATTEN else (C * prod(sides), 1, 1)
+    sizes = (*((K, N) if kind == LAYER else (1, K * N)), C, O, *sides, *p.kernel, *p.stride, *p.padding, *p.out_size)
+    if kind != LAYER:
+        return " ".join(map(str, (kind, *(0,) * 7, reads, -1, *sizes))), {reads}, out, 0
     same, fast = p.out_size == (p.H, p.W), _legal(p, "winograd")
     by, back = fast and rng.randint(0, 1), fast and (same or "dgrad" not in passes) and rng.randint(0, 1)
-    by, back = (cpu.BY[cpu.BY_CHANNEL],) * 2 if by_channel else (by, back)
+    if O == C and rng.random() < 0.3:
+        by = back = cpu.BY[cpu.BY_CHANNEL]
     normed = N * prod(p.out_size) > 1 and rng.random() < 0.7
-    fitting = [i for i, value in enumerate(values) if value == (O, *p.out_size)][-2 if reads == last else -1 :]
+    fitting = [i for i, value in enumerate(values) if value == out][-2 if reads == last else -1 :]
     adds = rng.choice(fitting) if normed and fitting and rng.random() < 0.8 else -1
     flags = rng.choice(RELUS), *(rng.randint(0, 1) for _ in ("bias", "affine", "running"))
     how = (0, flags[0], by, back, normed, flags[1], normed and flags[2], normed and flags[3], reads, adds)
-    if pools:
-        how, adds = (1, *(0,) * 7, reads, -1), -1
-    sizes = (*((1, K * N) if pools else (K, N)), C, O, *sides, *p.kernel, *p.stride, *p.padding, *p.out_size)
-    return " ".join(map(str, map(int, (*how, *sizes)))), {reads, adds}, p
+    cost = K * N * C * O * p.taps * prod(p.out_size)
+    return " ".join(map(str, map(int, (*how, *sizes)))), {reads, adds}, out, cost
 
 
 DRAWS = (_conv, _norm, _layer_norm, _layer, _pool, _stretch)

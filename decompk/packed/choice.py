@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 LEAST, ROUNDS, SECONDS = 3, 7, 6.0  # rounds; after the least none begins later than these seconds
 CLOSE = (measure.HOPELESS, 1.25, 1.15)  # who takes as many times the fastest's time after a round runs no more
 LONG = 10.0  # seconds of one run from which on each is timed once
-MARGIN = 0.97  # schedules by layers are chosen where others do not take less than that share of their time
+MARGIN = 0.95  # schedules by layers are chosen where others do not take less than that share of their time
 BY_LAYERS = ("together", "fused", "side by side")
 _BATCH = ", batch "
 

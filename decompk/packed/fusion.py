@@ -22,7 +22,9 @@ from ..threads import Tracer, one_at_a_time
 from .bare import Bare
 from .conv import PackedConv2d
 from .fused_layer import affines, relu_of, run_layer, run_shared_layer
+from .fused_linear import run_linear
 from .fused_pool import pools, run_pool
+from .linear import PackedLinear
 from .norm import PackedBatchNorm2d
 from .norm_then import ALONE, PackedBatchNormThen2d
 from .per_member import PerMember
@@ -192,7 +194,10 @@ class Fusion:
         self._image = next(node for node in self.graph.nodes if node.op == "placeholder") if crops is not None else None
         chains = [chain for node in self._modules for chain in self._chain(node)]
         self.reads_image = any(chain.reads_image for chain in chains)
+        linears = [chain for node in self._modules for chain in self._linear(node)]
         self._replace(chains)
+        for chain in linears:
+            self._replace_linear(chain)
         self.graph.lint()
 
     def _chain(self, node: fx.Node) -> Iterator[_Chain]:
@@ -326,6 +331,23 @@ class Fusion:
                     pool = graph.get_attr(str(node.target))
                     node.replace_all_uses_with(graph.call_function(run_pool, (node.args[0], pool)))
                 graph.erase_node(node)
+
+    def _linear(self, node: fx.Node) -> Iterator[_Chain]:
+        """A linear layer and the ReLU that follows it, if `node` is one."""
+        module = self._modules[node]
+        if type(module) is PackedLinear and _only_argument(node) and self._calls[module] == 1:
+            chain = _Chain([node], reads_image=False)
+            self._activate(chain)
+            self._taken.update(chain.nodes)
+            yield chain
+
+    def _replace_linear(self, chain: _Chain) -> None:
+        first, last, graph = chain.nodes[0], chain.nodes[-1], self.graph
+        with graph.inserting_before(last):
+            call = first.args[0], graph.get_attr(str(first.target)), self._activation(chain.relu)
+            last.replace_all_uses_with(graph.call_function(run_linear, call))
+        for node in reversed(chain.nodes):
+            graph.erase_node(node)
 
     def _sharers(self, chain: _Chain, chains: list[_Chain]) -> list[fx.Node]:
         """The others that read the chain's input, where all of them do so after it and only read."""

@@ -1,4 +1,4 @@
-"""A stretch of a fused network, layers and poolings on a CPU, in one C++ call each way.
+"""A stretch of a fused network, layers, poolings and the like on a CPU, in one C++ call each way.
 
 What the interpreter does around each layer takes longer than a narrow member's layer itself. So the first call of a
 kind notes, node by node, what the kernels were called with; further calls hand all of it over at once. They compute the
@@ -22,17 +22,19 @@ from ..fx.held import held_at
 from ..fx.wrapper import compiled, source_of
 from ..kernels import cpu, cpu_pool
 from ..kernels.backend import ANY, forced, resumed
-from ..kernels.call import follows, settle, unwatched
+from ..kernels.call import follows, runs_cpu, settle, unwatched
 from ..kernels.conv.direct import sizes_of
 from ..kernels.handles import TENSORS
 from ..ops.cpu_layer import needs_dy
 from ..ops.followed import activated, by_torch, gradients
 from ..ops.norm import torch_norm
-from .fused_layer import affines, on_cpu, relu_of, run_layer, run_shared_layer
+from .fused_layer import affines, on_cpu, relu_of, run_layer, run_shared_layer, unhooked
+from .fused_linear import linear_on_cpu, run_linear
 from .fused_pool import cpu_pools, run_pool, window_of
 
 NONE, GIVEN, RESULT = -1, -2, -3  # places: see kernels/cpu/stretch.cpp
 LINE = 16  # floats of a line of the cache, with which each place begins
+POOL, FLATTEN = 1, 2  # kinds of steps that are no layers, as there
 LEAST = 2  # steps that are worth it
 
 
@@ -40,7 +42,7 @@ class _Step(ctypes.Structure):
     """As kernels/cpu/stretch.cpp has it."""
 
     _fields_ = [
-        *((name, ctypes.c_long) for name in ("pools", "relu", "by", "by_back")),
+        *((name, ctypes.c_long) for name in ("kind", "relu", "by", "by_back")),
         *((name, ctypes.c_long) for name in ("x", "residual", "y", "z", "saved")),
         *((name, ctypes.c_long) for name in ("dz", "dx", "g", "dy", "room_dx", "room_g")),
         *((name, ctypes.c_double) for name in ("momentum", "eps")),
@@ -70,9 +72,10 @@ class _Layer(NamedTuple):
     def as_read(self) -> tuple:
         """What its modules are asked at each call, and the stretch was made by."""
         conv, norm = vars(self.conv), {} if self.norm is None else vars(self.norm)
+        of_conv = map(conv.get, ("stride", "padding", "dilation"))
         of_norm = norm.get("training"), norm.get("track_running_stats"), norm.get("momentum") is None
         laid = self.conv._twin_contiguous, self.norm is not None and self.norm._twin_contiguous
-        return conv["stride"], conv["padding"], conv["dilation"], *of_norm, *laid, relu_of(self.activation)
+        return *of_conv, *of_norm, *laid, relu_of(self.activation)
 
 
 class _Pool(NamedTuple):
@@ -89,6 +92,21 @@ class _Pool(NamedTuple):
         return window_of(self.pool)
 
 
+class _Flatten(NamedTuple):
+    """Of images, as a linear layer reads them."""
+
+    reads: int
+    module: nn.Module | None
+    images: torch.Size
+    shape: torch.Size
+
+    def tensors(self) -> list[tuple[dict, str]]:
+        return [({}, "")] * 6
+
+    def as_read(self) -> tuple:
+        return () if self.module is None else (self.module.start_dim, self.module.end_dim)
+
+
 @dataclass
 class Whole:
     """A network of which a stretch is one call: its code with what the stretch gives as a further argument."""
@@ -96,6 +114,7 @@ class Whole:
     stretch: Stretch
     code: Callable
     modules: Sequence[tuple[dict[str, Any], str, nn.Module]]  # that it stands for: where each is held, by which name
+    flattens: bool  # the input, before the stretch
 
     def tensors(self) -> list[Tensor | None] | None:
         """Those of the stretch; None where it is no longer what the network would do."""
@@ -105,7 +124,7 @@ class Whole:
     def run(self, net: nn.Module, x: Tensor, crops: Sequence[Crop] | None, tensors: list[Tensor | None]) -> Any:
         """What the network gives; tensors: of the stretch."""
         rows = x if crops is None else torch.cat([crop.cut(x) for crop in crops])
-        return self.code(net, x, crops, True, self.stretch(rows, tensors))
+        return self.code(net, x, crops, True, self.stretch(rows.flatten(1) if self.flattens else rows, tensors))
 
 
 class Reader(fx.Interpreter):
@@ -114,14 +133,17 @@ class Reader(fx.Interpreter):
     def __init__(self, net: nn.Module, graph: fx.Graph):
         super().__init__(net, garbage_collect_values=False, graph=graph)
         self.extra_traceback = False  # errors are those of the layers alone
-        self._steps: list[_Layer | _Pool] = []
+        self._steps: list[_Layer | _Pool | _Flatten] = []
         self._values: list[Tensor] = []  # what the stretch is given and what each step gives
         self._number: dict[fx.Node, int] = {}
         self._ended = False
-        self._ends: list[fx.Node] = []  # the node behind which each step is done
+        self._first: fx.Node | None = None  # what flattens the input before the stretch
 
     def run_node(self, node: fx.Node) -> Any:
         args: Any = self.fetch_args_kwargs_from_env(node)[0]
+        if not self._values and self._flattens(node, args) and node.all_input_nodes[0].op == "placeholder":
+            self._first = node
+            return super().run_node(node)
         step = None
         if not self._ended and not self._is_read(node):
             step = self._step(node, args)
@@ -131,8 +153,7 @@ class Reader(fx.Interpreter):
         if step is not None:
             self._steps.append(step)
             self._values.append(value[0] if node.target is run_shared_layer else value)
-            self._ends.append(node)
-        found = None if self._ended else self._find(value)
+        found = None if self._ended or node.op == "output" else self._find(value)
         if found is not None:
             self._number[node] = found
         return value
@@ -151,11 +172,15 @@ class Reader(fx.Interpreter):
         value = value[0] if isinstance(value, tuple) and value else value
         return next((i for i, one in enumerate(self._values) if one is value), None)
 
-    def _step(self, node: fx.Node, args: Any) -> _Layer | _Pool | None:
+    def _step(self, node: fx.Node, args: Any) -> _Layer | _Pool | _Flatten | None:
         if node.target is run_pool:
             x, pool = args
             reads = self._find(x)
             return self._pool(reads, x, pool) if reads is not None else None
+        if node.target is run_linear:
+            return self._linear(*args)
+        if self._flattens(node, args):
+            return self._flatten(args[0], self._called(node))
         if node.target not in (run_layer, run_shared_layer):
             return None
         x, crops, conv, norm, _, residual, _, relu = args[2 if node.target is run_shared_layer else 1 :]
@@ -174,6 +199,27 @@ class Reader(fx.Interpreter):
         call, by = way[3]
         return _Layer(reads, adds, conv, norm, relu_of(relu), relu, (call, by), torch.Size(call.shape))
 
+    def _linear(self, x: Tensor, linear: Any, relu: nn.Module | str | None) -> _Layer | None:
+        if not self._values:
+            self._values.append(x)
+        reads, how = self._find(x), linear_on_cpu(x, linear, relu)
+        if reads is None or how is None or linear._twin_contiguous:
+            return None
+        return _Layer(reads, None, linear, None, relu_of(relu), relu, how, torch.Size(how[0].shape[:2]))
+
+    def _flattens(self, node: fx.Node, args: Any) -> bool:
+        """Whether it makes rows of images."""
+        module = self._called(node)
+        if type(module) is nn.Flatten:
+            return unhooked(module) and (module.start_dim, module.end_dim) == (1, -1)
+        return node.target in (torch.flatten, "flatten") and args[1:] in ((1,), (1, -1)) and not node.kwargs
+
+    def _flatten(self, x: Tensor, module: nn.Module | None) -> _Flatten | None:
+        reads = self._find(x)
+        if reads is None or x.dim() != 4 or not runs_cpu(x) or settle(x) is not x:
+            return None
+        return _Flatten(reads, module, x.shape, torch.Size((len(x), x[0].numel())))
+
     def _pool(self, reads: int, x: Tensor, pool: Any) -> _Pool | None:
         if not cpu_pools(x, pool) or settle(x) is not x:
             return None
@@ -188,7 +234,12 @@ class Reader(fx.Interpreter):
             used = {i for step in self._steps[:count] for i in (step.reads, getattr(step, "adds", None))}
             if read == {count} and used.issuperset(range(1, count)):
                 stretch = Stretch(self._steps[:count], self._values[0], self._values[count])
-                whole = Whole(stretch, self._behind(inside, count), self._modules(inside))
+                whole = Whole(
+                    stretch,
+                    self._behind(inside, count),
+                    self._modules([*inside, self._first] if self._first else inside),
+                    self._first is not None,
+                )
                 return whole if stretch.is_possible() else None
         return None
 
@@ -211,7 +262,8 @@ class Reader(fx.Interpreter):
             if node.op != "placeholder":
                 new[node] = result if node in inside else graph.node_copy(node, new.__getitem__)
         for node in reversed(graph.nodes):
-            if not node.users and (node.op == "get_attr" or node.target in (affines, operator.getitem)):
+            reads = node.op == "get_attr" or node.target in (affines, operator.getitem)
+            if not node.users and (reads or (self._first and node is new[self._first])):
                 graph.erase_node(node)
         return compiled(*source_of(graph))
 
@@ -248,7 +300,7 @@ class Room:
 class Stretch:
     """Steps from the network's input on, of the shapes and by the kernels that they had when they were read."""
 
-    def __init__(self, steps: Sequence[_Layer | _Pool], given: Tensor, result: Tensor):
+    def __init__(self, steps: Sequence[_Layer | _Pool | _Flatten], given: Tensor, result: Tensor):
         self._steps = list(steps)
         self._wants_dx = given.requires_grad
         self._K = next(step.how[0].as_given.K for step in steps if isinstance(step, _Layer))
@@ -309,8 +361,12 @@ class Stretch:
             row.x, row.residual, row.y, row.z, row.saved = places[step.reads], NONE, result, NONE, NONE
             places.append(result)
             if isinstance(step, _Pool):
-                row.pools, row.saved = 1, room.take(-(-step.shape.numel() // 4))  # bytes
+                row.kind, row.saved = POOL, room.take(-(-step.shape.numel() // 4))  # bytes
                 row.sizes[:] = cpu_pool.sizes_of(step.images, *step.window)[1]
+                continue
+            if isinstance(step, _Flatten):
+                N, C, H, W = step.images
+                row.kind, row.sizes[:] = FLATTEN, (1, N, C, C, H, W, 1, 1, 1, 1, 0, 0, H, W)
                 continue
             call, by = step.how
             row.relu, row.by, row.by_back = step.relu, cpu.BY[by.forward], cpu.BY[by.backward]
@@ -362,7 +418,7 @@ class Stretch:
     def __call__(self, x: Tensor, tensors: list[Tensor | None]) -> Tensor:
         """What the stretch gives for rows x (K·N, C, H, W); tensors: as `tensors` gave them."""
         learned = [t for i, t in enumerate(tensors) if t is not None and i % 6 < 4]
-        return _Stretch.apply(settle(x), self, tensors, *learned)
+        return _Stretch.apply(_settled(x), self, tensors, *learned)
 
     def run(self, x: Tensor, tensors: list[Tensor | None]) -> tuple[Tensor, Tensor]:
         """The result and the room that holds what the backward reads."""
@@ -392,14 +448,14 @@ class Stretch:
         grads: list[Tensor] = []
         biases: list[tuple[int, Tensor]] = []  # in front of a norm, which takes off again what they add
         for i, step in enumerate(self._steps):
-            if isinstance(step, _Pool):
+            if not isinstance(step, _Layer):
                 found += [None] * 3
                 continue
             weight, bias, gamma, beta = tensors[6 * i : 6 * i + 4]
             assert weight is not None
             p = step.how[0].as_given
             dw = x.new_empty(p.K, p.O, *p.kernel, weight.shape[2])
-            grads.append(dw.movedim(-1, 2))
+            grads.append(dw.view(weight.shape) if weight.dim() == 3 else dw.movedim(-1, 2))
             if step.norm is None:
                 db = None if bias is None else x.new_empty(p.K, p.O)
                 found += [dw, None, db]
@@ -428,15 +484,25 @@ class Stretch:
             if isinstance(step, _Pool):
                 values.append(F.max_pool2d(x, *step.window))
                 continue
+            if isinstance(step, _Flatten):
+                values.append(x.flatten(1))
+                continue
             weight, bias, gamma, beta = (None if t is None else next(given) for t in self._tensors()[6 * i : 6 * i + 4])
             assert weight is not None
+            if weight.dim() == 3:  # of a linear layer
+                x, weight = x[..., None, None], weight[..., None, None]
             y = by_torch(x.unflatten(0, (len(weight), -1)), weight, bias, *step.how[0].ends.geometry)
             if step.norm is not None:
                 y = torch_norm(y, gamma, beta, None, None, True, 0.0, step.norm.eps)
-            y = y.flatten(0, 1)
+            y = y.flatten(0, 1).view(step.shape)
             y = y if step.adds is None else y + values[step.adds]
             values.append(activated(y, step.relu))
         return values[-1]
+
+
+def _settled(t: Tensor) -> Tensor:
+    """Rows without gaps, the channels of images inside."""
+    return settle(t) if t.dim() == 4 else t.contiguous()
 
 
 def _pointers(tensors: Sequence[Tensor | None]) -> Any:
@@ -461,5 +527,5 @@ class _Stretch(torch.autograd.Function):
                 wanted = ctx.needs_input_grad
                 found = gradients(ctx.stretch.by_torch, (x, *ctx.learned), dz, (wanted[0], *wanted[3:]))
             return found[0], None, None, *found[1:]
-        dx, grads = ctx.stretch.run_back(settle(dz), x, result, room, ctx.tensors)
+        dx, grads = ctx.stretch.run_back(_settled(dz), x, result, room, ctx.tensors)
         return dx, None, None, *grads

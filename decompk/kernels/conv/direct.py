@@ -30,16 +30,12 @@ class Direct(PlainForm):
 
     def why_not(self, problem: Problem, config: None, device: Device) -> str | None:
         p = problem
-        outputs = {"fprop": p.O, "dgrad": p.C, "wgrad": 4}[p.kind]
         if p.dtype != "float32":
             return f"it is in {p.dtype}, not float32"
         if p.layout != "member":
             return "its activations are not member-major"
         if p.dilation != (1, 1):
             return "it is dilated"
-        planar = outputs < 16 and p.taps > 1 and p.stride == (1, 1)  # see kernels/cpu/planar.h
-        if outputs % 4 and not planar:
-            return f"{outputs} channels are no multiple of 4"
         return None
 
     def predict(self, problem: Problem, config: None, device: Device) -> Prediction:

@@ -154,14 +154,15 @@ void run_by_channel(const Shape& s, const float* x, const float* w, const float*
 // dx unless it is null, dw, and without a norm dbias, image by image: of each the gradient of y is formed once.
 inline void both_by_channel(const Shape& s, const Rising& rising, const float* x, const float* w, float* dx, float* dw,
                             float* dbias) {
-  Long C = s.C, pixels = Long(s.rows) * s.columns, taps = Long(s.kh) * s.kw * C, size = taps + C;
+  Long C = s.C, pixels = Long(s.rows) * s.columns, taps = Long(s.kh) * s.kw * C;
   auto rows = taps_of(s.rows, s.H, s.kh, s.stride_h, s.pad_h, false);
   auto back = taps_of(s.H, s.rows, s.kh, s.stride_h, s.pad_h, true);
   Columns columns(taps_of(s.W, s.columns, s.kw, s.stride_w, s.pad_w, true), s.kw, s.stride_w, true);
   const float* weights = channels_inside(s, w);
   auto units = units_of(s.K, s.N, 1, 1, 1);
   int parts = parts_of(s, int(units.size() / s.K));
-  const float* sums = sums_of(s.K, units, parts, size, [&](const Unit& u, float* sum) {
+  std::vector<float> biases(dbias ? s.K * parts * C : 0);
+  const float* sums = sums_of(s.K, units, parts, taps, [&](const Unit& u, float* sum, Long of) {
     Long image = Long(u.k) * s.N + u.n;
     const float* own = x + image * s.H * s.W * C;
     float* d = scratch<float, RISING>(pixels * C);
@@ -172,20 +173,21 @@ inline void both_by_channel(const Shape& s, const Rising& rising, const float* x
         using vec = decltype(kind);
         (s.kw % 3 ? s.kw % 5 ? add_products<vec, 1> : add_products<vec, 5> : add_products<vec, 3>)(s, own, gradient, sum, c, rows[h]);
         if (!dbias) return;
-        vec total = load<vec>(sum + taps + c);
+        float* bias = &biases[of * C + c];
+        vec total = load<vec>(bias);
         for (int v = 0; v < s.columns; ++v) total += load<vec>(gradient + Long(v) * C + c);
-        store(sum + taps + c, total);
+        store(bias, total);
       });
     }
     for (int h = 0; dx && h < s.H; ++h)
       one_row(d, s.columns, weights + u.k * taps, s.kw, nullptr, dx + (image * s.H + h) * s.W * C, s.C, back[h], columns, true);
   });
   float* inside = scratch<float, BLOCKS>(s.K * taps);
-  add_parts(s.K, parts, sums, size, taps, inside);
+  add_parts(s.K, parts, sums, taps, inside);
   for (Long k = 0; k < s.K; ++k)
     for (Long c = 0; c < C; ++c)
       for (Long t = 0; t < taps / C; ++t) dw[k * taps + c * (taps / C) + t] = inside[k * taps + t * C + c];
-  if (dbias) add_parts(s.K, parts, sums + taps, size, C, dbias);
+  if (dbias) add_parts(s.K, parts, biases.data(), C, dbias);
 }
 
 }  // namespace

@@ -4,6 +4,7 @@
 #include <omp.h>
 
 #include <algorithm>
+#include <array>
 #include <vector>
 
 #include "functions.h"
@@ -107,28 +108,31 @@ inline int parts_of(const Shape& s, int units) {
   return int(std::clamp(std::min(pixels / 512, 32L / s.members), 1L, Long(std::max(1, units))));
 }
 
-// Sums of `size` floats, [member][part], over a member's units: add(unit, sum) adds one.
+// Sums of `size` floats, [member][part], over a member's units: add(unit, sum, which of all) adds one. They are made
+// in `to`, where that is given and each member has one part, else in room of their own.
 template <typename Add>
-const float* sums_of(int K, const std::vector<Unit>& units, int parts, Long size, Add add) {
-  float* sums = scratch<float, SUMS>(K * parts * size);
+float* sums_of(int K, const std::vector<Unit>& units, int parts, Long size, Add add, float* to = nullptr) {
+  float* sums = to && parts == 1 ? to : scratch<float, SUMS>(K * parts * size);
   int of_member = int(units.size() / K);
 #pragma omp parallel for schedule(dynamic) collapse(2)
   for (int k = 0; k < K; ++k)
     for (int part = 0; part < parts; ++part) {
-      float* sum = sums + (k * parts + part) * size;
+      Long of = k * parts + part;
+      float* sum = sums + of * size;
       std::fill(sum, sum + size, 0.f);
-      for (int i = of_member * part / parts; i < of_member * (part + 1) / parts; ++i) add(units[k * of_member + i], sum);
+      for (int i = of_member * part / parts; i < of_member * (part + 1) / parts; ++i) add(units[k * of_member + i], sum, of);
     }
   return sums;
 }
 
-// to[k] = Σ of a member's `parts` sums; of each the first `size` of `stride` floats
-inline void add_parts(int K, int parts, const float* sums, Long stride, Long size, float* to) {
+// to[k] = Σ of a member's `parts` sums of `size` floats
+inline void add_parts(int K, int parts, const float* sums, Long size, float* to) {
+  if (sums == to) return;
 #pragma omp parallel for collapse(2)
   for (int k = 0; k < K; ++k)
     for (Long i = 0; i < size; ++i) {
       float sum = 0;
-      for (int part = 0; part < parts; ++part) sum += sums[(k * parts + part) * stride + i];
+      for (int part = 0; part < parts; ++part) sum += sums[(k * parts + part) * size + i];
       to[k * size + i] = sum;
     }
 }
@@ -156,7 +160,7 @@ constexpr int BLOCK = 2 * LANES, PIXELS = LANES == 16 ? 12 : 6;
 inline int width_of(int left) {
   for (int width = BLOCK; width > 4; width /= 2)
     if (left >= width) return width;
-  return left;  // 4, or any where lanes are pixels: see planar.h
+  return left;
 }
 inline size_t filled_up(size_t count) { return (count + 2 * PIXELS - 1) / (2 * PIXELS) * (2 * PIXELS); }  // whole tiles
 
@@ -308,11 +312,36 @@ inline void tile(const float* const* in, Long from, Long step, int rows, int len
     for (int v = 0; v < V; ++v) store(out[p] + to + v * lanes, sum[p][v]);
 }
 
+// `tile` for fewer outputs than make a vector, with which a number of them that is no multiple of 4 ends.
+template <int O>
+inline void narrow_tile(const float* const* in, Long from, Long step, int rows, int length, const float* weight,
+                        const float* start, float* const* out, Long to) {
+  constexpr int P = 3;
+  for (int p = 0; p < PIXELS; p += P) {
+    float sum[P][O];
+    for (int i = 0; i < P; ++i)
+      for (int o = 0; o < O; ++o) sum[i][o] = start ? start[o] : 0;
+    const float* w = weight;
+    for (int row = 0; row < rows; ++row)
+      for (Long at = from + row * step, l = 0; l < length; ++l, w += O)
+#pragma GCC unroll 8
+        for (int i = 0; i < P; ++i)
+#pragma GCC unroll 8
+          for (int o = 0; o < O; ++o) sum[i][o] += in[p + i][at + l] * w[o];
+    for (int i = 0; i < P; ++i) std::copy_n(sum[i], O, out[p + i] + to);
+  }
+}
+template <int... o>
+auto narrow_tiles(std::integer_sequence<int, o...>) {
+  return std::array{narrow_tile<o + 1>...};
+}
+
 // `tile` for all of `count` pixels, which are followed by enough more, and `width` outputs.
 inline void tiles(const float* const* in, Long from, Long step, int rows, int length, const float* weight,
                   const float* start, float* const* out, Long to, size_t count, int width) {
   auto one = width == BLOCK ? tile<widest, PIXELS, 2, 2> : width == LANES ? tile<widest, 2 * PIXELS, 1, 4>
-             : width == 8 ? tile<vec8, PIXELS, 1, 4> : tile<vec4, PIXELS, 1, 4>;
+             : width == 8 ? tile<vec8, PIXELS, 1, 4> : width == 4 ? tile<vec4, PIXELS, 1, 4>
+             : narrow_tiles(std::make_integer_sequence<int, 7>())[width - 1];
   for (size_t p = 0, each = width == LANES ? 2 * PIXELS : PIXELS; p < count; p += each)
     one(in + p, from, step, rows, length, weight, start, out + p, to);
 }

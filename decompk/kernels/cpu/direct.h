@@ -52,7 +52,7 @@ inline void run(const Job& j, int K, int N, const std::vector<Unit>& units, cons
   }
 }
 
-// dx of dy and w. C is a multiple of 4. Every phase of the stride is a convolution of its own, without zeros.
+// dx of dy and w. Every phase of the stride is a convolution of its own, without zeros.
 inline void input_gradient(const Shape& s, const float* dy, const float* w, float* dx) {
   for (int a = 0; a < s.stride_h; ++a)
     for (int b = 0; b < s.stride_w; ++b) {
@@ -76,17 +76,17 @@ inline std::vector<Unit> gradient_units(const Shape& s) {
   return units_of(s.K, s.N, s.rows, s.columns, std::clamp(32768 / (s.C + s.O), 64, 512));
 }
 
-// dw of x and dy. O is a multiple of 4. How the sums are cut does not depend on the number of threads.
+// dw of x and dy. How the sums are cut does not depend on the number of threads.
 inline void weight_gradient(const Shape& s, const float* x, const float* dy, float* dw) {
   Job j = forward_job(s, x, const_cast<float*>(dy));
   Long length = Long(s.kw) * s.C, size = Long(s.O) * s.kh * length;
   auto units = gradient_units(s);
   int parts = parts_of(s, int(units.size() / s.K));
-  const float* sums = sums_of(s.K, units, parts, size, [&](const Unit& u, float* sum) {
+  const float* sums = sums_of(s.K, units, parts, size, [&](const Unit& u, float* sum, Long) {
     Pixels p(j, u, s.N, true);
     outers(p.in, 0, p.step, s.kh, p.out, 0, p.count, sum, int(length), s.O);
-  });
-  add_parts(s.K, parts, sums, size, size, dw);
+  }, dw);
+  add_parts(s.K, parts, sums, size, dw);
   mend_weights(s, x, dy, dw);
 }
 

@@ -13,14 +13,15 @@ namespace {
 bool both(const Shape& s, const Rising& rising, const float* x, const float* w, float* dx, float* dw, float* dbias,
           float* dy) {
   Job j = forward_job(s, x, nullptr);
-  Long length = Long(s.kw) * s.C, size = Long(s.O) * s.kh * length, stride = size + (dbias ? s.O : 0);
+  Long length = Long(s.kw) * s.C, size = Long(s.O) * s.kh * length;
   auto units = gradient_units(s);
   int parts = parts_of(s, int(units.size() / s.K));
   int halo_h = dx ? s.kh - 1 : 0, halo_w = dx ? s.kw - 1 : 0;  // rows and columns around those of the unit
   int top = dx ? s.kh - 1 - s.pad_h : 0, left = dx ? s.kw - 1 - s.pad_w : 0;  // of them on this side
   const float* weights = dx ? backward_blocks<WEIGHTS>(s, w, 0, 0, s.kh, s.kw) : nullptr;
   bool tiled = dx && !is_planar(s.C, s.kh * s.kw);
-  const float* sums = sums_of(s.K, units, parts, stride, [&](const Unit& u, float* sum) {
+  std::vector<float> biases(dbias ? s.K * parts * s.O : 0);
+  const float* sums = sums_of(s.K, units, parts, size, [&](const Unit& u, float* sum, Long of) {
     Pixels p(j, u, s.N, true);
     Long first = Long(u.k) * s.N + u.n, tall = u.rows + halo_h, wide = s.columns + halo_w, row = Long(s.columns) * s.O;
     float* d = dy ? dy + (first * s.rows + u.row) * row : scratch<float, RISING>(u.images * tall * wide * s.O);
@@ -44,7 +45,7 @@ bool both(const Shape& s, const Rising& rising, const float* x, const float* w, 
     outers(p.in, 0, p.step, s.kh, into, 0, p.count, sum, int(length), s.O);
     if (dbias)
       for (size_t i = 0; i < p.count; ++i)
-        for (int o = 0; o < s.O; ++o) sum[size + o] += into[i][o];
+        for (int o = 0; o < s.O; ++o) biases[of * s.O + o] += into[i][o];
     if (!dx) return;
     const float* weight = weights + Long(u.k) * s.C * s.kh * s.kw * s.O;
     if (!tiled) {
@@ -58,9 +59,9 @@ bool both(const Shape& s, const Rising& rising, const float* x, const float* w, 
       width = width_of(s.C - c);
       tiles(from, 0, wide * s.O, s.kh, s.kw * s.O, weight + Long(c) * s.kh * s.kw * s.O, nullptr, to, c, p.count, width);
     }
-  });
-  add_parts(s.K, parts, sums, stride, size, dw);
-  if (dbias) add_parts(s.K, parts, sums + size, stride, s.O, dbias);
+  }, dw);
+  add_parts(s.K, parts, sums, size, dw);
+  if (dbias) add_parts(s.K, parts, biases.data(), s.O, dbias);
   return all_finite(dw, s.K * size) && (!dx || all_finite(w, s.K * size));
 }
 
@@ -68,25 +69,26 @@ bool both(const Shape& s, const Rising& rising, const float* x, const float* w, 
 bool both_by_winograd(const Shape& s, const Rising& rising, const float* x, const float* w, float* dx, float* dw,
                       float* dbias) {
   Side forward = forward_side(s), backward = backward_side(s);
-  Long size = Long(F) * s.O * s.C, stride = size + (dbias ? s.O : 0);
+  Long size = Long(F) * s.O * s.C;
   auto units = forward.units(s.K);
   int parts = parts_of(s, int(units.size() / s.K));
   const float* weights = dx ? frequencies(s.K, s.C, s.O, backward_blocks<BLOCKS>(s, w, 0, 0, 3, 3)) : nullptr;
   std::vector<char> finite(units.size() / s.K * s.K, true);
-  const float* sums = sums_of(s.K, units, parts, stride, [&](const Unit& u, float* sum) {
+  std::vector<float> biases(dbias ? s.K * parts * s.O : 0);
+  const float* sums = sums_of(s.K, units, parts, size, [&](const Unit& u, float* sum, Long of) {
     Tiles t(forward, u), back(backward, u);
     Long top = backward.pad_h, left = backward.pad_w;
     float* d = scratch<float, RISING>(u.images * back.tall * back.wide * s.O);
     rising.window(s, u, 2 * u.row, 2 * u.rows, top, left, back.tall, back.wide, d, [&](const float* pixels, int, Long) {
       for (int w = 0; dbias && w < s.columns; ++w)
-        for (int o = 0; o < s.O; ++o) sum[size + o] += pixels[w * s.O + o];
+        for (int o = 0; o < s.O; ++o) biases[of * s.O + o] += pixels[w * s.O + o];
     });
     auto at = [&](int i, int h, int w) { return d + ((i * back.tall + top + h) * back.wide + left + w) * s.O; };
     t.correlate(t.window_of(x), at, sum);
     if (dx && !back.convolve(d, weights + u.k * size, nullptr, dx)) finite[&u - units.data()] = false;
   });
-  from_frequencies(s.K, s.O, s.C, parts, sums, stride, dw);
-  if (dbias) add_parts(s.K, parts, sums + size, stride, s.O, dbias);
+  from_frequencies(s.K, s.O, s.C, parts, sums, dw);
+  if (dbias) add_parts(s.K, parts, biases.data(), s.O, dbias);
   return all_finite(dw, Long(s.K) * s.O * 9 * s.C) && std::all_of(finite.begin(), finite.end(), [](char one) { return one; });
 }
 
@@ -211,7 +213,7 @@ void winograd_wgrad(const float* x, const float* dy, float* dw, const Long* size
   auto units = side.units(s.K);
   int parts = parts_of(s, int(units.size() / s.K));
   Long size = Long(F) * s.O * s.C;
-  const float* sums = sums_of(s.K, units, parts, size, [&](const Unit& u, float* sum) {
+  const float* sums = sums_of(s.K, units, parts, size, [&](const Unit& u, float* sum, Long) {
     Tiles t(side, u);
     const float* images = dy + (Long(u.k) * s.N + u.n) * s.rows * s.columns * s.O;
     auto at = [&](int i, int h, int w) {
@@ -220,7 +222,7 @@ void winograd_wgrad(const float* x, const float* dy, float* dw, const Long* size
     };
     t.correlate(t.window_of(x), at, sum);
   });
-  from_frequencies(s.K, s.O, s.C, parts, sums, size, dw);
+  from_frequencies(s.K, s.O, s.C, parts, sums, dw);
   mend_weights(s, x, dy, dw);
 }
 

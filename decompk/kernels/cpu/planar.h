@@ -4,8 +4,6 @@
 // every pixel, also across the ends of rows; what is computed for the few pixels of padding there is not written.
 #pragma once
 
-#include <array>
-
 #include "conv.h"
 
 namespace {
@@ -32,9 +30,10 @@ inline void to_channels(const widest (&pixels)[4], widest (&c)[4]) {
   c[2] = every_other<1, 0>(high[0], high[1], all), c[3] = every_other<1, 1>(high[0], high[1], all);
 }
 
-// Whether it pays to take channels apart; one tap has too little to do with them. Outputs that are no multiple of 4, fewer
-// than 16, have no other way: see kernels/conv/direct.py.
-inline bool is_planar(int outputs, int taps) { return (outputs < LANES || outputs % 4) && taps > 1; }
+// Whether it pays to take channels apart; one tap has too little to do with them.
+inline bool is_planar(int outputs, int taps) {
+  return outputs < 16 && (outputs < LANES || outputs % 4) && taps > 1;
+}
 
 // Four channels of a quarter of LANES pixels, which are C floats apart.
 inline widest four_of(const float* pixels, int C) {

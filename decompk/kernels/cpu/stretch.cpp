@@ -1,13 +1,15 @@
-// A stretch of a network, layers and poolings one after the other, forward and backward: one call each way.
+// A stretch of a network, layers, poolings and what flattens images, one after the other: one call each way.
 #include "conv.h"
 #include "functions.h"
 
 namespace {
 
-// A layer, or a pooling, as `layer` and `max_pool` have it. Activations and gradients are places in two rooms, in floats,
+enum Kind : Long { LAYER, POOL, FLATTEN };
+
+// A layer, or a pooling, as `layer` and `max_pool` have it, or what a linear layer reads of images. Activations and gradients are places in two rooms, in floats,
 // those of gradients in the part of each member, since members that are computed alone are at different steps.
 struct Step {
-  Long pools, relu, by, by_back;
+  Long kind, relu, by, by_back;
   Long x, residual, y, z, saved;  // saved: what the norm saved, or where a pooling found its maxima
   Long dz, dx, g, dy;
   Long room_dx, room_g;  // where dx and g are found first if they are added to what is there already, else nowhere
@@ -51,19 +53,27 @@ void add(const float* from, Long count, float* to) {
     });
 }
 
-// What a step reads and writes of each member. A pooling's sizes know but images, all members' in a row.
+// What a step reads and writes of each member. But a layer's sizes know images alone, all members' in a row.
 struct Share {
   Long in, out, first;  // floats; and the member they begin with
-  Long sizes[14];  // of a pooling that is to do
+  Long sizes[14];  // of what is to do
 
   Share(const Step& s, Long members, int k) : first(std::max(k, 0)) {
     Shape all(s.sizes, BY_CHANNEL);
-    Long parts = s.pools ? members : 1;
+    Long parts = s.kind == LAYER ? 1 : members;
     in = all.inputs() / parts, out = all.outputs() / parts;
     std::copy_n(s.sizes, 14, sizes);
     if (k >= 0) sizes[1] /= members;
   }
 };
+
+// Images of (rows, columns) → (columns, rows).
+void turn_over(const float* from, Long images, Long rows, Long columns, float* to) {
+#pragma omp parallel for
+  for (Long i = 0; i < images; ++i)
+    for (Long c = 0; c < columns; ++c)
+      for (Long r = 0; r < rows; ++r) to[(i * columns + c) * rows + r] = from[(i * rows + r) * columns + c];
+}
 
 }  // namespace
 
@@ -76,10 +86,12 @@ void stretch(const Step* steps, Long count, Long members, const float* x, float*
     for (Long i = 0; i < count; ++i) {
       const Step& s = steps[i];
       float* const* own = tensors + i * TENSORS;
-      if (s.pools) {
+      if (s.kind != LAYER) {
         Share of(s, members, k);
-        Long in = of.first * of.in, out = of.first * of.out;
-        max_pool(at.at(s.x) + in, at.at(s.y) + out, reinterpret_cast<unsigned char*>(at.at(s.saved)) + out, of.sizes);
+        const float* from = at.at(s.x) + of.first * of.in;
+        float* to = at.at(s.y) + of.first * of.out;
+        if (s.kind == FLATTEN) turn_over(from, of.sizes[1], of.sizes[4] * of.sizes[5], of.sizes[2], to);
+        else max_pool(from, to, reinterpret_cast<unsigned char*>(at.at(s.saved)) + of.first * of.out, of.sizes);
       } else
         layer(at.at(s.x), own[0], own[1], own[2], own[3], own[4], own[5], at.at(s.residual), at.at(s.y), at.at(s.z),
               at.at(s.saved), int(s.relu), s.momentum, s.eps, int(s.by), s.sizes);
@@ -102,7 +114,9 @@ void stretch_backward(const Step* steps, Long count, Long members, const float* 
       float* to = dx_whole && s.room_dx != NONE ? of.at(s.room_dx, in) : dx_whole;
       float* passed = g_whole && s.room_g != NONE ? of.at(s.room_g, out) : g_whole;
       Long skipped_in = share.first * in, skipped_out = share.first * out, together = k < 0 ? members : 1;
-      if (s.pools) {
+      if (s.kind == FLATTEN) {
+        if (to) turn_over(given + skipped_out, share.sizes[1], share.sizes[2], share.sizes[4] * share.sizes[5], to + skipped_in);
+      } else if (s.kind == POOL) {
         auto places = reinterpret_cast<const unsigned char*>(at.at(s.saved)) + skipped_out;
         if (to) max_unpool(given + skipped_out, places, to + skipped_in, share.sizes);
       } else {

@@ -209,8 +209,8 @@ inline const float* frequencies(int K, int O, int C, const float* blocks) {
   });
 }
 
-// dw (K, O, 3, 3, C) = Gᵀ dU G of the sums of a member's parts, the first F · O · C of `stride` floats each
-inline void from_frequencies(int K, int O, int C, int parts, const float* sums, Long stride, float* dw) {
+// dw (K, O, 3, 3, C) = Gᵀ dU G of the sums of a member's parts, F · O · C floats each
+inline void from_frequencies(int K, int O, int C, int parts, const float* sums, float* dw) {
 #pragma omp parallel for collapse(2)
   for (int k = 0; k < K; ++k)
     for (int o = 0; o < O; ++o)
@@ -218,7 +218,7 @@ inline void from_frequencies(int K, int O, int C, int parts, const float* sums, 
         vec8 u[4][4] = {}, half[3][4];
         for (int part = 0; part < parts; ++part)
           for (int f = 0; f < F; ++f)
-            u[f / 4][f % 4] += load<vec8>(sums + (k * parts + part) * stride + (Long(f) * O + o) * C + c);
+            u[f / 4][f % 4] += load<vec8>(sums + ((Long(k) * parts + part) * F + f) * O * C + o * C + c);
         for (int b = 0; b < 4; ++b) {
           vec8 sum = (u[1][b] + u[2][b]) * 0.5f, difference = (u[1][b] - u[2][b]) * 0.5f;
           half[0][b] = u[0][b] + sum, half[1][b] = difference, half[2][b] = sum + u[3][b];
