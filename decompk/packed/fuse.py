@@ -24,8 +24,9 @@ def fuse(net: Packed) -> Fused:
     launch in eval mode without gradients; in train mode, on Triton's kernels, the convolution also takes the moments,
     and batch norm, residual and ReLU are one pass. On a CPU in train mode so do convolutions channel by channel, a
     ReLU6, and Linear → ReLU; and layers, poolings and Flatten from the input on are one call each way. A first
-    convolution that alone reads the image reads its crops from it, so none are copied. All of this is decided at each call: where tensors, modes or hooks do not allow it
-    (float64, a gradient in eval mode, a residual that broadcasts), the layers run one after the other as in `net`.
+    convolution that alone reads the image reads its crops from it, so none are copied. All of this is decided at each
+    call: where tensors, modes or hooks do not allow it (float64, a gradient in eval mode, a residual that broadcasts),
+    the layers run one after the other as in `net`.
 
     The result shares parameters, buffers and layers with `net`, which keeps working and is what `unfuse()` gives
     back; `describe()` says what became of each layer. torch.fx reads the network's code once, in both modes: what

@@ -14,6 +14,7 @@ from .fused_layer import relu_of, unchanged, unhooked
 from .linear import PackedLinear
 from .twin import batch_rows
 
+MOST = 2**18  # weights of a member: more leave its cache while they are turned over, and a library's product gains
 _ONE_PIXEL: Any = ((1, 1), (0, 0), (1, 1))  # stride, padding and dilation
 
 
@@ -37,7 +38,9 @@ def linear_on_cpu(x: Any, linear: Any, relu: nn.Module | str | None) -> How | No
     if not plain or not unchanged(linear, PackedLinear) or not (linear.training and torch.is_grad_enabled()):
         return None
     weight, bias = linear.weight, linear.bias
-    if not isinstance(x, Tensor) or x.dim() != 2 or not runs_cpu(x) or not cpu_takes(weight, bias):
+    if not isinstance(x, Tensor) or x.dim() != 2 or weight[0].numel() > MOST:
+        return None
+    if not runs_cpu(x) or not cpu_takes(weight, bias):
         return None
     fits = x.shape[0] % (batch_rows.get() or linear._twin_K) == 0 and x.shape[1:] == weight.shape[2:]
     if not fits or not x.is_contiguous() or not any(t is not None and t.requires_grad for t in (x, weight, bias)):
