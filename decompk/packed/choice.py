@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import statistics
 from collections.abc import Iterable
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
@@ -22,8 +21,8 @@ from .apart import Call, unseen_copy
 if TYPE_CHECKING:
     from .module import Packed
 
-LEAST, ROUNDS, SECONDS = 3, 7, 6.0  # rounds; after the least none begins later than these seconds
-CLOSE = (measure.HOPELESS, 1.25, 1.15)  # who takes as many times the fastest's time after a round runs no more
+LEAST, ROUNDS, SECONDS = 3, 7, 8.0  # rounds; after the least none begins later than these seconds
+CLOSE = (measure.HOPELESS, 1.5, 1.25)  # who takes as many times the fastest's time after a round runs no more
 LONG = 10.0  # seconds of one run from which on each is timed once
 MARGIN = 0.95  # schedules by layers are chosen where others do not take less than that share of their time
 BY_LAYERS = ("together", "fused", "side by side")
@@ -72,7 +71,7 @@ def best_of(times: dict[str, float]) -> str:
 
 
 def time_each(call: Call, schedules: Iterable[_Runs]) -> dict[str, float]:
-    """Median milliseconds of each schedule on this call, forward and, with gradients, backward.
+    """Least milliseconds of each schedule on this call, forward and, with gradients, backward: others' work only adds.
 
     The first is the network's own, which alone is not timed. One that raises has no time. It runs a copy that shares
     the parameters' memory: gradients, buffers, hooks and random state see nothing of it.
@@ -102,4 +101,4 @@ def time_each(call: Call, schedules: Iterable[_Runs]) -> dict[str, float]:
                 seconds(one)
                 running[one.name] = partial(seconds, one)
         found = in_turns(running, 1 if long else ROUNDS, least=LEAST, seconds=SECONDS, hopeless=CLOSE)
-    return {name: 1e3 * statistics.median(samples) for name, samples in found.items()}
+    return {name: 1e3 * min(samples) for name, samples in found.items()}
