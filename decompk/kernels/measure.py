@@ -98,7 +98,7 @@ _not_kept: dict[tuple[Path, str], dict[str, float]] = {}  # what this process me
 
 
 def entries(file: Path) -> dict[str, dict[str, float]]:
-    """Problem → form, or network → schedule, → median milliseconds, as far as the file holds such; else empty."""
+    """Problem → form, or network → schedule, → milliseconds, as far as the file holds such; else empty."""
     try:
         found = file.stat()
     except OSError:
