@@ -36,7 +36,7 @@ ENSEMBLES = (
     Ensemble("MobileNet, width 16", 8, mobilenet, IMAGE),
     Ensemble("LeNet", 8, lenet, DIGIT),
     Ensemble("LeNet", 32, lenet, DIGIT),
-    Ensemble("MLP 784-256-256-10", 10, partial(models.mlp, 784, 10, (256, 256)), (784,), 64, fused=False),
+    Ensemble("MLP 784-256-256-10", 10, partial(models.mlp, 784, 10, (256, 256)), (784,), 64),
     Ensemble("GRU, hidden 64, 16 steps", 8, partial(models.Recurrent, 32, 10, 64), (16, 32), fused=False),
     Ensemble("ViT, dim 64, depth 4", 4, ViT, IMAGE, fused=False),
 )
