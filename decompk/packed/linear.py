@@ -21,11 +21,13 @@ class PackedLinear(Twin, nn.Linear):
         self._twin_check(x)
         shape = x.shape[:-1]
         rows = prod(shape) // self._twin_K  # torch.Size.numel() would fix the batch of an export
-        here = unwatched(x, self.weight, self.bias) and runs_triton(x)
-        if linear_form(rows, self.in_features, self.out_features, x.dtype, x.is_cuda or here) == "loop":
+        here = unwatched(x, self.weight, self.bias)
+        on_triton = here and runs_triton(x)
+        if linear_form(rows, self.in_features, self.out_features, x.dtype, x.is_cuda or on_triton) == "loop":
             return self._twin_each(F.linear, x, self.weight, self.bias)
         x, weight = x.reshape(self._twin_K, rows, self.in_features), self.weight.mT
-        if here:
+        trains = x.is_cpu and self.weight.requires_grad and torch.is_grad_enabled()
+        if on_triton or (here and trains):
             autocast = torch.is_autocast_enabled(x.device.type)
             if autocast or all(t is None or t.dtype == x.dtype for t in (self.weight, self.bias)):
                 x = x.to(torch.get_autocast_dtype(x.device.type)) if autocast else x
@@ -35,7 +37,10 @@ class PackedLinear(Twin, nn.Linear):
 
 
 class _Linear(torch.autograd.Function):
-    """x (K, N, I), weight (K, O, I), bias (K, O) → (K, N, O), all in x's dtype; gradients lie as what they are of."""
+    """x (K, N, I), weight (K, O, I), bias (K, O) → (K, N, O), all in x's dtype.
+
+    Gradients lie as what they are of, so that they are kept as they come, where torch's would be copied first.
+    """
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
