@@ -167,6 +167,23 @@ def test_a_stretch_leaves_the_same_bits_as_its_layers(name, wants, monkeypatch):
     assert steps_of(same_bits(make, x, monkeypatch)) == [steps]
 
 
+@pytest.mark.parametrize("schedule", ["together", "fused"])
+@pytest.mark.parametrize(
+    ("first", "wrong", "named"),
+    [
+        (nn.Conv2d(6, 6, 3, groups=6), (5, 4, 4), "'0' takes 6 channels"),
+        (nn.Conv2d(6, 6, 3, groups=6), (1, 4, 4), "'0' takes 6 channels"),
+        (nn.Conv2d(1, 6, 3), (6, 4, 4), "'0' takes 1 channels|6 channels"),
+        (nn.Sequential(nn.Flatten(), nn.Linear(12, 6), nn.Unflatten(1, (6, 1, 1))), (2, 2, 2), "'0.1' takes 12 feat"),
+    ],
+    ids=["more channels", "one channel", "no groups", "features"],
+)
+def test_an_input_of_other_channels_is_refused_by_whoever_runs(first, wrong, named, schedule):
+    packed = pack([nn.Sequential(copy.deepcopy(first), nn.ReLU6(), *head(6)) for _ in range(3)], input_dims=4).train()
+    with pytest.raises(decompk.errors.DecompkError, match=named), decompk.schedule(schedule):
+        packed(torch.randn(2, *wrong))
+
+
 def test_crops_of_an_image_are_cut_for_a_stretch(monkeypatch):
     d = decompk.decompose(models.build("vgg8", width=16, input_size=(3, 32, 32)), (3, 32, 32), 4, 16)
     packed = decompk.pack(d.subnets(0), d.crops).train()

@@ -20,15 +20,24 @@ How = tuple["Call | ByChannel", LayerChoice]
 
 
 def call_of(
-    x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, norm: Norm | None, gradient: bool
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    geometry: Geometry,
+    norm: Norm | None,
+    gradient: bool,
+    by_channel: bool = False,
 ) -> How | None:
     """How `cpu_layer` runs a layer, None where it does not; all tensors are float32 on the CPU, and unwatched.
 
-    x: settled. gradient: whether x's is wanted.
+    x: settled. gradient: whether x's is wanted. by_channel: whether every output reads one channel, its own.
     """
-    by_channel = weight.shape[2] != x.shape[1]
+    if by_channel:
+        fits = weight.shape[1:3] == (x.shape[1], 1) and x.shape[0] % weight.shape[0] == 0
+        if not fits or (bias is not None and bias.shape != weight.shape[:2]):
+            return None
     call = _by_channel(x.shape, weight.shape, geometry) if by_channel else fprop_call(x, weight, bias, geometry)
-    if not call.as_given.N:
+    if not call.as_given.N or min(call.as_given.out_size) < 1:
         return None
     if norm is not None:
         shape, vectors = weight.shape[:2], norm[:4]

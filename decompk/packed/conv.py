@@ -122,7 +122,7 @@ class PackedConv2d(_PackedConv, nn.Conv2d):
             return None
         padding = padding if isinstance(padding, tuple) else (0, 0)  # "valid", or padded before
         x = settle(x)
-        how = call_of(x, self.weight, self.bias, (self.stride, padding, self.dilation), None, x.requires_grad)
+        how = call_of(x, self.weight, self.bias, (self.stride, padding, self.dilation), None, x.requires_grad, True)
         return None if how is None else cpu_layer(x, self.weight, self.bias, how)
 
 

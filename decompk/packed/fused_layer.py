@@ -80,7 +80,7 @@ def _run_layer(
     folds = norm is None or affine is not None
     if call is not None and torch.is_grad_enabled():
         folds = folds and not any(map(_needs_gradient, (x, conv.weight, conv.bias, residual)))
-    if call is not None and on_cpu and not folds and (way := _on_cpu(x, call, norm, residual)) is not None:
+    if call is not None and on_cpu and not folds and (way := _on_cpu(x, call, conv, norm, residual)) is not None:
         return cpu_layer(*way, residual, code), x
     if code > 1:  # what is below knows ReLU alone
         y, x = _run_layer(passes, False, x, crops, conv, norm, affine, residual, add_in_place, None)
@@ -248,7 +248,7 @@ def _by_batch(norm: PackedBatchNorm2d, call: _Call) -> Norm | None:
 OnCPU = tuple[Tensor, Tensor, Tensor | None, How, Norm | None]
 
 
-def _on_cpu(x: Tensor, call: _Call, norm: PackedBatchNorm2d | None, residual: Any) -> OnCPU | None:
+def _on_cpu(x: Tensor, call: _Call, conv: PackedConv2d, norm: PackedBatchNorm2d | None, residual: Any) -> OnCPU | None:
     """What `cpu_layer` takes of the layer, but for residual and ReLU; None where it has no operator of its own."""
     _, weight, bias, geometry, window, here = call
     around = None if norm is None else _by_batch(norm, call)
@@ -257,7 +257,7 @@ def _on_cpu(x: Tensor, call: _Call, norm: PackedBatchNorm2d | None, residual: An
     if not cpu_takes(weight, bias, residual, *(around or ())[:4]):
         return None
     x = settle(x)
-    made = call_of(x, weight, bias, geometry, around, x.requires_grad)
+    made = call_of(x, weight, bias, geometry, around, x.requires_grad, conv.groups > 1)
     return None if made is None else (x, weight, bias, made, around)
 
 
@@ -268,7 +268,7 @@ def on_cpu(
     call = _call(x, None, conv) if is_known(conv, norm, relu) and runs_cpu(x) else None
     if call is None or not (residual is None or _fits(residual, call)):
         return None
-    return _on_cpu(x, call, norm, residual)
+    return _on_cpu(x, call, conv, norm, residual)
 
 
 def _conv_norm(

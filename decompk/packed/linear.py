@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..errors import PackError
 from ..kernels.backend import runs_triton
 from ..kernels.call import unwatched
 from ..kernels.thresholds import linear_form
@@ -20,6 +21,10 @@ class PackedLinear(Twin, nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         self._twin_check(x)
         shape = x.shape[:-1]
+        if x.shape[-1] != self.in_features:
+            raise PackError(
+                f"'{self._twin_path}' takes {self.in_features} features, and got an input of {tuple(x.shape)}."
+            )
         rows = prod(shape) // self._twin_K  # torch.Size.numel() would fix the batch of an export
         here = unwatched(x, self.weight, self.bias)
         on_triton = here and runs_triton(x)
