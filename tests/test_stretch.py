@@ -167,6 +167,39 @@ def test_a_stretch_leaves_the_same_bits_as_its_layers(name, wants, monkeypatch):
     assert steps_of(same_bits(make, x, monkeypatch)) == [steps]
 
 
+class Beside(nn.Module):
+    """Pixels of the image beside what a convolution makes of it."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.fc = nn.Conv2d(3, 4, 3, 2), nn.Linear(4 * 3 * 3, 5)
+
+    def forward(self, x):
+        flat = x.flatten(1)
+        return self.fc(torch.relu(self.conv(x)).flatten(1)) + flat[:, :5]
+
+
+def test_an_image_that_is_also_flattened_is_read_as_an_image():
+    packed, x = pack([Beside() for _ in range(3)], input_dims=4).train(), torch.randn(2, 3, 8, 8)
+    for _ in range(3):
+        with decompk.schedule("fused"):
+            found = packed(x)
+        assert torch.allclose(found, torch.stack([net(x) for net in packed.unpack()]), atol=1e-5)
+    assert steps_of(packed) == [3]
+
+
+def test_a_flatten_that_comes_first_is_asked_at_each_call():
+    def make():
+        return nn.Sequential(nn.Flatten(), nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 5))
+
+    packed, x = pack([make() for _ in range(2)], input_dims=4).train(), torch.randn(3, 1, 4, 4)
+    with decompk.schedule("fused"):
+        for _ in range(2):
+            packed(x)
+        packed.get_submodule("0").start_dim = 2
+        assert packed(torch.randn(3, 1, 4, 4)).shape == (2, 3, 1, 5)
+
+
 @pytest.mark.parametrize("schedule", ["together", "fused"])
 @pytest.mark.parametrize(
     ("first", "wrong", "named"),

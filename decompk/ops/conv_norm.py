@@ -253,7 +253,7 @@ def layer_gradients(
         y = y.flatten(0, 1)
         return y if z is not None else activated(y, ctx.relu)
 
-    stopped = None if z is None else (z <= 0) | (z >= ctx.relu) if ctx.relu > 1 else z <= 0
+    stopped = None if z is None else ~((z > 0) & (z < ctx.relu)) if ctx.relu > 1 else z <= 0
     g = dz if stopped is None else dz.masked_fill(stopped, 0)
     needs = ctx.needs_input_grad
     with resumed(ctx.asked or ANY):

@@ -107,6 +107,10 @@ class _Flatten(NamedTuple):
         return () if self.module is None else (self.module.start_dim, self.module.end_dim)
 
 
+def _makes_rows(flatten: nn.Flatten) -> bool:
+    return (flatten.start_dim, flatten.end_dim) == (1, -1)
+
+
 @dataclass
 class Whole:
     """A network of which a stretch is one call: its code with what the stretch gives as a further argument."""
@@ -115,10 +119,12 @@ class Whole:
     code: Callable
     modules: Sequence[tuple[dict[str, Any], str, nn.Module]]  # that it stands for: where each is held, by which name
     flattens: bool  # the input, before the stretch
+    flatten: nn.Flatten | None  # the module that does
 
     def tensors(self) -> list[Tensor | None] | None:
         """Those of the stretch; None where it is no longer what the network would do."""
         same = all(held.get(name) is module for held, name, module in self.modules)
+        same = same and (self.flatten is None or _makes_rows(self.flatten))
         return self.stretch.tensors() if same else None
 
     def run(self, net: nn.Module, x: Tensor, crops: Sequence[Crop] | None, tensors: list[Tensor | None]) -> Any:
@@ -137,13 +143,14 @@ class Reader(fx.Interpreter):
         self._values: list[Tensor] = []  # what the stretch is given and what each step gives
         self._number: dict[fx.Node, int] = {}
         self._ended = False
-        self._first: fx.Node | None = None  # what flattens the input before the stretch
+        self._first: fx.Node | None = None  # what flattens the input before the stretch, which reads that
+        self._flat: Any = None
 
     def run_node(self, node: fx.Node) -> Any:
         args: Any = self.fetch_args_kwargs_from_env(node)[0]
         if not self._values and self._flattens(node, args) and node.all_input_nodes[0].op == "placeholder":
-            self._first = node
-            return super().run_node(node)
+            self._first, self._flat = node, super().run_node(node)
+            return self._flat
         step = None
         if not self._ended and not self._is_read(node):
             step = self._step(node, args)
@@ -151,6 +158,8 @@ class Reader(fx.Interpreter):
             self._ended = step is None and not (passes and self._find(args[0]) is not None)
         value = super().run_node(node)
         if step is not None:
+            if self._values[0] is not self._flat:
+                self._first = None
             self._steps.append(step)
             self._values.append(value[0] if node.target is run_shared_layer else value)
         found = None if self._ended or node.op == "output" else self._find(value)
@@ -211,7 +220,7 @@ class Reader(fx.Interpreter):
         """Whether it makes rows of images."""
         module = self._called(node)
         if type(module) is nn.Flatten:
-            return unhooked(module) and (module.start_dim, module.end_dim) == (1, -1)
+            return unhooked(module) and _makes_rows(module)
         return node.target in (torch.flatten, "flatten") and args[1:] in ((1,), (1, -1)) and not node.kwargs
 
     def _flatten(self, x: Tensor, module: nn.Module | None) -> _Flatten | None:
@@ -239,6 +248,7 @@ class Reader(fx.Interpreter):
                     self._behind(inside, count),
                     self._modules([*inside, self._first] if self._first else inside),
                     self._first is not None,
+                    self._called(self._first) if self._first else None,
                 )
                 return whole if stretch.is_possible() else None
         return None

@@ -219,8 +219,8 @@ inline void normalise(const Rows& r, const float* x, const float* saved, const f
   run(r, x, mean, scale, bias, residual, activation, y);
 }
 
-// Where the activation stops gradients, as torch's does: where y is at most zero (not NaN) or more than `last`, FROM_Y, or,
-// without a residual, where (x − mean) · scale + bias is, FROM_X.
+// Where the activation stops gradients, as torch's does: where y is at most zero (not NaN, of a ReLU) or more than `last`,
+// FROM_Y, or, without a residual, where (x − mean) · scale + bias is, FROM_X.
 enum Mask { EVERYWHERE, FROM_Y, FROM_X };
 
 template <typename vec>
@@ -228,7 +228,8 @@ inline vec passed(Mask mask, float last, vec dy, const float* from, vec mean, ve
   if (mask == EVERYWHERE) return dy;
   vec value = load<vec>(from);
   if (mask == FROM_X) value = (value - mean) * scale + bias;
-  dy = value <= 0 ? vec{} : dy;
+  if (last == HUGE_VALF) return value <= 0 ? vec{} : dy;
+  dy = value > 0 ? dy : vec{};  // not where it is NaN: so torch's, by vectors, has it of a ReLU6
   return value > last - vec{} ? vec{} : dy;
 }
 
