@@ -48,9 +48,9 @@ def test_a_broken_kernel_is_found_shrunk_and_repeated(broken, smallest, monkeypa
 
     monkeypatch.setattr(Direct, "fprop", wrong)
     counts, failing = fuzz.search(range(60), seconds=60, names=["grouped_conv2d"], hard=broken is mixed)
-    assert counts["failing"] and failing
-    small = failing[0]
-    assert {name: small[name] for name in smallest} == smallest and small["N"] == small["H"] == 1
+    assert counts["failing"] and all(small["N"] == small["H"] == 1 for small in failing)
+    # Of the default backend's another form may run what is smaller still.
+    small = next(small for small in failing if {name: small[name] for name in smallest} == smallest)
     told = capsys.readouterr().out
     repeat = fuzz.command(small)
     assert repeat in told and repeat.count("'") == 2
