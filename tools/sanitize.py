@@ -83,8 +83,7 @@ def _conv(rng: random.Random) -> str:
 def _layer(rng: random.Random) -> str:
     by, normed = rng.choice(list(cpu.BY)), rng.randint(0, 1)
     flags = rng.randint(0, 1), rng.choice(RELUS), normed and rng.randint(0, 1), rng.randint(0, 1)
-    passes = ("wgrad",) if by == cpu.BY_CHANNEL else PASSES  # which takes any number of channels
-    sizes = _sizes(rng, by if by in FORMS else cpu.DIRECT, passes, by == cpu.WINOGRAD, 8 if normed else 1)
+    sizes = _sizes(rng, by if by in FORMS else cpu.DIRECT, PASSES, by == cpu.WINOGRAD, 8 if normed else 1)
     if by == cpu.BY_CHANNEL:
         K, N, C, _, *others = sizes.split()
         sizes = " ".join((K, N, C, C, *others))

@@ -84,7 +84,7 @@ def _run_layer(
         return cpu_layer(*way, residual, code), x
     if code > 1:  # what is below knows ReLU alone
         y, x = _run_layer(passes, False, x, crops, conv, norm, affine, residual, add_in_place, None)
-        return (relu(y) if isinstance(relu, nn.Module) else F.relu6(y)), x
+        return activate(y, relu), x
     if call is not None and conv.groups == 1:
         if folds:
             return fused_rows(*call[:-1], affine or (None, None), residual, relu is not None), x
@@ -114,9 +114,7 @@ def _run_layer(
         y += residual
     elif residual is not None:
         y = y + residual
-    if relu is not None:
-        y = getattr(torch, relu)(y) if isinstance(relu, str) else relu(y)
-    return y, x
+    return activate(y, relu), x
 
 
 def on_kernels(x: Tensor) -> bool:
@@ -143,8 +141,11 @@ def unchanged(part: nn.Module | None, kind: type[nn.Module]) -> bool:
 
 def is_known(conv: nn.Module, norm: nn.Module | None, relu: nn.Module | str | None) -> bool:
     """Whether a layer's parts are what they are taken for, and nobody looks on at one of them."""
-    plain = relu is None or isinstance(relu, str) or (relu_of(relu) > 0 and unhooked(relu))
-    return plain and unchanged(conv, PackedConv2d) and unchanged(norm, PackedBatchNorm2d)
+    return is_known_relu(relu) and unchanged(conv, PackedConv2d) and unchanged(norm, PackedBatchNorm2d)
+
+
+def is_known_relu(relu: nn.Module | str | None) -> bool:
+    return relu is None or isinstance(relu, str) or (relu_of(relu) > 0 and unhooked(relu))
 
 
 def relu_of(relu: nn.Module | str | None) -> int:
@@ -154,6 +155,13 @@ def relu_of(relu: nn.Module | str | None) -> int:
     if isinstance(relu, str):
         return 6 if relu == "relu6" else 1
     return int(type(relu) is nn.ReLU)
+
+
+def activate(y: Tensor, relu: nn.Module | str | None) -> Tensor:
+    """y past a ReLU, a module or a function by its name, if there is one."""
+    if relu is None or isinstance(relu, nn.Module):
+        return y if relu is None else relu(y)
+    return getattr(F if relu == "relu6" else torch, relu)(y)
 
 
 def _needs_gradient(t: Tensor | None) -> bool:

@@ -5,12 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..kernels.call import cpu_takes, runs_cpu
 from ..ops.cpu_layer import How, call_of, cpu_layer
-from .fused_layer import relu_of, unchanged, unhooked
+from .fused_layer import activate, is_known_relu, relu_of, unchanged
 from .linear import PackedLinear
 from .twin import batch_rows
 
@@ -24,18 +23,13 @@ def run_linear(x: Tensor, linear: nn.Module, relu: nn.Module | str | None) -> Te
     if how is not None:
         weight: Any = linear.weight
         return cpu_layer(x[..., None, None], weight[..., None, None], linear.bias, how, relu=relu_of(relu)).flatten(1)
-    y = linear(x)
-    if relu is None:
-        return y
-    if isinstance(relu, nn.Module):
-        return relu(y)
-    return F.relu6(y) if relu == "relu6" else getattr(torch, relu)(y)
+    return activate(linear(x), relu)
 
 
 def linear_on_cpu(x: Any, linear: Any, relu: nn.Module | str | None) -> How | None:
     """How `cpu_layer` runs it in training, None where it does not; x: rows (K·N, I)."""
-    plain = relu is None or isinstance(relu, str) or (relu_of(relu) > 0 and unhooked(relu))
-    if not plain or not unchanged(linear, PackedLinear) or not (linear.training and torch.is_grad_enabled()):
+    known = is_known_relu(relu) and unchanged(linear, PackedLinear)
+    if not known or not (linear.training and torch.is_grad_enabled()):
         return None
     weight, bias = linear.weight, linear.bias
     if not isinstance(x, Tensor) or x.dim() != 2 or weight[0].numel() > MOST:

@@ -286,7 +286,7 @@ class Fusion:
         if user is None:
             return
         module = self._modules.get(user)
-        if (relu_of(module) and _only_argument(user)) or user.target in RELUS:
+        if (relu_of(module) and _only_argument(user)) or user.target in _RELUS:
             chain.relu = user
             chain.nodes.append(user)
 
@@ -386,7 +386,7 @@ class Fusion:
 
 
 _READERS = (PackedConv2d, nn.MaxPool2d, nn.AvgPool2d)  # they leave their input as it is and give no view of it
-RELUS = (F.relu, F.relu6, torch.relu, torch.relu_, "relu", "relu_")
+_RELUS = (F.relu, F.relu6, torch.relu, torch.relu_, "relu", "relu_")
 
 
 def _addends(node: fx.Node) -> tuple[Any, ...]:
